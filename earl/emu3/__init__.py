@@ -1,0 +1,1 @@
+"""The Emu3 sequence: vocabulary, grammar, allowed tokens, checkpoints."""

@@ -1,0 +1,98 @@
+"""Outputs appear only complete: temporary name, fsync, rename."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from earl.errors import EarlError
+
+
+def _temporary(path: Path) -> Path:
+    # Beside the target, so that the rename stays inside one file system; hidden, so that no glob takes it for data.
+    return path.parent / f".{path.name}.tmp-{os.getpid()}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _failed(path: Path, error: OSError) -> EarlError:
+    return EarlError(
+        f"{path}: could not be written ({error.strerror or error}); nothing was left behind. "
+        "Free space or check the folder's permissions, then run the stage again."
+    )
+
+
+@contextmanager
+def file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success it becomes ``path``, on failure it is removed.
+
+    Raises:
+        EarlError: when the system refuses the write (disk full, no permission).
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _failed(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it becomes ``path``, replacing what was there.
+
+    Raises:
+        EarlError: when the system refuses the write (disk full, no permission).
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for member in sorted(temporary.rglob("*")):
+            _sync(member)
+        _sync(temporary)
+        _replace_folder(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _failed(path, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    if not target.exists():
+        os.rename(source, target)
+        return
+    # A folder cannot be renamed over one that holds files: step the old one aside first.
+    aside = target.parent / f".{target.name}.old-{os.getpid()}"
+    os.rename(target, aside)
+    os.rename(source, target)
+    shutil.rmtree(aside)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,33 @@
+"""Images as ``{bytes, path}`` structs of lossless PNG, and as uint8 arrays [height, width, 3]."""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from earl.errors import EarlError
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    """Return the PNG bytes of a uint8 array [height, width, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, mode="RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def struct(data: bytes | None, name: str = "") -> dict[str, bytes | str] | None:
+    """Return the value of an image column, or None for no image."""
+    return None if data is None else {"bytes": data, "path": name}
+
+
+def decode(data: bytes, where: str) -> np.ndarray:
+    """Return the pixels, uint8 [height, width, 3], of an encoded image in any format Pillow reads.
+
+    Raises:
+        EarlError: naming ``where`` the image stands, when it does not decode.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise EarlError(f"{where}: the image does not decode ({error}); mend or remove the row") from error

@@ -1,0 +1,274 @@
+"""The Parquet tables: their schemas, one writer, one checking reader.
+
+Every table is Zstandard-compressed, carries page checksums and, for the image columns, the Hugging Face ``Image``
+feature, so that pandas, DuckDB and ``datasets`` open it and show pictures. The file's metadata says where it
+comes from (run, iteration, digests, code version); it holds no times and no host names, so that equal inputs give
+equal bytes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from earl.errors import EarlError
+from earl.files import atomic
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+# Token columns are declared at their widest and stored as the smallest unsigned type that holds the vocabulary.
+TOKENS = pa.list_(pa.uint32())
+TOKEN_GRID = pa.list_(pa.list_(pa.uint32()))
+REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
+SCORE_RANGE = (0.0, 10.0)
+
+
+def _schema(name: str, *columns: pa.Field) -> pa.Schema:
+    return pa.schema(columns, metadata={"earl_table": name})
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+def _score(name: str) -> pa.Field:
+    return pa.field(name, pa.float32(), metadata={"range": json.dumps(SCORE_RANGE)})
+
+
+RAW = _schema(
+    "raw pairs",
+    _required("example_id", pa.string()),
+    pa.field("task", pa.string()),
+    _required("instruction", pa.string()),
+    pa.field("reasoning", pa.string()),
+    _required("original", IMAGE),
+    _required("edited", IMAGE),
+)
+TOKENISED = _schema(
+    "tokenised examples",
+    _required("dataset", pa.string()),
+    _required("example_id", pa.string()),
+    pa.field("task", pa.string()),
+    _required("instruction", pa.string()),
+    pa.field("reasoning", REASONING),
+    _required("original_tokens", TOKEN_GRID),
+    _required("target_tokens", TOKEN_GRID),
+    pa.field("original", IMAGE),
+    pa.field("target", IMAGE),
+)
+ROLLOUTS = _schema(
+    "rollouts",
+    _required("episode_id", pa.string()),
+    _required("group_id", pa.string()),
+    _required("sample_index", pa.int32()),
+    _required("dataset", pa.string()),
+    _required("example_id", pa.string()),
+    pa.field("task", pa.string()),
+    _required("instruction", pa.string()),
+    _required("prompt_token_ids", TOKENS),
+    _required("completion_token_ids", TOKENS),
+    _required("behavior_logprobs", pa.list_(pa.float32())),
+    _required("finish_reason", pa.string()),
+    _required("completion_text", pa.string()),
+    _required("original", IMAGE),
+    pa.field("target", IMAGE),
+    pa.field("edited", IMAGE),
+)
+SCORES = _schema(
+    "scores",
+    _required("episode_id", pa.string()),
+    _required("group_id", pa.string()),
+    _required("status", pa.string()),
+    _score("edit_success"),
+    _score("overedit"),
+    _score("naturalness"),
+    _score("artifacts"),
+    _score("ground_score"),
+    pa.field("raw", pa.string()),
+    _required("judge", pa.string()),
+)
+EPISODES = _schema(
+    "episodes",
+    _required("episode_id", pa.string()),
+    _required("group_id", pa.string()),
+    pa.field("reward", pa.float32()),
+    pa.field("advantage", pa.float32()),
+    _required("used", pa.bool_()),
+    pa.field("reason", pa.string()),
+    pa.field("viescore", pa.float32()),
+    _required("completion_tokens", pa.int32()),
+)
+
+
+def smallest_unsigned(largest: int) -> pa.DataType:
+    """Return the smallest unsigned integer type that holds ``largest``."""
+    for kind in (pa.uint8(), pa.uint16(), pa.uint32()):
+        if largest < 2**kind.bit_width:
+            return kind
+    raise ValueError(f"{largest} does not fit in 32 bits")
+
+
+def _narrowed(kind: pa.DataType, leaf: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_narrowed(kind.value_type, leaf))
+    return leaf if pa.types.is_unsigned_integer(kind) else kind
+
+
+def _feature(kind: pa.DataType) -> object:
+    if kind == IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    return {"dtype": {"float": "float32", "double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
+
+
+def write_table(
+    path: Path | str,
+    schema: pa.Schema,
+    columns: Mapping[str, Sequence] | pa.Table,
+    metadata: Mapping[str, str],
+    largest_token: int = 2**32 - 1,
+) -> None:
+    """Write a table atomically.
+
+    Args:
+        path: Where the file appears once it is complete.
+        schema: One of this module's schemas, possibly with further columns appended.
+        columns: One sequence (or array) a column, all of one length.
+        metadata: Strings for the file's metadata; keys get no prefix.
+        largest_token: Largest id that token columns may hold; sets their stored integer type for every shard alike.
+
+    Raises:
+        EarlError: when a column is missing, does not convert to its type, or the system refuses the write.
+    """
+    leaf = smallest_unsigned(largest_token)
+    fields = [field.with_type(_narrowed(field.type, leaf)) for field in schema]
+    arrays = []
+    for field in fields:
+        try:
+            arrays.append(_array(columns[field.name], field.type))
+        except KeyError as error:
+            raise EarlError(f"{path}: column {field.name!r} is missing from what is to be written") from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise EarlError(f"{path}: column {field.name!r} does not convert to {field.type}: {error}") from error
+    features = {field.name: _feature(field.type) for field in fields}
+    info = {
+        **(schema.metadata or {}),
+        **{key.encode(): value.encode() for key, value in metadata.items()},
+        b"huggingface": json.dumps({"info": {"features": features}}).encode(),
+    }
+    table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=info))
+    with atomic.file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=512, write_page_checksum=True)
+
+
+def _array(values: object, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.cast(kind)
+    return pa.array(values, type=kind)
+
+
+def _open(path: Path | str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except FileNotFoundError as error:
+        raise EarlError(f"{path}: does not exist; run the stage that writes it") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise EarlError(
+            f"{path}: is not a complete Parquet file ({error}); delete it and run the stage that writes it again"
+        ) from error
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Return the metadata strings of a table without reading its rows."""
+    with _open(path) as source:
+        found = source.schema_arrow.metadata or {}
+    return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
+
+
+def read_table(path: Path | str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table and check it against ``schema``.
+
+    Args:
+        path: The Parquet file.
+        schema: What the columns must be; token columns may have any unsigned width, strings may be large.
+        columns: Names to read, by default all of the schema; columns beyond the schema are ignored.
+
+    Raises:
+        EarlError: naming file and column, when the file is truncated, a column is missing, damaged, of another type,
+            null where it may not be, not finite, or a score lies outside its range.
+    """
+    wanted = list(columns) if columns is not None else schema.names
+    with _open(path) as source:
+        check_columns(path, source.schema_arrow, schema, wanted)
+        try:
+            table = source.read(columns=wanted)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise EarlError(
+                f"{path}: column {_damaged_column(source, wanted)!r} is damaged ({error}); "
+                "delete the file and run the stage that writes it again"
+            ) from error
+    for name in wanted:
+        _check_values(path, schema.field(name), table.column(name))
+    return table.select(wanted)
+
+
+def check_columns(path: Path | str, found: pa.Schema, schema: pa.Schema, wanted: Sequence[str]) -> None:
+    """Check names and types only; see `read_table` for the errors."""
+    for name in wanted:
+        if name not in found.names:
+            raise EarlError(f"{path}: column {name!r} is missing; the file has {', '.join(found.names)}")
+        expected, actual = schema.field(name).type, found.field(name).type
+        if not _compatible(actual, expected):
+            raise EarlError(f"{path}: column {name!r} has type {actual} where {expected} is expected")
+
+
+def _compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_unsigned_integer(expected) and pa.types.is_integer(actual):
+        return True
+    if pa.types.is_string(expected) and pa.types.is_large_string(actual):
+        return True
+    if pa.types.is_binary(expected) and pa.types.is_large_binary(actual):
+        return True
+    if pa.types.is_list(expected) and (pa.types.is_list(actual) or pa.types.is_large_list(actual)):
+        return _compatible(actual.value_type, expected.value_type)
+    if pa.types.is_struct(expected) and pa.types.is_struct(actual):
+        present = {field.name: field.type for field in actual}
+        return all(f.name in present and _compatible(present[f.name], f.type) for f in expected)
+    return actual == expected
+
+
+def _damaged_column(source: pq.ParquetFile, wanted: Sequence[str]) -> str:
+    for name in wanted:
+        try:
+            source.read(columns=[name])
+        except (pa.ArrowInvalid, OSError):
+            return name
+    return "?"
+
+
+def _check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray) -> None:
+    if not field.nullable and column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise EarlError(f"{path}: column {field.name!r} is null in row {row}, where a value is required")
+    leaves = column.combine_chunks()
+    while pa.types.is_list(leaves.type) or pa.types.is_large_list(leaves.type):
+        leaves = leaves.flatten()
+    if not pa.types.is_floating(leaves.type):
+        return
+    values = leaves.drop_null().to_numpy(zero_copy_only=False)
+    if not np.isfinite(values).all():
+        raise EarlError(
+            f"{path}: column {field.name!r} holds {values[~np.isfinite(values)][0]}; "
+            "every value must be finite. Run the stage that writes the file again"
+        )
+    limits = (field.metadata or {}).get(b"range")
+    if limits is not None and len(values):
+        low, high = json.loads(limits)
+        if values.min() < low or values.max() > high:
+            wrong = values[(values < low) | (values > high)][0]
+            raise EarlError(f"{path}: column {field.name!r} holds {wrong}, outside {low:g}..{high:g}")

@@ -1,0 +1,107 @@
+"""Where the files of a run lie: path arithmetic only, nothing here touches the disk.
+
+::
+
+    <run>/config.json
+    <run>/iterations/000012/{rollouts,scores}/0003.parquet
+    <run>/iterations/000012/train/{episodes.parquet,metrics.json}
+    <run>/iterations/000012/{policy,trainer}/
+    <run>/evaluations/<name>/000012{.rollouts,.scores,}.parquet and 000012.json
+    <run>/report.html
+
+Iteration ``i`` samples from the policy of iteration ``i - 1`` and writes policy ``i``; iteration 0 holds the
+starting policy alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def iteration_name(index: int) -> str:
+    """Return the folder name of an iteration: six digits, so that names sort as numbers do."""
+    return f"{index:06d}"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The files of one iteration."""
+
+    path: Path
+
+    @property
+    def index(self) -> int:
+        return int(self.path.name)
+
+    @property
+    def policy(self) -> Path:
+        """Folder of weights, configuration and tokenizer; loads in transformers and vLLM."""
+        return self.path / "policy"
+
+    @property
+    def trainer(self) -> Path:
+        """Folder with the optimizer state: what is needed to go on."""
+        return self.path / "trainer"
+
+    @property
+    def episodes(self) -> Path:
+        return self.path / "train" / "episodes.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        """Written last: an iteration is complete when this file and ``policy`` exist."""
+        return self.path / "train" / "metrics.json"
+
+    def rollouts(self, shard: int) -> Path:
+        return self.path / "rollouts" / f"{shard:04d}.parquet"
+
+    def scores(self, shard: int) -> Path:
+        return self.path / "scores" / f"{shard:04d}.parquet"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The files of one evaluation of one iteration's policy."""
+
+    folder: Path
+    index: int
+
+    @property
+    def rollouts(self) -> Path:
+        return self.folder / f"{iteration_name(self.index)}.rollouts.parquet"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / f"{iteration_name(self.index)}.scores.parquet"
+
+    @property
+    def table(self) -> Path:
+        return self.folder / f"{iteration_name(self.index)}.parquet"
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / f"{iteration_name(self.index)}.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run, ``<base_exp_dir>/<run_name>``."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def verification(self) -> Path:
+        return self.path / "verify.json"
+
+    def iteration(self, index: int) -> Iteration:
+        return Iteration(self.path / "iterations" / iteration_name(index))
+
+    def evaluation(self, name: str, index: int) -> Evaluation:
+        return Evaluation(self.path / "evaluations" / name, index)

@@ -1,0 +1,1 @@
+"""The stages: each a plain function from files and a configuration to files."""
