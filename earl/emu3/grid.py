@@ -1,0 +1,73 @@
+"""The grid constraint: which tokens may follow, as a pure function of position.
+
+With ``k`` tokens generated after the completion's ``img`` and an original of ``H`` x ``W`` visual tokens::
+
+    before img          text          (any id below the first visual one)
+    k mod (W+1) = W     eol
+    k = (W+1) H         eof, then eoi, then eos
+    otherwise           visual        (any visual id)
+
+Rollout engines constrain with `kind_at`, the learner finds the same kinds again with `kinds_of_completion`: a
+learner that normalises over another support than the sampler computes a wrong ratio.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from earl.emu3.vocabulary import Vocabulary
+
+TEXT, VISUAL, EOL, EOF, EOI, EOS = range(6)
+FIRST_FORCED = EOL
+"""Kinds from here on allow a single id: the token is forced, and its log-prob is 0."""
+
+
+def kind_at(k, height, width):
+    """Return the kind allowed at each position.
+
+    Args:
+        k: Number of tokens generated after ``img``, -1 before it; any shape, integers. NumPy array or torch tensor.
+        height: Rows H of the original's token grid; broadcasts with ``k``.
+        width: Columns W, likewise.
+
+    Returns:
+        Array of kinds in ``k``'s type and (broadcast) shape. After ``eos`` the kind stays EOS.
+    """
+    end = (width + 1) * height
+    inside = (k >= 0) * (k < end)
+    row_ends = inside * (k % (width + 1) == width)
+    # Arithmetic instead of branches: the same expression runs on NumPy arrays and on device tensors.
+    kind = inside * VISUAL + row_ends * (EOL - VISUAL)
+    after = (k - end).clip(0, 2)
+    return kind + (k >= end) * (EOF + after)
+
+
+def completion_length(height: int, width: int) -> int:
+    """Return the number of tokens after ``img``: the grid with its line ends, then eof, eoi and eos."""
+    return (width + 1) * height + 3
+
+
+def kinds_of_completion(token_ids: Sequence[int], grid: tuple[int, int], vocabulary: "Vocabulary") -> np.ndarray:
+    """Return int8 [L]: the kind that was allowed where each token of a completion was sampled."""
+    ids = np.asarray(token_ids)
+    found = np.flatnonzero(ids == vocabulary.img)
+    start = found[0] + 1 if len(found) else len(ids)
+    k = np.arange(len(ids)) - start
+    return np.where(k < 0, TEXT, kind_at(np.maximum(k, 0), *grid)).astype(np.int8)
+
+
+def forced_ids(vocabulary: "Vocabulary") -> dict[int, int]:
+    """Return the single allowed id of each forced kind."""
+    return {EOL: vocabulary.eol, EOF: vocabulary.eof, EOI: vocabulary.eoi, EOS: vocabulary.eos}
+
+
+def allowed_masks(vocabulary: "Vocabulary") -> np.ndarray:
+    """Return bool [6, vocabulary size]: row ``kind`` marks the ids that kind allows."""
+    masks = np.zeros((6, vocabulary.size), dtype=bool)
+    masks[TEXT, : vocabulary.first_visual] = True
+    masks[VISUAL, vocabulary.first_visual :] = True
+    for kind, token_id in forced_ids(vocabulary).items():
+        masks[kind, token_id] = True
+    return masks

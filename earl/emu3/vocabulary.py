@@ -1,0 +1,103 @@
+"""The vocabulary: text ids, special ids and the block of visual ids, resolved from the tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from earl.errors import EarlError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Names in Emu3's tokenizer of the roles in the image grammar.
+ROLES = {
+    "pad": "<|endoftext|>",
+    "bos": "<|extra_203|>",
+    "eos": "<|extra_204|>",
+    "boi": "<|image start|>",
+    "img": "<|image token|>",
+    "eoi": "<|image end|>",
+    "eol": "<|extra_200|>",
+    "eof": "<|extra_201|>",
+}
+
+
+def visual_token(index: int) -> str:
+    """Return the name of visual token ``index`` (a codebook index)."""
+    return f"<|visual token {index:06d}|>"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids by role. Text ids lie below ``first_visual``; visual token ``i`` is ``first_visual + i``."""
+
+    text: "Tokenizer"
+    pad: int
+    bos: int
+    eos: int
+    boi: int
+    img: int
+    eoi: int
+    eol: int
+    eof: int
+    first_visual: int
+    num_visual: int
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> "Vocabulary":
+        """Read ``tokenizer.json`` of a policy or tokenizer folder.
+
+        Raises:
+            EarlError: when the file is missing, a role's token is unknown, or the visual ids are not one block
+                that ends the vocabulary.
+        """
+        from tokenizers import Tokenizer
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise EarlError(f"{path}: does not exist; the folder needs the tokenizer of its policy beside the weights")
+        tokenizer = Tokenizer.from_file(str(path))
+        roles = {role: tokenizer.token_to_id(name) for role, name in ROLES.items()}
+        for role, token_id in roles.items():
+            if token_id is None:
+                raise EarlError(f"{path}: has no token {ROLES[role]!r} ({role}); it is not an Emu3 tokenizer")
+        first, count = _visual_block(tokenizer, path)
+        if max(roles.values()) >= first:
+            raise EarlError(f"{path}: a special token's id lies among the visual ids, which start at {first}")
+        return cls(text=tokenizer, first_visual=first, num_visual=count, **roles)
+
+    @property
+    def size(self) -> int:
+        """Number of ids: text and visual."""
+        return self.first_visual + self.num_visual
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a template text; special tokens written in it are recognised, none are added."""
+        return self.text.encode(text, add_special_tokens=False).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a user's text: what looks like a special token in it stays ordinary text."""
+        self.text.encode_special_tokens = True
+        try:
+            return self.encode(text)
+        finally:
+            self.text.encode_special_tokens = False
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        return self.text.decode(list(token_ids), skip_special_tokens=False)
+
+
+def _visual_block(tokenizer: "Tokenizer", path: Path) -> tuple[int, int]:
+    first = tokenizer.token_to_id(visual_token(0))
+    if first is None:
+        raise EarlError(f"{path}: has no token {visual_token(0)!r}; it is not an Emu3 tokenizer")
+    count = tokenizer.get_vocab_size(with_added_tokens=True) - first
+    last = tokenizer.token_to_id(visual_token(count - 1)) if count > 0 else None
+    if last != first + count - 1:
+        raise EarlError(
+            f"{path}: the visual tokens must be one block of ids that ends the vocabulary; "
+            f"{visual_token(0)!r} is {first}, and {visual_token(count - 1)!r} is {last}, not {first + count - 1}"
+        )
+    return first, count

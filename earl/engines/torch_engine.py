@@ -1,0 +1,226 @@
+"""Rollouts with PyTorch and transformers alone: a static key-value cache, batches of a fixed shape.
+
+A completion depends on its prompt, its seed and the batch it stands in, bit for bit: batches are cut at multiples
+of ``batch_size`` samples and the last one is filled up, so shards that begin at such a multiple change nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+from transformers import StaticCache
+
+from earl import runtime, seeds
+from earl.emu3 import grid as grid_rules
+from earl.emu3.checkpoint import load_policy
+from earl.emu3.vocabulary import Vocabulary
+from earl.engines import Completion, Request, SamplingParams
+from earl.errors import EarlError
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+
+class TorchEngine:
+    """See the module. ``constrained`` applies the grid constraint of `earl.emu3.grid`."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int, constrained: bool) -> None:
+        self.device, self.dtype = device, dtype
+        self.batch_size, self.constrained = batch_size, constrained
+        self.policy = None
+        self.vocabulary = None
+
+    @classmethod
+    def from_config(cls, config: "Config") -> "TorchEngine":
+        return cls(
+            device=runtime.prepare(config),
+            dtype=runtime.dtype(config),
+            batch_size=config.engine_batch_size,
+            constrained=config.emu3_use_logit_processor,
+        )
+
+    def load(self, policy: Path) -> None:
+        self.policy = load_policy(policy, self.dtype, self.device)
+        self.vocabulary = Vocabulary.from_folder(policy)
+        self.allowed = self._allowed_table()
+
+    def _allowed_table(self) -> torch.Tensor:
+        """Return bool [6, model vocabulary]: the allowed ids by kind; without the constraint all ids, always."""
+        masks = torch.from_numpy(grid_rules.allowed_masks(self.vocabulary))
+        if not self.constrained:
+            masks = torch.ones_like(masks)
+        # A model may have more ids than its tokenizer, for alignment; those are never sampled.
+        table = torch.zeros(len(masks), self.policy.config.vocab_size, dtype=torch.bool)
+        table[:, : self.vocabulary.size] = masks
+        return table.to(self.device)
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        total = sum(len(request.seeds) for request in requests)
+        completions: list[list[Completion]] = []
+        with tqdm(total=total, desc="generate", unit="completion", mininterval=2) as progress:
+            for batch in _batches(requests, self.batch_size):
+                completions.extend(self._generate_batch(batch, params))
+                progress.update(sum(len(request.seeds) for request in batch))
+        return completions
+
+    def _generate_batch(self, batch: list[Request], params: SamplingParams) -> list[list[Completion]]:
+        samples = len(batch[0].seeds)
+        wanted = len(batch)
+        batch = batch + [batch[-1]] * (self.batch_size // samples - wanted)
+        hidden, cache, state = self._prefill(batch, params.max_tokens)
+        noise = _uniform_noise(batch, params.max_tokens, self.device)
+        tokens, logprobs = self._decode(hidden, cache, state, noise, params)
+        flat = [
+            _completion(row_tokens, row_logprobs, self.vocabulary.eos)
+            for row_tokens, row_logprobs in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        ]
+        return [flat[i * samples : (i + 1) * samples] for i in range(wanted)]
+
+    def _prefill(self, batch: list[Request], max_tokens: int) -> tuple[torch.Tensor, StaticCache, "_State"]:
+        """Run each prompt once and copy its cache to its samples; prompts are padded on the left."""
+        samples = len(batch[0].seeds)
+        lengths = torch.tensor([len(request.prompt_token_ids) for request in batch])
+        width = int(lengths.max())
+        ids = torch.full((len(batch), width), self.vocabulary.pad)
+        for row, request in enumerate(batch):
+            ids[row, width - lengths[row] :] = torch.as_tensor(request.prompt_token_ids)
+        valid = torch.arange(width) >= (width - lengths)[:, None]
+        capacity = width + max_tokens
+        # A padded query may see itself alone, since a row of the softmax must not be empty.
+        mask = torch.zeros(len(batch), 1, width, capacity, dtype=torch.bool)
+        mask[:, 0, :, :width] = (valid[:, None, :] & torch.ones(width, width).tril().bool()) | torch.eye(width).bool()
+        positions = (torch.arange(width) - (width - lengths)[:, None]).clamp_min(0)
+        cache = StaticCache(self.policy.config, max_cache_len=capacity)
+        hidden = self._forward(ids.to(self.device), positions.to(self.device), mask.to(self.device), cache)
+        rows = torch.arange(len(batch)).repeat_interleave(samples).to(self.device)
+        cache.reorder_cache(rows)
+        state = _State(
+            visible=torch.cat([valid, torch.ones(len(batch), max_tokens, dtype=torch.bool)], 1).to(self.device)[rows],
+            filled=width,
+            next_position=lengths.to(self.device)[rows],
+            grid=torch.tensor([request.grid for request in batch], device=self.device)[rows],
+        )
+        return hidden[rows], cache, state
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: StaticCache
+    ) -> torch.Tensor:
+        """Return the hidden state of the last position, [rows, width]."""
+        output = self.policy.model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state[:, -1]
+
+    def _decode(
+        self, hidden: torch.Tensor, cache: StaticCache, state: "_State", noise: torch.Tensor, params: SamplingParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and log-probs, [rows, max_tokens]; what follows ``eos`` is padding."""
+        rows = len(hidden)
+        vocabulary = self.vocabulary
+        tokens = torch.full((rows, params.max_tokens), vocabulary.pad, device=self.device)
+        logprobs = torch.zeros(rows, params.max_tokens, device=self.device)
+        since_img = torch.full((rows,), -1, device=self.device)
+        done = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        seen = torch.arange(state.visible.shape[1], device=self.device)
+        for step in range(params.max_tokens):
+            kind = grid_rules.kind_at(since_img, state.grid[:, 0], state.grid[:, 1])
+            logits = self.policy.lm_head(hidden).float().masked_fill(~self.allowed[kind], -torch.inf)
+            token, logprob = sample(logits, noise[:, step], params)
+            token = torch.where(done, vocabulary.pad, token)
+            tokens[:, step] = token
+            logprobs[:, step] = torch.where(done, 0.0, logprob)
+            since_img = torch.where(since_img >= 0, since_img + 1, (token == vocabulary.img).int() - 1)
+            done |= token == vocabulary.eos
+            # The host looks at `done` once in 16 tokens, so that a GPU is not held up at every one.
+            if step + 1 == params.max_tokens or (step % 16 == 15 and bool(done.all())):
+                break
+            mask = (state.visible & (seen <= state.filled + step))[:, None, None, :]
+            hidden = self._forward(token[:, None], (state.next_position + step)[:, None], mask, cache)
+        return tokens, logprobs
+
+
+class _State:
+    """What decoding needs to know of the prefill, by row (one a sample)."""
+
+    def __init__(
+        self, visible: torch.Tensor, filled: int, next_position: torch.Tensor, grid: torch.Tensor
+    ) -> None:
+        self.visible, self.filled = visible, filled
+        self.next_position, self.grid = next_position, grid
+
+
+def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Cut requests into batches of ``batch_size`` samples.
+
+    Raises:
+        EarlError: when the number of samples differs between requests or does not divide the batch size.
+    """
+    counts = {len(request.seeds) for request in requests}
+    if len(counts) > 1:
+        raise EarlError(f"the torch engine wants equally many samples of every prompt, not {sorted(counts)}")
+    for samples in counts:
+        if batch_size % samples:
+            raise EarlError(
+                f"engine_batch_size is {batch_size}, which is no multiple of the {samples} samples of a prompt; "
+                f"set it to a multiple of {samples}"
+            )
+        step = batch_size // samples
+        for start in range(0, len(requests), step):
+            yield list(requests[start : start + step])
+
+
+def _uniform_noise(batch: Sequence[Request], max_tokens: int, device: torch.device) -> torch.Tensor:
+    """Return float64 [rows, max_tokens] in [0, 1): each row from its own seed."""
+    rows = [
+        torch.from_numpy(seeds.generator("tokens", seed).random(max_tokens)) for request in batch for seed in request.seeds
+    ]
+    return torch.stack(rows).to(device)
+
+
+def sample(logits: torch.Tensor, noise: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: float32 [rows, ids], -inf where an id is not allowed.
+        noise: float64 [rows], uniform in [0, 1).
+        params: Temperature and truncation.
+
+    Returns:
+        Token ids, int64 [rows], and their log-probs, float32 [rows], under the distribution drawn from.
+    """
+    if params.temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
+    logprobs = truncate(torch.log_softmax(logits / params.temperature, -1), params)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    total = cumulative[:, -1]
+    # Strictly below the total, or rounding could point past the last id that has any probability.
+    threshold = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(cumulative, threshold[:, None], right=True)
+    return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+
+def truncate(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Return log-probs [rows, ids] restricted to the top k, then to the top p, and normalised again."""
+    if params.top_k <= 0 and params.top_p >= 1:
+        return logprobs
+    ordered, order = logprobs.sort(-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if params.top_k > 0:
+        keep[:, params.top_k :] = False
+        ordered = torch.log_softmax(ordered.masked_fill(~keep, -torch.inf), -1)
+    if params.top_p < 1:
+        probabilities = ordered.double().exp()
+        # An id stays while the ids before it have not reached top_p yet, so the likeliest one always stays.
+        keep &= probabilities.cumsum(-1) - probabilities < params.top_p
+    kept = torch.zeros_like(keep).scatter(-1, order, keep)
+    return torch.log_softmax(logprobs.masked_fill(~kept, -torch.inf), -1)
+
+
+def _completion(tokens: list[int], logprobs: list[float], eos: int) -> Completion:
+    if eos in tokens:
+        end = tokens.index(eos) + 1
+        return Completion(tokens[:end], logprobs[:end], "stop")
+    return Completion(tokens, logprobs, "length")

@@ -1,0 +1,194 @@
+"""Generate: sample completions from a policy and decode them to images. Writes facts only, no reward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from earl import code_version, engines, runtime, seeds
+from earl.config.freeze import config_digest
+from earl.config.paths import resolve
+from earl.data import mixing
+from earl.data.tokenised import Example, open_dataset
+from earl.emu3 import checkpoint, sequence, vision
+from earl.emu3.vocabulary import Vocabulary
+from earl.errors import EarlError
+from earl.files import images, manifest, tables
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which prompts to sample, how, and under which names."""
+
+    name: str
+    """Prefix of the group ids, and the place of the draws in the run's randomness."""
+    examples: list[tuple[int, Example]]
+    """Index of each prompt within the iteration, and its example."""
+    samples: int
+    params: engines.SamplingParams
+
+
+def run(config: "Config", iteration: int, shard: int, policy: Path, out: Path) -> None:
+    """Write one shard of an iteration's rollouts.
+
+    Args:
+        config: The run's resolved configuration.
+        iteration: From 1 on; sets which prompts are drawn and every sample's seed.
+        shard: From 0 to ``rollout_shards - 1``. Groups never straddle shards.
+        policy: The policy to sample from, that of the iteration before.
+        out: The Parquet file to write, schema `earl.files.tables.ROLLOUTS`.
+    """
+    drawn = _draw(config, iteration)
+    wanted = shard_slice(len(drawn), config.rollout_shards, shard, config.engine_batch_size // config.generations_per_sample)
+    datasets = [open_dataset(resolve(config, path)) for path in config.train_paths_file]
+    params = engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens)
+    plan = Plan(
+        name=f"{iteration:06d}",
+        examples=[(index, datasets[drawn[index][0]][drawn[index][1]]) for index in wanted],
+        samples=config.generations_per_sample,
+        params=params,
+    )
+    _sample_and_write(config, plan, policy, out, {"iteration": str(iteration), "shard": str(shard)})
+
+
+def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, out: Path) -> None:
+    """Write the rollouts of a held-out evaluation of the policy of ``iteration``.
+
+    The prompts and every seed depend on the evaluation's name alone, so that policies are compared on equal draws.
+    """
+    if name not in config.evaluations:
+        raise EarlError(f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}")
+    wanted = config.evaluations[name]
+    datasets = [open_dataset(resolve(config, path)) for path in config.val_paths_file]
+    mixture = mixing.mixture([len(d) for d in datasets], config.val_coefficients, config.random_seed)
+    drawn = mixing.prompts(mixture, config.random_seed, 0, wanted.prompts)
+    plan = Plan(
+        name=name,
+        examples=[(index, datasets[dataset][row]) for index, (dataset, row) in enumerate(drawn)],
+        samples=wanted.samples_per_prompt,
+        params=engines.SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, config.max_response_tokens),
+    )
+    _sample_and_write(config, plan, policy, out, {"evaluation": name, "iteration": str(iteration)})
+
+
+def _draw(config: "Config", iteration: int) -> list[tuple[int, int]]:
+    datasets = [open_dataset(resolve(config, path)) for path in config.train_paths_file]
+    mixture = mixing.mixture([len(d) for d in datasets], config.coefficients, config.random_seed)
+    count = config.episodes_per_iteration // config.generations_per_sample
+    return mixing.prompts(mixture, config.random_seed, iteration, count)
+
+
+def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:
+    """Return the prompts of a shard: whole engine batches, so that the cut between shards changes no batch.
+
+    Raises:
+        EarlError: when there are more shards than batches.
+    """
+    batches = -(-prompts // prompts_per_batch)
+    if shards > batches:
+        raise EarlError(
+            f"rollout_shards is {shards}, but {prompts} prompts make only {batches} engine batches of "
+            f"{prompts_per_batch}; lower rollout_shards or engine_batch_size"
+        )
+    if not 0 <= shard < shards:
+        raise EarlError(f"shard {shard} does not exist; rollout_shards is {shards}, so shards are 0..{shards - 1}")
+    start, stop = (edge * batches // shards * prompts_per_batch for edge in (shard, shard + 1))
+    return range(start, min(stop, prompts))
+
+
+def _sample_and_write(config: "Config", plan: Plan, policy: Path, out: Path, where: dict[str, str]) -> None:
+    device = runtime.prepare(config)
+    vocabulary = Vocabulary.from_folder(policy)
+    requests = [_request(config, plan, index, example, vocabulary) for index, example in plan.examples]
+    engine = engines.get(config)
+    engine.load(policy)
+    completions = engine.generate(requests, plan.params)
+    vision_tokenizer = checkpoint.load_vision_tokenizer(resolve(config, config.vision_tokenizer_path), device)
+    columns = _columns(plan, requests, completions, vocabulary)
+    columns |= _image_columns(plan, completions, vocabulary, vision_tokenizer)
+    metadata = {
+        "run": config.run_name,
+        **where,
+        "policy_digest": manifest.digest_folder(policy),
+        "config_digest": config_digest(config),
+        "code_version": code_version(),
+    }
+    tables.write_table(out, tables.ROLLOUTS, columns, metadata, largest_token=vocabulary.size - 1)
+
+
+def _request(
+    config: "Config", plan: Plan, index: int, example: Example, vocabulary: Vocabulary
+) -> engines.Request:
+    prompt = sequence.prompt_ids(example.original_tokens, example.instruction, config.assistant_prefill, vocabulary)
+    room = min(config.max_prompt_len, config.model_context_size - plan.params.max_tokens)
+    if len(prompt) > room:
+        raise EarlError(
+            f"dataset {example.dataset!r}, example {example.example_id!r}: the prompt has {len(prompt)} tokens where "
+            f"{room} fit (max_prompt_len {config.max_prompt_len}, model_context_size {config.model_context_size} less "
+            f"max_response_tokens {plan.params.max_tokens}); raise the limit or leave the example out"
+        )
+    place = ("rollout", config.random_seed, plan.name, index)
+    return engines.Request(
+        prompt_token_ids=prompt,
+        grid=example.original_tokens.shape,
+        seeds=[seeds.seed(*place, sample) for sample in range(plan.samples)],
+    )
+
+
+def _columns(
+    plan: Plan,
+    requests: Sequence[engines.Request],
+    completions: Sequence[Sequence[engines.Completion]],
+    vocabulary: Vocabulary,
+) -> dict[str, list]:
+    columns: dict[str, list] = {name: [] for name in tables.ROLLOUTS.names}
+    for (index, example), request, samples in zip(plan.examples, requests, completions, strict=True):
+        for sample, completion in enumerate(samples):
+            group = f"{plan.name}-{index:04d}"
+            columns["episode_id"].append(f"{group}-{sample:02d}")
+            columns["group_id"].append(group)
+            columns["sample_index"].append(sample)
+            columns["prompt_token_ids"].append(request.prompt_token_ids)
+            columns["completion_token_ids"].append(completion.token_ids)
+            columns["behavior_logprobs"].append(completion.logprobs)
+            columns["finish_reason"].append(completion.finish_reason)
+            columns["completion_text"].append(sequence.completion_text(completion.token_ids, vocabulary))
+            for name in ("dataset", "example_id", "task", "instruction"):
+                columns[name].append(getattr(example, name))
+    return columns
+
+
+def _image_columns(
+    plan: Plan,
+    completions: Sequence[Sequence[engines.Completion]],
+    vocabulary: Vocabulary,
+    vision_tokenizer: object,
+) -> dict[str, list]:
+    """Return the columns original, target and edited; images that the data do not hold are decoded from tokens."""
+
+    def decoded(grids: list) -> list[bytes | None]:
+        known = [index for index, grid in enumerate(grids) if grid is not None]
+        pixels = vision.decode(vision_tokenizer, [grids[index] for index in known])
+        found: list[bytes | None] = [None] * len(grids)
+        for index, image in zip(known, pixels, strict=True):
+            found[index] = images.encode(image)
+        return found
+
+    examples = [example for _, example in plan.examples]
+    originals = decoded([e.original_tokens if e.original is None else None for e in examples])
+    targets = decoded([e.target_tokens if e.target is None else None for e in examples])
+    edited = decoded(
+        [sequence.parse_completion(c.token_ids, vocabulary) for samples in completions for c in samples]
+    )
+    by_prompt = [
+        (images.struct(e.original or original), images.struct(e.target or target))
+        for e, original, target in zip(examples, originals, targets, strict=True)
+    ]
+    return {
+        "original": [pair[0] for pair in by_prompt for _ in range(plan.samples)],
+        "target": [pair[1] for pair in by_prompt for _ in range(plan.samples)],
+        "edited": [images.struct(data) for data in edited],
+    }
