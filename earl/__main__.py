@@ -1,0 +1,5 @@
+"""``python -m earl``."""
+
+from earl.cli import main
+
+main()

@@ -1,0 +1,213 @@
+"""The command line: one command a stage. Parses arguments, calls the stage, prints errors for people.
+
+Stages are imported when they are called, so that ``--help`` answers at once.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from earl.errors import EarlError
+
+app = typer.Typer(
+    help="Reinforcement learning for autoregressive image editing, one stage a command.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Show and freeze configurations.", no_args_is_help=True)
+shapes_app = typer.Typer(help="The embedded synthetic world of shapes.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(shapes_app, name="shapes")
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="The run's resolved configuration, <run>/config.json.")]
+RunFolder = Annotated[Path, typer.Option("--run", help="The run's folder, <base_exp_dir>/<run_name>.")]
+IterationIndex = Annotated[int, typer.Option("--iteration", min=0, help="Index of the iteration.")]
+Output = Annotated[Path, typer.Option("--out", help="What to write; it appears only once it is complete.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="field=value, the value as JSON or plain text; may be repeated.")
+]
+
+
+@config_app.command("show")
+def config_show(
+    file: Annotated[Path, typer.Argument(help="A .jsonnet file, for example config/demo.jsonnet.")],
+    overrides: Overrides = None,
+) -> None:
+    """Print the resolved configuration and where each value came from."""
+    from earl.config import load
+
+    typer.echo(load.show(load.load(file, load.parse_overrides(overrides or []))))
+
+
+@config_app.command("freeze")
+def config_freeze(
+    file: Annotated[Path, typer.Argument(help="A .jsonnet file.")],
+    run_config: Annotated[Path, typer.Argument(help="The <run>/config.json to write.")],
+    overrides: Overrides = None,
+    accept_changes: Annotated[bool, typer.Option(help="Replace a frozen configuration that differs.")] = False,
+) -> None:
+    """Write the resolved configuration into a run folder, or stop with what differs from the one there."""
+    from earl.config import freeze, load
+
+    loaded = load.load(file, load.parse_overrides(overrides or []))
+    freeze.write(loaded.config, run_config, accept_changes=accept_changes)
+
+
+@shapes_app.command("raw")
+def shapes_raw(
+    out: Output,
+    count: Annotated[int, typer.Option(min=1, help="Number of pairs.")],
+    seed: Annotated[int, typer.Option(help="Seed; disjoint seeds give disjoint pairs.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks, all by default.")] = "",
+) -> None:
+    """Write pairs of images with instructions as a raw Parquet file."""
+    from earl.shapes import dataset
+
+    dataset.write_raw(out, count=count, seed=seed, tasks=tuple(tasks.split(",")) if tasks else None)
+
+
+@shapes_app.command("policy")
+def shapes_policy(out: Output, seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0) -> None:
+    """Write a tiny Emu3 policy with random weights and its tokenizer."""
+    from earl.shapes import policy
+
+    policy.write_policy(out, seed=seed)
+
+
+@app.command()
+def tokenise(
+    config: ConfigFile,
+    dataset: Annotated[str, typer.Option(help="Name in the configuration's raw_datasets.")],
+    raw: Annotated[Path, typer.Option(help="Raw Parquet file with original and edited images.")],
+    out: Output,
+) -> None:
+    """Turn raw image pairs into tokenised Parquet shards."""
+    from earl.config.load import read
+    from earl.stages import tokenise as stage
+
+    stage.run(read(config), dataset, raw, out)
+
+
+@app.command()
+def sft(config: ConfigFile, out: Output) -> None:
+    """Warm-start a policy by supervised fine-tuning."""
+    from earl.config.load import read
+    from earl.stages import sft as stage
+
+    stage.run(read(config), out)
+
+
+@app.command()
+def generate(
+    config: ConfigFile,
+    iteration: IterationIndex,
+    policy: Annotated[Path, typer.Option(help="Folder of the policy to sample from.")],
+    out: Output,
+    shard: Annotated[int | None, typer.Option(min=0, help="Shard of the iteration's prompts.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="Name of a held-out evaluation, instead of --shard.")] = None,
+) -> None:
+    """Sample completions from a policy and decode them to images."""
+    if (shard is None) == (evaluation is None):
+        raise EarlError("give either --shard, for an iteration's rollouts, or --evaluation, for held-out prompts")
+    from earl.config.load import read
+    from earl.stages import generate as stage
+
+    if evaluation is not None:
+        stage.run_evaluation(read(config), evaluation, iteration, policy, out)
+    else:
+        stage.run(read(config), iteration, shard, policy, out)
+
+
+@app.command()
+def score(
+    config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")], out: Output
+) -> None:
+    """Ask the judge about rollouts."""
+    from earl.config.load import read
+    from earl.stages import score as stage
+
+    stage.run(read(config), rollouts, out)
+
+
+@app.command()
+def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None:
+    """Derive rewards and advantages from the scores and take one optimizer step."""
+    from earl.config.load import read
+    from earl.stages import train as stage
+
+    stage.run(read(config), run, iteration)
+
+
+@app.command()
+def restore(run: RunFolder, iteration: IterationIndex) -> None:
+    """Bring back a dropped policy by training again over the stored scores."""
+    from earl.stages import restore as stage
+
+    stage.run(run, iteration)
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    name: Annotated[str, typer.Option(help="Name of the evaluation.")],
+    iteration: IterationIndex,
+    rollouts: Annotated[Path, typer.Option(help="Its rollouts.")],
+    scores: Annotated[Path, typer.Option(help="Their scores.")],
+    out: Output,
+) -> None:
+    """Join rollouts and scores of a held-out evaluation and summarise them."""
+    from earl.config.load import read
+    from earl.stages import evaluate as stage
+
+    stage.run(read(config), name, iteration, rollouts, scores, out)
+
+
+@app.command()
+def report(run: RunFolder, out: Output) -> None:
+    """Write the run's report, one self-contained HTML file."""
+    from earl.stages import report as stage
+
+    stage.run(run, out)
+
+
+@app.command()
+def verify(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Also write the findings as JSON.")] = None,
+    deep: Annotated[bool, typer.Option(help="Hash every file again instead of trusting recorded digests.")] = False,
+) -> None:
+    """Check that every file of a run was made from the files it claims."""
+    from earl import runs
+
+    runs.verify(run, out, deep=deep)
+
+
+@app.command()
+def prune(run: RunFolder) -> None:
+    """Drop checkpoints that the configuration does not keep."""
+    from earl import runs
+
+    runs.prune(run)
+
+
+@app.command()
+def status(run: RunFolder) -> None:
+    """Print how far a run is and which checkpoints it holds."""
+    from earl import runs
+
+    typer.echo(runs.status(run))
+
+
+def main() -> None:
+    """Run the command line; mistakes that a user can mend end in one line and status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except EarlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
