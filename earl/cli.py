@@ -124,9 +124,7 @@ def generate(
 
 
 @app.command()
-def score(
-    config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")], out: Output
-) -> None:
+def score(config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")], out: Output) -> None:
     """Ask the judge about rollouts."""
     from earl.config.load import read
     from earl.stages import score as stage

@@ -70,9 +70,7 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
 
     folder = _checked(folder)
     try:
-        model = Emu3VQVAE.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        model = Emu3VQVAE.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise EarlError(f"{folder}: does not load as Emu3VQVAE ({error})") from error
     return model.to(device).eval()

@@ -123,4 +123,3 @@ def completion_text(token_ids: Sequence[int], vocabulary: Vocabulary) -> str:
     ids = list(token_ids)
     stop = ids.index(vocabulary.img) if vocabulary.img in ids else len(ids)
     return vocabulary.decode([token for token in ids[:stop] if token < vocabulary.first_visual])
-

@@ -145,9 +145,7 @@ class TorchEngine:
 class _State:
     """What decoding needs to know of the prefill, by row (one a sample)."""
 
-    def __init__(
-        self, visible: torch.Tensor, filled: int, next_position: torch.Tensor, grid: torch.Tensor
-    ) -> None:
+    def __init__(self, visible: torch.Tensor, filled: int, next_position: torch.Tensor, grid: torch.Tensor) -> None:
         self.visible, self.filled = visible, filled
         self.next_position, self.grid = next_position, grid
 
@@ -175,7 +173,9 @@ def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Requ
 def _uniform_noise(batch: Sequence[Request], max_tokens: int, device: torch.device) -> torch.Tensor:
     """Return float64 [rows, max_tokens] in [0, 1): each row from its own seed."""
     rows = [
-        torch.from_numpy(seeds.generator("tokens", seed).random(max_tokens)) for request in batch for seed in request.seeds
+        torch.from_numpy(seeds.generator("tokens", seed).random(max_tokens))
+        for request in batch
+        for seed in request.seeds
     ]
     return torch.stack(rows).to(device)
 

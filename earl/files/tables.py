@@ -146,7 +146,8 @@ def write_table(
         EarlError: when a column is missing, does not convert to its type, or the system refuses the write.
     """
     leaf = smallest_unsigned(largest_token)
-    fields = [field.with_type(_narrowed(field.type, leaf)) for field in schema]
+    # Stored as nullable: `datasets` takes an image column for a plain struct otherwise. The reader checks for nulls.
+    fields = [field.with_type(_narrowed(field.type, leaf)).with_nullable(True) for field in schema]
     arrays = []
     for field in fields:
         try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import code_version, engines, runtime, seeds
+from earl import code_version, engines, layout, runtime, seeds
 from earl.config.freeze import config_digest
 from earl.config.paths import resolve
 from earl.data import mixing
@@ -41,15 +41,20 @@ def run(config: "Config", iteration: int, shard: int, policy: Path, out: Path) -
         policy: The policy to sample from, that of the iteration before.
         out: The Parquet file to write, schema `earl.files.tables.ROLLOUTS`.
     """
-    drawn = _draw(config, iteration)
-    wanted = shard_slice(len(drawn), config.rollout_shards, shard, config.engine_batch_size // config.generations_per_sample)
-    datasets = [open_dataset(resolve(config, path)) for path in config.train_paths_file]
-    params = engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens)
+    wanted = shard_slice(
+        config.prompts_per_iteration,
+        config.rollout_shards,
+        shard,
+        max(1, config.engine_batch_size // config.generations_per_sample),
+    )
+    examples = _draw(
+        config, config.train_paths_file, config.coefficients, iteration, config.prompts_per_iteration, wanted
+    )
     plan = Plan(
-        name=f"{iteration:06d}",
-        examples=[(index, datasets[drawn[index][0]][drawn[index][1]]) for index in wanted],
+        name=layout.iteration_name(iteration),
+        examples=examples,
         samples=config.generations_per_sample,
-        params=params,
+        params=engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens),
     )
     _sample_and_write(config, plan, policy, out, {"iteration": str(iteration), "shard": str(shard)})
 
@@ -60,25 +65,29 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
     The prompts and every seed depend on the evaluation's name alone, so that policies are compared on equal draws.
     """
     if name not in config.evaluations:
-        raise EarlError(f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}")
+        raise EarlError(
+            f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}"
+        )
     wanted = config.evaluations[name]
-    datasets = [open_dataset(resolve(config, path)) for path in config.val_paths_file]
-    mixture = mixing.mixture([len(d) for d in datasets], config.val_coefficients, config.random_seed)
-    drawn = mixing.prompts(mixture, config.random_seed, 0, wanted.prompts)
     plan = Plan(
         name=name,
-        examples=[(index, datasets[dataset][row]) for index, (dataset, row) in enumerate(drawn)],
+        examples=_draw(
+            config, config.val_paths_file, config.val_coefficients, 0, wanted.prompts, range(wanted.prompts)
+        ),
         samples=wanted.samples_per_prompt,
         params=engines.SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, config.max_response_tokens),
     )
     _sample_and_write(config, plan, policy, out, {"evaluation": name, "iteration": str(iteration)})
 
 
-def _draw(config: "Config", iteration: int) -> list[tuple[int, int]]:
-    datasets = [open_dataset(resolve(config, path)) for path in config.train_paths_file]
-    mixture = mixing.mixture([len(d) for d in datasets], config.coefficients, config.random_seed)
-    count = config.episodes_per_iteration // config.generations_per_sample
-    return mixing.prompts(mixture, config.random_seed, iteration, count)
+def _draw(
+    config: "Config", paths: Sequence[str], coefficients: Sequence[float], iteration: int, count: int, wanted: range
+) -> list[tuple[int, Example]]:
+    """Draw ``count`` prompts for an iteration and read those that are ``wanted``."""
+    datasets = [open_dataset(resolve(config, path)) for path in paths]
+    mixture = mixing.mixture([len(dataset) for dataset in datasets], coefficients, config.random_seed)
+    drawn = mixing.prompts(mixture, config.random_seed, iteration, count)
+    return [(index, datasets[drawn[index][0]][drawn[index][1]]) for index in wanted]
 
 
 def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:
@@ -119,16 +128,16 @@ def _sample_and_write(config: "Config", plan: Plan, policy: Path, out: Path, whe
     tables.write_table(out, tables.ROLLOUTS, columns, metadata, largest_token=vocabulary.size - 1)
 
 
-def _request(
-    config: "Config", plan: Plan, index: int, example: Example, vocabulary: Vocabulary
-) -> engines.Request:
+def _request(config: "Config", plan: Plan, index: int, example: Example, vocabulary: Vocabulary) -> engines.Request:
     prompt = sequence.prompt_ids(example.original_tokens, example.instruction, config.assistant_prefill, vocabulary)
-    room = min(config.max_prompt_len, config.model_context_size - plan.params.max_tokens)
+    room = config.model_context_size - plan.params.max_tokens
+    if config.max_prompt_len is not None:
+        room = min(room, config.max_prompt_len)
     if len(prompt) > room:
         raise EarlError(
             f"dataset {example.dataset!r}, example {example.example_id!r}: the prompt has {len(prompt)} tokens where "
-            f"{room} fit (max_prompt_len {config.max_prompt_len}, model_context_size {config.model_context_size} less "
-            f"max_response_tokens {plan.params.max_tokens}); raise the limit or leave the example out"
+            f"{room} fit (max_prompt_len is {config.max_prompt_len}, model_context_size {config.model_context_size} "
+            f"with max_response_tokens {plan.params.max_tokens}); raise the limit or leave the example out"
         )
     place = ("rollout", config.random_seed, plan.name, index)
     return engines.Request(
@@ -180,9 +189,7 @@ def _image_columns(
     examples = [example for _, example in plan.examples]
     originals = decoded([e.original_tokens if e.original is None else None for e in examples])
     targets = decoded([e.target_tokens if e.target is None else None for e in examples])
-    edited = decoded(
-        [sequence.parse_completion(c.token_ids, vocabulary) for samples in completions for c in samples]
-    )
+    edited = decoded([sequence.parse_completion(c.token_ids, vocabulary) for samples in completions for c in samples])
     by_prompt = [
         (images.struct(e.original or original), images.struct(e.target or target))
         for e, original, target in zip(examples, originals, targets, strict=True)
