@@ -1,0 +1,90 @@
+"""From what the judge said to one reward an episode. Plain Python: no torch, no files.
+
+Rewards live here, in the train stage, and not with the judge: `reward_final_reward` can then be changed and only
+training reruns.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from earl.errors import EarlError
+
+SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts")
+FINAL_REWARDS = {
+    "viescore": SUB_SCORES,
+    "ground_score": ("ground_score",),
+    "sqrt(viescore_pqxground_score)": ("naturalness", "artifacts", "ground_score"),
+}
+JUDGEMENT_FAILED = "judgement failed"
+
+
+def viescore(scores: Mapping[str, float]) -> float:
+    """VIEScore overall, 0..10: sqrt(min(SC) * min(PQ)) (Ku et al. 2023, arXiv:2312.14867).
+
+    SC = (edit_success, overedit; 10 = minimal overediting), PQ = (naturalness, artifacts; 10 = none).
+    """
+    return math.sqrt(_semantic_consistency(scores) * _perceptual_quality(scores))
+
+
+def _semantic_consistency(scores: Mapping[str, float]) -> float:
+    return min(scores["edit_success"], scores["overedit"])
+
+
+def _perceptual_quality(scores: Mapping[str, float]) -> float:
+    return min(scores["naturalness"], scores["artifacts"])
+
+
+def final_reward(scores: Mapping[str, Any], which: str) -> float:
+    """Reward 0..10 of a judged episode by the option `reward_final_reward`.
+
+    Args:
+        scores: the sub-scores, 0..10 each; only those the option needs have to be there.
+        which: "viescore", "ground_score" or "sqrt(viescore_pqxground_score)" = sqrt(min(PQ) * ground_score).
+
+    Raises:
+        EarlError: unknown option; a sub-score that the option needs is missing, not a number or outside 0..10.
+    """
+    if which not in FINAL_REWARDS:
+        raise EarlError(f"reward_final_reward: unknown option {which!r}; known: {', '.join(FINAL_REWARDS)}")
+    for name in FINAL_REWARDS[which]:
+        _check_score(name, scores.get(name), which)
+    if which == "viescore":
+        return viescore(scores)
+    if which == "ground_score":
+        return float(scores["ground_score"])
+    return math.sqrt(_perceptual_quality(scores) * scores["ground_score"])
+
+
+def _check_score(name: str, value: Any, which: str) -> None:
+    if value is None:
+        raise EarlError(f"score {name} is missing, and reward_final_reward={which!r} needs it; score again with it")
+    if not 0.0 <= value <= 10.0:
+        raise EarlError(f"score {name} is {value}, outside 0..10; run the score stage again")
+
+
+def episode_reward(episode: Mapping[str, Any], which: str) -> float | None:
+    """Reward of one episode, or None where it cannot be known because the judgement failed.
+
+    An episode that did not stop by itself, or whose completion holds no decodable image, earns 0: that is the
+    policy's doing. A failed judgement is not, so no reward is made up for it.
+
+    Args:
+        episode: `finish_reason` of the rollout, `status` of its score ("ok", "failed", "no_image"), the sub-scores.
+    """
+    if episode["finish_reason"] != "stop" or episode["status"] == "no_image":
+        return 0.0
+    if episode["status"] == "failed":
+        return None
+    return final_reward(episode, which)
+
+
+def check_failed_fraction(failed: int, episodes: int, limit: float, where: str) -> float:
+    """Fraction of episodes whose judgement failed; EarlError with the figures where it is above `limit`."""
+    fraction = failed / episodes
+    if fraction > limit:
+        raise EarlError(
+            f"{where}: the judge failed on {failed} of {episodes} episodes ({fraction:.1%}), more than "
+            f"max_failed_fraction = {limit}; look at the column raw, mend the judge and run the score stage again"
+        )
+    return fraction
