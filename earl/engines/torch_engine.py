@@ -206,7 +206,7 @@ def truncate(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Return log-probs [rows, ids] restricted to the top k, then to the top p, and normalised again."""
     if params.top_k <= 0 and params.top_p >= 1:
         return logprobs
-    ordered, order = logprobs.sort(-1, descending=True, stable=True)
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if params.top_k > 0:
         keep[:, params.top_k :] = False
