@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from earl import processes
 from earl.errors import EarlError
 
 app = typer.Typer(
@@ -174,36 +175,76 @@ def report(run: RunFolder, out: Output) -> None:
 
 
 @app.command()
+def start(run: RunFolder, policy: Annotated[Path, typer.Option(help="Folder of the starting policy.")]) -> None:
+    """Link a run's starting policy as its iteration 0."""
+    from earl import runs
+    from earl.layout import Run
+
+    runs.start(Run(run), policy)
+
+
+@app.command()
 def verify(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="Also write the findings as JSON.")] = None,
     deep: Annotated[bool, typer.Option(help="Hash every file again instead of trusting recorded digests.")] = False,
 ) -> None:
-    """Check that every file of a run was made from the files it claims."""
-    from earl import runs
+    """Check that every file of a run was made from the files it claims, by the present configuration and code."""
+    from earl import verify as verification
+    from earl.layout import Run
 
-    runs.verify(run, out, deep=deep)
+    found = verification.verify(Run(run), deep=deep)
+    typer.echo(found.text())
+    if out is not None:
+        verification.write(found, out)
+    elif found.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
-def prune(run: RunFolder) -> None:
-    """Drop checkpoints that the configuration does not keep."""
+def prune(
+    run: RunFolder,
+    after: Annotated[int | None, typer.Option(min=1, help="Only what this new iteration makes superfluous.")] = None,
+) -> None:
+    """Drop checkpoints that the configuration does not keep, and what killed stages left half-written."""
     from earl import runs
+    from earl.config.load import read
+    from earl.layout import Run
 
-    runs.prune(run)
+    folder = Run(run)
+    retention = runs.Retention.of(read(folder.config))
+    with runs.exclusive(folder):
+        for index in runs.prune(folder, retention, after):
+            typer.echo(f"dropped the checkpoint of iteration {index}")
+
+
+@app.command()
+def rewind(run: RunFolder, iteration: Annotated[int, typer.Option("--iteration", min=1)]) -> None:
+    """Forget what was trained in an iteration and after it, so that the next call trains from there again."""
+    from earl import runs
+    from earl.layout import Run
+
+    folder = Run(run)
+    with runs.exclusive(folder):
+        gone = runs.rewind(folder, iteration)
+    typer.echo(f"iterations {gone[0]} to {gone[-1]} are to be trained again")
 
 
 @app.command()
 def status(run: RunFolder) -> None:
     """Print how far a run is and which checkpoints it holds."""
     from earl import runs
+    from earl.config.load import read
+    from earl.layout import Run
 
-    typer.echo(runs.status(run))
+    folder = Run(run)
+    typer.echo(runs.status(folder, read(folder.config).num_iterations).text())
 
 
 def main() -> None:
     """Run the command line; mistakes that a user can mend end in one line and status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    processes.end_with_workflow()
     try:
         app()
     except EarlError as error:

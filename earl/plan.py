@@ -1,0 +1,151 @@
+"""What the workflow has to do for one run: which iterations, in which windows, and which evaluations.
+
+Planning every iteration at once costs time and memory that grow with the run. So one plan covers a window: it starts
+at the newest complete iteration, ``start``, whose policy is taken as given, and ends at ``stop``. Where more than one
+window remains, the workflow plans a chain of windows and each window plans its own iterations.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from earl import runs
+from earl.errors import EarlError
+from earl.layout import Run, iteration_name
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+NOTHING = r"(?!)"
+"""Regular expression that matches nothing: the constraint of a wildcard that has no value in this plan."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of a run that is planned now: iterations ``start + 1`` to ``stop``.
+
+    ``single`` is the number of the one iteration that the user wants to run a stage of again, or ``None``.
+    """
+
+    run: Run
+    config: "Config"
+    start: int
+    stop: int
+    single: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The run folder as text, the workflow's wildcard ``run``."""
+        return self.run.path.as_posix()
+
+    @property
+    def retention(self) -> runs.Retention:
+        return runs.Retention.of(self.config)
+
+    @property
+    def iterations(self) -> range:
+        return range(self.start + 1, self.stop + 1)
+
+    @cached_property
+    def windows(self) -> list[range]:
+        """The planned iterations cut into windows of ``config.window_length``."""
+        length = self.config.window_length
+        return [range(first, min(first + length, self.stop + 1)) for first in range(self.start + 1, self.stop + 1, length)]
+
+    def window(self, first: int, last: int) -> "Plan":
+        """Return the plan of one window of this run."""
+        return replace(self, start=first - 1, stop=last)
+
+    @cached_property
+    def evaluations(self) -> dict[int, list[str]]:
+        """The evaluations to make, by iteration: those of planned iterations, and older ones that are missing.
+
+        An older one is planned only while the policy it needs is on disk.
+        """
+        if self.single is not None:
+            return {self.single: list(self.config.evaluations)}
+        planned: dict[int, list[str]] = {}
+        for name, evaluation in self.config.evaluations.items():
+            every = evaluation.every_n_iterations
+            for index in sorted({*range(0, self.stop + 1, every), self.config.num_iterations}):
+                if index <= self.stop and (index > self.start or self._is_pending(name, index)):
+                    planned.setdefault(index, []).append(name)
+        return planned
+
+    def _is_pending(self, name: str, index: int) -> bool:
+        if self.run.evaluation(name, index).summary.is_file():
+            return False
+        return index in (0, self.start) or runs.has_checkpoint(self.run.iteration(index))
+
+    def dependents(self) -> str:
+        """Say what the results of the single iteration flow into."""
+        index = self.single
+        later = [i for i in runs.iterations(self.run) if index is not None and i > index]
+        lines = [
+            f"iteration {index} of {self.key} alone is planned. What depends on its stages:",
+            f"  rollouts/<shard>  -> scores/<shard> -> train -> policy of iteration {index}",
+        ]
+        if later:
+            lines.append(f"  policy            -> iterations {later[0]} to {later[-1]}, and their evaluations")
+        lines.append(f"  policy            -> evaluations of iteration {index}, and the report")
+        lines.append(f"To train again from here on: earl rewind --run {self.key} --iteration {index}, then go on as usual.")
+        return "\n".join(lines)
+
+
+def plan(config: "Config", window: tuple[int, int] | None = None, single: int | None = None) -> Plan:
+    """Return what is left to do of a run, or the part of it that ``window`` or ``single`` names.
+
+    Args:
+        config: the run's resolved configuration.
+        window: first and last iteration to plan, both included; the one before the first must be complete.
+        single: plan this one iteration, whatever comes after it.
+
+    Raises:
+        EarlError: when ``single`` is not an iteration of the run.
+    """
+    run = Run(Path(config.base_exp_dir) / config.run_name)
+    if single is not None:
+        newest = runs.newest_complete(run)
+        if not 0 <= single <= newest:
+            raise EarlError(f"iteration={single}: {run.path} has complete iterations 1 to {newest}; choose one of them")
+        return Plan(run, config, max(single - 1, 0), single, single)
+    if window is not None:
+        first, last = window
+        return Plan(run, config, first - 1, last)
+    start = runs.newest_complete(run)
+    return Plan(run, config, start, max(start, config.num_iterations))
+
+
+def choose(plans: Sequence[Plan]) -> dict[str, Plan]:
+    """Return the plans by run folder.
+
+    Raises:
+        EarlError: when two experiments would write to the same folder.
+    """
+    chosen: dict[str, Plan] = {}
+    for item in plans:
+        if item.key in chosen:
+            raise EarlError(f"{item.key}: two of the experiments have this run folder; give each a run_name of its own")
+        chosen[item.key] = item
+    return chosen
+
+
+def alternation(values: Sequence[str]) -> str:
+    """Return a regular expression that matches exactly ``values``."""
+    return "|".join(re.escape(value) for value in values) or NOTHING
+
+
+def constraint(indices: dict[str, Sequence[int]], between: str) -> str:
+    """Return the regular expression of the wildcard ``run`` for files ``{run}/<between>/{step}...``.
+
+    Runs of one plan have different windows, so what may follow depends on the run: each run's name is followed by a
+    look-ahead at its own iterations.
+    """
+    return "|".join(
+        f"{re.escape(run)}(?={between}(?:{alternation([iteration_name(i) for i in steps])})\\b)"
+        for run, steps in indices.items()
+        if steps
+    ) or NOTHING

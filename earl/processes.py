@@ -1,0 +1,96 @@
+"""Processes of a run: one writer at a time, and none that outlives the workflow that started it.
+
+Snakemake's own lock is a file that a killed process leaves behind, to be removed by hand. The lock here is held by an
+open file: the system gives it up with the process, however that ends. A killed workflow also leaves the stages that
+it had started; :func:`end_with` ends those, so that a workflow started again meets no second writer.
+"""
+
+import fcntl
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from earl.errors import EarlError
+
+WATCHED = "EARL_END_WITH"
+"""Environment variable with ``<host>:<process id>`` of the workflow; a stage ends when that process is gone."""
+
+
+def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
+    """Hold the lock file ``path`` for as long as the returned file stays open.
+
+    Args:
+        path: the lock file; it is made when missing and stays (removing it would let a second process in).
+        patience: seconds to wait for another process to give it up: one that ends because its parent was killed
+            takes a moment.
+
+    Raises:
+        EarlError: when another process still holds it; the message names that process.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(path, "a+", encoding="utf-8")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                stream.seek(0)
+                holder = stream.read().strip() or "unknown"
+                stream.close()
+                raise EarlError(
+                    f"{path}: process {holder} is writing here; wait until it ends, or stop it, then start again"
+                ) from None
+            time.sleep(0.1)
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    return stream
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this machine exists and has not ended."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def end_with(pid: int, interval: float = 0.25) -> None:
+    """End this process, without further ado, when process ``pid`` of the same machine is gone.
+
+    Outputs appear only complete, so ending at any moment leaves nothing half-written. A thread looks every
+    ``interval`` seconds.
+    """
+
+    def watch() -> None:
+        while is_alive(pid):
+            time.sleep(interval)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-workflow", daemon=True).start()
+
+
+def end_stages_with_this_process() -> None:
+    """Let the stages that are started from here on end with this process; see :func:`end_with_workflow`."""
+    os.environ[WATCHED] = f"{socket.gethostname()}:{os.getpid()}"
+
+
+def end_with_workflow() -> None:
+    """Call :func:`end_with` for the workflow that started this process, if one on this machine did."""
+    host, _, pid = os.environ.get(WATCHED, "").rpartition(":")
+    if host == socket.gethostname():
+        end_with(int(pid))
+
+
+def in_workflow() -> bool:
+    """Return whether a workflow started this process; it holds the run's lock then."""
+    return WATCHED in os.environ

@@ -1,0 +1,232 @@
+"""Whether every file of a run was made from the files that are there now.
+
+A workflow plan sees only the iterations of its window; a configuration or code that has changed since, or a file that
+was made again, goes unseen in older ones. Each stage records the digests of what it read, so the whole chain can be
+followed afterwards: by the metrics files alone (default), or by hashing every file they name (``deep``).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from earl import code_version, config, runs
+from earl.errors import EarlError
+from earl.files import atomic, manifest
+from earl.layout import Evaluation, Iteration, Run
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding: the file it is about, and what is wrong with it and what to do."""
+
+    file: str
+    problem: str
+
+
+@dataclass
+class Verification:
+    """The outcome for a run.
+
+    Attributes:
+        iterations: trained iterations that were looked at.
+        evaluations: evaluations that were looked at.
+        files: files that were hashed (0 unless deep).
+        code_versions: number of code versions that made the trained iterations.
+        problems: what was found, in the order of the iterations.
+    """
+
+    iterations: int = 0
+    evaluations: int = 0
+    files: int = 0
+    code_versions: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, path: Path, problem: str) -> None:
+        self.problems.append(Problem(path.as_posix(), problem))
+
+    def text(self) -> str:
+        """Return the outcome as lines for a terminal."""
+        looked = f"{self.iterations} iterations, {self.evaluations} evaluations, {self.files} files hashed"
+        lines = [f"{item.file}: {item.problem}" for item in self.problems]
+        return "\n".join([*lines, f"{looked}: {len(self.problems) or 'no'} problems"])
+
+    def json(self) -> str:
+        """Return the outcome as the text of ``verify.json``."""
+        fields = {**vars(self), "problems": [vars(item) for item in self.problems]}
+        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+
+
+def verify(run: Run, deep: bool = False) -> Verification:
+    """Follow the digests through a run and return what does not fit.
+
+    Args:
+        run: the run.
+        deep: also hash the rollouts, scores and checkpoints, and read the metadata of the Parquet files. Without it
+            only ``metrics.json`` and the evaluations' summaries are read.
+
+    Raises:
+        EarlError: when the run has no readable configuration.
+    """
+    found = Verification()
+    current = config.read(run.config)
+    trained = _check_iterations(run, config.config_digest(current), found)
+    _check_evaluations(run, current, trained, found)
+    if deep:
+        for index, metrics in trained.items():
+            _check_files(run.iteration(index), metrics, found)
+    return found
+
+
+def write(found: Verification, out: Path) -> None:
+    """Write the outcome as JSON."""
+    atomic.write_text(out, found.json())
+
+
+def _check_iterations(run: Run, config_digest: str, found: Verification) -> dict[int, dict[str, Any]]:
+    """Check that each iteration was trained from the policy of the one before it; return the readable metrics."""
+    trained: dict[int, dict[str, Any]] = {}
+    newest = runs.newest_complete(run)
+    policy = _starting_policy(run, found)
+    for index in range(1, newest + 1):
+        path = run.iteration(index).metrics
+        metrics = _read(path, found)
+        if metrics is None:
+            policy = None
+            continue
+        trained[index] = metrics
+        before = metrics["inputs"]["policy"]
+        if policy is not None and before != policy:
+            found.add(
+                path,
+                f"was trained from policy {before[:12]}, but iteration {index - 1} made {policy[:12]}; "
+                f"`earl rewind --iteration {index}` trains from here again",
+            )
+        policy = metrics["policy_digest"]
+    found.iterations = len(trained)
+    _check_changes(run, trained, "config_digest", config_digest, "configuration", found)
+    _check_changes(run, trained, "code_version", code_version(), "code", found)
+    found.code_versions = len({metrics["code_version"] for metrics in trained.values()})
+    return trained
+
+
+def _starting_policy(run: Run, found: Verification) -> str | None:
+    record = _read(runs.start_record(run.iteration(0)), found, keys=("policy_digest",))
+    return record["policy_digest"] if record else None
+
+
+def _read(
+    path: Path, found: Verification, keys: tuple[str, ...] = ("inputs", "policy_digest", "config_digest", "code_version")
+) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found.add(path, "is missing; `earl rewind` to this iteration and run on")
+        return None
+    except (OSError, ValueError) as error:
+        found.add(path, f"cannot be read ({error}); `earl rewind` to this iteration and run on")
+        return None
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        found.add(path, f"lacks {', '.join(missing)}; `earl rewind` to this iteration and run on")
+        return None
+    return content
+
+
+def _check_changes(
+    run: Run, trained: dict[int, dict[str, Any]], key: str, now: str, what: str, found: Verification
+) -> None:
+    """Report stretches of iterations that another configuration or code made, one line a stretch."""
+    for first, last, value in _stretches({index: metrics[key] for index, metrics in trained.items()}):
+        if value != now:
+            found.add(
+                run.iteration(first).metrics,
+                f"iterations {first} to {last} were made by another {what} ({value[-12:]}) than the present one "
+                f"({now[-12:]})",
+            )
+
+
+def _stretches(values: dict[int, str]) -> Iterator[tuple[int, int, str]]:
+    """Yield (first, last, value) for consecutive iterations of one value."""
+    first = last = None
+    for index, value in values.items():
+        if first is not None and value != values[first]:
+            yield first, last, values[first]
+            first = index
+        first, last = (index if first is None else first), index
+    if first is not None:
+        yield first, last, values[first]
+
+
+def _check_evaluations(run: Run, current: "Config", trained: dict[int, dict[str, Any]], found: Verification) -> None:
+    """Check that each summary is of the policy that its iteration has now."""
+    start = _read(runs.start_record(run.iteration(0)), Verification(), keys=("policy_digest",))
+    digests = {index: metrics["policy_digest"] for index, metrics in trained.items()}
+    if start:
+        digests[0] = start["policy_digest"]
+    for name in current.evaluations:
+        for index, digest in digests.items():
+            evaluation = run.evaluation(name, index)
+            if evaluation.summary.is_file():
+                found.evaluations += 1
+                _check_summary(evaluation, digest, found)
+
+
+def _check_summary(evaluation: Evaluation, digest: str, found: Verification) -> None:
+    summary = _read(evaluation.summary, found, keys=("policy_digest",))
+    if summary is not None and summary["policy_digest"] != digest:
+        found.add(
+            evaluation.summary,
+            f"evaluates policy {summary['policy_digest'][:12]}, but iteration {evaluation.index} has {digest[:12]}; "
+            "remove it and run on, or rerun the evaluation",
+        )
+
+
+def _check_files(iteration: Iteration, metrics: dict[str, Any], found: Verification) -> None:
+    """Compare the files of an iteration with the digests that its training recorded."""
+    for kind, path_of in (("rollouts", iteration.rollouts), ("scores", iteration.scores)):
+        for shard, digest in enumerate(metrics["inputs"][kind]):
+            _check_digest(path_of(shard), digest, iteration.index, found)
+            found.files += 1
+    for shard in range(len(metrics["inputs"]["rollouts"])):
+        _check_metadata(iteration.rollouts(shard), metrics, found)
+    for folder in (iteration.policy, iteration.trainer):
+        if folder.is_dir():
+            try:
+                manifest.check(folder, deep=True)
+            except EarlError as error:
+                found.add(folder, str(error))
+    if (iteration.policy / manifest.NAME).is_file():
+        _check_policy(iteration, metrics["policy_digest"], found)
+
+
+def _check_digest(path: Path, digest: str, index: int, found: Verification) -> None:
+    if not path.is_file():
+        found.add(path, f"is missing; iteration {index} was trained on it, and cannot be replayed without it")
+    elif manifest.digest_file(path) != digest:
+        found.add(path, f"has changed since iteration {index} was trained on it; `earl rewind --iteration {index}`")
+
+
+def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) -> None:
+    """Rollouts must say that they are of the policy and configuration that training says."""
+    from earl.files import tables
+
+    if not path.is_file():
+        return
+    try:
+        told = tables.read_metadata(path)
+    except EarlError as error:
+        found.add(path, str(error))
+        return
+    for key, expected in (("policy_digest", metrics["inputs"]["policy"]), ("config_digest", metrics["config_digest"])):
+        if told.get(key) != expected:
+            found.add(path, f"its {key} is {str(told.get(key))[:12]}, but training recorded {str(expected)[:12]}")
+
+
+def _check_policy(iteration: Iteration, digest: str, found: Verification) -> None:
+    if manifest.digest_folder(iteration.policy) != digest:
+        found.add(iteration.policy, f"is not the policy that {iteration.metrics} recorded")
