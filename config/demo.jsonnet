@@ -1,0 +1,57 @@
+// The whole pipeline on a laptop: a synthetic world of shapes, a tiny Emu3, a program as judge. Needs no variable.
+{
+  run_name: 'demo',
+  base_exp_dir: 'runs',
+  random_seed: 42,
+
+  // Pairs with different seeds have nothing in common.
+  raw_datasets: {
+    shapes_sft: { source: 'shapes', count: 6000, seed: 1 },
+    shapes_rl: { source: 'shapes', count: 4000, seed: 2 },
+    shapes_heldout: { source: 'shapes', count: 256, seed: 3 },
+  },
+  train_paths_file: ['stage:tokenise/shapes_rl'],
+  coefficients: [1.0],
+  val_paths_file: ['stage:tokenise/shapes_heldout'],
+  val_coefficients: [1.0],
+
+  model_path: 'stage:sft',
+  tokenizer_path: 'stage:shapes-policy',
+  vision_tokenizer_path: 'package:shapes/vision_tokenizer',
+  image_area: 64 * 64,
+  assistant_prefill: '<|image start|>',
+  sft: {
+    base_model: 'stage:shapes-policy',
+    train_paths_file: ['stage:tokenise/shapes_sft'],
+    coefficients: [1.0],
+    steps: 600,
+    batch_size: 16,
+    learning_rate: 1.5e-3,
+    warmup_steps: 30,
+    random_seed: 42,
+  },
+
+  num_iterations: 20,
+  episodes_per_iteration: 128,
+  generations_per_sample: 8,
+  per_device_batch_size: 32,
+  learning_rate: 3e-4,
+  kl_coeff: 0.01,
+  // An image of 8 x 8 visual tokens takes 79 at most, from `8*8` to eos.
+  max_response_tokens: 96,
+  model_context_size: 320,
+
+  engine: 'torch',
+  engine_batch_size: 32,
+  judge: 'program',
+  device: 'cpu',
+  dtype: 'float32',
+  cpu_threads: 2,
+
+  evaluations: {
+    heldout: { prompts: 128, temperature: 1.0, every_n_iterations: 5 },
+    heldout_greedy: { prompts: 128, temperature: 0.1, every_n_iterations: 5 },
+  },
+  save_checkpoints_every_n_iterations: 5,
+  keep_checkpoints_every_n_iterations: 20,
+}

@@ -1,0 +1,4 @@
+// SFT on simple edits.
+(import '../base.libsonnet') + {
+  model_path: 'mair-lab/sft-simple',
+}

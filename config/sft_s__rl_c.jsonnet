@@ -1,0 +1,2 @@
+// SFT (S) -> RL (C)
+(import 'models/s.libsonnet') + (import 'data/complex.libsonnet')

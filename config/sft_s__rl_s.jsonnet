@@ -1,0 +1,2 @@
+// SFT (S) -> RL (S)
+(import 'models/s.libsonnet') + (import 'data/simple.libsonnet')

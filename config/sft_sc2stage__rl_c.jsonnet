@@ -1,0 +1,2 @@
+// SFT (S, then S+C) -> RL (C)
+(import 'models/sc2stage.libsonnet') + (import 'data/complex.libsonnet')

@@ -1,0 +1,2 @@
+// SFT (S+C) -> RL (S+C)
+(import 'models/sc.libsonnet') + (import 'data/both.libsonnet')

@@ -1,0 +1,208 @@
+"""From a file to a `Config`: Jsonnet with overrides, or a run's frozen JSON. Mistakes are named with their remedy."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from earl.config.evaluate import evaluate, shown
+from earl.config.schema import Config
+from earl.errors import EarlError
+
+DEFAULT = "default"
+OVERRIDE = "--set"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A resolved experiment."""
+
+    config: Config
+    origins: dict[str, str]
+    """Where the value of each field, by dotted name, came from: a file, with the variables that it depends on in
+    parentheses, ``--set``, or ``default``."""
+
+
+def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Loaded:
+    """Resolve a Jsonnet file.
+
+    Args:
+        path: The experiment, for example ``config/demo.jsonnet``.
+        overrides: Values by dotted name (``sft.steps``) that take the place of the file's.
+
+    Raises:
+        EarlError: naming file and field, when the file does not evaluate, a field is unknown, missing, ill-typed or
+            out of range, or fields contradict each other.
+    """
+    overrides = dict(overrides or {})
+    evaluated = evaluate(Path(path), overrides)
+    written_in = dict(evaluated.written_in) | {name: OVERRIDE for name in overrides if "." not in name}
+    config = _validated(evaluated.value, shown(path), written_in)
+    origins = {}
+    for name, _ in leaves(config.model_dump(mode="json")):
+        overridden = any(name == other or name.startswith(f"{other}.") for other in overrides)
+        if not _holds(evaluated.value, name):
+            origins[name] = DEFAULT
+        else:
+            origins[name] = OVERRIDE if overridden else written_in[name.split(".")[0]]
+    return Loaded(config, origins)
+
+
+def read(path: Path | str) -> Config:
+    """Read a run's frozen ``config.json``.
+
+    Raises:
+        EarlError: naming file and field, as `load` does.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise EarlError(f"{path}: does not exist; `earl config freeze` writes it") from error
+    except (OSError, ValueError) as error:
+        raise EarlError(f"{path}: cannot be read as JSON ({error}); `earl config freeze` writes it again") from error
+    if not isinstance(value, dict):
+        raise EarlError(f"{path}: is no object of fields; `earl config freeze` writes it again")
+    return _validated(value, str(path), {})
+
+
+def parse_overrides(items: Iterable[str] | str) -> dict[str, Any]:
+    """Return values by dotted name from ``name=value`` texts, or one text of several with commas between.
+
+    A value is read as JSON, or taken as text where it is none or the field holds text.
+
+    Raises:
+        EarlError: for a text without ``=``.
+    """
+    if isinstance(items, str):
+        items = re.split(r",(?=\s*[A-Za-z_][\w.-]*=)", items)
+    overrides: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.strip().partition("=")
+        if not item.strip():
+            continue
+        if not equals or not name:
+            raise EarlError(f"--set {item}: is not of the form field=value")
+        overrides[name.strip()] = _override(name.strip(), text)
+    return overrides
+
+
+def show(loaded: Loaded) -> str:
+    """Return the resolved experiment as Jsonnet, each value followed by a comment that says where it came from."""
+    rows = list(_rows(loaded.config.model_dump(mode="json"), loaded.origins, "", 1))
+    width = min(72, max(len(text) for text, origin in rows if origin))
+    lines = [f"{text:<{width}}  // {origin}" if origin else text for text, origin in rows]
+    return "\n".join(["{", *lines, "}"])
+
+
+def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values; a list, and an object without fields, is one value."""
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from leaves(item, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", item
+
+
+def _rows(value: Mapping[str, Any], origins: Mapping[str, str], prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+    indent = "  " * depth
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            yield f"{indent}{json.dumps(name)}: {{", ""
+            yield from _rows(item, origins, f"{prefix}{name}.", depth + 1)
+            yield f"{indent}}},", ""
+        elif isinstance(item, list) and len(item) > 1:
+            yield f"{indent}{json.dumps(name)}: [", origins[prefix + name]
+            yield from ((f"{indent}  {json.dumps(entry)},", "") for entry in item)
+            yield f"{indent}],", ""
+        else:
+            yield f"{indent}{json.dumps(name)}: {json.dumps(item)},", origins[prefix + name]
+
+
+def _holds(value: Any, name: str) -> bool:
+    # Names inside an object may hold dots themselves, so both ways to split are tried.
+    if not isinstance(value, dict):
+        return False
+    return name in value or any(_holds(value[k], name.removeprefix(f"{k}.")) for k in value if name.startswith(f"{k}."))
+
+
+def _override(name: str, text: str) -> Any:
+    field = Config.model_fields.get(name)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    takes_text = field is not None and (field.annotation is str or str in get_args(field.annotation))
+    # run_name=7 is a name, though 7 alone reads as a number; null and quoted text keep their meaning.
+    return text if takes_text and isinstance(value, int | float) else value
+
+
+def _validated(value: dict[str, Any], path: str, written_in: Mapping[str, str]) -> Config:
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        # A default that waits for another field fails with it; that says nothing new.
+        problems = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
+        lines = [_problem(problem, path, written_in) for problem in problems]
+        if len(lines) == 1:
+            raise EarlError(f"{path}: {lines[0]}") from error
+        raise EarlError(
+            f"{path}: {len(lines)} fields are wrong\n" + "\n".join(f"  {line}" for line in lines)
+        ) from error
+
+
+def _problem(problem: Mapping[str, Any], path: str, written_in: Mapping[str, str]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "cross_field":
+        location.append(problem["ctx"]["field"])
+    field = ".".join(location)
+    source = written_in.get(location[0], path) if location else path
+    place = f"field {field}" + (f" (in {source})" if source != path else "")
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{place} is unknown; the nearest known name is {_nearest(location)}"
+        case "missing":
+            given = difflib.get_close_matches(location[-1], list(problem["input"]), n=1, cutoff=0.75)
+            near = f"; the nearest name given is {given[0]}" if given else ""
+            return f"{place} is missing{near}. It is: {_description(location)}"
+        case "cross_field":
+            return f"{place} {problem['msg']}"
+    message = problem["msg"]
+    found = json.dumps(problem["input"], default=str)
+    return f"{place} is {found}: {message[0].lower()}{message[1:]}. It is: {_description(location)}"
+
+
+def _model_at(location: list[str]) -> type[BaseModel]:
+    """Return the model that holds the last name of a field's location."""
+    model, parts = Config, iter(location[:-1])
+    for part in parts:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        inner = _model_in(annotation)
+        if inner is None:
+            break
+        model = inner
+        if get_origin(annotation) is dict:
+            next(parts, None)
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
+
+
+def _nearest(location: list[str]) -> str:
+    return difflib.get_close_matches(location[-1], list(_model_at(location).model_fields), n=1, cutoff=0)[0]
+
+
+def _description(location: list[str]) -> str:
+    for end in range(len(location), 0, -1):
+        fields = _model_at(location[:end]).model_fields
+        if location[end - 1] in fields:
+            return fields[location[end - 1]].description or ""
+    return ""
