@@ -1,0 +1,265 @@
+# What the rules share: the plan of each run, and functions from wildcards to files. No rules here.
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from earl import plan, processes, runs
+from earl.config import freeze, load, paths
+from earl.errors import EarlError
+from earl.layout import Run, iteration_name
+
+
+def settings_list(value):
+    """Return a setting of --config as a list of texts: a list stays, a text is split at its commas."""
+    return (
+        list(value)
+        if isinstance(value, (list, tuple))
+        else [v for v in str(value).split(",") if v]
+    )
+
+
+def make_plans():
+    """Return what is to be done, by run folder; stop where a run's frozen configuration differs."""
+    if "experiment" not in config:
+        raise WorkflowError(
+            "No experiment was named. Say which one, or a list with commas between: "
+            "--config experiment=config/demo.jsonnet"
+        )
+    overrides = load.parse_overrides(config.get("set", []))
+    window_of, window = None, None
+    if "window" in config:
+        window_of, first, last = str(config["window"]).rsplit(":", 2)
+        window = int(first), int(last)
+    single = int(config["iteration"]) if "iteration" in config else None
+    plans = []
+    try:
+        for experiment in settings_list(config["experiment"]):
+            resolved = load.load(experiment, overrides).config
+            run = Run(Path(resolved.base_exp_dir) / resolved.run_name)
+            if window_of in (None, run.path.as_posix()):
+                if not ACCEPT_CHANGES:
+                    freeze.check(resolved, run.config)
+                plans.append(plan.plan(resolved, window, single))
+        return plan.choose(plans)
+    except EarlError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def open_runs():
+    """Take what is to be written for this workflow alone, and write each configuration where the stages read it."""
+    try:
+        for output in SHARED:
+            if not os.path.exists(stands_for(output)):
+                LOCKS.append(processes.lock(output.parent / f".{output.name}.lock"))
+        for item in PLANS.values():
+            LOCKS.append(processes.lock(runs.lock_file(item.run)))
+            freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)
+    except EarlError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def make_shared():
+    """Return the stages that runs share, each with the plan of one run that needs it, by output."""
+    return {
+        output: (stage, item)
+        for item in PLANS.values()
+        for output, stage in paths.shared_stages(item.config).items()
+    }
+
+
+def shared_names():
+    """Return the names of all shared outputs: the last part of their path, without a suffix."""
+    return [output.name.removesuffix(".parquet") for output in SHARED]
+
+
+def shared_output(w, kind):
+    path = Path(w.shared) / kind / w.name
+    return path if path in SHARED else path.with_name(f"{path.name}.parquet")
+
+
+def shared_stage(w, kind):
+    return SHARED[shared_output(w, kind)][0]
+
+
+def user_of(w, kind):
+    """Return the plan of a run that needs a shared output; any one will do, they agree in what it depends on."""
+    return SHARED[shared_output(w, kind)][1]
+
+
+def stands_for(path):
+    """Return the file that is there once ``path`` is complete: a sealed folder's manifest, or the file itself."""
+    made_here = path in SHARED and SHARED[path][0].stage != "raw"
+    return (path / "manifest.json" if made_here else path).as_posix()
+
+
+def made_from(w, kind):
+    return [stands_for(path) for path in shared_stage(w, kind).inputs]
+
+
+def shapes_options(w):
+    """Return the options that say which pairs of the shapes world a raw file holds."""
+    raw = user_of(w, "raw").config.raw_datasets[shared_stage(w, "raw").name]
+    tasks = f" --tasks {','.join(raw.tasks)}" if raw.tasks else ""
+    return f"--count {raw.count} --seed {raw.seed}{tasks}"
+
+
+def datasets(run, references):
+    """Return the files that stand for tokenised data sets."""
+    return [
+        stands_for(paths.resolve(PLANS[run].config, reference))
+        for reference in references
+    ]
+
+
+def starting_policy(w):
+    return paths.resolve(PLANS[w.run].config, PLANS[w.run].config.model_path)
+
+
+def iteration(w):
+    return PLANS[w.run].run.iteration(int(w.step))
+
+
+def previous(w):
+    return PLANS[w.run].run.iteration(int(w.step) - 1)
+
+
+def checkpoint_files(item):
+    """Return the files that stand for a whole checkpoint of an iteration: the manifests, which are written last."""
+    if item.index == 0:
+        return {"policy": runs.start_record(item).as_posix()}
+    return {
+        name: f"{item.path.as_posix()}/{name}/manifest.json"
+        for name in ("policy", "trainer")
+    }
+
+
+def policy(w):
+    return checkpoint_files(iteration(w))["policy"]
+
+
+def previous_policy(w):
+    return checkpoint_files(previous(w))["policy"]
+
+
+def previous_trainer(w):
+    return checkpoint_files(previous(w)).get("trainer", [])
+
+
+def shards(kind):
+    """Return the input function for all shards of an iteration: its ``rollouts`` or its ``scores``."""
+    return lambda w: [
+        f"{w.run}/iterations/{w.step}/{kind}/{shard:04d}.parquet"
+        for shard in range(PLANS[w.run].config.rollout_shards)
+    ]
+
+
+def evaluation_files(run, indices):
+    """Return the summaries of the planned evaluations of these iterations."""
+    planned = PLANS[run].evaluations
+    return [
+        PLANS[run].run.evaluation(name, i).summary.as_posix()
+        for i in indices
+        for name in planned.get(i, [])
+    ]
+
+
+def evaluations_before_pruning(w):
+    """Return the evaluations of the policies that are dropped when iteration ``step`` is complete."""
+    return evaluation_files(w.run, PLANS[w.run].retention.dropped_by(int(w.step)))
+
+
+def last_iteration(item):
+    """Return the files of the last planned iteration that stand for it."""
+    last = item.run.iteration(item.stop)
+    done = [last.metrics.as_posix()] if item.stop else []
+    return [*checkpoint_files(last).values(), *done]
+
+
+def finished(w):
+    """Return what must be there before a run is checked and reported."""
+    item = PLANS[w.run]
+    return (
+        last_iteration(item)
+        if CHAIN
+        else [*last_iteration(item), *evaluation_files(w.run, item.evaluations)]
+    )
+
+
+def targets():
+    """Return what this plan is for: the reports, or the end of the one window or iteration that is asked for."""
+    files = []
+    for run, item in PLANS.items():
+        if WHOLE:
+            files.append(item.run.report.as_posix())
+        else:
+            files += [*last_iteration(item), *evaluation_files(run, item.evaluations)]
+    return files
+
+
+def before_window(w):
+    """Return the files of the iteration that a window starts from."""
+    item = PLANS[w.run]
+    first = next(window[0] for window in item.windows if window[-1] == int(w.step))
+    return list(checkpoint_files(item.run.iteration(first - 1)).values())
+
+
+def window_command(w):
+    """Return the command that plans and runs one window: this Snakemake again, with the same settings."""
+    window = next(
+        window for window in PLANS[w.run].windows if window[-1] == int(w.step)
+    )
+    settings = {**config, "window": f"{w.run}:{window[0]}:{window[-1]}"}
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        workflow.main_snakefile,
+        "--cores",
+        workflow.cores,
+    ]
+    command += [
+        "--nolock",
+        "--rerun-incomplete",
+        "--rerun-triggers",
+        "mtime",
+        "--scheduler",
+        "greedy",
+    ]
+    command += passed_on(sys.argv[1:])
+    command += [
+        "--config",
+        *(f"{key}={json.dumps(value)}" for key, value in settings.items()),
+    ]
+    return shlex.join(map(str, command))
+
+
+def passed_on(arguments):
+    """Return those options of this Snakemake call that the Snakemake of a window is to be given too."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--profile", "--workflow-profile"):
+        parser.add_argument(option)
+    for option in (
+        "--resources",
+        "--set-resources",
+        "--set-threads",
+        "--default-resources",
+        "--quiet",
+    ):
+        parser.add_argument(option, nargs="*")
+    for option in ("--keep-going", "--verbose", "--printshellcmds"):
+        parser.add_argument(option, action="store_true")
+    given = []
+    for name, value in vars(parser.parse_known_args(arguments)[0]).items():
+        if value is not None and value is not False:
+            given.append(f"--{name.replace('_', '-')}")
+            given += (
+                value if isinstance(value, list) else [] if value is True else [value]
+            )
+    return given

@@ -1,0 +1,50 @@
+# Data and models that runs share: made once for all that agree in what they depend on.
+
+
+rule raw:
+    output:
+        "{shared}/raw/{name}.parquet",
+    log:
+        "{shared}/logs/raw/{name}.log",
+    benchmark:
+        "{shared}/benchmarks/raw/{name}.tsv"
+    params:
+        earl=EARL,
+        options=shapes_options,
+    shell:
+        "{params.earl} shapes raw --out {output} {params.options} 2>&1 | tee {log}"
+
+
+rule shapes_policy:
+    output:
+        "{shared}/policy/{name}/manifest.json",
+    log:
+        "{shared}/logs/policy/{name}.log",
+    benchmark:
+        "{shared}/benchmarks/policy/{name}.tsv"
+    params:
+        earl=EARL,
+        out=subpath(output[0], parent=True),
+        seed=lambda w: paths.shapes_policy_seed(user_of(w, "policy").config),
+    shell:
+        "{params.earl} shapes policy --out {params.out} --seed {params.seed} 2>&1 | tee {log}"
+
+
+rule tokenise:
+    input:
+        lambda w: made_from(w, "tokenised"),
+    output:
+        "{shared}/tokenised/{name}/manifest.json",
+    log:
+        "{shared}/logs/tokenise/{name}.log",
+    benchmark:
+        "{shared}/benchmarks/tokenise/{name}.tsv"
+    threads: lambda w: user_of(w, "tokenised").config.cpu_threads
+    params:
+        earl=EARL,
+        config=lambda w: user_of(w, "tokenised").run.config,
+        dataset=lambda w: shared_stage(w, "tokenised").name,
+        out=subpath(output[0], parent=True),
+    shell:
+        "{params.earl} tokenise --config {params.config} --dataset {params.dataset} --raw {input}"
+        " --out {params.out} 2>&1 | tee {log}"

@@ -1,0 +1,63 @@
+# Learning: where a run starts from, and the step from one policy to the next.
+
+
+rule start:
+    input:
+        lambda w: stands_for(starting_policy(w)),
+    output:
+        "{run}/iterations/000000/start.json",
+    log:
+        "{run}/logs/start.log",
+    params:
+        earl=EARL,
+        policy=starting_policy,
+    shell:
+        "{params.earl} start --run {wildcards.run} --policy {params.policy} 2>&1 | tee {log}"
+
+
+rule train:
+    # The previous policy comes first: dependencies are followed in this order, and down this one the way back takes
+    # one step an iteration, where scores and rollouts would take three.
+    # `evaluated` is waited for, since pruning then drops the policies that these evaluations need.
+    input:
+        policy=previous_policy,
+        trainer=previous_trainer,
+        rollouts=shards("rollouts"),
+        scores=shards("scores"),
+        reference="{run}/iterations/000000/start.json",
+        evaluated=lambda w: ancient(evaluations_before_pruning(w)),
+    output:
+        policy="{run}/iterations/{step}/policy/manifest.json",
+        trainer="{run}/iterations/{step}/trainer/manifest.json",
+        episodes="{run}/iterations/{step}/train/episodes.parquet",
+        metrics="{run}/iterations/{step}/train/metrics.json",
+    log:
+        "{run}/logs/train/{step}.log",
+    benchmark:
+        "{run}/benchmarks/train/{step}.tsv"
+    wildcard_constraints:
+        run=IN_WINDOW,
+    threads: lambda w: PLANS[w.run].config.cpu_threads
+    params:
+        earl=EARL,
+    shell:
+        "({params.earl} train --config {wildcards.run}/config.json --iteration {wildcards.step} --run {wildcards.run}"
+        " && {params.earl} prune --run {wildcards.run} --after {wildcards.step}) 2>&1 | tee {log}"
+
+
+rule restore:
+    # Brings back a dropped checkpoint over the stored rollouts and scores. It gets the age of what was recorded with
+    # it, so that nothing made from it since looks out of date.
+    output:
+        policy="{run}/iterations/{step}/policy/manifest.json",
+        trainer="{run}/iterations/{step}/trainer/manifest.json",
+    log:
+        "{run}/logs/restore/{step}.log",
+    wildcard_constraints:
+        run=RESTORABLE,
+    threads: lambda w: PLANS[w.run].config.cpu_threads
+    params:
+        earl=EARL,
+    shell:
+        "({params.earl} restore --run {wildcards.run} --iteration {wildcards.step}"
+        " && touch -r {wildcards.run}/iterations/{wildcards.step}/train/metrics.json {output}) 2>&1 | tee {log}"
