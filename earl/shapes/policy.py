@@ -1,0 +1,110 @@
+"""A starting policy for the shapes world: a small `Emu3ForCausalLM` with random weights, and its tokenizer.
+
+Nothing here is special-cased elsewhere: the folder holds what any Emu3 policy folder holds, with Emu3's token names,
+so every stage reads it as it would read a published checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from earl import seeds
+from earl.emu3 import sequence, vocabulary
+from earl.files import atomic, manifest
+from earl.shapes import world
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import Emu3ForCausalLM
+
+VISION_TOKENIZER = Path(__file__).parent / "vision_tokenizer"
+"""The trained `Emu3VQVAE` that ships with the package (scripts/train_shapes_vision_tokenizer.py makes it)."""
+CODES = 256
+"""Codes of that vision tokenizer, hence visual tokens of the policy."""
+TEXT_IDS = 420
+MAX_LENGTH = 512
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|extra_200|>",
+    "<|extra_201|>",
+    "<|extra_203|>",
+    "<|extra_204|>",
+    "<|image token|>",
+    "<|image start|>",
+    "<|image end|>",
+)
+_ALIASES = {"pad_token": "pad", "bos_token": "bos", "eos_token": "eos"}
+
+
+def build_tokenizer() -> Tokenizer:
+    """A byte-level BPE of TEXT_IDS text ids, then Emu3's special tokens, then the visual tokens as the last ids.
+
+    Any UTF-8 text round-trips, since all 256 bytes are in the vocabulary. Always the same tokenizer.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=TEXT_IDS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_texts(), trainer)
+    names = [*_SPECIAL, *(vocabulary.visual_token(i) for i in range(CODES))]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return tokenizer
+
+
+def _texts() -> Iterator[str]:
+    for index in range(2000):
+        edit = world.edit(seeds.seed("shapes tokenizer"), index)
+        yield edit.instruction
+        if index % 4 == 0:
+            yield sequence.START_THINKING
+            yield sequence.reasoning_text(list(edit.reasoning.items()))
+            yield sequence.END_THINKING
+            yield f"{world.SIZE // 8}*{world.SIZE // 8}"
+
+
+def build_model(tokenizer: Tokenizer, seed: int) -> Emu3ForCausalLM:
+    """Random weights that depend on `seed` alone; leaves torch's global generator as it was."""
+    import torch
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+    config = Emu3TextConfig(
+        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        attention_dropout=0.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        pad_token_id=tokenizer.token_to_id(vocabulary.ROLES["pad"]),
+        bos_token_id=tokenizer.token_to_id(vocabulary.ROLES["bos"]),
+        eos_token_id=tokenizer.token_to_id(vocabulary.ROLES["eos"]),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.seed("shapes policy", seed))
+        return Emu3ForCausalLM(config).float().eval()
+
+
+def write_policy(folder: Path | str, seed: int) -> None:
+    """Write the starting policy: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, sealed."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed)
+    settings = {name: vocabulary.ROLES[role] for name, role in _ALIASES.items()}
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_LENGTH,
+        "clean_up_tokenization_spaces": False,
+    }
+    with atomic.folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (temporary / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        manifest.seal(temporary)
