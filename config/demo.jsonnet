@@ -7,8 +7,8 @@
   // Pairs with different seeds have nothing in common.
   raw_datasets: {
     shapes_sft: { source: 'shapes', count: 6000, seed: 1 },
-    shapes_rl: { source: 'shapes', count: 4000, seed: 2 },
-    shapes_heldout: { source: 'shapes', count: 256, seed: 3 },
+    shapes_rl: { source: 'shapes', count: 1500, seed: 2 },
+    shapes_heldout: { source: 'shapes', count: 128, seed: 3 },
   },
   train_paths_file: ['stage:tokenise/shapes_rl'],
   coefficients: [1.0],

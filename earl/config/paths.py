@@ -159,7 +159,7 @@ def _sft_key(config: Config) -> Any:
     settings = config.sft.model_dump(mode="json")
     settings["train_paths_file"] = [_key(config, path) for path in config.sft.train_paths_file]
     settings["base_model"] = _key(config, config.sft.base_model)
-    names = ("dtype", "cpu_threads", "model_context_size")
+    names = ("dtype", "cpu_threads", "per_device_batch_size", "model_context_size")
     return {"sft": settings} | {name: getattr(config, name) for name in names}
 
 

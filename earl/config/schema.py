@@ -202,7 +202,7 @@ class Config(_Section):
     emu3_use_logit_processor: bool = _fixed(True, "Constrain completions to the grid of the original image.")
     separate_language_and_vision_vocabs: bool = _fixed(
         True,
-        "Normalise the log-probability of a visual token over visual ids, and of any other over the ids below the first "
+        "Normalise the log-probability of a visual token over visual ids, of any other over the ids below the first "
         "visual one.",
     )
     engine: Literal["vllm", "torch"] = _fixed("vllm", "Rollout engine.")

@@ -132,6 +132,7 @@ def write_table(
     columns: Mapping[str, Sequence] | pa.Table,
     metadata: Mapping[str, str],
     largest_token: int = 2**32 - 1,
+    rows_per_group: int = 512,
 ) -> None:
     """Write a table atomically.
 
@@ -141,6 +142,7 @@ def write_table(
         columns: One sequence (or array) a column, all of one length.
         metadata: Strings for the file's metadata; keys get no prefix.
         largest_token: Largest id that token columns may hold; sets their stored integer type for every shard alike.
+        rows_per_group: Rows of a row group, the least that a reader of single rows must read.
 
     Raises:
         EarlError: when a column is missing, does not convert to its type, or the system refuses the write.
@@ -164,7 +166,7 @@ def write_table(
     }
     table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=info))
     with atomic.file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=512, write_page_checksum=True)
+        pq.write_table(table, temporary, compression="zstd", row_group_size=rows_per_group, write_page_checksum=True)
 
 
 def _array(values: object, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
@@ -173,7 +175,12 @@ def _array(values: object, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
     return pa.array(values, type=kind)
 
 
-def _open(path: Path | str) -> pq.ParquetFile:
+def open_table(path: Path | str) -> pq.ParquetFile:
+    """Open a Parquet file to read parts of it; what is read is not checked beyond page checksums.
+
+    Raises:
+        EarlError: when the file is missing, truncated or no Parquet.
+    """
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError as error:
@@ -186,8 +193,13 @@ def _open(path: Path | str) -> pq.ParquetFile:
 
 def read_metadata(path: Path | str) -> dict[str, str]:
     """Return the metadata strings of a table without reading its rows."""
-    with _open(path) as source:
-        found = source.schema_arrow.metadata or {}
+    with open_table(path) as source:
+        return metadata_of(source)
+
+
+def metadata_of(source: pq.ParquetFile) -> dict[str, str]:
+    """Return the metadata strings of an open table."""
+    found = source.schema_arrow.metadata or {}
     return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
 
@@ -204,17 +216,33 @@ def read_table(path: Path | str, schema: pa.Schema, columns: Sequence[str] | Non
             null where it may not be, not finite, or a score lies outside its range.
     """
     wanted = list(columns) if columns is not None else schema.names
-    with _open(path) as source:
+    with open_table(path) as source:
         check_columns(path, source.schema_arrow, schema, wanted)
-        try:
-            table = source.read(columns=wanted)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise EarlError(
-                f"{path}: column {_damaged_column(source, wanted)!r} is damaged ({error}); "
-                "delete the file and run the stage that writes it again"
-            ) from error
+        return _read(path, source, schema, wanted)
+
+
+def read_group(path: Path | str, schema: pa.Schema, columns: Sequence[str], group: int) -> pa.Table:
+    """Read one row group of a table whose columns were checked when it was opened; values are checked here.
+
+    Raises:
+        EarlError: as `read_table`.
+    """
+    with open_table(path) as source:
+        return _read(path, source, schema, columns, group)
+
+
+def _read(
+    path: Path | str, source: pq.ParquetFile, schema: pa.Schema, wanted: Sequence[str], group: int | None = None
+) -> pa.Table:
+    try:
+        table = source.read(columns=wanted) if group is None else source.read_row_group(group, columns=wanted)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise EarlError(
+            f"{path}: column {_damaged_column(source, wanted)!r} is damaged ({error}); "
+            "delete the file and run the stage that writes it again"
+        ) from error
     for name in wanted:
-        _check_values(path, schema.field(name), table.column(name))
+        check_values(path, schema.field(name), table.column(name))
     return table.select(wanted)
 
 
@@ -252,7 +280,8 @@ def _damaged_column(source: pq.ParquetFile, wanted: Sequence[str]) -> str:
     return "?"
 
 
-def _check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray) -> None:
+def check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray) -> None:
+    """Check a column for nulls where there may be none, numbers that are not finite, and its range of values."""
     if not field.nullable and column.null_count:
         row = column.is_null().index(True).as_py()
         raise EarlError(f"{path}: column {field.name!r} is null in row {row}, where a value is required")

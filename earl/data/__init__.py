@@ -1,0 +1,1 @@
+"""Tokenised examples: reading them, and mixing data sets into the prompts of an iteration."""

@@ -1,0 +1,144 @@
+"""The reference's pre-tokenised data: ``tokenized_datalist.json`` beside one pickled dict an example.
+
+::
+
+    <dir>/list/tokenized_datalist.json    {"prefix": ..., "path_list": ["17.pth", ...]}
+    <dir>/feature/17.pth                  edit_id, original_image, edited_image, instruction, CoT
+
+A pickle can run any code when it is loaded. So files are read by torch's weights-only loader, which knows tensors and
+plain values alone, extended by what numpy needs for integer arrays; whatever else a pickle asks for is refused before
+anything runs.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from earl.data.example import Example, grid
+from earl.errors import EarlError
+
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+class ReferenceDataset:
+    """The reference's data set. Files are opened one by one, when their row is read."""
+
+    def __init__(self, path: Path, codebook_size: int | None = None) -> None:
+        self.path = path
+        self._codebook_size = codebook_size
+        self._names, prefix = _listing(path)
+        # Some copies link `list` into `feature`.
+        above = path.absolute().parent.parent
+        self._folder = above if above.name == "feature" else above / "feature"
+        if not self._folder.is_dir():
+            self._folder = Path(prefix)
+        root = above.parent if above.name == "feature" else above
+        self.name = f"{root.parent.name}/{root.name}"
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, row: int) -> Example:
+        """Read one example.
+
+        Raises:
+            IndexError: when there is no such row.
+            EarlError: naming the file and the field, when the file is missing, damaged or asks to run code, or a field
+                is missing, of the wrong type, or a token lies outside the codebook.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self.path}: row {row} of {len(self)}")
+        path = self._folder / self._names[row]
+        values = load_pickled(path)
+        tokens = {}
+        for name in ("original_image", "edited_image"):
+            values_of = _field(values, name, path)
+            tokens[name] = grid(values_of, f"{path}: field {name!r}", self._codebook_size)
+        return Example(
+            dataset=self.name,
+            example_id=str(_field(values, "edit_id", path)),
+            task=None,
+            instruction=_text(_field(values, "instruction", path), "instruction", path),
+            reasoning=_reasoning(values.get("CoT"), path),
+            original_tokens=tokens["original_image"],
+            target_tokens=tokens["edited_image"],
+            original=None,
+            target=None,
+        )
+
+
+def load_pickled(path: Path) -> dict[str, Any]:
+    """Return the dict in a ``.pth`` file without running code from it.
+
+    Raises:
+        EarlError: naming the file, when it is missing, damaged, no dict, or holds more than plain values and arrays.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise EarlError(f"{path}: does not exist, though tokenized_datalist.json lists it") from error
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {wanted[1]}" if wanted else "holds more than plain values and arrays"
+        raise EarlError(
+            f"{path}: {what}, which may run code; nothing was run. Do not trust where it came from"
+        ) from error
+    except Exception as error:  # A damaged pickle can fail in any way; each means the same to the user.
+        raise EarlError(f"{path}: is damaged or not a file of torch.save ({type(error).__name__}: {error})") from error
+    if not isinstance(values, dict):
+        raise EarlError(f"{path}: holds a {type(values).__name__}, not a dict")
+    return values
+
+
+def _numpy_globals() -> list[Any]:
+    import numpy as np
+    from numpy._core import multiarray
+
+    # Files written with numpy 1 name the module numpy.core.
+    functions = [
+        (getattr(multiarray, name), f"numpy.{module}.multiarray.{name}")
+        for name in ("_reconstruct", "scalar")
+        for module in ("core", "_core")
+    ]
+    return [np.ndarray, np.dtype, *{type(np.dtype(name)) for name in _INTEGERS}, *functions]
+
+
+def _listing(path: Path) -> tuple[list[str], str]:
+    try:
+        listing = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EarlError(f"{path}: cannot be read ({error.strerror}); check the path in the configuration") from error
+    except ValueError as error:
+        raise EarlError(f"{path}: is damaged ({error}); download it again") from error
+    names = listing.get("path_list") if isinstance(listing, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise EarlError(f"{path}: field 'path_list' must be a list of file names")
+    if not names:
+        raise EarlError(f"{path}: the data set is empty; leave it out of the configuration")
+    return names, str(listing.get("prefix") or "")
+
+
+def _field(values: dict[str, Any], name: str, path: Path) -> Any:
+    if name not in values:
+        raise EarlError(f"{path}: field {name!r} is missing; the file has {', '.join(map(str, values))}")
+    return values[name]
+
+
+def _text(value: Any, name: str, path: Path) -> str:
+    if not isinstance(value, str):
+        raise EarlError(f"{path}: field {name!r} is a {type(value).__name__} where text is expected")
+    return value
+
+
+def _reasoning(value: Any, path: Path) -> list[tuple[str, str]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise EarlError(f"{path}: field 'CoT' is a {type(value).__name__} where a dict of text is expected")
+    return [(str(key), _text(text, f"CoT.{key}", path)) for key, text in value.items()]
