@@ -1,0 +1,168 @@
+"""Evaluate: join the rollouts and scores of one evaluation, add rewards, and sum them up.
+
+Writes ``000012.parquet`` (every column of both tables, ``reward`` and ``viescore``) and, last, ``000012.json``. No
+policy and no judge is asked: rerunning it after a change of ``reward_final_reward`` costs nothing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from earl import code_version, statistics
+from earl.errors import EarlError
+from earl.files import atomic, manifest, tables
+from earl.learner.rewards import SUB_SCORES, episode_reward
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+EVALUATION = pa.schema(
+    [
+        *tables.ROLLOUTS,
+        *[field for field in tables.SCORES if field.name not in ("episode_id", "group_id")],
+        pa.field("reward", pa.float32()),
+        pa.field("viescore", pa.float32()),
+    ],
+    metadata={"earl_table": "evaluation"},
+)
+# What the summary averages. Rewards: every episode whose judgement did not fail. Sub-scores: every image judged.
+MEASURES = ("reward", "viescore", *SUB_SCORES, "ground_score")
+
+
+def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Path, out: Path) -> None:
+    """Write the evaluation's table to ``out`` and its summary beside it (suffix ``.json``).
+
+    Raises:
+        EarlError: when rollouts and scores do not belong together, or a score that the reward needs is missing.
+    """
+    episodes = joined(rollouts, scores)
+    columns = _with_rewards(episodes, config.reward_final_reward, scores)
+    metadata = tables.read_metadata(rollouts)
+    origin = {key: value for key, value in metadata.items() if key not in ("huggingface", "earl_table")}
+    origin |= {"evaluation": name, "scores_digest": manifest.digest_file(scores), "code_version": code_version()}
+    tables.write_table(out, EVALUATION, columns, origin, _largest_token(episodes))
+    summary = {
+        "evaluation": name,
+        "iteration": iteration,
+        **_sampling(config, name),
+        "reward_final_reward": config.reward_final_reward,
+        "policy_digest": metadata.get("policy_digest"),
+        **summarise(_rows(columns)),
+    }
+    atomic.write_text(out.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
+
+
+def joined(rollouts: Path, scores: Path) -> pa.Table:
+    """Return rollouts with their scores appended, in the order of the rollouts.
+
+    Raises:
+        EarlError: when the scores were made from other rollouts, or episodes are missing or double.
+    """
+    left, right = tables.read_table(rollouts, tables.ROLLOUTS), tables.read_table(scores, tables.SCORES)
+    remedy = f"run the score stage again on {rollouts}"
+    if not left.num_rows:
+        raise EarlError(f"{rollouts}: holds no episode; run the generate stage again")
+    expected = tables.read_metadata(scores).get("rollouts_digest")
+    if expected is not None and expected != manifest.digest_file(rollouts):
+        raise EarlError(f"{scores}: rollouts_digest is not that of {rollouts}, which has changed since; {remedy}")
+    ids = left["episode_id"].to_pylist()
+    place = {episode: row for row, episode in enumerate(right["episode_id"].to_pylist())}
+    if len(set(ids)) != len(ids) or len(place) != right.num_rows:
+        raise EarlError(f"{rollouts}, {scores}: column 'episode_id' repeats a value; run both stages again")
+    if place.keys() != set(ids):
+        odd = sorted(place.keys() ^ set(ids))[0]
+        raise EarlError(f"{scores}: column 'episode_id' differs from that of {rollouts}, first in {odd!r}; {remedy}")
+    right = right.take([place[episode] for episode in ids])
+    for column in right.column_names:
+        if column not in left.column_names:
+            left = left.append_column(right.schema.field(column), right[column])
+    return left
+
+
+def _with_rewards(episodes: pa.Table, which: str, scores: Path) -> dict[str, Any]:
+    judged = episodes.select(["finish_reason", "status", *SUB_SCORES, "ground_score"]).to_pylist()
+    try:
+        rewards = [episode_reward(row, which) for row in judged]
+        viescores = [_viescore(row) for row in judged]
+    except EarlError as error:
+        raise EarlError(f"{scores}: {error}") from error
+    return {name: episodes[name] for name in episodes.column_names} | {"reward": rewards, "viescore": viescores}
+
+
+def _viescore(row: dict[str, Any]) -> float | None:
+    # A judge may be asked for the ground score alone; then nothing stands in for the scores it did not give.
+    if row["status"] == "ok" and any(row[name] is None for name in SUB_SCORES):
+        return None
+    return episode_reward(row, "viescore")
+
+
+def _largest_token(episodes: pa.Table) -> int:
+    return 2 ** episodes.schema.field("completion_token_ids").type.value_type.bit_width - 1
+
+
+def _sampling(config: "Config", name: str) -> dict[str, Any]:
+    if name not in config.evaluations:
+        known = ", ".join(config.evaluations) or "none"
+        raise EarlError(f"evaluation {name!r} is not in the configuration's field evaluations (known: {known})")
+    settings = config.evaluations[name]
+    return {key: getattr(settings, key) for key in ("temperature", "top_p", "top_k", "samples_per_prompt")}
+
+
+def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    wanted = ("dataset", "example_id", "task", "finish_reason", "status", *MEASURES)
+    lists = [columns[name] if isinstance(columns[name], list) else columns[name].to_pylist() for name in wanted]
+    lengths = columns["completion_token_ids"].combine_chunks().value_lengths().to_pylist()
+    rows = [dict(zip(wanted, values, strict=True)) for values in zip(*lists, strict=True)]
+    return [row | {"completion_tokens": length} for row, length in zip(rows, lengths, strict=True)]
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return counts, means and standard deviations over all episodes, and the same by task.
+
+    Args:
+        rows: One mapping an episode: dataset, example_id, task, finish_reason, status, completion_tokens, `MEASURES`.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"] or "", []).append(row)
+    return _part(rows) | {"tasks": {task: _part(by_task[task]) for task in sorted(by_task)}}
+
+
+def _part(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    lengths = [row["completion_tokens"] for row in rows]
+    stops = Counter(row["finish_reason"] for row in rows)
+    return {
+        "n": len(rows),
+        "prompts": len({prompt_of(row) for row in rows}),
+        "failed": sum(row["status"] == "failed" for row in rows),
+        "no_image": sum(row["status"] == "no_image" for row in rows),
+        "finish_reason": {reason: stops[reason] / len(rows) for reason in sorted(stops)},
+        "completion_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths)},
+        **{measure: _spread(rows, measure) for measure in MEASURES},
+    }
+
+
+def prompt_of(row: dict[str, Any]) -> tuple[str, str]:
+    """Return what identifies a prompt across policies: (dataset, example_id)."""
+    return row["dataset"], row["example_id"]
+
+
+def _spread(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, float | int] | None:
+    """Mean and population std over episodes, their number, and the 95% interval of the mean over prompts."""
+    values = [row[measure] for row in rows if row[measure] is not None]
+    if not values:
+        return None
+    # Of the mean over prompts, which is the mean over episodes wherever no judgement failed.
+    interval = statistics.bootstrap(statistics.mean_by_prompt((prompt_of(row), row[measure]) for row in rows).values())
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values)),
+        "n": len(values),
+        "low": interval.low,
+        "high": interval.high,
+    }
