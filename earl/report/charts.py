@@ -1,0 +1,192 @@
+"""Small line charts as SVG text: no script, no font of their own, colours from the page's style sheet.
+
+The page sets the colours by class, so that light, dark and print need no second drawing. Coordinates are rounded:
+equal numbers give equal bytes.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+# A screen shows no more; longer series are averaged in bins.
+MOST_POINTS = 240
+# Points are marked, and answer to the pointer, where there are few.
+MOST_MARKS = 60
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: values over iterations, optionally with a band. ``colour`` is an index into the page's palette."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = field(default=())
+    high: Sequence[float] = field(default=())
+    colour: int = 0
+
+
+def line(label: str, points: Iterable[tuple], colour: int = 0) -> Line | None:
+    """Make a line from (x, y) or (x, y, low, high); points without a value are left out. None where nothing is left."""
+    kept = [point for point in points if all(value is not None for value in point)]
+    if not kept:
+        return None
+    x, y, *band = (list(values) for values in zip(*kept, strict=True))
+    low, high = band or ((), ())
+    return _thinned(Line(label, x, y, low, high, colour))
+
+
+def _thinned(full: Line) -> Line:
+    size = math.ceil(len(full.x) / MOST_POINTS)
+    if size == 1:
+        return full
+
+    def bins(values: Sequence[float]) -> list[float]:
+        parts = [values[start : start + size] for start in range(0, len(values), size)]
+        return [sum(part) / len(part) for part in parts]
+
+    return Line(full.label, bins(full.x), bins(full.y), bins(full.low), bins(full.high), full.colour)
+
+
+def number(value: float) -> str:
+    """Three significant digits, in the shortest form, with a real minus sign."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if not -3 <= exponent < 5:
+        mantissa = f"{value / 10.0**exponent:.3g}"
+        return f"{mantissa}e{exponent}".replace("-", MINUS)
+    text = f"{value:.{max(0, 2 - exponent)}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", MINUS)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round values (steps of 1, 2 or 5 times a power of ten) that enclose low..high; at least two."""
+    if low == high:
+        reach = abs(low) * 0.1 or 1.0
+        low, high = low - (reach if low else 0.0), high + reach
+    step = 10.0 ** math.floor(math.log10((high - low) / (most - 1)))
+    while math.ceil(high / step - 1e-9) - math.floor(low / step + 1e-9) > most - 1:
+        mantissa = step / 10.0 ** math.floor(math.log10(step) + 1e-9)
+        step *= 2.5 if round(mantissa) == 2 else 2
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Maps data to the drawing: ``left..right`` by ``top..bottom`` in pixels."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return (
+            round(self.left + across * (self.right - self.left), 1),
+            round(self.bottom - up * (self.bottom - self.top), 1),
+        )
+
+
+def line_chart(
+    title: str, lines: Sequence[Line], width: int = 360, height: int = 190, floor: float | None = None
+) -> str:
+    """Draw lines over iterations; ``floor`` is a value that the axis must reach down to."""
+    values = [v for each in lines for v in (*each.y, *each.low, *each.high)] + ([] if floor is None else [floor])
+    across = [v for each in lines for v in each.x]
+    y_ticks = ticks(min(values), max(values))
+    labels = [number(value) for value in y_ticks]
+    frame = _Frame(
+        left=10 + 6.6 * max(map(len, labels)),
+        right=width - 12,
+        top=10,
+        bottom=height - 24,
+        x=(min(across), max(across)),
+        y=(y_ticks[0], y_ticks[-1]),
+    )
+    parts = [*_y_axis(frame, y_ticks, labels), *_x_axis(frame)]
+    for each in lines:
+        parts += _drawn(frame, each)
+    label = escape(_in_words(title, lines), quote=True)
+    body = "".join(parts)
+    return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{body}</svg>'
+
+
+def _in_words(title: str, lines: Sequence[Line]) -> str:
+    parts = [
+        f"{each.label}: {number(each.y[0])} at iteration {each.x[0]:g}"
+        + (f", {number(each.y[-1])} at iteration {each.x[-1]:g}" if len(each.x) > 1 else "")
+        for each in lines
+    ]
+    return f"{title}. {'; '.join(parts)}."
+
+
+def _y_axis(frame: _Frame, values: Sequence[float], labels: Sequence[str]) -> list[str]:
+    parts = []
+    for value, label in zip(values, labels, strict=True):
+        _, y = frame.place(frame.x[0], value)
+        parts.append(f'<path class="grid" d="M{frame.left:.1f} {y}H{frame.right:.1f}"/>')
+        parts.append(f'<text class="tick" text-anchor="end" x="{frame.left - 6:.1f}" y="{y + 4:.1f}">{label}</text>')
+    return parts
+
+
+def _x_axis(frame: _Frame) -> list[str]:
+    low, high = frame.x
+    between = [v for v in ticks(low, high, 6) if low < v < high] if high > low else []
+    room = (high - low) / 12
+    chosen = sorted({low, high, *(v for v in between if v - low > room and high - v > room)})
+    parts = []
+    for value in chosen:
+        x, _ = frame.place(value, frame.y[0])
+        parts.append(f'<text class="tick" text-anchor="middle" x="{x}" y="{frame.bottom + 17:.1f}">{value:g}</text>')
+    return parts
+
+
+def _drawn(frame: _Frame, each: Line) -> list[str]:
+    points = [frame.place(x, y) for x, y in zip(each.x, each.y, strict=True)]
+    parts = []
+    if len(each.low) > 1:
+        upper = [frame.place(x, y) for x, y in zip(each.x, each.high, strict=True)]
+        lower = [frame.place(x, y) for x, y in zip(each.x, each.low, strict=True)]
+        parts.append(f'<path class="band c{each.colour}" d="M{_path(upper + lower[::-1])}Z"/>')
+    elif len(each.low) == 1:
+        (x, high), (_, low) = frame.place(each.x[0], each.high[0]), frame.place(each.x[0], each.low[0])
+        parts.append(f'<path class="line c{each.colour}" d="M{x} {low}V{high}"/>')
+    if len(points) > 1:
+        parts.append(f'<path class="line c{each.colour}" d="M{_path(points)}"/>')
+    if len(points) <= MOST_MARKS:
+        for (x, y), iteration, value in zip(points, each.x, each.y, strict=True):
+            words = f"{escape(each.label)}, iteration {iteration:g}: {number(value)}"
+            size = 2.6 if len(points) <= 12 else 1.8
+            parts.append(
+                f'<circle class="mark c{each.colour}" cx="{x}" cy="{y}" r="{size}"><title>{words}</title></circle>'
+            )
+    return parts
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "L".join(f"{x} {y}" for x, y in points)
+
+
+def interval_bar(mean: float, low: float, high: float, reach: float, width: int = 200, height: int = 18) -> str:
+    """Draw a change with its interval around a zero line; ``reach`` is the value at both ends of the axis."""
+    middle = height / 2
+
+    def place(value: float) -> float:
+        return round(width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 6), 1)
+
+    # Three colours of meaning: better, worse, or not told apart from zero.
+    kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
+    return (
+        f'<svg class="interval {kind}" viewBox="0 0 {width} {height}" aria-hidden="true">'
+        f'<path class="axis" d="M6 {middle}H{width - 6}"/><path class="zero" d="M{width / 2} 2V{height - 2}"/>'
+        f'<path class="whisker" d="M{place(low)} {middle}H{place(high)}"/>'
+        f'<circle cx="{place(mean)}" cy="{middle}" r="4"/></svg>'
+    )

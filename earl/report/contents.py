@@ -1,0 +1,165 @@
+"""What a report is made from: read from the run folder, nothing computed but pairings."""
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from earl import statistics
+from earl.config import load, paths
+from earl.errors import EarlError
+from earl.files import tables
+from earl.layout import Run
+from earl.stages.evaluate import EVALUATION, prompt_of
+
+SUMMARY_NAME = re.compile(r"\d{6}\.json")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One evaluation of the configuration over the run: its summaries, sorted by iteration."""
+
+    name: str
+    folder: Path
+    summaries: list[dict[str, Any]]
+
+    @property
+    def first(self) -> int:
+        return self.summaries[0]["iteration"]
+
+    @property
+    def last(self) -> int:
+        return self.summaries[-1]["iteration"]
+
+    @property
+    def temperature(self) -> float:
+        return self.summaries[-1]["temperature"]
+
+    def table(self, run: Run, iteration: int, columns: list[str]) -> pa.Table:
+        return tables.read_table(run.evaluation(self.name, iteration).table, EVALUATION, columns)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a run, parsed."""
+
+    run: Run
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    # Coldest first: the first one is the headline.
+    evaluations: list[Series]
+    # Seconds of every job, by stage.
+    seconds: dict[str, list[float]]
+    verification: dict[str, Any] | None
+
+
+def read(path: Path) -> Contents:
+    """Read the run folder ``path``.
+
+    Raises:
+        EarlError: when it holds no configuration, or a file in it is damaged.
+    """
+    run = Run(path)
+    if not run.config.is_file():
+        raise EarlError(f"{run.config}: is missing, so {path} is not a run folder; give <base_exp_dir>/<run_name>")
+    metrics = [_json(file) for file in sorted(path.glob("iterations/*/train/metrics.json"))]
+    return Contents(
+        run=run,
+        config=_json(run.config),
+        metrics=metrics,
+        evaluations=_evaluations(path / "evaluations"),
+        seconds=_seconds(_shared_timings(run) + _timings(path / "benchmarks")),
+        verification=_json(run.verification) if run.verification.is_file() else None,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EarlError(f"{path}: is not readable JSON ({error}); run the stage that writes it again") from error
+    if not isinstance(found, dict):
+        raise EarlError(f"{path}: holds no JSON object; run the stage that writes it again")
+    return found
+
+
+def _evaluations(folder: Path) -> list[Series]:
+    found = []
+    for place in sorted(folder.glob("*/")):
+        files = sorted(file for file in place.iterdir() if SUMMARY_NAME.fullmatch(file.name))
+        if files:
+            found.append(Series(place.name, place, [_summary(file) for file in files]))
+    return sorted(found, key=lambda series: (series.temperature, series.name))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    summary = _json(path)
+    for field in ("iteration", "temperature", "reward"):
+        if field not in summary:
+            raise EarlError(f"{path}: field {field!r} is missing; run the evaluate stage again")
+    return summary
+
+
+def _timings(folder: Path) -> list[tuple[str, Path]]:
+    """(stage, file) of ``<stage>/*.tsv``."""
+    return [(file.parent.name, file) for file in sorted(folder.glob("*/*.tsv"))]
+
+
+def _shared_timings(run: Run) -> list[tuple[str, Path]]:
+    """Those of the shared stages that this run's configuration needs, whichever run had them made."""
+    folder = run.path.parent / "shared" / "benchmarks"
+    stages = paths.shared_stages(load.read(run.config)).values()
+    files = [(each.stage, folder / each.stage / f"{each.output.name.removesuffix('.parquet')}.tsv") for each in stages]
+    return [(stage, file) for stage, file in files if file.is_file()]
+
+
+def _seconds(files: list[tuple[str, Path]]) -> dict[str, list[float]]:
+    """Column ``s`` of Snakemake's benchmark files, by stage."""
+    found: dict[str, list[float]] = {}
+    for stage, file in files:
+        try:
+            with file.open(encoding="utf-8", newline="") as stream:
+                rows = [float(row["s"]) for row in csv.DictReader(stream, delimiter="\t")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise EarlError(f"{file}: column 's' is not a time in seconds ({error!r}); delete the file") from error
+        found.setdefault(stage, []).extend(rows)
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measure under the first and the last evaluated policy, over the prompts that both have values for."""
+
+    before: float
+    after: float | None
+    change: statistics.Interval | None
+    prompts: int
+
+
+def compare(first: pa.Table, last: pa.Table | None, measure: str, task: str | None = None) -> Comparison | None:
+    """Compare one measure, of one task or (None) of all; None where the first table knows no value of it."""
+    before = _by_prompt(first, measure, task)
+    if not before:
+        return None
+    if last is None:
+        return Comparison(sum(before.values()) / len(before), None, None, len(before))
+    after = _by_prompt(last, measure, task)
+    shared = [prompt for prompt in before if prompt in after]
+    if not shared:
+        return None
+    return Comparison(
+        before=sum(before[prompt] for prompt in shared) / len(shared),
+        after=sum(after[prompt] for prompt in shared) / len(shared),
+        change=statistics.paired_bootstrap(before, after),
+        prompts=len(shared),
+    )
+
+
+def _by_prompt(table: pa.Table, measure: str, task: str | None) -> dict[Any, float]:
+    rows = table.select(["dataset", "example_id", "task", measure]).to_pylist()
+    chosen = (row for row in rows if task is None or (row["task"] or "") == task)
+    return statistics.mean_by_prompt((prompt_of(row), row[measure]) for row in chosen)

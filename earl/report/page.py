@@ -1,0 +1,325 @@
+"""The page: what each section shows, as plain values for the template."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from earl.files import tables
+from earl.report import charts, gallery
+from earl.report.contents import Comparison, Contents, Series, compare
+
+FOLDER = Path(__file__).parent
+SCORE_LABELS = {
+    "edit_success": "Edit success",
+    "overedit": "Minimal overediting",
+    "naturalness": "Naturalness",
+    "artifacts": "No artifacts",
+    "ground_score": "Ground score",
+}
+NEAR_GREEDY = 0.3
+PALETTE = 6
+# The order of the pipeline; stages of other names follow by name.
+STAGES = ("raw", "tokenise", "policy", "sft", "generate", "score", "train", "evaluate_generate", "evaluate_score")
+PACKAGES = ("torch", "transformers", "vllm", "snakemake", "pyarrow", "numpy", "Pillow")
+KEY_SETTINGS = {
+    "Data": ("train_paths_file", "coefficients", "val_paths_file", "image_area"),
+    "Policy": ("model_path", "tokenizer_path", "vision_tokenizer_path", "assistant_prefill"),
+    "Rollouts": ("episodes_per_iteration", "generations_per_sample", "temperature", "top_p", "top_k", "engine"),
+    "Reward": ("judge", "reward_final_reward", "max_failed_fraction"),
+    "Learner": ("num_iterations", "learning_rate", "kl_coeff", "per_device_batch_size", "random_seed"),
+}
+Chart = dict[str, Any]
+
+
+def render(found: Contents) -> str:
+    """Return the page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = charts.number
+    environment.filters["score"] = score
+    environment.filters["change"] = change
+    environment.filters["duration"] = duration
+    return environment.get_template("template.html.j2").render(
+        style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+        **header(found),
+        headlines=headlines(found),
+        held_out=held_out(found.evaluations),
+        gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
+        tasks=tasks(found),
+        training=training(found.metrics),
+        times=times(found.seconds),
+        verification=verification(found.verification),
+        settings=settings(found.config),
+        config_json=json.dumps(found.config, indent=2, sort_keys=True),
+        files=files(found),
+        versions=versions(found),
+    )
+
+
+def score(value: float | None) -> str:
+    """A score of 0..10, or a dash where there is none."""
+    return "\N{EN DASH}" if value is None else f"{value:.2f}"
+
+
+def change(value: float) -> str:
+    """A signed difference of scores."""
+    return f"{value:+.2f}".replace("-", charts.MINUS)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words that fit their size."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def policy_label(iteration: int) -> str:
+    return "SFT" if iteration == 0 else f"iteration {iteration}"
+
+
+def evaluation_labels(evaluations: list[Series]) -> dict[str, str]:
+    """Name every evaluation by how it samples, and by its own name too where that does not tell it from another."""
+    ways = {
+        each.name: f"{'near-greedy' if each.temperature <= NEAR_GREEDY else 'sampled'}, T = {each.temperature:g}"
+        for each in evaluations
+    }
+    unique = len(set(ways.values())) == len(ways)
+    return ways if unique else {name: f"{name.replace('_', ' ')}, {way}" for name, way in ways.items()}
+
+
+def header(found: Contents) -> dict[str, Any]:
+    done = max((row["iteration"] for row in found.metrics), default=0)
+    head = found.evaluations[0] if found.evaluations else None
+    return {
+        "name": found.config.get("run_name", found.run.path.name),
+        "done": done,
+        "planned": found.config.get("num_iterations"),
+        "config": found.config,
+        "head": head and evaluation_labels(found.evaluations)[head.name],
+        "before": policy_label(head.first) if head else "SFT",
+        "after": f"after {head.last} iterations" if head and head.last > head.first else None,
+        "prompts": head and head.summaries[-1]["prompts"],
+    }
+
+
+def headlines(found: Contents) -> list[dict[str, Any]]:
+    """Reward and edit success of the coldest evaluation, then the reward of the others."""
+    cells = []
+    labels = evaluation_labels(found.evaluations)
+    for series in found.evaluations[:3]:
+        first, last = _ends(found, series)
+        measures = ["reward", "edit_success"] if series is found.evaluations[0] else ["reward"]
+        for measure in measures:
+            result = compare(first, last, measure)
+            if result is not None:
+                label = "Held-out reward" if measure == "reward" else "Held-out edit success"
+                cells.append({"label": label, "detail": labels[series.name], **_with_bar(result, 2.0)})
+    return cells
+
+
+def _ends(found: Contents, series: Series) -> tuple[Any, Any]:
+    columns = ["dataset", "example_id", "task", "reward", "edit_success"]
+    first = series.table(found.run, series.first, columns)
+    return first, series.table(found.run, series.last, columns) if series.last > series.first else None
+
+
+def _with_bar(result: Comparison, reach: float) -> dict[str, Any]:
+    found = result.change
+    reach = max(reach, abs(found.low), abs(found.high)) if found else reach
+    bar = Markup(charts.interval_bar(found.mean, found.low, found.high, reach)) if found else None
+    return {"result": result, "bar": bar}
+
+
+def _chart(title: str, note: str, lines: list[charts.Line | None], **options: Any) -> Chart | None:
+    kept = [each for each in lines if each is not None]
+    if not kept:
+        return None
+    legend = [{"label": each.label, "colour": each.colour, "value": each.y[-1]} for each in kept]
+    drawn = Markup(charts.line_chart(title, kept, **options))
+    return {"title": title, "note": note, "legend": legend, "svg": drawn}
+
+
+def held_out(evaluations: list[Series]) -> list[Chart]:
+    """Reward first, then every sub-score that the judge gave."""
+    labels = evaluation_labels(evaluations)
+
+    def lines(measure: str) -> list[charts.Line | None]:
+        return [
+            charts.line(labels[series.name], map(_point(measure), series.summaries), colour % PALETTE)
+            for colour, series in enumerate(evaluations)
+        ]
+
+    drawn = [_chart("Reward", "over iterations; shaded: 95% interval", lines("reward"), width=520, height=356)]
+    drawn += [_chart(label, "", lines(measure), width=280, height=150) for measure, label in SCORE_LABELS.items()]
+    return [chart for chart in drawn if chart]
+
+
+def _point(measure: str) -> Any:
+    def point(summary: dict[str, Any]) -> tuple:
+        found = summary.get(measure)
+        if found is None:
+            return summary["iteration"], None
+        band = (found["low"], found["high"]) if measure == "reward" else ()
+        return summary["iteration"], found["mean"], *band
+
+    return point
+
+
+def training(metrics: list[dict[str, Any]]) -> list[Chart]:
+    """What train.py wrote, iteration by iteration; a quantity that no iteration has is left out."""
+
+    def of(key: str, label: str, colour: int = 0) -> charts.Line | None:
+        return charts.line(label, ((row["iteration"], row.get(key)) for row in metrics), colour)
+
+    def spread(row: dict[str, Any]) -> tuple:
+        mean, std = row.get("reward_mean"), row.get("reward_std")
+        known = mean is not None and std is not None
+        return row["iteration"], mean, *((max(0.0, mean - std), min(10.0, mean + std)) if known else (None, None))
+
+    scores = [of(f"{key}_mean", SCORE_LABELS[key], colour) for colour, key in enumerate(list(SCORE_LABELS)[:4])]
+    drawn = [
+        _chart("Training reward", "shaded: ± one standard deviation", [charts.line("mean", map(spread, metrics))]),
+        _chart("Training sub-scores", "means of the judged episodes", scores),
+        _chart("KL to the reference", "nats per token, k3 estimate", [of("kl", "KL")], floor=0.0),
+        _chart("Entropy", "nats per token", [of("entropy", "entropy")]),
+        _chart(
+            "Completion length",
+            "tokens",
+            [of("completion_length_mean", "mean"), of("completion_length_max", "longest", 1)],
+        ),
+        _chart("Gradient norm", "before clipping at 1", [of("gradient_norm", "norm")], floor=0.0),
+        _chart(
+            "Log-prob mismatch",
+            "between learner and sampler, nats",
+            [of("logprob_mismatch_mean", "mean"), of("logprob_mismatch_max", "largest", 1)],
+            floor=0.0,
+        ),
+        _chart(
+            "Without a learning signal",
+            "fractions",
+            [
+                of("zero_std_fraction", "groups of equal rewards"),
+                of("failed_fraction", "failed judgements", 1),
+                of("no_image_fraction", "no image", 2),
+            ],
+            floor=0.0,
+        ),
+        _chart("Loss", "its gradient teaches, its value says little", [of("loss", "loss")]),
+    ]
+    return [chart for chart in drawn if chart]
+
+
+def tasks(found: Contents) -> list[dict[str, Any]]:
+    """One row an edit type of the headline evaluation, and the whole as the last one."""
+    if not found.evaluations:
+        return []
+    first, last = _ends(found, found.evaluations[0])
+    names = sorted({task or "" for task in first["task"].to_pylist()})
+    rows = []
+    for task in [*names, None] if len(names) > 1 else [None]:
+        reward, success = (compare(first, last, measure, task) for measure in ("reward", "edit_success"))
+        if reward is not None:
+            name = "All" if task is None else task or "no type"
+            rows.append({"task": name, "total": task is None, "reward": reward, "success": success})
+    changes = [row["reward"].change for row in rows if row["reward"].change]
+    spans = [abs(end) for found_change in changes for end in (found_change.low, found_change.high)]
+    return [row | _with_bar(row["reward"], max([0.5, *spans])) for row in rows]
+
+
+def times(seconds: dict[str, list[float]]) -> dict[str, Any] | None:
+    """Stages in the order of the pipeline with total, median and share; None where nothing was timed."""
+    known = {stage: found for stage, found in seconds.items() if found}
+    total = sum(map(sum, known.values()))
+    if not total:
+        return None
+    order = sorted(known, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
+    longest = max(map(sum, known.values()))
+    rows = [
+        {
+            "stage": stage,
+            "jobs": len(known[stage]),
+            "total": sum(known[stage]),
+            "median": sorted(known[stage])[len(known[stage]) // 2],
+            "share": sum(known[stage]) / total,
+            "width": round(100 * sum(known[stage]) / longest, 2),
+        }
+        for stage in order
+    ]
+    return {"rows": rows, "total": total}
+
+
+def verification(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The outcome of `earl verify`: its problems as lines, and what it looked at."""
+    if found is None:
+        return None
+    looked = [f"{found[key]} {key}" for key in ("iterations", "evaluations") if key in found]
+    if found.get("files"):
+        looked.append(f"{found['files']} files hashed")
+    if found.get("code_versions", 0) > 1:
+        looked.append(f"made by {found['code_versions']} versions of the code")
+    problems = [f"{each['file']}: {each['problem']}" for each in found.get("problems", [])]
+    return {"problems": problems, "looked": ", ".join(looked)}
+
+
+def settings(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The settings a reader asks for first; the page holds all of them further down."""
+    return [
+        (part, [(name, _in_short(config[name])) for name in names if name in config])
+        for part, names in KEY_SETTINGS.items()
+        if any(name in config for name in names)
+    ]
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_in_short, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
+def files(found: Contents) -> dict[str, Any]:
+    """Paths for the examples of opening files: the newest iteration and evaluation there are."""
+    root = found.run.path
+    rollouts = sorted(root.glob("iterations/*/rollouts/*.parquet"))
+    head = found.evaluations[0] if found.evaluations else None
+    evaluation = found.run.evaluation(head.name, head.last).table if head else None
+    return {
+        "run": root.name,
+        "rollouts": rollouts[-1].relative_to(root).as_posix() if rollouts else None,
+        "evaluation": evaluation.relative_to(root).as_posix() if evaluation else None,
+        "evaluations": f"evaluations/{head.name}" if head else None,
+    }
+
+
+def versions(found: Contents) -> dict[str, str]:
+    """Code versions that made the evaluations, and the packages of the environment that rendered this page."""
+    shown = {}
+    if found.evaluations:
+        head = found.evaluations[0]
+        ends = dict.fromkeys((head.first, head.last))
+        told = [tables.read_metadata(found.run.evaluation(head.name, end).table) for end in ends]
+        codes = dict.fromkeys(each.get("code_version", "unknown") for each in told)
+        digests = dict.fromkeys(each["config_digest"][:12] for each in told if each.get("config_digest"))
+        shown = {"earl": ", ".join(codes)} | ({"configuration": ", ".join(digests)} if digests else {})
+    installed = {each.metadata["Name"] for each in metadata.distributions()}
+    return (
+        shown
+        | {"Python": platform.python_version()}
+        | {name: metadata.version(name) for name in PACKAGES if name in installed or name.lower() in installed}
+    )
