@@ -6,7 +6,7 @@
 
   // Pairs with different seeds have nothing in common.
   raw_datasets: {
-    shapes_sft: { source: 'shapes', count: 6000, seed: 1 },
+    shapes_sft: { source: 'shapes', count: 4000, seed: 1 },
     shapes_rl: { source: 'shapes', count: 1500, seed: 2 },
     shapes_heldout: { source: 'shapes', count: 128, seed: 3 },
   },

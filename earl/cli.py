@@ -4,6 +4,7 @@ Stages are imported when they are called, so that ``--help`` answers at once.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -69,7 +70,7 @@ def shapes_raw(
     """Write pairs of images with instructions as a raw Parquet file."""
     from earl.shapes import dataset
 
-    dataset.write_raw(out, count=count, seed=seed, tasks=tuple(tasks.split(",")) if tasks else None)
+    dataset.write_raw(out, count=count, seed=seed, tasks=tuple(tasks.split(",")) if tasks else dataset.world.TASKS)
 
 
 @shapes_app.command("policy")
@@ -243,6 +244,8 @@ def status(run: RunFolder) -> None:
 
 def main() -> None:
     """Run the command line; mistakes that a user can mend end in one line and status 2."""
+    # OpenMP reads this when torch is imported. Threads that spin while they wait starve each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processes.end_with_workflow()
     try:

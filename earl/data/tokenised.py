@@ -5,6 +5,7 @@ Rows are read by row group, and a few groups are held; so millions of rows with 
 
 import bisect
 from collections import OrderedDict
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ def open_dataset(path: Path | str, codebook_size: int | None = None, images: boo
     return TokenisedDataset(path, codebook_size, images)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """One row group: where it stands in which file."""
+
+    file: Path
+    index: int
+    start: int
+    rows: int
+
+
 class TokenisedDataset:
     """A tokenised data set in Parquet. See `open_dataset`."""
 
@@ -51,19 +62,17 @@ class TokenisedDataset:
         self.path = path
         self._columns = [name for name in tables.TOKENISED.names if images or name not in _IMAGES]
         self._codebook_size = codebook_size
-        self._files = _members(path)
-        self._groups: list[tuple[Path, int]] = []
-        rows: list[int] = []
+        self._groups: list[_Group] = []
         metadata: dict[str, str] = {}
-        for file in self._files:
+        for file in _members(path):
             with tables.open_table(file) as source:
                 tables.check_columns(file, source.schema_arrow, tables.TOKENISED, self._columns)
                 metadata = tables.metadata_of(source)
-                counts = [source.metadata.row_group(index).num_rows for index in range(source.num_row_groups)]
-            self._groups += [(file, index) for index in range(len(counts))]
-            rows += counts
+                rows = [source.metadata.row_group(index).num_rows for index in range(source.num_row_groups)]
+            starts = accumulate(rows, initial=0)
+            self._groups += [_Group(file, index, *place) for index, place in enumerate(zip(starts, rows, strict=False))]
             self._check_codebook(file, metadata)
-        self._ends = list(accumulate(rows))
+        self._ends = list(accumulate(group.rows for group in self._groups))
         if not len(self):
             raise EarlError(f"{path}: the data set is empty; leave it out, or tokenise data with at least one row")
         self.name = metadata.get("dataset", path.stem)
@@ -81,10 +90,11 @@ class TokenisedDataset:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
-        group = bisect.bisect_right(self._ends, row)
-        start = self._ends[group - 1] if group else 0
-        values = self._group(group).slice(row - start, 1).to_pylist()[0]
-        return self._example(values, f"{self._groups[group][0]}: row {self._row_in_file(group, row - start)}")
+        index = bisect.bisect_right(self._ends, row)
+        group = self._groups[index]
+        within = row - (self._ends[index] - group.rows)
+        values = self._table(index).slice(within, 1).to_pylist()[0]
+        return self._example(values, f"{group.file}: row {group.start + within}")
 
     def _check_codebook(self, file: Path, metadata: dict[str, str]) -> None:
         stated = metadata.get(CODEBOOK_SIZE)
@@ -100,21 +110,16 @@ class TokenisedDataset:
                 "tokenise the data with the vision tokenizer of the policy"
             )
 
-    def _row_in_file(self, group: int, row: int) -> int:
-        file, index = self._groups[group]
-        first = group - index
-        before = self._ends[group - 1] if group else 0
-        return row + before - (self._ends[first - 1] if first else 0)
-
-    def _group(self, group: int) -> pa.Table:
-        if group in self._held:
-            self._held.move_to_end(group)
-            return self._held[group]
-        file, index = self._groups[group]
-        self._held[group] = tables.read_group(file, tables.TOKENISED, self._columns, index)
+    def _table(self, index: int) -> pa.Table:
+        """Return a row group, held from an earlier call or read."""
+        if index in self._held:
+            self._held.move_to_end(index)
+            return self._held[index]
+        group = self._groups[index]
+        self._held[index] = tables.read_group(group.file, tables.TOKENISED, self._columns, group.index)
         while len(self._held) > 1 and sum(table.nbytes for table in self._held.values()) > _HELD_BYTES:
             self._held.popitem(last=False)
-        return self._held[group]
+        return self._held[index]
 
     def _example(self, values: dict[str, Any], where: str) -> Example:
         def tokens(column: str) -> Any:
