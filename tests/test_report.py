@@ -167,7 +167,7 @@ def test_time_of_shared_stages_counts_where_the_run_uses_them(copied, config):
             [f"evaluations/{GREEDY}/000002.json", f"evaluations/{SAMPLED}/000002.json"],
             "no later one has been evaluated",
         ),
-        (["iterations/000002"], "1 of 20 iteration"),
+        (["iterations/000002"], "1 of 20 iterations"),
         ([f"evaluations/{SAMPLED}"], "Held-out edit success"),
         (["benchmarks"], "Training"),
     ],
@@ -310,6 +310,11 @@ def test_ticks_by_hand(low, high, expected):
 )
 def test_numbers_are_short(value, text):
     assert charts.number(value) == text
+
+
+def test_only_whole_iterations_are_labelled():
+    drawn = charts.line_chart("Loss", [charts.line("loss", [(0, 1.0), (1, 2.0)])])
+    assert re.findall(r'middle"[^>]*>([^<]*)<', drawn) == ["0", "1"]
 
 
 def test_long_series_are_averaged_in_bins():

@@ -101,7 +101,7 @@ def line_chart(
     """Draw lines over iterations; ``floor`` is a value that the axis must reach down to."""
     values = [v for each in lines for v in (*each.y, *each.low, *each.high)] + ([] if floor is None else [floor])
     across = [v for each in lines for v in each.x]
-    y_ticks = ticks(min(values), max(values))
+    y_ticks = ticks(min(values), max(values), most=8 if height > 300 else 5)
     labels = [number(value) for value in y_ticks]
     frame = _Frame(
         left=10 + 6.6 * max(map(len, labels)),
@@ -139,7 +139,8 @@ def _y_axis(frame: _Frame, values: Sequence[float], labels: Sequence[str]) -> li
 
 def _x_axis(frame: _Frame) -> list[str]:
     low, high = frame.x
-    between = [v for v in ticks(low, high, 6) if low < v < high] if high > low else []
+    # Iterations are whole.
+    between = [v for v in ticks(low, high, 6) if low < v < high and v == round(v)] if high > low else []
     room = (high - low) / 12
     chosen = sorted({low, high, *(v for v in between if v - low > room and high - v > room)})
     parts = []

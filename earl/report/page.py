@@ -112,7 +112,7 @@ def header(found: Contents) -> dict[str, Any]:
         "config": found.config,
         "head": head and evaluation_labels(found.evaluations)[head.name],
         "before": policy_label(head.first) if head else "SFT",
-        "after": f"after {head.last} iterations" if head and head.last > head.first else None,
+        "after": f"iteration {head.last}" if head and head.last > head.first else None,
         "prompts": head and head.summaries[-1]["prompts"],
     }
 
