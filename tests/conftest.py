@@ -2,8 +2,9 @@
 
 import os
 
-# Before torch is imported anywhere: fixed threads, as the stages use them.
+# Before torch is imported anywhere: threads that wait must not spin, least of all when tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
