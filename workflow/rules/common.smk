@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 from earl import plan, processes, runs
 from earl.config import freeze, load, paths
 from earl.errors import EarlError
-from earl.layout import Run, iteration_name
+from earl.layout import Run
 
 
 def settings_list(value):
@@ -22,6 +23,11 @@ def settings_list(value):
         if isinstance(value, (list, tuple))
         else [v for v in str(value).split(",") if v]
     )
+
+
+def is_news(record):
+    """Return whether a line of Snakemake's is worth showing to someone who asked for few of them."""
+    return not record.getMessage().startswith(("Select jobs to execute", "Execute "))
 
 
 def make_plans():
@@ -143,12 +149,22 @@ def policy(w):
     return checkpoint_files(iteration(w))["policy"]
 
 
+def before(w, name):
+    """Return what stands for the ``policy`` or ``trainer`` of the iteration before.
+
+    Where one iteration is planned again, its checkpoint may have to be restored. That is no reason to make anew what
+    was once made from it, hence `ancient`.
+    """
+    files = checkpoint_files(previous(w)).get(name, [])
+    return ancient(files) if PLANS[w.run].single is not None and files else files
+
+
 def previous_policy(w):
-    return checkpoint_files(previous(w))["policy"]
+    return before(w, "policy")
 
 
 def previous_trainer(w):
-    return checkpoint_files(previous(w)).get("trainer", [])
+    return before(w, "trainer")
 
 
 def shards(kind):
@@ -181,24 +197,28 @@ def last_iteration(item):
     return [*checkpoint_files(last).values(), *done]
 
 
+def finished_files(run):
+    """Return the files that are there once a run's part of this plan is done; windows make their evaluations."""
+    item = PLANS[run]
+    evaluations = [] if CHAIN else evaluation_files(run, item.evaluations)
+    return [*last_iteration(item), *evaluations]
+
+
 def finished(w):
-    """Return what must be there before a run is checked and reported."""
-    item = PLANS[w.run]
-    return (
-        last_iteration(item)
-        if CHAIN
-        else [*last_iteration(item), *evaluation_files(w.run, item.evaluations)]
-    )
+    return finished_files(w.run)
 
 
 def targets():
-    """Return what this plan is for: the reports, or the end of the one window or iteration that is asked for."""
+    """Return what this plan is for.
+
+    Reports alone would not do: one that is newer than all it is made from counts as up to date, though iterations
+    have been asked for since that are not there yet.
+    """
     files = []
     for run, item in PLANS.items():
+        files += finished_files(run)
         if WHOLE:
             files.append(item.run.report.as_posix())
-        else:
-            files += [*last_iteration(item), *evaluation_files(run, item.evaluations)]
     return files
 
 

@@ -1,0 +1,45 @@
+# make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch] [CONFIG=config/demo.jsonnet] [SET=field=value,...]
+# make test | make lint | make venv
+#
+# Needs Python 3.11 or newer with pip, make and git. The first target that needs it makes .venv and installs into it.
+
+PYTHON ?= python3
+RUN ?= demo
+CONFIG ?= config/demo.jsonnet
+ITERATIONS ?=
+ENGINE ?=
+SET ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+comma := ,
+empty :=
+space := $(empty) $(empty)
+OVERRIDES = run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) $(if $(ENGINE),engine=$(ENGINE)) $(SET)
+
+.PHONY: demo test lint venv
+.DEFAULT_GOAL := demo
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m snakemake --profile profiles/local --quiet host reason rules \
+	  --config experiment=$(CONFIG) 'set=$(subst $(space),$(comma),$(strip $(OVERRIDES)))'
+	@$(BIN)/python -m earl status --run runs/$(RUN)
+	@echo "Report: $(CURDIR)/runs/$(RUN)/report.html"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check earl tests benchmarks scripts
+	$(BIN)/snakefmt --check workflow
+	$(BIN)/python -m snakemake --lint --config experiment=$(CONFIG)
+
+venv: $(INSTALLED)
+
+# Written last: an installation that was interrupted is done again.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[test]'
+	@touch $@

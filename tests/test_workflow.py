@@ -1,0 +1,298 @@
+"""The workflow as a user meets it: a real Snakemake over the real rules, with stages that only write digests."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from earl import plan, processes, runs
+from earl.config.load import read
+from earl.files import manifest
+from earl.layout import Run
+
+ROOT = Path(__file__).parent.parent
+SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+STUB = f"{sys.executable} {Path(__file__).parent / 'stage_stub.py'}"
+
+EXPERIMENT = {
+    "run_name": "a",
+    "base_exp_dir": "runs",
+    "train_paths_file": ["train.parquet"],
+    "val_paths_file": ["held_out.parquet"],
+    "model_path": "model",
+    "tokenizer_path": "model",
+    "vision_tokenizer_path": "model",
+    "engine": "torch",
+    "judge": "program",
+    "num_iterations": 3,
+    "cpu_threads": 1,
+    "keep_checkpoints_every_n_iterations": None,
+    "save_checkpoints_every_n_iterations": None,
+}
+
+
+class Workplace:
+    """A folder with a model, data and experiments, and Snakemake to run in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "model").mkdir()
+        (path / "model" / "config.json").write_text("{}")
+        for name in ("train", "held_out"):
+            (path / f"{name}.parquet").write_text(name)
+
+    def experiment(self, name: str, **fields: object) -> str:
+        (self.path / f"{name}.jsonnet").write_text(json.dumps(EXPERIMENT | {"run_name": name} | fields))
+        return f"{name}.jsonnet"
+
+    def start(self, experiment: str, *options: str, env: dict[str, str] | None = None, **config: object) -> subprocess.Popen:
+        """Start Snakemake; its commands go to ``log.txt``."""
+        settings = {"experiment": experiment, "earl_command": STUB} | config
+        command = [*SNAKEMAKE, "--snakefile", ROOT / "workflow" / "Snakefile", "--profile", ROOT / "profiles" / "local"]
+        command += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
+        inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
+        inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
+        return subprocess.Popen(
+            list(map(str, command)), cwd=self.path, env=inherited | (env or {}), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )
+
+    def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:
+        (self.path / "log.txt").unlink(missing_ok=True)
+        started = self.start(experiment, *options, **config)
+        output, _ = started.communicate(timeout=120)
+        assert (started.returncode != 0) == fails, output
+        return output
+
+    def commands(self) -> list[str]:
+        """Return what the stages since the last :meth:`run` began were asked to do."""
+        log = self.path / "log.txt"
+        return log.read_text().splitlines() if log.is_file() else []
+
+    def stages(self) -> list[str]:
+        """Return the commands other than the housekeeping at the end."""
+        return [line for line in self.commands() if line.split()[0] not in ("prune", "verify", "report")]
+
+    def folder(self, name: str) -> Run:
+        return Run(self.path / "runs" / name)
+
+    def policy(self, name: str, index: int) -> str:
+        return manifest.digest_folder(self.folder(name).iteration(index).policy)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the policy after three iterations that nothing came in the way of, planned at once."""
+    place = Workplace(tmp_path_factory.mktemp("undisturbed"))
+    place.run(place.experiment("a"))
+    return place.policy("a", 3)
+
+
+def job_counts(output: str) -> dict[str, int]:
+    table = output.split("Job stats:")[1].split("\n\n")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+def test_dry_run_plans_every_stage_and_writes_nothing(place):
+    experiment = place.experiment(
+        "a", rollout_shards=2, evaluations={"held_out": {"prompts": 4, "every_n_iterations": 2}}
+    )
+    counts = job_counts(place.run(experiment, "-n"))
+    # Evaluated: the starting policy, iteration 2, and 3 as the last one.
+    assert counts == {
+        "start": 1, "generate": 6, "score": 6, "train": 3,
+        "evaluate_generate": 3, "evaluate_score": 3, "evaluate": 3, "verify": 1, "report": 1, "all": 1, "total": 28,
+    }  # fmt: skip
+    assert not (place.path / "runs").exists()
+
+
+def test_run_then_nothing_to_do_then_more_iterations(place):
+    experiment = place.experiment("a", evaluations={"held_out": {"prompts": 4, "every_n_iterations": 2}})
+    place.run(experiment, set="num_iterations=2")
+    folder = place.folder("a")
+    assert (folder.iteration(0).policy.readlink(), folder.report.is_file()) == (Path("../../../../model"), True)
+    assert json.loads(folder.verification.read_text())["problems"] == []
+
+    assert "Nothing to be done" in place.run(experiment, set="num_iterations=2")
+
+    place.run(experiment)
+    assert [line.split()[0] for line in place.stages()] == [
+        "generate", "score", "train", "generate", "score", "evaluate"
+    ]  # fmt: skip
+    assert not (folder.iteration(1).policy).exists(), "two complete iterations are enough to go on from"
+    assert read(folder.config).num_iterations == 3
+
+
+def test_windows_follow_each_other_and_end_in_the_same_policy(place, undisturbed):
+    experiment = place.experiment("a", window_length=1)
+    assert job_counts(place.run(experiment, "-n"))["window"] == 3
+    place.run(experiment)
+    assert place.policy("a", 3) == undisturbed
+    assert place.folder("a").report.is_file()
+
+
+@pytest.mark.parametrize("window_length", [50, 2])
+def test_killed_without_warning_and_started_again(place, undisturbed, window_length):
+    experiment = place.experiment("a", window_length=window_length)
+    for moment in ("score", "train --config runs/a/config.json --iteration 000002"):
+        started = place.start(experiment, env={"STUB_DELAY": "0.3"})
+        wait_until(lambda moment=moment: any(line.startswith(moment) for line in place.commands()))
+        started.send_signal(signal.SIGKILL)
+        started.communicate(timeout=60)  # ends when the last process that writes to the pipe has ended
+    place.run(experiment)
+    assert place.policy("a", 3) == undisturbed
+    # Whatever was complete when it was killed was not done again.
+    assert not [line for line in place.stages() if "--iteration 000001" in line]
+
+
+def test_interrupted_and_started_again(place, undisturbed):
+    experiment = place.experiment("a", window_length=1)
+    started = place.start(experiment, env={"STUB_DELAY": "0.3"})
+    wait_until(lambda: any(line.startswith("train") for line in place.commands()))
+    os.killpg(started.pid, signal.SIGINT)
+    started.communicate(timeout=60)
+    assert started.returncode != 0
+    place.run(experiment)
+    assert place.policy("a", 3) == undisturbed
+
+
+def test_failed_stage_stops_and_keeps_the_iterations_before_it(place, undisturbed):
+    experiment = place.experiment("a")
+    started = place.start(experiment, env={"STUB_FAIL": "train --config runs/a/config.json --iteration 000002"})
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert "this stage was told to fail" in output
+    assert runs.newest_complete(place.folder("a")) == 1
+    place.run(experiment)
+    assert [line.split()[0] for line in place.stages()] == ["train", "generate", "score", "train"]
+    assert place.policy("a", 3) == undisturbed
+
+
+def test_second_workflow_on_the_same_run_is_refused(place):
+    experiment = place.experiment("a")
+    (place.path / "runs" / "a").mkdir(parents=True)
+    with processes.lock(runs.lock_file(place.folder("a"))):
+        output = place.run(experiment, fails=True)
+    assert f"process {os.getpid()} is writing here" in output
+    assert place.stages() == []
+
+
+def shapes_experiment(place: Workplace, name: str, **fields: object) -> str:
+    sft = {"base_model": "stage:shapes-policy", "train_paths_file": ["stage:tokenise/pairs"], "steps": 1}
+    return place.experiment(
+        name,
+        raw_datasets={"pairs": {"source": "shapes", "count": 8, "seed": 1}},
+        train_paths_file=["stage:tokenise/pairs"],
+        model_path="stage:sft",
+        sft=sft,
+        num_iterations=1,
+        **fields,
+    )
+
+
+def test_experiments_in_one_call_share_what_they_have_in_common(place):
+    both = [shapes_experiment(place, "a"), shapes_experiment(place, "b", kl_coeff=0.5)]
+    place.run(",".join(both))
+    kinds = [line.split(" --")[0] for line in place.stages()]
+    once, each = ("shapes raw", "shapes policy", "tokenise", "sft"), ("start", "generate", "score", "train")
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(once, 1) | dict.fromkeys(each, 2)
+    policies = [place.folder(name).iteration(0).policy.resolve() for name in "ab"]
+    assert policies[0] == policies[1]
+    assert not policies[0].is_symlink()
+
+
+def test_experiments_of_one_run_folder_are_refused(place):
+    both = [place.experiment("a"), place.experiment("b", run_name="a")]
+    assert "two of the experiments have this run folder" in place.run(",".join(both), "-n", fails=True)
+
+
+def test_changed_configuration_stops_until_it_is_accepted(place):
+    experiment = place.experiment("a", num_iterations=1)
+    place.run(experiment)
+    output = place.run(experiment, fails=True, set="num_iterations=2,kl_coeff=0.5")
+    assert re.search(r"kl_coeff +0.0003 +0.5", output)
+    assert place.stages() == []
+    place.run(experiment, set="num_iterations=2,kl_coeff=0.5", accept_changes=True)
+    problems = json.loads(place.folder("a").verification.read_text())["problems"]
+    assert [problem["problem"][:49] for problem in problems] == ["iterations 1 to 1 were made by another configurat"]
+
+
+def test_one_shard_again_and_nothing_else(place):
+    experiment = place.experiment("a", rollout_shards=2)
+    place.run(experiment)
+    before = place.policy("a", 3)
+    target = "runs/a/iterations/000002/scores/0001.parquet"
+    output = place.run(experiment, "--force", target, iteration=2)
+    assert [line.split()[0] for line in place.commands()] == ["score"]
+    assert "policy            -> iterations 3 to 3" in output
+    # The same bytes came out, so what depends on them still fits.
+    assert place.policy("a", 3) == before
+    assert "Nothing to be done" in place.run(experiment)
+
+
+def test_stage_of_a_dropped_policy_again_restores_the_policy(place):
+    experiment = place.experiment("a", num_iterations=4)
+    place.run(experiment)
+    folder = place.folder("a")
+    assert not folder.iteration(1).policy.exists()
+    recorded = json.loads(folder.iteration(1).metrics.read_text())["policy_digest"]
+    place.run(experiment, "--force", "runs/a/iterations/000002/train/metrics.json", iteration=2)
+    assert [line.split()[0] for line in place.commands()] == ["restore", "train", "prune"]
+    assert place.policy("a", 1) == recorded
+
+
+def test_rewind_trains_again_from_there(place, undisturbed):
+    experiment = place.experiment("a")
+    place.run(experiment)
+    assert runs.rewind(place.folder("a"), 2) == [2, 3]
+    place.run(experiment)
+    # Policy 1 is gone, so it is trained again from stored scores; the same policies come out, so no rollouts change.
+    assert [line.split()[0] for line in place.stages()] == ["train"] * 3
+    assert place.policy("a", 3) == undisturbed
+
+
+def test_runs_of_one_plan_have_windows_of_their_own(place):
+    first, second = place.experiment("a"), place.experiment("b")
+    place.run(first, set="num_iterations=2")
+    place.run(f"{first},{second}")
+    assert sorted(line.split("--run ")[1] for line in place.stages() if line.startswith("train")) == [
+        "runs/a", "runs/b", "runs/b", "runs/b"
+    ]  # fmt: skip
+
+
+def test_lint_and_format():
+    config = ["--config", "experiment=config/demo.jsonnet"]
+    lint = subprocess.run([*SNAKEMAKE, "--lint", *config], cwd=ROOT, capture_output=True, text=True)
+    assert "your workflow is in a good condition" in lint.stdout + lint.stderr, lint.stdout + lint.stderr
+    formatted = subprocess.run(
+        [sys.executable, "-m", "snakefmt", "--check", "workflow"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert formatted.returncode == 0, formatted.stderr
+
+
+def test_constraint_ties_iterations_to_their_run():
+    pattern = plan.constraint({"runs/a": range(2, 4), "runs/b": [7], "runs/c": []}, "/iterations/")
+
+    def matches(path: str) -> bool:
+        return re.fullmatch(rf"(?P<run>{pattern})/iterations/(?P<step>\d{{6}})/train/metrics.json", path) is not None
+
+    paths = [f"runs/{run}/iterations/{index:06d}/train/metrics.json" for run in "abc" for index in (1, 2, 3, 7)]
+    assert [path for path in paths if matches(path)] == [paths[1], paths[2], paths[7]]
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
