@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,37 @@ class Files:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The value of an experiment's file."""
+    """The value of an experiment's file, and on demand where its fields were written."""
 
+    path: Path
+    overrides: Mapping[str, Any]
+    variables: Mapping[str, str]
+    files: Files
     value: dict[str, Any]
-    written_in: dict[str, str]
-    """File that each top-level field was written in, with the variables that its value depends on."""
+
+    @cached_property
+    def written_in(self) -> dict[str, str]:
+        """File that each top-level field was written in, with the variables that its value depends on.
+
+        Evaluates the file again, and once for each variable that it may use: seldom needed, so not done before.
+        """
+        marks = _marks(self.path, self.files, self.variables)
+        origins = {name: marks.get(name, shown(self.path)) for name in self.value}
+        for variable in self.variables:
+            if any(variable in text for text in self.files.texts.values()):
+                for name in self._depend_on(variable):
+                    origins[name] += f" ({variable})"
+        return origins
+
+    def _depend_on(self, variable: str) -> list[str]:
+        """Return the top-level fields that change when a variable does."""
+        # A digit more keeps a number a number.
+        changed = dict(self.variables) | {variable: self.variables[variable] + "1"}
+        try:
+            other = _run(self.path, self.overrides, Files(), changed)
+        except EarlError:
+            return []
+        return [name for name, value in self.value.items() if other.get(name) != value]
 
 
 def variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -67,7 +94,7 @@ def variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def evaluate(path: Path, overrides: Mapping[str, Any]) -> Evaluated:
-    """Return the value of a Jsonnet file, and where its fields come from.
+    """Return the value of a Jsonnet file.
 
     Args:
         path: A Jsonnet file whose value is an object.
@@ -81,12 +108,7 @@ def evaluate(path: Path, overrides: Mapping[str, Any]) -> Evaluated:
     value = _run(path, overrides, files, given)
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is a {type(value).__name__}, not an object of fields")
-    written_in = _marks(path, files, given)
-    origins = {name: written_in.get(name, shown(path)) for name in value}
-    for variable in (name for name in given if any(name in text for text in files.texts.values())):
-        for name in _depend_on(variable, path, overrides, given, value):
-            origins[name] += f" ({variable})"
-    return Evaluated(value, origins)
+    return Evaluated(path, overrides, given, files, value)
 
 
 def shown(path: Path | str) -> str:
@@ -115,19 +137,6 @@ def _marks(path: Path, files: Files, given: Mapping[str, str]) -> dict[str, str]
     except EarlError:
         # A file that calls functions of its imports has no names of its own to tell; the value itself is sound.
         return {}
-
-
-def _depend_on(
-    variable: str, path: Path, overrides: Mapping[str, Any], given: Mapping[str, str], value: dict[str, Any]
-) -> list[str]:
-    """Return the top-level fields that change when a variable does."""
-    # A digit more keeps a number a number.
-    changed = dict(given) | {variable: given[variable] + "1"}
-    try:
-        other = _run(path, overrides, Files(), changed)
-    except EarlError:
-        return []
-    return [name for name in value if other.get(name) != value[name]]
 
 
 def _jsonnet(path: Path, code: str, callback: Any, given: Mapping[str, str]) -> Any:

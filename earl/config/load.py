@@ -3,14 +3,15 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from earl.config.evaluate import evaluate, shown
+from earl.config.evaluate import Evaluated, evaluate, shown
 from earl.config.schema import Config
 from earl.errors import EarlError
 
@@ -23,9 +24,22 @@ class Loaded:
     """A resolved experiment."""
 
     config: Config
-    origins: dict[str, str]
-    """Where the value of each field, by dotted name, came from: a file, with the variables that it depends on in
-    parentheses, ``--set``, or ``default``."""
+    evaluated: Evaluated
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Where the value of each field, by dotted name, came from.
+
+        A file, with the variables that the value depends on in parentheses; ``--set``; or ``default``.
+        """
+        return {name: self._origin(name) for name, _ in leaves(self.config.model_dump(mode="json"))}
+
+    def _origin(self, name: str) -> str:
+        if not _holds(self.evaluated.value, name):
+            return DEFAULT
+        if any(name == other or name.startswith(f"{other}.") for other in self.evaluated.overrides):
+            return OVERRIDE
+        return self.evaluated.written_in[name.split(".")[0]]
 
 
 def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Loaded:
@@ -39,18 +53,14 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Loaded
         EarlError: naming file and field, when the file does not evaluate, a field is unknown, missing, ill-typed or
             out of range, or fields contradict each other.
     """
-    overrides = dict(overrides or {})
-    evaluated = evaluate(Path(path), overrides)
-    written_in = dict(evaluated.written_in) | {name: OVERRIDE for name in overrides if "." not in name}
-    config = _validated(evaluated.value, shown(path), written_in)
-    origins = {}
-    for name, _ in leaves(config.model_dump(mode="json")):
-        overridden = any(name == other or name.startswith(f"{other}.") for other in overrides)
-        if not _holds(evaluated.value, name):
-            origins[name] = DEFAULT
-        else:
-            origins[name] = OVERRIDE if overridden else written_in[name.split(".")[0]]
-    return Loaded(config, origins)
+    evaluated = evaluate(Path(path), dict(overrides or {}))
+
+    def source(name: str) -> str:
+        if name in evaluated.overrides:
+            return OVERRIDE
+        return evaluated.written_in.get(name, shown(path))
+
+    return Loaded(_validated(evaluated.value, shown(path), source), evaluated)
 
 
 def read(path: Path | str) -> Config:
@@ -67,7 +77,7 @@ def read(path: Path | str) -> Config:
         raise EarlError(f"{path}: cannot be read as JSON ({error}); `earl config freeze` writes it again") from error
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is no object of fields; `earl config freeze` writes it again")
-    return _validated(value, str(path), {})
+    return _validated(value, str(path), lambda name: str(path))
 
 
 def parse_overrides(items: Iterable[str] | str) -> dict[str, Any]:
@@ -141,13 +151,13 @@ def _override(name: str, text: str) -> Any:
     return text if takes_text and isinstance(value, int | float) else value
 
 
-def _validated(value: dict[str, Any], path: str, written_in: Mapping[str, str]) -> Config:
+def _validated(value: dict[str, Any], path: str, source: Callable[[str], str]) -> Config:
     try:
         return Config.model_validate(value)
     except ValidationError as error:
         # A default that waits for another field fails with it; that says nothing new.
         problems = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
-        lines = [_problem(problem, path, written_in) for problem in problems]
+        lines = [_problem(problem, path, source) for problem in problems]
         if len(lines) == 1:
             raise EarlError(f"{path}: {lines[0]}") from error
         raise EarlError(
@@ -155,13 +165,13 @@ def _validated(value: dict[str, Any], path: str, written_in: Mapping[str, str]) 
         ) from error
 
 
-def _problem(problem: Mapping[str, Any], path: str, written_in: Mapping[str, str]) -> str:
+def _problem(problem: Mapping[str, Any], path: str, source: Callable[[str], str]) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "cross_field":
         location.append(problem["ctx"]["field"])
     field = ".".join(location)
-    source = written_in.get(location[0], path) if location else path
-    place = f"field {field}" + (f" (in {source})" if source != path else "")
+    origin = source(location[0])
+    place = f"field {field}" + (f" (in {origin})" if origin != path else "")
     match problem["type"]:
         case "extra_forbidden":
             return f"{place} is unknown; the nearest known name is {_nearest(location)}"

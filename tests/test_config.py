@@ -1,0 +1,362 @@
+"""Experiments resolve to what the paper's table says, mistakes are named, and a run's configuration is frozen."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from earl.config import freeze, load, paths
+from earl.config.schema import Config
+from earl.errors import EarlError
+
+ROOT = Path(__file__).parent.parent
+VARIABLES = {
+    "APP__DATA_DIR": "/data",
+    "APP__BASE_EXP_DIR": "/experiments",
+    "APP__RUN_NAME": "trial",
+    "APP__REWARD_FUNCTION_API_BASE": "http://judge:4877",
+    "APP__SFT_SC_PATH": "/models/sc",
+    "APP__SFT_SC2STAGE_PATH": "/models/sc2stage",
+}
+SIMPLE = {"omniedit": 1.0}
+COMPLEX = {"magic_brush": 6, "aurora_ag": 6, "aurora_kubric": 0.7, "ss2": 1.55, "vismin": 3.7, "human-edit": 11}
+BOTH = {"omniedit": 0.13} | COMPLEX
+AT_ONCE = "<|image start|>"
+THINKING = " Let's think step by step. <|start thinking|>"
+TABLE = {
+    "sft_s__rl_s": ("mair-lab/sft-simple", AT_ONCE, SIMPLE),
+    "sft_s__rl_c": ("mair-lab/sft-simple", AT_ONCE, COMPLEX),
+    "sft_s__rl_sc": ("mair-lab/sft-simple", AT_ONCE, BOTH),
+    "sft_sc__rl_c": ("/models/sc", AT_ONCE, COMPLEX),
+    "sft_sc__rl_sc": ("/models/sc", AT_ONCE, BOTH),
+    "sft_sc2stage__rl_c": ("/models/sc2stage", AT_ONCE, COMPLEX),
+    "sft_sc2stage__rl_sc": ("/models/sc2stage", AT_ONCE, BOTH),
+    "sft_think_s__rl_s": ("mair-lab/thinking-sft-simple", THINKING, SIMPLE),
+    "sft_think_s__rl_c": ("mair-lab/thinking-sft-simple", THINKING, COMPLEX),
+    "sft_think_s__rl_sc": ("mair-lab/thinking-sft-simple", THINKING, BOTH),
+}
+SHARED = {
+    "run_name": "trial",
+    "base_exp_dir": "/experiments",
+    "val_paths_file": ["/data/validation_22march_256/feature/list/tokenized_datalist.json"],
+    "val_coefficients": [1.0],
+    "tokenizer_path": "BAAI/Emu3-Gen",
+    "vision_tokenizer_path": "BAAI/Emu3-VisionTokenizer",
+    "learning_rate": 3e-6,
+    "num_iterations": 2000,
+    "kl_coeff": 0.0003,
+    "temperature": 1.0,
+    "per_device_batch_size": 8,
+    "episodes_per_iteration": 128,
+    "generations_per_sample": 8,
+    "max_response_tokens": 2048,
+    "max_prompt_len": None,
+    "max_completion_len": None,
+    "top_p": 1.0,
+    "top_k": -1,
+    "model_context_size": 4096,
+    "vllm_gpu_memory_utilization": 0.3,
+    "emu3_use_logit_processor": True,
+    "separate_language_and_vision_vocabs": True,
+    "train_text_tokens_only": False,
+    "text_only_cycle_steps": 10,
+    "text_only_steps": 10,
+    "train_vision_tokens_only": False,
+    "vision_only_cycle_steps": 10,
+    "vision_only_steps": 10,
+    "reward_function_api_base": "http://judge:4877",
+    "reward_function_api_model_name": "Qwen/Qwen2.5-VL-72B-Instruct",
+    "reward_compute_viescore": True,
+    "reward_compute_ground_score": False,
+    "reward_final_reward": "viescore",
+    "log_episodes_every_n_iterations": 5,
+    "keep_checkpoints_every_n_iterations": 100,
+    "save_checkpoints_every_n_iterations": 100,
+    "push_to_hub_every_n_iterations": 100,
+    "push_to_hub_repo_id": "imged_rl__trial",
+    "random_seed": 42,
+    "model_revision": None,
+    "engine": "vllm",
+    "judge": "openai",
+    "sft": None,
+    "raw_datasets": {},
+}
+MINIMAL = {"run_name": "a", "base_exp_dir": "runs", "train_paths_file": ["x"], "val_paths_file": [], "judge": "program"}
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+
+
+def experiment(folder: Path, **fields: object) -> Path:
+    path = folder / "x.jsonnet"
+    path.write_text(json.dumps(MINIMAL | fields))
+    return path
+
+
+def error_of(path: Path, **overrides: object) -> str:
+    with pytest.raises(EarlError) as caught:
+        load.load(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_experiment_resolves_to_the_papers_table(name: str, variables: None) -> None:
+    model, prefill, data = TABLE[name]
+    config = load.load(ROOT / "config" / f"{name}.jsonnet").config.model_dump()
+    assert config["model_path"] == model
+    assert config["assistant_prefill"] == prefill
+    names = [f"/data/earl-datasets/{name}/train/list/tokenized_datalist.json" for name in data]
+    assert config["train_paths_file"] == names
+    assert config["coefficients"] == list(data.values())
+    assert {field: config[field] for field in SHARED} == SHARED
+
+
+def test_the_table_covers_every_experiment_file() -> None:
+    assert {path.stem for path in (ROOT / "config").glob("sft_*.jsonnet")} == set(TABLE)
+
+
+def test_demo_needs_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    config = load.load(ROOT / "config" / "demo.jsonnet").config
+    assert (config.run_name, config.base_exp_dir, config.engine, config.judge) == ("demo", "runs", "torch", "program")
+    assert {one.temperature for one in config.evaluations.values()} == {1.0, 0.1}
+    seeds = [raw.seed for raw in config.raw_datasets.values()]
+    assert len(set(seeds)) == len(seeds) == 3
+
+
+def test_missing_variable_is_named_with_file_and_remedy(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APP__DATA_DIR")
+    message = error_of(ROOT / "config" / "sft_s__rl_c.jsonnet")
+    assert "export APP__DATA_DIR=" in message
+    assert "libsonnet:" in message
+
+
+def test_an_override_makes_its_variable_unnecessary(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APP__RUN_NAME")
+    config = load.load(ROOT / "config" / "sft_s__rl_s.jsonnet", {"run_name": "b"}).config
+    assert (config.run_name, config.push_to_hub_repo_id) == ("b", "imged_rl__b")
+
+
+def test_origins_name_file_variable_override_and_default(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    origins = load.load("config/sft_s__rl_sc.jsonnet", {"temperature": 0.9}).origins
+    assert origins["train_paths_file"] == "config/data/both.libsonnet (APP__DATA_DIR)"
+    assert origins["coefficients"] == "config/data/both.libsonnet"
+    assert origins["model_path"] == "config/models/s.libsonnet"
+    assert origins["kl_coeff"] == "config/base.libsonnet"
+    assert origins["push_to_hub_repo_id"] == "config/base.libsonnet (APP__RUN_NAME)"
+    assert origins["temperature"] == "--set"
+    assert origins["random_seed"] == "default"
+
+
+def test_the_later_import_is_the_origin(tmp_path: Path) -> None:
+    (tmp_path / "a.libsonnet").write_text("{kl_coeff: 0.1, temperature: 0.5} // end without newline")
+    (tmp_path / "b.libsonnet").write_text("{kl_coeff: 0.2}")
+    path = tmp_path / "x.jsonnet"
+    path.write_text(f"{json.dumps(MINIMAL)} + (import 'a.libsonnet') + (import 'b.libsonnet')")
+    loaded = load.load(path)
+    assert loaded.config.kl_coeff == 0.2
+    assert loaded.origins["kl_coeff"].endswith("b.libsonnet")
+    assert loaded.origins["temperature"].endswith("a.libsonnet")
+    assert loaded.origins["judge"].endswith("x.jsonnet")
+
+
+def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load.load(ROOT / "config" / "demo.jsonnet")
+    (tmp_path / "shown.jsonnet").write_text(load.show(first))
+    assert load.load(tmp_path / "shown.jsonnet").config == first.config
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"learning_rat": 1e-6}, ["learning_rat ", "unknown", "learning_rate"]),
+        ({"sft": {"step": 1}}, ["sft.step ", "nearest known name is steps"]),
+        ({"raw_datasets": {"a": {"source": "shapes", "conut": 1}}}, ["raw_datasets.a.conut", "count"]),
+        ({"evaluations": {"prompts": {"prompts": 1, "top_kk": 1}}}, ["evaluations.prompts.top_kk", "top_k"]),
+        ({"learning_rate": "3e-6"}, ['learning_rate is "3e-6"', "valid number"]),
+        ({"num_iterations": 2.5}, ["num_iterations is 2.5", "integer"]),
+        ({"top_k": True}, ["top_k is true", "integer"]),
+        ({"judge": "oracle"}, ["judge", "'program'"]),
+        ({"temperature": 0}, ["temperature is 0", "greater than 0"]),
+        ({"top_p": 1.5}, ["top_p is 1.5", "less than or equal to 1"]),
+        ({"top_k": 0}, ["top_k", "-1"]),
+        ({"run_name": "../other"}, ["run_name"]),
+        ({"train_paths_file": []}, ["train_paths_file is empty"]),
+        ({"coefficients": [1, 2]}, ["coefficients has 2 values for 1 data sets"]),
+        ({"val_paths_file": ["a", "b"]}, ["val_coefficients has 1 values for 2"]),
+        ({"episodes_per_iteration": 12}, ["episodes_per_iteration is 12", "generations_per_sample (8)"]),
+        ({"rollout_shards": 5}, ["rollout_shards is 5", "4 batches"]),
+        ({"train_text_tokens_only": True, "train_vision_tokens_only": True}, ["train_vision_tokens_only", "both"]),
+        ({"text_only_steps": 11}, ["text_only_steps is 11", "text_only_cycle_steps: 10"]),
+        ({"reward_final_reward": "ground_score"}, ["reward_compute_ground_score"]),
+        ({"judge": "openai"}, ["reward_function_api_base"]),
+        ({"max_response_tokens": 4096}, ["max_response_tokens", "model_context_size"]),
+        ({"train_paths_file": ["stage:tokenise/no"]}, ["train_paths_file.0", "raw_datasets"]),
+        ({"model_path": "stage:stf"}, ["model_path", "stage:sft"]),
+        ({"model_path": "stage:sft"}, ["model_path", "sft is null"]),
+        ({"raw_datasets": {"a": {"source": "parquet"}}}, ["raw_datasets.a.path"]),
+    ],
+)
+def test_a_mistake_names_field_and_file(fields: dict, parts: list[str], tmp_path: Path) -> None:
+    path = experiment(tmp_path, **fields)
+    message = error_of(path)
+    assert str(path) in message
+    for part in parts:
+        assert part in message
+
+
+def test_missing_field_names_the_nearest_given_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonnet"
+    path.write_text(json.dumps({k: v for k, v in MINIMAL.items() if k != "run_name"} | {"run_nam": "a"}))
+    message = error_of(path)
+    assert "field run_name is missing; the nearest name given is run_nam" in message
+    assert "field run_nam is unknown; the nearest known name is run_name" in message
+
+
+@pytest.mark.parametrize(("text", "part"), [("{a: ", "x.jsonnet:1"), ("[1]", "not an object"), ("import 'no'", "no")])
+def test_a_file_that_is_no_experiment_is_named(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonnet").write_text(text)
+    message = error_of(tmp_path / "x.jsonnet")
+    assert "x.jsonnet" in message or "/no" in message
+    assert part in message
+
+
+def test_overrides_are_json_or_text() -> None:
+    text = "run_name=7,engine=torch,num_iterations=2,coefficients=[1,2],sft.steps=3,model_revision=null"
+    assert load.parse_overrides(text) == {
+        "run_name": "7",
+        "engine": "torch",
+        "num_iterations": 2,
+        "coefficients": [1, 2],
+        "sft.steps": 3,
+        "model_revision": None,
+    }
+    with pytest.raises(EarlError, match="field=value"):
+        load.parse_overrides(["engine"])
+
+
+def test_a_dotted_override_changes_one_field_of_a_section() -> None:
+    demo = load.load(ROOT / "config" / "demo.jsonnet").config
+    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.steps": 3})
+    assert changed.config.sft == demo.sft.model_copy(update={"steps": 3})
+    assert changed.origins["sft.steps"] == "--set"
+    assert changed.origins["sft.batch_size"] != "--set"
+
+
+class TestFrozen:
+    def test_round_trip(self, tmp_path: Path) -> None:
+        config = load.load(ROOT / "config" / "demo.jsonnet").config
+        assert freeze.write(config, tmp_path / "config.json")
+        assert load.read(tmp_path / "config.json") == config
+        assert not freeze.write(config, tmp_path / "config.json")
+
+    def test_a_changed_result_stops_with_old_and_new(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        freeze.write(load.load(ROOT / "config" / "demo.jsonnet").config, path)
+        before = path.read_bytes()
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"kl_coeff": 0.5, "sft.steps": 3}).config
+        with pytest.raises(EarlError) as caught:
+            freeze.write(other, path)
+        rows = [line.split() for line in str(caught.value).splitlines()]
+        assert ["kl_coeff", "0.01", "0.5"] in rows
+        assert any(row[0] == "sft.steps" and row[2] == "3" for row in rows if len(row) == 3)
+        assert "run_name" in str(caught.value)
+        assert "--accept-changes" in str(caught.value)
+        assert path.read_bytes() == before
+        freeze.write(other, path, accept_changes=True)
+        assert load.read(path) == other
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"num_iterations": 99},
+            {"window_length": 3},
+            {"rollout_shards": 2},
+            {"evaluations.heldout.every_n_iterations": 1},
+            {"evaluations.new": {"prompts": 2}},
+            {"evaluations": {}},
+            {"device": "auto"},
+        ],
+    )
+    def test_what_determines_no_result_may_change(self, change: dict, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        config = load.load(ROOT / "config" / "demo.jsonnet").config
+        freeze.write(config, path)
+        other = load.load(ROOT / "config" / "demo.jsonnet", change).config
+        freeze.write(other, path)
+        assert load.read(path) == other
+        assert freeze.config_digest(other) == freeze.config_digest(config)
+
+    def test_an_evaluation_that_stays_keeps_its_sampling(self, tmp_path: Path) -> None:
+        freeze.write(load.load(ROOT / "config" / "demo.jsonnet").config, tmp_path / "config.json")
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.temperature": 0.7}).config
+        with pytest.raises(EarlError, match="evaluations.heldout.temperature"):
+            freeze.check(other, tmp_path / "config.json")
+
+    def test_damage_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        path.write_text('{"run_name": ')
+        with pytest.raises(EarlError, match="config.json"):
+            load.read(path)
+
+    def test_every_field_is_documented_and_classified(self) -> None:
+        for name, field in Config.model_fields.items():
+            assert field.description, name
+            assert isinstance(freeze.is_free(name), bool)
+
+
+class TestSharedStages:
+    @staticmethod
+    def demo(**overrides: object) -> Config:
+        return load.load(ROOT / "config" / "demo.jsonnet", overrides).config
+
+    def test_each_stands_after_what_it_reads(self) -> None:
+        config = self.demo()
+        stages = paths.shared_stages(config)
+        seen: set[Path] = set()
+        for output, stage in stages.items():
+            assert seen.issuperset(path for path in stage.inputs if path in stages)
+            seen.add(output)
+        assert sorted(stage.stage for stage in stages.values()) == ["policy", *["raw"] * 3, "sft", *["tokenise"] * 3]
+        assert paths.resolve(config, "stage:sft") in stages
+
+    def test_what_a_stage_does_not_depend_on_shares_it(self) -> None:
+        other = self.demo(run_name="b", random_seed=7, kl_coeff=0.5, num_iterations=3, temperature=0.5)
+        assert paths.shared_stages(other) == paths.shared_stages(self.demo())
+
+    def test_a_change_moves_what_depends_on_it_and_nothing_else(self) -> None:
+        def moved(**overrides: object) -> set[str]:
+            other = paths.shared_stages(self.demo(**overrides))
+            return {f"{stage.stage} {stage.name}" for path, stage in other.items() if path not in first}
+
+        first = paths.shared_stages(self.demo())
+        assert moved(**{"sft.steps": 3}) == {"sft sft"}
+        assert moved(**{"sft.random_seed": 3}) == {"sft sft", "policy shapes"}
+        assert moved(**{"raw_datasets.shapes_rl.count": 3}) == {"raw shapes_rl", "tokenise shapes_rl"}
+        assert moved(**{"raw_datasets.shapes_sft.count": 3}) == {"raw shapes_sft", "tokenise shapes_sft", "sft sft"}
+        assert len(moved(image_area=1024)) == 4
+
+    def test_other_paths_mean_themselves(self) -> None:
+        config = self.demo()
+        assert str(paths.resolve(config, "mair-lab/sft-simple")) == "mair-lab/sft-simple"
+        assert (paths.resolve(config, "package:shapes/vision_tokenizer") / "config.json").is_file()
+
+
+def test_command_shows_and_freezes(tmp_path: Path) -> None:
+    def earl(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "earl", "config", *arguments], capture_output=True, text=True)
+
+    shown = earl("show", str(ROOT / "config" / "demo.jsonnet"), "--set", "kl_coeff=0.5")
+    assert shown.returncode == 0
+    assert any(line.split() == ['"kl_coeff":', "0.5,", "//", "--set"] for line in shown.stdout.splitlines())
+    wrong = earl("freeze", str(ROOT / "config" / "demo.jsonnet"), str(tmp_path / "c.json"), "--set", "kl_coef=0.5")
+    assert wrong.returncode == 2
+    assert "kl_coeff" in wrong.stderr
+    assert list(tmp_path.iterdir()) == []
