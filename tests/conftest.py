@@ -37,3 +37,38 @@ def policy_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def vocabulary(policy_folder):
     return Vocabulary.from_folder(policy_folder)
+
+
+SMALL = {
+    "raw_datasets.shapes_sft.count": 32,
+    "raw_datasets.shapes_rl.count": 24,
+    "raw_datasets.shapes_heldout.count": 8,
+    "sft.steps": 12,
+    "sft.batch_size": 8,
+    "episodes_per_iteration": 16,
+    "generations_per_sample": 4,
+    "per_device_batch_size": 8,
+    "engine_batch_size": 4,
+    "cpu_threads": 1,
+    "num_iterations": 2,
+    "evaluations.heldout.prompts": 4,
+    "evaluations.heldout_greedy.prompts": 4,
+}
+"""The demo, cut down until a whole run takes seconds: what is learned is of no interest, what is written is."""
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory):
+    """Return the small demo's configuration, all its variants under one folder of shared stages."""
+    from pathlib import Path
+
+    from earl.config import load
+
+    base = tmp_path_factory.mktemp("runs")
+    demo = Path(__file__).parent.parent / "config" / "demo.jsonnet"
+
+    def make(run_name, **overrides):
+        changes = {name.replace("__", "."): value for name, value in overrides.items()}
+        return load.load(demo, {**SMALL, "base_exp_dir": str(base), "run_name": run_name, **changes}).config
+
+    return make

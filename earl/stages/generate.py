@@ -48,7 +48,7 @@ def run(config: "Config", iteration: int, shard: int, policy: Path, out: Path) -
         max(1, config.engine_batch_size // config.generations_per_sample),
     )
     examples = _draw(
-        config, config.train_paths_file, config.coefficients, iteration, config.prompts_per_iteration, wanted
+        config, policy, config.train_paths_file, config.coefficients, iteration, config.prompts_per_iteration, wanted
     )
     plan = Plan(
         name=layout.iteration_name(iteration),
@@ -72,7 +72,7 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
     plan = Plan(
         name=name,
         examples=_draw(
-            config, config.val_paths_file, config.val_coefficients, 0, wanted.prompts, range(wanted.prompts)
+            config, policy, config.val_paths_file, config.val_coefficients, 0, wanted.prompts, range(wanted.prompts)
         ),
         samples=wanted.samples_per_prompt,
         params=engines.SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, config.max_response_tokens),
@@ -81,10 +81,17 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
 
 
 def _draw(
-    config: "Config", paths: Sequence[str], coefficients: Sequence[float], iteration: int, count: int, wanted: range
+    config: "Config",
+    policy: Path,
+    paths: Sequence[str],
+    coefficients: Sequence[float],
+    iteration: int,
+    count: int,
+    wanted: range,
 ) -> list[tuple[int, Example]]:
     """Draw ``count`` prompts for an iteration and read those that are ``wanted``."""
-    datasets = [open_dataset(resolve(config, path)) for path in paths]
+    codebook_size = Vocabulary.from_folder(policy).num_visual
+    datasets = [open_dataset(resolve(config, path), codebook_size) for path in paths]
     mixture = mixing.mixture([len(dataset) for dataset in datasets], coefficients, config.random_seed)
     drawn = mixing.prompts(mixture, config.random_seed, iteration, count)
     return [(index, datasets[drawn[index][0]][drawn[index][1]]) for index in wanted]

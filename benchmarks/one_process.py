@@ -1,0 +1,85 @@
+"""All stages of a run in one process: what the workflow does in many, over the same files.
+
+Three uses: the baseline that the workflow's overhead is measured against, a quick way to run an experiment many
+times, and the proof in the tests that cutting a run into processes changes no byte.
+
+    python benchmarks/one_process.py config/demo.jsonnet --set run_name=inline --set num_iterations=2
+"""
+
+import argparse
+from pathlib import Path
+
+from earl import runs
+from earl.config import freeze, load, paths
+from earl.config.schema import Config
+from earl.layout import Run
+
+
+def make_shared(config: Config) -> None:
+    """Make the data and models that runs share, as far as they are missing."""
+    from earl.shapes import dataset, policy, world
+    from earl.stages import sft, tokenise
+
+    for output, stage in paths.shared_stages(config).items():
+        if output.exists():
+            continue
+        match stage.stage:
+            case "raw":
+                raw = config.raw_datasets[stage.name]
+                dataset.write_raw(output, count=raw.count, seed=raw.seed, tasks=raw.tasks or world.TASKS)
+            case "policy":
+                policy.write_policy(output, seed=paths.shapes_policy_seed(config))
+            case "tokenise":
+                tokenise.run(config, stage.name, stage.inputs[0], output)
+            case "sft":
+                sft.run(config, output)
+
+
+def run_iteration(config: Config, run: Run, index: int) -> None:
+    """Generate, score and train iteration ``index``."""
+    from earl.stages import generate, score, train
+
+    files, previous = run.iteration(index), run.iteration(index - 1)
+    for shard in range(config.rollout_shards):
+        generate.run(config, index, shard, previous.policy, files.rollouts(shard))
+        score.run(config, files.rollouts(shard), files.scores(shard))
+    train.run(config, run.path, index)
+
+
+def evaluate(config: Config, run: Run, index: int) -> None:
+    """Make every evaluation of the policy of iteration ``index``."""
+    from earl.stages import evaluate, generate, score
+
+    for name in config.evaluations:
+        files = run.evaluation(name, index)
+        generate.run_evaluation(config, name, index, run.iteration(index).policy, files.rollouts)
+        score.run(config, files.rollouts, files.scores)
+        evaluate.run(config, name, index, files.rollouts, files.scores, files.table)
+
+
+def is_evaluated(config: Config, index: int) -> bool:
+    """Return whether a policy is evaluated: each n-th one and the last."""
+    steps = {evaluation.every_n_iterations for evaluation in config.evaluations.values()}
+    return index == config.num_iterations or any(index % step == 0 for step in steps)
+
+
+def run_all(config: Config) -> Run:
+    """Run an experiment from raw data to the last evaluation and return its files."""
+    run = Run(Path(config.base_exp_dir) / config.run_name)
+    freeze.write(config, run.config)
+    make_shared(config)
+    runs.start(run, paths.resolve(config, config.model_path))
+    for index in range(config.num_iterations + 1):
+        if index:
+            run_iteration(config, run, index)
+        if is_evaluated(config, index):
+            evaluate(config, run, index)
+    return run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    arguments = parser.parse_args()
+    print(run_all(load.load(arguments.experiment, load.parse_overrides(arguments.set)).config).path)
