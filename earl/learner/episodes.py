@@ -1,0 +1,257 @@
+"""Episodes between files and learner: read rollouts with their scores, give each its reward, keep what was decided.
+
+Shards are an accident of how an iteration was generated: rows are put in the order of their episode ids, so that the
+same episodes in any number of shards give the same bytes afterwards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from earl.emu3 import grid as grid_rules
+from earl.emu3 import sequence
+from earl.emu3.vocabulary import Vocabulary
+from earl.errors import EarlError
+from earl.files import manifest, tables
+from earl.layout import Iteration
+from earl.learner import objective, rewards
+from earl.learner.grpo import Episode
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+ROLLOUT_COLUMNS = (
+    "episode_id",
+    "group_id",
+    "prompt_token_ids",
+    "completion_token_ids",
+    "behavior_logprobs",
+    "finish_reason",
+)
+SCORE_COLUMNS = ("episode_id", "status", *rewards.SUB_SCORES, "ground_score")
+TOO_LONG = "longer than the learner takes"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training makes of one scored rollout."""
+
+    row: dict[str, Any]  # ROLLOUT_COLUMNS and SCORE_COLUMNS
+    reward: float | None  # None: the judgement failed
+    reason: str | None  # why it is not used, or None where it is
+    advantage: float | None = None
+
+    @property
+    def used(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Scored rollouts of an iteration and the digests of the files they came from."""
+
+    rows: list[dict[str, Any]]
+    rollouts: list[str]
+    scores: list[str]
+
+
+def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -> Source:
+    """Read the rollouts and scores of an iteration, in the order of their episode ids.
+
+    Args:
+        policy_digest: digest of the policy that must have generated them.
+        expected: how many episodes the shards must hold together.
+
+    Raises:
+        EarlError: a file is missing, damaged or holds a value out of range; rollouts of another policy or iteration,
+            scores of other rollouts; episodes doubled, missing or too few.
+    """
+    rows, rollout_digests, score_digests = [], [], []
+    for shard in range(shards):
+        rollouts, scores = iteration.rollouts(shard), iteration.scores(shard)
+        rollout_rows = tables.read_table(rollouts, tables.ROLLOUTS, ROLLOUT_COLUMNS).to_pylist()
+        score_rows = tables.read_table(scores, tables.SCORES, SCORE_COLUMNS).to_pylist()
+        rollout_digests.append(manifest.digest_file(rollouts))
+        score_digests.append(manifest.digest_file(scores))
+        _check_metadata(rollouts, "iteration", str(iteration.index), "of another iteration; generate them again")
+        _check_metadata(rollouts, "policy_digest", policy_digest, "of another policy; generate and score them again")
+        _check_metadata(scores, "rollouts_digest", rollout_digests[-1], f"not of {rollouts}; score them again")
+        rows += _joined(rollout_rows, score_rows, scores)
+    _check_complete(rows, iteration, expected)
+    return Source(sorted(rows, key=lambda row: row["episode_id"]), rollout_digests, score_digests)
+
+
+def _check_metadata(path: Path, key: str, expected: str, remedy: str) -> None:
+    found = tables.read_metadata(path).get(key)
+    if found is None:
+        raise EarlError(f"{path}: its metadata has no {key}; run the stage that writes it again")
+    if found != expected:
+        raise EarlError(f"{path}: {key} is {found}, not {expected}: these are {remedy}")
+
+
+def _joined(rollouts: list[dict], scores: list[dict], path: Path) -> list[dict]:
+    by_id = {row["episode_id"]: row for row in scores}
+    ids = {row["episode_id"] for row in rollouts}
+    if unlike := sorted(ids ^ by_id.keys()):
+        raise EarlError(f"{path}: column 'episode_id': {unlike[0]} stands in rollouts or scores alone; score again")
+    return [{**row, **by_id[row["episode_id"]]} for row in rollouts]
+
+
+def _check_complete(rows: list[dict], iteration: Iteration, expected: int) -> None:
+    ids = [row["episode_id"] for row in rows]
+    if len(set(ids)) < len(ids):
+        double = next(name for name in ids if ids.count(name) > 1)
+        raise EarlError(f"{iteration.path}/rollouts: episode {double} is doubled; remove what is left of other shards")
+    if len(ids) != expected:
+        raise EarlError(
+            f"{iteration.path}/rollouts: shards hold {len(ids)} episodes, but episodes_per_iteration is {expected}; "
+            "check rollout_shards, or generate them again"
+        )
+
+
+def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
+    """Give every episode its reward and its advantage within the group.
+
+    Raises:
+        EarlError: more judgements failed than `max_failed_fraction` allows, or no episode can be used; `where` is
+            named then.
+    """
+    outcomes = [_outcome(row, config, where) for row in source.rows]
+    failed = sum(outcome.reward is None for outcome in outcomes)
+    rewards.check_failed_fraction(failed, len(outcomes), config.max_failed_fraction, where)
+    if not any(outcome.used for outcome in outcomes):
+        raise EarlError(f"{where}: none of {len(outcomes)} episodes can be used: {outcomes[0].reason}")
+    advantages = objective.group_advantages(
+        torch.tensor([outcome.reward or 0.0 for outcome in outcomes], dtype=torch.float64),
+        group_index(source.rows),
+        torch.tensor([outcome.used for outcome in outcomes]),
+    ).tolist()
+    return [
+        Outcome(outcome.row, outcome.reward, outcome.reason, advantage if outcome.used else None)
+        for outcome, advantage in zip(outcomes, advantages, strict=True)
+    ]
+
+
+def _outcome(row: dict[str, Any], config: "Config", where: str) -> Outcome:
+    try:
+        reward = rewards.episode_reward(row, config.reward_final_reward)
+    except EarlError as error:
+        raise EarlError(f"{where}/scores: episode {row['episode_id']}: {error}") from error
+    if reward is None:
+        return Outcome(row, None, rewards.JUDGEMENT_FAILED)
+    return Outcome(row, reward, TOO_LONG if _too_long(row, config) else None)
+
+
+def _too_long(row: dict[str, Any], config: "Config") -> bool:
+    limits = (("prompt_token_ids", config.max_prompt_len), ("completion_token_ids", config.max_completion_len))
+    return any(limit is not None and len(row[name]) > limit for name, limit in limits)
+
+
+def group_index(rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """int64 [N]: 0..G-1 by group id, in the order of first appearance."""
+    groups: dict[str, int] = {}
+    return torch.tensor([groups.setdefault(row["group_id"], len(groups)) for row in rows])
+
+
+def learner_episodes(
+    outcomes: Sequence[Outcome], vocabulary: Vocabulary, constrained: bool, where: str
+) -> list[Episode]:
+    """Return the used episodes as the loop takes them.
+
+    Args:
+        constrained: whether the sampler was held to the grid (`emu3_use_logit_processor`); its forced tokens are
+            then marked.
+
+    Raises:
+        EarlError: ids outside the vocabulary, or log-probs and tokens of unequal number.
+    """
+    return [_learner_episode(outcome, vocabulary, constrained, where) for outcome in outcomes if outcome.used]
+
+
+def _learner_episode(outcome: Outcome, vocabulary: Vocabulary, constrained: bool, where: str) -> Episode:
+
+    row = outcome.row
+    prompt, completion = (_ids(row, name, vocabulary, where) for name in ("prompt_token_ids", "completion_token_ids"))
+    behavior = np.array(row["behavior_logprobs"], dtype=np.float32)
+    if len(behavior) != len(completion):
+        raise EarlError(
+            f"{where}/rollouts: episode {row['episode_id']}: column 'behavior_logprobs' has {len(behavior)} values for "
+            f"{len(completion)} completion tokens; generate it again"
+        )
+    forced = np.zeros(len(completion), dtype=bool)
+    if constrained:
+        size = sequence.grid_of_prompt(prompt, vocabulary)
+        forced = grid_rules.kinds_of_completion(completion, size, vocabulary) >= grid_rules.FIRST_FORCED
+    return Episode(row["episode_id"], prompt, completion, forced, behavior, outcome.advantage)
+
+
+def _ids(row: dict[str, Any], name: str, vocabulary: Vocabulary, where: str) -> np.ndarray:
+    ids = np.array(row[name], dtype=np.int64)
+    if not len(ids):
+        raise EarlError(f"{where}/rollouts: episode {row['episode_id']}: column {name!r} is empty; generate it again")
+    if ids.min() < 0 or ids.max() >= vocabulary.size:
+        wrong = ids[(ids < 0) | (ids >= vocabulary.size)][0]
+        raise EarlError(
+            f"{where}/rollouts: episode {row['episode_id']}: column {name!r} holds token id {wrong}, outside the "
+            f"policy's 0..{vocabulary.size - 1}; generate it again"
+        )
+    return ids
+
+
+def write(path: Path, outcomes: Sequence[Outcome], metadata: dict[str, str]) -> None:
+    """Write `train/episodes.parquet`: reward, advantage, used or why not."""
+    columns = {
+        "episode_id": [outcome.row["episode_id"] for outcome in outcomes],
+        "group_id": [outcome.row["group_id"] for outcome in outcomes],
+        "reward": [outcome.reward for outcome in outcomes],
+        "advantage": [outcome.advantage for outcome in outcomes],
+        "used": [outcome.used for outcome in outcomes],
+        "reason": [outcome.reason for outcome in outcomes],
+        "viescore": [_viescore(outcome.row) for outcome in outcomes],
+        "completion_tokens": [len(outcome.row["completion_token_ids"]) for outcome in outcomes],
+    }
+    tables.write_table(path, tables.EPISODES, columns, metadata)
+
+
+def _viescore(row: dict[str, Any]) -> float | None:
+    known = all(row[name] is not None for name in rewards.SUB_SCORES)
+    return rewards.viescore(row) if known else None
+
+
+def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Figures of the episodes: rewards and sub-scores 0..10, fractions 0..1, lengths in tokens."""
+    used = [outcome for outcome in outcomes if outcome.used]
+    got = np.array([outcome.reward for outcome in used])
+    lengths = np.array([len(outcome.row["completion_token_ids"]) for outcome in outcomes])
+    zero_std = objective.zero_std_groups(
+        torch.tensor([outcome.reward or 0.0 for outcome in outcomes]),
+        group_index([outcome.row for outcome in outcomes]),
+        torch.tensor([outcome.used for outcome in outcomes]),
+    )
+    return {
+        "reward_mean": float(got.mean()),
+        "reward_std": float(got.std()),
+        **{f"{name}_mean": _mean_score(outcomes, name) for name in (*rewards.SUB_SCORES, "ground_score")},
+        "zero_std_fraction": float(zero_std.double().mean()),
+        "failed_fraction": sum(outcome.reward is None for outcome in outcomes) / len(outcomes),
+        "no_image_fraction": sum(outcome.row["status"] == "no_image" for outcome in outcomes) / len(outcomes),
+        "completion_length_mean": float(lengths.mean()),
+        "completion_length_max": int(lengths.max()),
+        "episodes": len(outcomes),
+        "used_episodes": len(used),
+        "failed_episodes": sum(outcome.reward is None for outcome in outcomes),
+        "too_long_episodes": sum(outcome.reason == TOO_LONG for outcome in outcomes),
+        "groups": len(zero_std),
+        "completion_tokens": int(sum(len(outcome.row["completion_token_ids"]) for outcome in used)),
+    }
+
+
+def _mean_score(outcomes: Sequence[Outcome], name: str) -> float | None:
+    """Mean over the judged episodes, or None where the judge did not give this score."""
+    judged = [outcome.row[name] for outcome in outcomes if outcome.row["status"] == "ok"]
+    found = [score for score in judged if score is not None]
+    return float(np.mean(found)) if found else None

@@ -1,0 +1,211 @@
+"""The learning loop of one iteration: scored episodes in, one optimizer step on the policy.
+
+Reads top to bottom: `train_iteration` is the loop, what it calls stands below it in the order of the calls. The
+formulas are in `objective`, the rewards in `rewards`, files in `earl.stages.train`.
+
+Left out on purpose, so that this stays the plain learner that others are measured against: importance ratios and
+clipping (one step an iteration is on-policy), packing, a head chunked over the vocabulary, gradient checkpointing and
+several ranks. Nothing here is random: dropout is off, and the order of the episodes is that of their lengths and ids.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from earl.errors import EarlError
+from earl.learner import objective
+
+if TYPE_CHECKING:
+    from transformers import Emu3ForCausalLM
+
+MAX_GRADIENT_NORM = 1.0
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know of the configuration."""
+
+    kl_coeff: float
+    temperature: float
+    micro_batch: int
+    visual_range: tuple[int, int]
+    split_vocab: bool
+    counted: str  # "all", "text" or "visual": see objective.counted_tokens
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One used episode. P prompt tokens, L completion tokens."""
+
+    episode_id: str
+    prompt: np.ndarray  # int64 [P]
+    completion: np.ndarray  # int64 [L]
+    forced: np.ndarray  # bool [L], the sampler had no choice
+    behavior_logprobs: np.ndarray  # float32 [L]
+    advantage: float
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass
+class Totals:
+    """Sums over the counted tokens of an iteration, of the policy before its step."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    entropy: float = 0.0
+    kl: float = 0.0
+    mismatch: float = 0.0
+    mismatch_max: float = 0.0
+    completion_tokens: int = 0
+    gradient_norm: float = field(default=0.0)
+
+    def metrics(self, with_kl: bool) -> dict[str, float | int | None]:
+        """Means in nats a counted token; `kl` is None where no reference was asked."""
+        tokens = max(self.tokens, 1)
+        return {
+            "loss": self.loss,
+            "entropy": self.entropy / tokens,
+            "kl": self.kl / tokens if with_kl else None,
+            "gradient_norm": self.gradient_norm,
+            "logprob_mismatch_mean": self.mismatch / tokens,
+            "logprob_mismatch_max": self.mismatch_max,
+            "counted_tokens": self.tokens,
+        }
+
+
+def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over all parameters, betas (0.9, 0.999), eps 1e-8, no weight decay."""
+    return torch.optim.AdamW(policy.parameters(), lr=learning_rate, **ADAMW)
+
+
+def train_iteration(
+    policy: "Emu3ForCausalLM",
+    reference: "Emu3ForCausalLM | None",
+    optimizer: torch.optim.Optimizer,
+    episodes: Sequence[Episode],
+    settings: Settings,
+    description: str = "train",
+) -> dict[str, float | int | None]:
+    """Do one optimizer step on all `episodes`; change `policy` and `optimizer`, return the metrics of `Totals`.
+
+    Args:
+        policy: float32 weights; computes in bfloat16 where the settings say so.
+        reference: the frozen initial model; None when kl_coeff is 0.
+        episodes: the used episodes of the whole iteration; the loss is divided by their completion tokens.
+
+    Raises:
+        EarlError: no token counts, or loss or gradient is not finite (the weights are then as they were).
+    """
+    policy.eval()  # no dropout: the learner must compute the log-probs that the sampler sampled from
+    optimizer.zero_grad(set_to_none=True)
+    totals = Totals(completion_tokens=sum(len(episode.completion) for episode in episodes))
+    for batch in micro_batches(episodes, settings, policy.device, description):
+        logp, entropy = completion_logprobs(policy, batch, settings)
+        reference_logp = None
+        if reference is not None:
+            with torch.no_grad():
+                reference_logp, _ = completion_logprobs(reference, batch, settings)
+        loss = objective.grpo_loss(logp, batch.advantages, totals.completion_tokens, reference_logp, settings.kl_coeff)
+        loss.backward()
+        add_to(totals, batch, loss.detach(), logp.detach(), entropy, reference_logp)
+    totals.gradient_norm = optimizer_step(policy, optimizer, totals)
+    return totals.metrics(with_kl=reference is not None)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B right-padded sequences of S ids, and their T counted completion tokens as flat tensors."""
+
+    input_ids: Tensor  # int64 [B, S]
+    rows: Tensor  # int64 [T], sequence of each counted token
+    columns: Tensor  # int64 [T], position whose logits predict it
+    targets: Tensor  # int64 [T]
+    advantages: Tensor  # float32 [T]
+    behavior_logprobs: Tensor  # float32 [T]
+
+
+def micro_batches(
+    episodes: Sequence[Episode], settings: Settings, device: torch.device, description: str
+) -> Iterator[MicroBatch]:
+    """Yield the episodes `settings.micro_batch` at a time, those of like length together to pad little.
+
+    A micro-batch in which no token counts is skipped: its loss and gradient are 0.
+    """
+    ordered = sorted(episodes, key=lambda episode: (-len(episode), episode.episode_id))
+    for start in tqdm(range(0, len(ordered), settings.micro_batch), desc=description, unit="batch", leave=False):
+        batch = collate(ordered[start : start + settings.micro_batch], settings, device)
+        if len(batch.targets):
+            yield batch
+
+
+def collate(episodes: Sequence[Episode], settings: Settings, device: torch.device) -> MicroBatch:
+    # Any id pads: under the causal mask nothing to the left sees the right end, and no logits are taken there.
+    input_ids = np.zeros((len(episodes), max(len(episode) for episode in episodes)), dtype=np.int64)
+    rows, columns, targets, advantages, behavior = [], [], [], [], []
+    for row, episode in enumerate(episodes):
+        input_ids[row, : len(episode)] = np.concatenate([episode.prompt, episode.completion])
+        counts = counted_positions(episode, settings)
+        rows.append(np.full(len(counts), row))
+        columns.append(len(episode.prompt) + counts - 1)
+        targets.append(episode.completion[counts])
+        advantages.append(np.full(len(counts), episode.advantage, dtype=np.float32))
+        behavior.append(episode.behavior_logprobs[counts])
+    flat = (np.concatenate(parts) for parts in (rows, columns, targets, advantages, behavior))
+    return MicroBatch(*(torch.from_numpy(array).to(device) for array in (input_ids, *flat)))
+
+
+def counted_positions(episode: Episode, settings: Settings) -> np.ndarray:
+    """int64: the positions of the completion whose tokens count in the loss."""
+    mask = objective.token_mask(
+        torch.from_numpy(episode.completion), torch.from_numpy(episode.forced), settings.visual_range, settings.counted
+    )
+    return mask.nonzero().squeeze(1).numpy()
+
+
+def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`."""
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
+        hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        # The head runs on counted tokens only: with a large vocabulary the logits are most of the memory.
+        logits = model.lm_head(hidden[batch.rows, batch.columns])
+    return objective.token_logprobs(
+        logits, batch.targets, settings.temperature, settings.visual_range, settings.split_vocab
+    )
+
+
+def add_to(
+    totals: Totals, batch: MicroBatch, loss: Tensor, logp: Tensor, entropy: Tensor, reference_logp: Tensor | None
+) -> None:
+    mismatch = (logp - batch.behavior_logprobs).abs()
+    totals.loss += loss.item()
+    totals.tokens += len(logp)
+    totals.entropy += entropy.double().sum().item()
+    totals.mismatch += mismatch.double().sum().item()
+    totals.mismatch_max = max(totals.mismatch_max, mismatch.max().item())
+    if reference_logp is not None:
+        totals.kl += objective.k3_kl(logp, reference_logp).double().sum().item()
+
+
+def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, totals: Totals) -> float:
+    """Clip the gradient to norm 1 and step; return the norm before clipping."""
+    if not totals.tokens:
+        raise EarlError(
+            "no completion token counts in the loss; check train_text_tokens_only, train_vision_tokens_only"
+        )
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM).item()
+    if not np.isfinite(norm) or not np.isfinite(totals.loss):
+        raise EarlError(
+            f"loss {totals.loss} or gradient norm {norm} is not finite, so no step was done; "
+            "look for scores or log-probs out of range, or lower learning_rate"
+        )
+    optimizer.step()
+    return norm

@@ -1,0 +1,210 @@
+"""Supervised fine-tuning: a loop over steps that can be killed at any time and goes on to the same bytes.
+
+Reads top to bottom: `fine_tune` is the loop. What step s sees is a function of (seed, s) alone, so a checkpoint needs
+weights, optimizer moments and the step. Left out on purpose: packing and several ranks.
+"""
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from earl import seeds
+from earl.errors import EarlError
+from earl.files import atomic, manifest
+from earl.learner import grpo, objective, trainer_state
+
+if TYPE_CHECKING:
+    from transformers import Emu3ForCausalLM
+
+CHECKPOINTS = 20
+"""Checkpoints over a whole fine-tuning: a kill costs at most one twentieth of it."""
+WEIGHTS = "weights.safetensors"
+STATE = "state.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know of the configuration."""
+
+    steps: int
+    batch_size: int  # sequences in an optimizer step
+    micro_batch: int  # sequences in memory at a time; changes no result beyond rounding
+    learning_rate: float
+    warmup_steps: int
+    seed: int
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """Ids of one training sequence, int64 [S]; the loss counts those from `prompt_length` on."""
+
+    ids: np.ndarray
+    prompt_length: int
+
+
+@dataclass
+class Progress:
+    """Steps done, and the loss of each, in nats a token."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def fine_tune(
+    policy: "Emu3ForCausalLM",
+    sequence: Callable[[int], Example],
+    count: int,
+    settings: Settings,
+    checkpoints: Path,
+    identity: str,
+) -> list[float]:
+    """Change `policy` in place; return the loss of every step.
+
+    Args:
+        sequence: returns training sequence i, 0 <= i < count.
+        checkpoints: folder for what a killed process leaves to its successor; the caller removes it in the end.
+        identity: digest of everything the result depends on; checkpoints of another identity are not resumed.
+
+    Raises:
+        EarlError: loss or gradient is not finite, a checkpoint is damaged or cannot be written.
+    """
+    policy.eval()  # no dropout
+    optimizer = grpo.new_optimizer(policy, settings.learning_rate)
+    progress = resume(checkpoints, policy, optimizer, identity)
+    every = math.ceil(settings.steps / CHECKPOINTS)
+    with tqdm(total=settings.steps, initial=progress.step, desc="sft", unit="step", mininterval=1) as bar:
+        started, tokens = time.monotonic(), 0
+        while progress.step < settings.steps:
+            indices = batch_indices(settings.seed, progress.step, settings.batch_size, count)
+            batch = [sequence(index) for index in indices]
+            loss = train_step(policy, optimizer, batch, settings, progress.step)
+            progress.losses.append(loss)
+            progress.step += 1
+            tokens += sum(len(item.ids) for item in batch)
+            rate = tokens / (time.monotonic() - started)
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+            bar.update()
+            if progress.step % every == 0 and progress.step < settings.steps:
+                save_checkpoint(checkpoints, policy, optimizer, progress, identity)
+    return progress.losses
+
+
+def batch_indices(seed: int, step: int, batch_size: int, count: int) -> list[int]:
+    """Examples of a step: the next `batch_size` places in an endless row of shuffled epochs."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_epoch_order(seed, place // count, count)[place % count]) for place in places]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return seeds.generator("sft", seed, epoch).permutation(count)
+
+
+def train_step(
+    policy: "Emu3ForCausalLM",
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+    settings: Settings,
+    step: int,
+) -> float:
+    """One optimizer step on the mean cross-entropy of the batch's counted tokens; return that loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, settings)
+    optimizer.zero_grad(set_to_none=True)
+    denominator = sum(len(item.ids) - item.prompt_length for item in batch)
+    total = 0.0
+    for input_ids, rows, columns, targets in micro_batches(batch, settings.micro_batch, policy.device):
+        with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
+            hidden = policy.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            logits = policy.lm_head(hidden[rows, columns])
+        loss = objective.sft_loss(logits, targets, denominator)
+        loss.backward()
+        total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grpo.MAX_GRADIENT_NORM).item()
+    if not math.isfinite(norm) or not math.isfinite(total):
+        raise EarlError(f"sft step {step}: loss {total} or gradient norm {norm} is not finite; lower sft.learning_rate")
+    optimizer.step()
+    return total
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up to the peak over `warmup_steps`, then a cosine to 0 at the end. `step` counts from 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def micro_batches(
+    batch: Sequence[Example], size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield (input_ids [B, S] right-padded, rows [T], columns [T], targets [T]), T counted tokens, all int64."""
+    for start in range(0, len(batch), size):
+        part = batch[start : start + size]
+        # Any id pads: see grpo.collate.
+        input_ids = np.zeros((len(part), max(len(item.ids) for item in part)), dtype=np.int64)
+        rows, columns = [], []
+        for row, item in enumerate(part):
+            input_ids[row, : len(item.ids)] = item.ids
+            columns.append(np.arange(item.prompt_length - 1, len(item.ids) - 1))
+            rows.append(np.full(len(columns[-1]), row))
+        flat_rows, flat_columns = np.concatenate(rows), np.concatenate(columns)
+        arrays = (input_ids, flat_rows, flat_columns, input_ids[flat_rows, flat_columns + 1])
+        yield tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+def save_checkpoint(
+    checkpoints: Path, policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, progress: Progress, identity: str
+) -> None:
+    """Write `step-000200/`, sealed; then drop the one before."""
+    from safetensors.torch import save_file
+
+    current = checkpoints / f"step-{progress.step:06d}"
+    with atomic.folder(current) as folder:
+        save_file({name: weight.detach().cpu() for name, weight in policy.named_parameters()}, folder / WEIGHTS)
+        save_file(trainer_state.optimizer_tensors(policy, optimizer), folder / trainer_state.OPTIMIZER)
+        state = {"identity": identity, "step": progress.step, "losses": progress.losses}
+        (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        manifest.seal(folder)
+    for old in checkpoints.glob("step-*"):
+        if old != current:
+            shutil.rmtree(old)
+
+
+def resume(checkpoints: Path, policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, identity: str) -> Progress:
+    """Load the newest checkpoint, if there is one of this identity, and say so."""
+    from safetensors.torch import load_file
+
+    found = sorted(folder for folder in checkpoints.glob("step-*") if (folder / manifest.NAME).is_file())
+    if not found:
+        return Progress()
+    newest = found[-1]
+    manifest.check(newest, deep=True)
+    state = json.loads((newest / STATE).read_text(encoding="utf-8"))
+    if state["identity"] != identity:
+        log.warning("sft: %s is of another configuration, model or data; starting from step 0", checkpoints)
+        shutil.rmtree(checkpoints)
+        return Progress()
+    weights = load_file(newest / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(weights[name])
+    path = newest / trainer_state.OPTIMIZER
+    trainer_state.put_optimizer_tensors(policy, optimizer, load_file(path), state["step"], path)
+    log.info("sft: resumed at step %d from %s", state["step"], newest)
+    return Progress(state["step"], state["losses"])

@@ -1,0 +1,137 @@
+"""Restore stage: bring back the policy of an iteration whose checkpoint was dropped.
+
+Training is a function of files that are kept, so it is replayed from the nearest earlier checkpoint over the stored
+rollouts and scores. Neither a policy is sampled nor a judge asked, and the result must be, bit for bit, what
+`metrics.json` says was there.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from earl import code_version
+from earl.config.load import read
+from earl.errors import EarlError
+from earl.files import manifest
+from earl.layout import Iteration, Run
+from earl.stages import train
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+SCRATCH = "restore.partial"
+
+log = logging.getLogger(__name__)
+
+
+def run(run_path: Path, iteration: int) -> None:
+    """Put `policy/` and `trainer/` of `iteration` back in place.
+
+    The replay happens in `<run>/restore.partial`, which is removed afterwards whatever happens; nothing else in the
+    run changes until the replayed policy has been found equal to the recorded one.
+
+    Raises:
+        EarlError: no earlier checkpoint is left, stored inputs are missing or changed, or a replayed policy differs
+            from the recorded one.
+    """
+    files = Run(Path(run_path))
+    target = files.iteration(iteration)
+    if _is_kept(target):
+        log.info("restore: iteration %d has its checkpoint: %s", iteration, target.path)
+        return
+    config = read(files.config)
+    start = _nearest_kept(files, iteration)
+    log.info("restore: replaying iterations %d to %d from %s", start + 1, iteration, files.iteration(start).policy)
+    for index in range(start + 1, iteration + 1):
+        _check_inputs(files.iteration(index))
+    scratch = Run(files.path / SCRATCH)
+    shutil.rmtree(scratch.path, ignore_errors=True)
+    try:
+        for index in sorted({0, start}):
+            _link(files.iteration(index), scratch.iteration(index), ("policy", "trainer"))
+        for index in range(start + 1, iteration + 1):
+            _replay(config, files, scratch, index)
+            if index - 1 > start:
+                _drop(scratch.iteration(index - 1))
+        _put_in_place(scratch.iteration(iteration), target)
+    finally:
+        shutil.rmtree(scratch.path, ignore_errors=True)
+
+
+def _is_kept(iteration: Iteration) -> bool:
+    """Whether training can go on from here: a sealed policy and trainer, or the starting policy, sealed or not."""
+    if iteration.index == 0:
+        return iteration.policy.is_dir()
+    return all((folder / manifest.NAME).is_file() for folder in (iteration.policy, iteration.trainer))
+
+
+def _nearest_kept(files: Run, iteration: int) -> int:
+    for index in range(iteration - 1, -1, -1):
+        if _is_kept(files.iteration(index)):
+            return index
+    raise EarlError(
+        f"{files.iteration(0).policy}: is missing, and no checkpoint is left before iteration {iteration}; "
+        "put the starting policy back"
+    )
+
+
+def _recorded(iteration: Iteration) -> dict[str, Any]:
+    try:
+        return json.loads(iteration.metrics.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise EarlError(
+            f"{iteration.metrics}: cannot be read ({error}), so iteration {iteration.index} cannot be checked after a "
+            "replay; run the iteration again"
+        ) from error
+
+
+def _check_inputs(iteration: Iteration) -> None:
+    """The stored rollouts and scores must be those that the iteration was trained on."""
+    inputs = _recorded(iteration)["inputs"]
+    for name in ("rollouts", "scores"):
+        for shard, expected in enumerate(inputs[name]):
+            path = getattr(iteration, name)(shard)
+            found = manifest.digest_file(path)
+            if found != expected:
+                raise EarlError(
+                    f"{path}: its digest is {found}, but iteration {iteration.index} was trained on {expected}; "
+                    "put the old file back, or run the iterations from here again"
+                )
+
+
+def _replay(config: "Config", files: Run, scratch: Run, index: int) -> None:
+    recorded = _recorded(files.iteration(index))
+    _link(files.iteration(index), scratch.iteration(index), ("rollouts", "scores"))
+    replayed = train.run(config, scratch.path, index, shards=len(recorded["inputs"]["rollouts"]))
+    if replayed["policy_digest"] != recorded["policy_digest"]:
+        raise EarlError(
+            f"{files.iteration(index).metrics}: replaying iteration {index} gave policy "
+            f"{replayed['policy_digest']}, but {recorded['policy_digest']} is recorded. "
+            f"Code: {code_version()} now, {recorded['code_version']} then. "
+            f"Configuration: {replayed['config_digest']} now, {recorded['config_digest']} then. "
+            "Replay with the code and configuration of then"
+        )
+
+
+def _link(source: Iteration, target: Iteration, names: tuple[str, ...]) -> None:
+    target.path.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source.path / name).exists():
+            (target.path / name).symlink_to((source.path / name).resolve())
+
+
+def _drop(iteration: Iteration) -> None:
+    """Bound the disk: of a replay in progress only the newest checkpoint is needed."""
+    for folder in (iteration.policy, iteration.trainer):
+        shutil.rmtree(folder)
+
+
+def _put_in_place(source: Iteration, target: Iteration) -> None:
+    # The policy last: an iteration that has one is taken for restored.
+    for name in ("trainer", "policy"):
+        shutil.rmtree(target.path / name, ignore_errors=True)
+        os.rename(source.path / name, target.path / name)
+        log.info("restore: %s", target.path / name)

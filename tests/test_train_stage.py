@@ -1,0 +1,512 @@
+"""The train, SFT and restore stages on files: a tiny random policy and hand-written rollouts and scores."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from earl.config import freeze
+from earl.config.schema import Config
+from earl.emu3 import checkpoint, grid, sequence
+from earl.errors import EarlError
+from earl.files import images, manifest, tables
+from earl.layout import Run
+from earl.learner import grpo
+from earl.stages import restore, sft, train
+
+GROUPS, SAMPLES = 4, 2
+SHAPE = (2, 3)
+INSTRUCTIONS = ("paint it red", "remove the large blue circle", "swap them", "add a square below")
+PIXEL = images.struct(images.encode(np.zeros((8, 8, 3), dtype=np.uint8)))
+
+
+def make_config(folder: Path, **changes) -> Config:
+    values = {
+        "run_name": "run",
+        "base_exp_dir": str(folder),
+        "train_paths_file": ["unused.parquet"],
+        "val_paths_file": [],
+        "model_path": "unused",
+        "assistant_prefill": "<|image start|>",
+        "learning_rate": 1e-5,
+        "kl_coeff": 0.01,
+        "per_device_batch_size": 3,
+        "episodes_per_iteration": GROUPS * SAMPLES,
+        "generations_per_sample": SAMPLES,
+        "max_response_tokens": 64,
+        "model_context_size": 256,
+        "engine": "torch",
+        "engine_batch_size": SAMPLES,
+        "judge": "program",
+        "device": "cpu",
+        "dtype": "float32",
+        "cpu_threads": 1,
+        "max_failed_fraction": 0.25,
+    }
+    return Config(**(values | changes))
+
+
+@pytest.fixture
+def new_run(tmp_path, policy_folder):
+    """Return a function that makes a run folder with a frozen configuration and the starting policy."""
+
+    def make(name="run", **changes) -> tuple[Config, Run]:
+        run = Run(tmp_path / name)
+        config = make_config(tmp_path, **changes)
+        run.iteration(0).path.mkdir(parents=True)
+        run.iteration(0).policy.symlink_to(policy_folder)
+        freeze.write(config, run.config)
+        return config, run
+
+    return make
+
+
+def write_inputs(run: Run, iteration: int, vocabulary, shards: int = 1, edit=lambda row: None) -> None:
+    """Write the rollouts and scores of an iteration in `shards` files; `edit` changes a row (both tables' columns)."""
+    rows = [_row(iteration, group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
+    for row in rows:
+        edit(row)
+    size = len(rows) // shards
+    current = run.iteration(iteration)
+    policy_digest = manifest.digest_folder(run.iteration(iteration - 1).policy)
+    for shard in range(shards):
+        part = rows[shard * size : (shard + 1) * size]
+        columns = {name: [row[name] for row in part] for name in {*tables.ROLLOUTS.names, *tables.SCORES.names}}
+        metadata = {"run": "run", "iteration": str(iteration), "shard": str(shard), "policy_digest": policy_digest}
+        tables.write_table(current.rollouts(shard), tables.ROLLOUTS, columns, metadata, vocabulary.size - 1)
+        write_scores(run, iteration, shard, columns)
+
+
+def write_scores(run: Run, iteration: int, shard: int, columns: dict[str, list]) -> None:
+    current = run.iteration(iteration)
+    metadata = {"rollouts_digest": manifest.digest_file(current.rollouts(shard))}
+    tables.write_table(current.scores(shard), tables.SCORES, columns, metadata)
+
+
+def _row(iteration: int, group: int, sample: int, vocabulary) -> dict:
+    rng = np.random.default_rng([iteration, group, sample])
+    original = np.random.default_rng([iteration, group]).integers(0, vocabulary.num_visual, SHAPE)
+    prompt = sequence.prompt_ids(original, INSTRUCTIONS[group], "<|image start|>", vocabulary)
+    image = sequence.image_ids(rng.integers(0, vocabulary.num_visual, SHAPE), vocabulary)
+    completion = [*image[1:], vocabulary.eos]
+    scores = rng.integers(0, 11, 5).tolist()
+    return {
+        "episode_id": f"{iteration:06d}-{group:04d}-{sample:02d}",
+        "group_id": f"{iteration:06d}-{group:04d}",
+        "sample_index": sample,
+        "dataset": "made up",
+        "example_id": str(group),
+        "task": None,
+        "instruction": INSTRUCTIONS[group],
+        "prompt_token_ids": prompt,
+        "completion_token_ids": completion,
+        "behavior_logprobs": [-1.0] * len(completion),
+        "finish_reason": "stop",
+        "completion_text": "",
+        "original": PIXEL,
+        "target": None,
+        "edited": PIXEL,
+        "status": "ok",
+        **dict(zip(("edit_success", "overedit", "naturalness", "artifacts", "ground_score"), scores, strict=True)),
+        "raw": "",
+        "judge": "hand",
+    }
+
+
+def made_of(run: Run, iteration: int) -> dict[str, str]:
+    """Digests of everything that training an iteration leaves behind, but the names of its input files."""
+    current = run.iteration(iteration)
+    metrics = json.loads(current.metrics.read_text())
+    del metrics["inputs"]
+    return {
+        "policy": manifest.digest_folder(current.policy),
+        "trainer": manifest.digest_folder(current.trainer),
+        "episodes": manifest.digest_file(current.episodes),
+        "metrics": json.dumps(metrics),
+    }
+
+
+def train_iterations(config: Config, run: Run, vocabulary, count: int, shards: int = 1) -> None:
+    for iteration in range(1, count + 1):
+        write_inputs(run, iteration, vocabulary, shards)
+        train.run(config, run.path, iteration)
+
+
+def test_shards_change_no_byte(new_run, vocabulary):
+    found = []
+    for shards in (1, 2, 4):
+        config, run = new_run(f"shards{shards}", rollout_shards=shards)
+        train_iterations(config, run, vocabulary, 2, shards)
+        found.append(made_of(run, 2))
+    assert found[0] == found[1] == found[2]
+
+
+def test_rerun_gives_the_same_bytes_and_leaves_the_inputs(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    before, start = made_of(run, 2), manifest.digest_folder(run.iteration(0).policy)
+    metrics = run.iteration(2).metrics.read_bytes()
+    shutil.rmtree(run.iteration(2).policy)
+    train.run(config, run.path, 2)
+    assert made_of(run, 2) == before
+    assert run.iteration(2).metrics.read_bytes() == metrics
+    assert manifest.digest_folder(run.iteration(0).policy) == start
+    manifest.check(run.iteration(2).policy, deep=True)
+    manifest.check(run.iteration(2).trainer, deep=True)
+
+
+def test_episodes_and_metrics_by_hand(new_run, vocabulary):
+    """Group 0: rewards 4 and 0 (no image). Group 1: equal. Group 2: one failed. Group 3: cut off, and 9."""
+    viescores = {"0-0": 4, "1-0": 5, "1-1": 5, "2-0": 6, "3-1": 9}
+
+    def edit(row):
+        key = f"{int(row['example_id'])}-{row['sample_index']}"
+        status = "ok" if key in viescores else "failed" if key == "2-1" else "no_image"
+        score = viescores.get(key)
+        names = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
+        row |= {"status": status, **dict.fromkeys(names, score)}
+        if key == "3-0":
+            row |= {"finish_reason": "length", "edited": None}
+
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    train.run(config, run.path, 1)
+    rows = tables.read_table(run.iteration(1).episodes, tables.EPISODES).to_pylist()
+    assert [row["reward"] for row in rows] == [4, 0, 5, 5, 6, None, 0, 9]
+    assert [row["used"] for row in rows] == [True] * 5 + [False] + [True] * 2
+    assert rows[5]["reason"] == "judgement failed"
+    assert rows[5]["advantage"] is None
+    expected = [2 / 2.0001, -2 / 2.0001, 0, 0, 0, -4.5 / 4.5001, 4.5 / 4.5001]
+    assert [row["advantage"] for row in rows if row["used"]] == pytest.approx(expected)
+    metrics = json.loads(run.iteration(1).metrics.read_text())
+    assert metrics["reward_mean"] == pytest.approx(29 / 7)
+    assert metrics["edit_success_mean"] == pytest.approx(29 / 5)
+    assert metrics["zero_std_fraction"] == 0.5
+    assert metrics["failed_fraction"] == 1 / 8
+    assert metrics["no_image_fraction"] == 2 / 8
+    # H*W img, 2 rows of 3 visual tokens and eol, eof, eoi, eos; eol, eof, eoi and eos are forced.
+    length = len(vocabulary.encode("2*3")) + 1 + 8 + 3
+    assert metrics["completion_length_mean"] == length
+    assert metrics["completion_tokens"] == 7 * length
+    assert metrics["counted_tokens"] == 7 * (length - 5)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # the first policy is the reference
+    assert list(metrics) == sorted(metrics)
+
+
+def test_mismatch_with_the_sampler_is_reported(new_run, vocabulary, policy_folder):
+    """Behaviour log-probs computed here, one sequence at a time, agree with the learner's; one shifted by 0.5 shows."""
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+
+    def edit(row):
+        prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        allowed = torch.from_numpy(grid.allowed_masks(vocabulary))
+        kinds = grid.kinds_of_completion(completion, SHAPE, vocabulary)
+        logp = logits.masked_fill(~allowed[kinds.astype(int)], -torch.inf).log_softmax(-1)
+        row["behavior_logprobs"] = logp[range(len(completion)), completion].tolist()
+        if row["episode_id"].endswith("0002-01"):
+            row["behavior_logprobs"][0] -= 0.5
+
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    metrics = train.run(config, run.path, 1)
+    assert metrics["logprob_mismatch_max"] == pytest.approx(0.5, abs=1e-4)
+    assert metrics["logprob_mismatch_mean"] == pytest.approx(0.5 / metrics["counted_tokens"], abs=1e-5)
+
+
+def test_micro_batches_change_the_step_by_rounding_alone(policy_folder, vocabulary):
+    rows = [_row(1, group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
+    gradients, losses = [], []
+    for size in (1, 3, 8):
+        model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        settings = grpo.Settings(0.0, 1.0, size, (vocabulary.first_visual, vocabulary.size), True, "all", False)
+        learned = [
+            grpo.Episode(
+                row["episode_id"],
+                np.array(row["prompt_token_ids"]),
+                np.array(row["completion_token_ids"]),
+                np.zeros(len(row["completion_token_ids"]), dtype=bool),
+                np.zeros(len(row["completion_token_ids"]), dtype=np.float32),
+                advantage=(-1.0) ** row["sample_index"],
+            )
+            for row in rows
+        ]
+        losses.append(grpo.train_iteration(model, None, optimizer, learned, settings)["loss"])
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    assert gradients[0].norm() > 1e-3
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabulary):
+    """One group's first sample is good: after the step the policy prefers it to the second more than before."""
+
+    def edit(row):
+        good = 10 if row["sample_index"] == 0 else 1
+        row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"), good)
+
+    config, run = new_run(kl_coeff=0.0)
+    write_inputs(run, 1, vocabulary, edit=edit)
+    metrics = train.run(config, run.path, 1)
+    assert metrics["kl"] is None
+    assert metrics["inputs"]["reference"] is None
+    rows = [_row(1, 0, sample, vocabulary) for sample in range(SAMPLES)]
+    gaps = []
+    for index in (0, 1):
+        model = checkpoint.load_policy(run.iteration(index).policy, torch.float32, "cpu")
+        sums = []
+        for row in rows:
+            ids = torch.tensor([row["prompt_token_ids"] + row["completion_token_ids"]])
+            with torch.no_grad():
+                logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            sums.append(logp[len(row["prompt_token_ids"]) - 1 :].sum().item())
+        gaps.append(sums[0] - sums[1])
+    assert gaps[1] > gaps[0]
+
+
+def _set(**changes):
+    def edit(row):
+        if row["episode_id"].endswith("0001-01"):
+            row |= changes
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_set(naturalness=float("nan")), r"scores/0000\.parquet.*'naturalness'.*nan"),
+        (_set(overedit=11.0), r"scores/0000\.parquet.*'overedit'.*11"),
+        (_set(edit_success=None), r"0001-01.*edit_success is missing"),
+        (_set(behavior_logprobs=[-1.0]), r"0001-01.*'behavior_logprobs' has 1 values"),
+        (_set(completion_token_ids=[]), r"0001-01.*'completion_token_ids' is empty"),
+        (_set(prompt_token_ids=[1, 60000]), r"0001-01.*'prompt_token_ids' holds token id 60000"),
+        (_set(episode_id="000001-0000-00"), r"000001-0001-01|doubled"),
+    ],
+)
+def test_bad_rows_stop_before_anything_is_written(new_run, vocabulary, edit, message):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    with pytest.raises(EarlError, match=message):
+        train.run(config, run.path, 1)
+    assert sorted(path.name for path in run.iteration(1).path.iterdir()) == ["rollouts", "scores"]
+
+
+def test_too_many_failed_judgements_stop_with_the_figures(new_run, vocabulary):
+    def edit(row):
+        if row["sample_index"] == 0:
+            row["status"] = "failed"
+
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    with pytest.raises(EarlError, match=r"4 of 8 episodes \(50\.0%\).*max_failed_fraction = 0\.25"):
+        train.run(config, run.path, 1)
+
+
+def test_scores_of_other_rollouts_are_refused(new_run, vocabulary):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary)
+    stored = run.iteration(1).scores(0).read_bytes()
+    write_inputs(run, 1, vocabulary, edit=_set(behavior_logprobs=[-2.0] * 15))
+    run.iteration(1).scores(0).write_bytes(stored)
+    with pytest.raises(EarlError, match=r"scores/0000\.parquet: rollouts_digest"):
+        train.run(config, run.path, 1)
+
+
+def test_rollouts_of_another_policy_are_refused(new_run, vocabulary, tmp_path):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 1)
+    write_inputs(run, 2, vocabulary)
+    run.iteration(1).policy.rename(tmp_path / "aside")
+    shutil.copytree(run.iteration(0).policy, run.iteration(1).policy)
+    with pytest.raises(EarlError, match=r"rollouts/0000\.parquet: policy_digest"):
+        train.run(config, run.path, 2)
+
+
+def test_a_missing_shard_is_named(new_run, vocabulary):
+    config, run = new_run(rollout_shards=2)
+    write_inputs(run, 1, vocabulary, shards=2)
+    run.iteration(1).scores(1).unlink()
+    with pytest.raises(EarlError, match=r"scores/0001\.parquet: does not exist"):
+        train.run(config, run.path, 1)
+
+
+def test_a_missing_or_foreign_trainer_is_an_error(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 1)
+    write_inputs(run, 2, vocabulary)
+    trainer = run.iteration(1).trainer
+    state = trainer / "state.json"
+    original = state.read_text()
+    state.write_text(original.replace(json.loads(original)["policy_digest"], "0" * 64))
+    with pytest.raises(EarlError, match=r"trainer/state\.json: policy_digest"):
+        train.run(config, run.path, 2)
+    shutil.rmtree(trainer)
+    with pytest.raises(EarlError, match=r"trainer/manifest\.json: is missing"):
+        train.run(config, run.path, 2)
+
+
+def test_the_optimizer_goes_on_where_it_was(new_run, vocabulary):
+    config, run = new_run(kl_coeff=0.0)
+    train_iterations(config, run, vocabulary, 2)
+    with_state = made_of(run, 2)["policy"]
+    assert json.loads((run.iteration(2).trainer / "state.json").read_text())["optimizer_steps"] == 2
+    # The same gradient from the same policy, but with Adam's moments of nought.
+    other_config, other = new_run("other", kl_coeff=0.0)
+    shutil.copytree(run.iteration(1).policy, other.path / "start")
+    other.iteration(0).policy.unlink()
+    other.iteration(0).policy.symlink_to(other.path / "start")
+    shutil.copytree(run.iteration(2).rollouts(0).parent, other.iteration(1).rollouts(0).parent)
+    table = pq.read_table(run.iteration(2).rollouts(0))
+    metadata = {**table.schema.metadata, b"iteration": b"1"}
+    pq.write_table(table.replace_schema_metadata(metadata), other.iteration(1).rollouts(0))
+    rows = pq.read_table(run.iteration(2).scores(0)).to_pydict()
+    write_scores(other, 1, 0, rows)
+    train.run(other_config, other.path, 1)
+    assert made_of(other, 1)["policy"] != with_state
+
+
+def test_text_only_cycle_counts_text_alone(new_run, vocabulary):
+    config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1)
+    train_iterations(config, run, vocabulary, 2)
+    first, second = (json.loads(run.iteration(i).metrics.read_text()) for i in (1, 2))
+    text = len(vocabulary.encode("2*3")) + 1
+    assert (first["counted"], first["counted_tokens"]) == ("text", 8 * text)
+    assert (second["counted"], second["counted_tokens"]) == ("visual", 8 * 6)
+
+
+def drop(run: Run, *iterations: int) -> None:
+    for iteration in iterations:
+        shutil.rmtree(run.iteration(iteration).policy)
+        shutil.rmtree(run.iteration(iteration).trainer)
+
+
+def test_restore_brings_a_dropped_policy_back_byte_for_byte(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 4)
+    expected = {i: made_of(run, i) for i in (1, 2, 3, 4)}
+    drop(run, 1, 2, 3)
+    restore.run(run.path, 1)  # from the starting policy
+    assert made_of(run, 1) == expected[1]
+    restore.run(run.path, 3)  # over two iterations
+    assert made_of(run, 3) == expected[3]
+    assert not run.iteration(2).policy.exists()
+    assert not (run.path / "restore.partial").exists()
+    train.run(config, run.path, 4)
+    assert made_of(run, 4) == expected[4]
+
+
+def test_restore_names_what_differs(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    drop(run, 2)
+    recorded = run.iteration(2).metrics.read_text()
+    digest = json.loads(recorded)["policy_digest"]
+    run.iteration(2).metrics.write_text(recorded.replace(digest, "f" * 64))
+    with pytest.raises(EarlError, match=rf"iteration 2 gave policy {digest}.*f{{64}} is recorded"):
+        restore.run(run.path, 2)
+    run.iteration(2).metrics.write_text(recorded)
+    write_inputs(run, 2, vocabulary, edit=_set(overedit=0.0))
+    with pytest.raises(EarlError, match=r"scores/0000\.parquet: its digest is"):
+        restore.run(run.path, 2)
+    assert not run.iteration(2).policy.exists()
+    assert not (run.path / "restore.partial").exists()
+
+
+# SFT
+
+
+@pytest.fixture
+def sft_config(tmp_path, policy_folder, vocabulary):
+    """Return a function that gives a configuration of SFT on ten made-up pairs."""
+    data = tmp_path / "data" / "0000.parquet"
+    rng = np.random.default_rng(0)
+    grids = rng.integers(0, vocabulary.num_visual, (10, 2, *SHAPE)).tolist()
+    columns = {
+        "dataset": ["made up"] * 10,
+        "example_id": [str(i) for i in range(10)],
+        "task": [None] * 10,
+        "instruction": [INSTRUCTIONS[i % 4] for i in range(10)],
+        "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] for i in range(10)],
+        "original_tokens": [pair[0] for pair in grids],
+        "target_tokens": [pair[1] for pair in grids],
+        "original": [None] * 10,
+        "target": [None] * 10,
+    }
+    tables.write_table(data, tables.TOKENISED, columns, {}, vocabulary.size - 1)
+    manifest.seal(data.parent)
+
+    def make(**changes) -> Config:
+        fields = {"steps": 16, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3, "random_seed": 1}
+        paths = {"base_model": str(policy_folder), "train_paths_file": [str(data.parent)]}
+        return make_config(tmp_path, sft={**fields, **paths, **changes})
+
+    return make
+
+
+def losses_of(policy: Path) -> list[float]:
+    return json.loads((policy / "sft.json").read_text())["loss"]
+
+
+def test_sft_learns_and_repeats_its_bytes(sft_config, tmp_path):
+    config = sft_config()
+    sft.run(config, tmp_path / "one")
+    sft.run(config, tmp_path / "two")
+    losses = losses_of(tmp_path / "one")
+    assert len(losses) == 16
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
+    assert manifest.digest_folder(tmp_path / "one") == manifest.digest_folder(tmp_path / "two")
+    assert not list(tmp_path.glob("*.partial"))
+    checkpoint.load_policy(tmp_path / "one", torch.float32, "cpu")
+
+
+def test_sft_with_reasoning_trains_on_more_tokens(sft_config, tmp_path):
+    sft.run(sft_config(steps=1), tmp_path / "plain")
+    sft.run(sft_config(steps=1, reasoning=True), tmp_path / "thinking")
+    assert losses_of(tmp_path / "plain") != losses_of(tmp_path / "thinking")
+
+
+def test_sft_killed_and_started_again_ends_in_the_same_bytes(sft_config, tmp_path):
+    config = sft_config(steps=24)
+    sft.run(config, tmp_path / "undisturbed")
+    freeze.write(config, tmp_path / "config.json")
+    out, partial = tmp_path / "killed", tmp_path / "killed.partial"
+    command = [sys.executable, "-m", "earl", "sft", "--config", str(tmp_path / "config.json"), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(partial.glob("step-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "resumed at step" in finished.stderr
+    assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")
+    assert not partial.exists()
+
+
+def test_sft_does_not_resume_what_another_configuration_left(sft_config, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("earl.stages.sft.checkpoint.save_policy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(sft_config(learning_rate=1e-3, steps=4), out)
+    assert list((tmp_path / "out.partial").glob("step-*"))
+    sft.run(sft_config(steps=4), out)
+    sft.run(sft_config(steps=4), tmp_path / "undisturbed")
+    assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")
