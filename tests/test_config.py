@@ -297,13 +297,13 @@ class TestFrozen:
     def test_an_evaluation_that_stays_keeps_its_sampling(self, tmp_path: Path) -> None:
         freeze.write(load.load(ROOT / "config" / "demo.jsonnet").config, tmp_path / "config.json")
         other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.temperature": 0.7}).config
-        with pytest.raises(EarlError, match="evaluations.heldout.temperature"):
+        with pytest.raises(EarlError, match=r"evaluations\.heldout\.temperature"):
             freeze.check(other, tmp_path / "config.json")
 
     def test_damage_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "config.json"
         path.write_text('{"run_name": ')
-        with pytest.raises(EarlError, match="config.json"):
+        with pytest.raises(EarlError, match=r"config\.json"):
             load.read(path)
 
     def test_every_field_is_documented_and_classified(self) -> None:

@@ -5,13 +5,15 @@
     <dir>/list/tokenized_datalist.json    {"prefix": ..., "path_list": ["17.pth", ...]}
     <dir>/feature/17.pth                  edit_id, original_image, edited_image, instruction, CoT
 
-A pickle can run any code when it is loaded. So files are read by torch's weights-only loader, which knows tensors and
-plain values alone, extended by what numpy needs for integer arrays; whatever else a pickle asks for is refused before
-anything runs.
+A pickle can run any code when it is loaded. So files of ``torch.save`` are read by torch's weights-only loader, which
+knows tensors and plain values alone, and bare pickles by one as strict; both are extended by what numpy needs for
+integer arrays. Whatever else a pickle asks for is refused before anything runs.
 """
 
 import json
+import pickle
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,39 +76,81 @@ def load_pickled(path: Path) -> dict[str, Any]:
     Raises:
         EarlError: naming the file, when it is missing, damaged, no dict, or holds more than plain values and arrays.
     """
-    import pickle
-
-    import torch
-
     try:
-        with torch.serialization.safe_globals(_numpy_globals()):
-            values = torch.load(path, map_location="cpu", weights_only=True)
+        values = _load_bare(path) if _is_bare(path) else _load_torch(path)
     except FileNotFoundError as error:
         raise EarlError(f"{path}: does not exist, though tokenized_datalist.json lists it") from error
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for {wanted[1]}" if wanted else "holds more than plain values and arrays"
-        raise EarlError(
-            f"{path}: {what}, which may run code; nothing was run. Do not trust where it came from"
-        ) from error
+        what = f"asks for {wanted[1]}, which may run code" if wanted else "is damaged or holds more than plain values"
+        raise EarlError(f"{path}: {what}; nothing was run. Do not trust where it came from") from error
     except Exception as error:  # A damaged pickle can fail in any way; each means the same to the user.
-        raise EarlError(f"{path}: is damaged or not a file of torch.save ({type(error).__name__}: {error})") from error
+        raise EarlError(f"{path}: is damaged or no pickle ({type(error).__name__}: {error})") from error
     if not isinstance(values, dict):
         raise EarlError(f"{path}: holds a {type(values).__name__}, not a dict")
     return values
 
 
-def _numpy_globals() -> list[Any]:
+def _is_bare(path: Path) -> bool:
+    """Return whether a file is a pickle and nothing else: neither a zip archive of torch.save nor its older format."""
+    import torch
+
+    magic = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+    with path.open("rb") as stream:
+        head = stream.read(32)
+    return not head.startswith(b"PK") and magic not in head
+
+
+def _load_torch(path: Path) -> Any:
+    import torch
+
+    with torch.serialization.safe_globals([(value, name) for name, value in _allowed().items()]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _FromBuffer:
+    """How arrays come out of pickles of protocol 5. An object without attributes, where numpy has a function."""
+
+    __slots__ = ()
+
+    def __call__(self, buffer: bytes, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
+        import numpy as np
+
+        return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
+class _Bare(pickle.Unpickler):
+    """Builds plain values and arrays of numbers. What it may call keeps no state that a pickle could change."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return _FromBuffer()
+        found = _allowed().get(f"{module}.{name}")
+        if found is None:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return found
+
+
+def _load_bare(path: Path) -> Any:
+    with path.open("rb") as stream:
+        return _Bare(stream).load()
+
+
+@cache
+def _allowed() -> dict[str, Any]:
+    """Return what integer arrays are made of, by the name that pickles use."""
+    import _codecs
+
     import numpy as np
     from numpy._core import multiarray
 
+    integers = {type(np.dtype(name)) for name in _INTEGERS}
+    names = {f"{kind.__module__}.{kind.__name__}": kind for kind in (np.ndarray, np.dtype, *integers)}
     # Files written with numpy 1 name the module numpy.core.
-    functions = [
-        (getattr(multiarray, name), f"numpy.{module}.multiarray.{name}")
-        for name in ("_reconstruct", "scalar")
-        for module in ("core", "_core")
-    ]
-    return [np.ndarray, np.dtype, *{type(np.dtype(name)) for name in _INTEGERS}, *functions]
+    for module in ("core", "_core"):
+        for name in ("_reconstruct", "scalar"):
+            names[f"numpy.{module}.multiarray.{name}"] = getattr(multiarray, name)
+    return names | {"_codecs.encode": _codecs.encode}
 
 
 def _listing(path: Path) -> tuple[list[str], str]:

@@ -1,0 +1,385 @@
+"""Tokenised data: written by the real stage, read row by row; whatever is wrong is named, and no pickle runs code."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from earl.config import freeze, load
+from earl.config.schema import Config
+from earl.data.reference import ReferenceDataset
+from earl.data.tokenised import open_dataset
+from earl.errors import EarlError
+from earl.files import images, manifest, tables
+from earl.shapes import dataset as shapes
+from earl.stages import tokenise
+
+ROOT = Path(__file__).parent.parent
+PICTURE = images.struct(images.encode(np.zeros((64, 64, 3), np.uint8)))
+
+
+def demo(**overrides: Any) -> Config:
+    return load.load(ROOT / "config" / "demo.jsonnet", overrides).config
+
+
+def tokenised_columns(rows: int) -> dict[str, list]:
+    """Rows of 2 x 3 tokens; row i holds i in its first place."""
+    return {
+        "dataset": ["d"] * rows,
+        "example_id": [f"e{i}" for i in range(rows)],
+        "task": [None] * rows,
+        "instruction": [f"edit {i}" for i in range(rows)],
+        "reasoning": [[{"key": "scene", "value": "a circle"}]] * rows,
+        "original_tokens": [[[i, 1, 2], [3, 4, 5]] for i in range(rows)],
+        "target_tokens": [[[i, 1, 2], [3, 4, 5]] for i in range(rows)],
+        "original": [PICTURE] * rows,
+        "target": [None] * rows,
+    }
+
+
+def write_tokenised(path: Path, columns: dict[str, list], **metadata: str) -> Path:
+    tables.write_table(path, tables.TOKENISED, columns, metadata, largest_token=255, rows_per_group=4)
+    return path
+
+
+def raw_columns(rows: int) -> dict[str, list]:
+    return {
+        "example_id": [f"e{i}" for i in range(rows)],
+        "task": ["remove"] * rows,
+        "instruction": ["remove the circle"] * rows,
+        "reasoning": [json.dumps({"where": "[0, 0, 32, 16]"})] * rows,
+        "original": [PICTURE] * rows,
+        "edited": [PICTURE] * rows,
+    }
+
+
+def write_raw(path: Path, columns: dict[str, list]) -> Path:
+    tables.write_table(path, tables.RAW, columns, {})
+    return path
+
+
+class TestTokenisedDataset:
+    def test_rows_of_several_files_in_any_order(self, tmp_path: Path) -> None:
+        folder = tmp_path / "data"
+        for index in range(3):
+            columns = tokenised_columns(10)
+            columns["example_id"] = [f"{index}-{i}" for i in range(10)]
+            write_tokenised(folder / f"{index:04d}.parquet", columns, dataset="shapes", codebook_size="256")
+        manifest.seal(folder)
+        dataset = open_dataset(folder)
+        assert (len(dataset), dataset.name) == (30, "shapes")
+        for row in (29, 0, 13, 14, 3, 4, 20):
+            example = dataset[row]
+            assert example.example_id == f"{row // 10}-{row % 10}"
+            assert example.original_tokens.tolist() == [[row % 10, 1, 2], [3, 4, 5]]
+            assert example.original_tokens.dtype == np.int64
+            assert example.reasoning == [("scene", "a circle")]
+            assert (example.original, example.target) == (PICTURE["bytes"], None)
+        with pytest.raises(IndexError):
+            dataset[30]
+
+    def test_images_are_read_only_when_wanted(self, tmp_path: Path) -> None:
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(4))
+        assert open_dataset(path, images=False)[0].original is None
+
+    def test_memory_is_bounded(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(64)
+        # 64 pictures of 4 MB each, 4 in a group: four groups fit in what is held.
+        columns["original"] = [{"bytes": os.urandom(4 * 2**20), "path": ""} for _ in range(64)]
+        dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", columns))
+        before = pa.total_allocated_bytes()
+        for row in range(0, 64, 4):
+            assert dataset[row].original == columns["original"][row]["bytes"]
+        assert pa.total_allocated_bytes() - before < 128 * 2**20
+
+    def test_token_beyond_the_codebook(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(6)
+        columns["target_tokens"][5] = [[200, 1, 2], [3, 4, 5]]
+        path = write_tokenised(tmp_path / "a.parquet", columns, codebook_size="200")
+        dataset = open_dataset(path)
+        assert dataset[4].example_id == "e4"
+        with pytest.raises(EarlError, match=r"a\.parquet: row 5, column 'target_tokens': token id 200 .* 0\.\.199"):
+            dataset[5]
+
+    def test_codebook_of_another_policy(self, tmp_path: Path) -> None:
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(1), codebook_size="256")
+        with pytest.raises(EarlError, match="codebook of 256, but 32768"):
+            open_dataset(path, codebook_size=32768)
+
+    def test_ragged_grid(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(1)
+        columns["original_tokens"] = [[[1, 2], [3]]]
+        with pytest.raises(EarlError, match=r"row 0, column 'original_tokens'.*differ in length"):
+            open_dataset(write_tokenised(tmp_path / "a.parquet", columns))[0]
+
+    def test_wrong_and_missing_columns(self, tmp_path: Path) -> None:
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(2))
+        table = pq.read_table(path)
+        number = table.set_column(table.schema.get_field_index("instruction"), "instruction", pa.array([1, 2]))
+        pq.write_table(number, path)
+        with pytest.raises(EarlError, match=r"a\.parquet: column 'instruction' has type int64"):
+            open_dataset(path)
+        pq.write_table(table.drop_columns(["target_tokens"]), path)
+        with pytest.raises(EarlError, match=r"a\.parquet: column 'target_tokens' is missing"):
+            open_dataset(path)
+
+    @pytest.mark.parametrize("kept", [0, 3, 500, -5])
+    def test_truncated(self, kept: int, tmp_path: Path) -> None:
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(50))
+        path.write_bytes(path.read_bytes()[:kept])
+        with pytest.raises(EarlError, match=r"a\.parquet: is not a complete Parquet file"):
+            open_dataset(path)
+
+    def test_damaged_inside(self, tmp_path: Path) -> None:
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(4))
+        column = pq.read_metadata(path).row_group(0).column(3)
+        content = bytearray(path.read_bytes())
+        place = (column.data_page_offset or 0) + column.total_compressed_size // 2
+        content[place] ^= 0xFF
+        path.write_bytes(content)
+        with pytest.raises(EarlError, match=r"a\.parquet: column 'instruction' is damaged"):
+            open_dataset(path)[0]
+
+    def test_empty(self, tmp_path: Path) -> None:
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(0))
+        with pytest.raises(EarlError, match=r"a\.parquet: the data set is empty"):
+            open_dataset(path)
+
+    def test_folder_without_its_manifest_is_incomplete(self, tmp_path: Path) -> None:
+        write_tokenised(tmp_path / "0000.parquet", tokenised_columns(1))
+        with pytest.raises(EarlError, match=r"manifest\.json"):
+            open_dataset(tmp_path)
+
+    def test_absent(self, tmp_path: Path) -> None:
+        with pytest.raises(EarlError, match="no-such"):
+            open_dataset(tmp_path / "no-such")
+
+
+class Malicious:
+    """Pickles to a call that creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.target}",)
+
+
+class TestReference:
+    EXAMPLE: ClassVar = {
+        "edit_id": 17,
+        "original_image": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "edited_image": np.arange(6, dtype=np.int32).reshape(2, 3),
+        "instruction": "remove the cat",
+        "CoT": {"scene": "a cat [1, 2, 3, 4]"},
+    }
+
+    @staticmethod
+    def write(folder: Path, example: object, *, linked: bool = False, **options: Any) -> Path:
+        import torch
+
+        listing = folder / "list" / "tokenized_datalist.json"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text(json.dumps({"prefix": "/elsewhere/feature", "path_list": ["17.pth"]}))
+        (folder / "feature").mkdir(exist_ok=True)
+        torch.save(example, folder / "feature" / "17.pth", **options)
+        if linked:
+            (folder / "feature" / "list").symlink_to("../list")
+            return folder / "feature" / "list" / listing.name
+        return listing
+
+    @pytest.mark.parametrize("linked", [False, True])
+    @pytest.mark.parametrize("zipped", [False, True])
+    def test_reads_an_example(self, linked: bool, zipped: bool, tmp_path: Path) -> None:
+        folder = tmp_path / "omniedit" / "train"
+        path = self.write(folder, self.EXAMPLE, linked=linked, _use_new_zipfile_serialization=zipped)
+        dataset = open_dataset(path, codebook_size=6)
+        assert (len(dataset), dataset.name) == (1, "omniedit/train")
+        example = dataset[0]
+        assert (example.example_id, example.instruction) == ("17", "remove the cat")
+        assert example.original_tokens.tolist() == example.target_tokens.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert example.reasoning == [("scene", "a cat [1, 2, 3, 4]")]
+        assert example.original is None
+
+    @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+    def test_reads_a_bare_pickle(self, protocol: int, tmp_path: Path) -> None:
+        path = self.write(tmp_path, self.EXAMPLE)
+        (tmp_path / "feature" / "17.pth").write_bytes(pickle.dumps(self.EXAMPLE, protocol=protocol))
+        assert open_dataset(path)[0].target_tokens.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+    def test_reads_tensors_too(self, tmp_path: Path) -> None:
+        import torch
+
+        example = self.EXAMPLE | {"edited_image": torch.tensor([[5, 4]])}
+        assert open_dataset(self.write(tmp_path, example))[0].target_tokens.tolist() == [[5, 4]]
+
+    @pytest.mark.parametrize("where", ["whole", "field", "plain", "old"])
+    def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(self, where: str, tmp_path: Path) -> None:
+        target = tmp_path / "was-here"
+        path = self.write(tmp_path, self.EXAMPLE)
+        file = tmp_path / "feature" / "17.pth"
+        harm = Malicious(target)
+        if where == "plain":
+            file.write_bytes(pickle.dumps(self.EXAMPLE | {"CoT": harm}))
+        else:
+            example = harm if where == "whole" else self.EXAMPLE | {"CoT": harm}
+            self.write(tmp_path, example, _use_new_zipfile_serialization=where != "old")
+        with pytest.raises(EarlError, match=r"feature/17\.pth: asks for posix\.system, .*nothing was run"):
+            open_dataset(path)[0]
+        assert not target.exists()
+        # The file would have done it.
+        if where == "plain":
+            pickle.loads(file.read_bytes())
+            assert target.exists()
+
+    @pytest.mark.parametrize(
+        ("change", "part"),
+        [
+            ({"original_image": np.array([[0, 6]])}, "'original_image': token id 6"),
+            ({"edited_image": np.array([[-1]])}, "'edited_image': token id -1"),
+            ({"original_image": np.array([0, 1])}, "'original_image'.*grid"),
+            ({"original_image": [["a"]]}, "'original_image'.*grid"),
+            ({"original_image": [[1], [1, 2]]}, "'original_image'.*differ in length"),
+            ({"instruction": 3}, "'instruction' is a int"),
+            ({"CoT": ["a"]}, "'CoT' is a list"),
+            ({"CoT": {"scene": 3}}, r"'CoT\.scene' is a int"),
+        ],
+    )
+    def test_wrong_fields_are_named(self, change: dict, part: str, tmp_path: Path) -> None:
+        path = self.write(tmp_path, self.EXAMPLE | change)
+        with pytest.raises(EarlError, match=rf"17\.pth: field {part}"):
+            open_dataset(path, codebook_size=6)[0]
+
+    def test_missing_field_file_and_damage(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, {k: v for k, v in self.EXAMPLE.items() if k != "instruction"})
+        file = tmp_path / "feature" / "17.pth"
+        with pytest.raises(EarlError, match=r"17\.pth: field 'instruction' is missing"):
+            open_dataset(path)[0]
+        self.write(tmp_path, self.EXAMPLE)
+        file.write_bytes(file.read_bytes()[:200])
+        with pytest.raises(EarlError, match=r"17\.pth: is damaged"):
+            open_dataset(path)[0]
+        self.write(tmp_path, [1, 2])
+        with pytest.raises(EarlError, match=r"17\.pth: holds a list"):
+            open_dataset(path)[0]
+        file.unlink()
+        with pytest.raises(EarlError, match=r"17\.pth: does not exist"):
+            open_dataset(path)[0]
+
+    @pytest.mark.parametrize(
+        ("text", "part"), [("{", "damaged"), ("[]", "path_list"), ('{"path_list": [1]}', "path_list")]
+    )
+    def test_wrong_listing(self, text: str, part: str, tmp_path: Path) -> None:
+        path = tmp_path / "tokenized_datalist.json"
+        path.write_text(text)
+        with pytest.raises(EarlError, match=rf"tokenized_datalist\.json: .*{part}"):
+            ReferenceDataset(path)
+        path.write_text('{"prefix": "", "path_list": []}')
+        with pytest.raises(EarlError, match="empty"):
+            ReferenceDataset(path)
+
+
+class TestSizesAndBoxes:
+    @pytest.mark.parametrize(
+        ("width", "height", "expected"),
+        [(64, 64, (64, 64)), (128, 128, (64, 64)), (128, 32, (128, 32)), (400, 100, (128, 32)), (9, 1000, (8, 672))],
+    )
+    def test_size(self, width: int, height: int, expected: tuple[int, int]) -> None:
+        assert tokenise.scaled_size(width, height, 64 * 64, 8) == expected
+
+    def test_boxes_scale_with_the_image(self) -> None:
+        text = "a cat at [10, 20, 30, 41], a dog at [1.5, 2.0,3.25, 4] and [1, 2, 3]"
+        scaled = tokenise.scale_boxes(text, 2, 0.5)
+        assert scaled == "a cat at [20, 10, 60, 21], a dog at [3.00, 1.00, 6.50, 2] and [1, 2, 3]"
+        assert tokenise.scale_boxes(text, 1, 1) == text
+
+
+class TestTokenise:
+    def test_shapes_become_examples_of_their_own_size(self, tmp_path: Path) -> None:
+        raw, out = tmp_path / "raw.parquet", tmp_path / "out"
+        shapes.write_raw(raw, count=20, seed=5)
+        tokenise.run(demo(), "shapes_rl", raw, out)
+        manifest.check(out, deep=True)
+        dataset = open_dataset(out, codebook_size=256)
+        source = pq.read_table(raw).to_pylist()
+        assert (len(dataset), dataset.name) == (20, "shapes_rl")
+        for row in (0, 19):
+            example = dataset[row]
+            for name in ("example_id", "task", "instruction"):
+                assert getattr(example, name) == source[row][name]
+            assert dict(example.reasoning) == json.loads(source[row]["reasoning"])
+            assert example.original_tokens.shape == (8, 8)
+            pixels = images.decode(source[row]["edited"]["bytes"], "")
+            assert (images.decode(example.target, "") == pixels).all()
+        stored = pq.read_schema(out / "0000.parquet").field("original_tokens").type
+        assert stored == pa.list_(pa.list_(pa.uint8()))
+        first = (out / "0000.parquet").read_bytes()
+        tokenise.run(demo(), "shapes_rl", raw, out)
+        assert (out / "0000.parquet").read_bytes() == first
+
+    def test_images_and_boxes_scale_together(self, tmp_path: Path) -> None:
+        columns = raw_columns(1)
+        big = images.struct(images.encode(np.full((64, 256, 3), 200, np.uint8)))
+        columns |= {"original": [big], "edited": [PICTURE]}
+        raw = tmp_path / "raw.parquet"
+        pq.write_table(pa.table(columns, schema=tables.RAW).drop_columns(["task"]), raw)
+        tokenise.run(demo(), "d", raw, tmp_path / "out")
+        example = open_dataset(tmp_path / "out")[0]
+        # 256 x 64 of 16,384 pixels becomes 128 x 32 of 4,096.
+        assert example.original_tokens.shape == example.target_tokens.shape == (4, 16)
+        assert images.decode(example.target, "").shape == (32, 128, 3)
+        assert example.reasoning == [("where", "[0, 0, 16, 8]")]
+        assert example.task is None
+
+    @pytest.mark.parametrize(
+        ("change", "part"),
+        [
+            ({"edited": [PICTURE, {"bytes": b"no image", "path": ""}, PICTURE]}, "row 1, column 'edited'"),
+            ({"original": [PICTURE, PICTURE, {"bytes": None, "path": "x"}]}, "row 2, column 'original'.*no bytes"),
+            ({"reasoning": [None, "{", None]}, "row 1, column 'reasoning'.*JSON"),
+            ({"reasoning": ['{"a": 1}', None, None]}, "row 0, column 'reasoning'.*text"),
+        ],
+    )
+    def test_a_bad_row_is_named_and_nothing_is_left(self, change: dict, part: str, tmp_path: Path) -> None:
+        raw = write_raw(tmp_path / "raw.parquet", raw_columns(3) | change)
+        with pytest.raises(EarlError, match=rf"raw\.parquet: {part}"):
+            tokenise.run(demo(), "d", raw, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["raw.parquet"]
+
+    def test_a_bad_file_is_named(self, tmp_path: Path) -> None:
+        raw = write_raw(tmp_path / "raw.parquet", raw_columns(0))
+        with pytest.raises(EarlError, match=r"raw\.parquet: the data set is empty"):
+            tokenise.run(demo(), "d", raw, tmp_path / "out")
+        write_raw(raw, raw_columns(9))
+        content = raw.read_bytes()
+        table = pq.read_table(raw)
+        pq.write_table(table.drop_columns(["edited"]), raw)
+        with pytest.raises(EarlError, match="column 'edited' is missing"):
+            tokenise.run(demo(), "d", raw, tmp_path / "out")
+        raw.write_bytes(content[:-100])
+        with pytest.raises(EarlError, match=r"raw\.parquet: is not a complete Parquet file"):
+            tokenise.run(demo(), "d", raw, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_the_command_keeps_an_older_result_when_it_fails(self, tmp_path: Path) -> None:
+        config = tmp_path / "config.json"
+        freeze.write(demo(), config)
+        raw, out = write_raw(tmp_path / "raw.parquet", raw_columns(2)), tmp_path / "out"
+        command = [sys.executable, "-m", "earl", "tokenise", "--config", str(config), "--dataset", "d"]
+        command += ["--raw", str(raw), "--out", str(out)]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        write_raw(raw, raw_columns(2) | {"original": [PICTURE, {"bytes": b"GIF89a", "path": ""}]})
+        failed = subprocess.run(command, capture_output=True, text=True)
+        assert failed.returncode == 2
+        assert f"error: {raw}: row 1, column 'original'" in failed.stderr
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "out", "raw.parquet"]
