@@ -100,6 +100,9 @@ def test_killed_while_writing_leaves_no_file_under_the_final_name(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not path.exists()
+    assert len(os.listdir(tmp_path)) == 1
+    atomic.write_text(path, "whole")
+    assert os.listdir(tmp_path) == ["a.txt"], "the next writer clears what the killed one left"
 
 
 def test_rollouts_open_in_pandas_duckdb_and_datasets_with_their_images(tmp_path):

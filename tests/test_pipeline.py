@@ -45,7 +45,7 @@ def test_every_promised_file_is_there_and_says_where_it_comes_from(run, small_co
     assert run.iteration(0).policy.is_symlink()
     for name in config.evaluations:
         for index in (0, 2):
-            assert json.loads(run.evaluation(name, index).summary.read_text())["episodes"] == 4
+            assert json.loads(run.evaluation(name, index).summary.read_text())["n"] == 4
 
 
 def test_rollouts_hold_what_the_policy_saw_and_did(run):

@@ -14,6 +14,13 @@ def _temporary(path: Path) -> Path:
     return path.parent / f".{path.name}.tmp-{os.getpid()}"
 
 
+def _clear_leftovers(path: Path) -> None:
+    """Remove what a writer of the same output left when it was killed; an output has one writer at a time."""
+    for leftover in path.parent.glob(f".{path.name}.*-*"):
+        if leftover.name.startswith((f".{path.name}.tmp-", f".{path.name}.old-")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -40,6 +47,7 @@ def file(path: Path | str) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path)
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
@@ -63,7 +71,7 @@ def folder(path: Path | str) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear_leftovers(path)
         temporary.mkdir()
         yield temporary
         for member in sorted(temporary.rglob("*")):
