@@ -7,7 +7,7 @@ window remains, the workflow plans a chain of windows and each window plans its 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,12 +52,8 @@ class Plan:
     @cached_property
     def windows(self) -> list[range]:
         """The planned iterations cut into windows of ``config.window_length``."""
-        length = self.config.window_length
-        return [range(first, min(first + length, self.stop + 1)) for first in range(self.start + 1, self.stop + 1, length)]
-
-    def window(self, first: int, last: int) -> "Plan":
-        """Return the plan of one window of this run."""
-        return replace(self, start=first - 1, stop=last)
+        length, end = self.config.window_length, self.stop + 1
+        return [range(first, min(first + length, end)) for first in range(self.start + 1, end, length)]
 
     @cached_property
     def evaluations(self) -> dict[int, list[str]]:
@@ -91,7 +87,7 @@ class Plan:
         if later:
             lines.append(f"  policy            -> iterations {later[0]} to {later[-1]}, and their evaluations")
         lines.append(f"  policy            -> evaluations of iteration {index}, and the report")
-        lines.append(f"To train again from here on: earl rewind --run {self.key} --iteration {index}, then go on as usual.")
+        lines.append(f"To train again from here on: earl rewind --run {self.key} --iteration {index}, and go on.")
         return "\n".join(lines)
 
 

@@ -32,7 +32,7 @@ def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = open(path, "a+", encoding="utf-8")
+    stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lasts as long as the file is open
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -61,7 +61,12 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True  # a system without /proc
+    # Ended, though whoever started it has not asked for its exit status yet.
+    return state not in ("Z", "X")
 
 
 def end_with(pid: int, interval: float = 0.25) -> None:

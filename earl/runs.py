@@ -192,11 +192,18 @@ def rewind(run: Run, index: int) -> list[int]:
     come from policies that are no more. Evaluations of these policies go too.
 
     Raises:
-        EarlError: when ``index`` is not an iteration that was trained.
+        EarlError: when ``index`` is not an iteration that was trained, or the checkpoint before it has been dropped.
     """
     trained = [i for i in iterations(run) if i >= index and (run.iteration(i).path / "train").is_dir()]
     if index < 1 or index not in trained:
         raise EarlError(f"{run.path}: iteration {index} has not been trained; `earl status` shows what there is")
+    before = run.iteration(index - 1)
+    if not has_checkpoint(before):
+        raise EarlError(
+            f"{before.policy}: has been dropped, so there is nothing to train iteration {index} from; bring it back "
+            f"first: earl restore --run {run.path} --iteration {index - 1}"
+        )
+    _date_back(before)
     # From the newest backwards: a stop in between leaves a run that has only gone back less far.
     for i in reversed(trained):
         for path in _evaluation_files(run, i):
@@ -205,6 +212,17 @@ def rewind(run: Run, index: int) -> list[int]:
         _drop_checkpoint(run.iteration(i))
         shutil.rmtree(run.iteration(i).path / "train")
     return trained
+
+
+def _date_back(iteration: Iteration) -> None:
+    """Give a checkpoint, that may have been restored since, the age of what was recorded when it was made.
+
+    What was sampled from it then does not look out of date.
+    """
+    if iteration.index and iteration.metrics.is_file():
+        made = iteration.metrics.stat().st_mtime_ns
+        for folder in (iteration.policy, iteration.trainer):
+            os.utime(folder / manifest.NAME, ns=(made, made))
 
 
 def _evaluation_files(run: Run, index: int) -> Iterator[Path]:

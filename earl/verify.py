@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import code_version, config, runs
+from earl import code_version, runs
+from earl.config.freeze import config_digest
+from earl.config.load import read as read_config
 from earl.errors import EarlError
 from earl.files import atomic, manifest
 from earl.layout import Evaluation, Iteration, Run
@@ -73,8 +75,8 @@ def verify(run: Run, deep: bool = False) -> Verification:
         EarlError: when the run has no readable configuration.
     """
     found = Verification()
-    current = config.read(run.config)
-    trained = _check_iterations(run, config.config_digest(current), found)
+    current = read_config(run.config)
+    trained = _check_iterations(run, config_digest(current), found)
     _check_evaluations(run, current, trained, found)
     if deep:
         for index, metrics in trained.items():
@@ -87,7 +89,7 @@ def write(found: Verification, out: Path) -> None:
     atomic.write_text(out, found.json())
 
 
-def _check_iterations(run: Run, config_digest: str, found: Verification) -> dict[int, dict[str, Any]]:
+def _check_iterations(run: Run, digest_now: str, found: Verification) -> dict[int, dict[str, Any]]:
     """Check that each iteration was trained from the policy of the one before it; return the readable metrics."""
     trained: dict[int, dict[str, Any]] = {}
     newest = runs.newest_complete(run)
@@ -108,7 +110,7 @@ def _check_iterations(run: Run, config_digest: str, found: Verification) -> dict
             )
         policy = metrics["policy_digest"]
     found.iterations = len(trained)
-    _check_changes(run, trained, "config_digest", config_digest, "configuration", found)
+    _check_changes(run, trained, "config_digest", digest_now, "configuration", found)
     _check_changes(run, trained, "code_version", code_version(), "code", found)
     found.code_versions = len({metrics["code_version"] for metrics in trained.values()})
     return trained
@@ -119,9 +121,10 @@ def _starting_policy(run: Run, found: Verification) -> str | None:
     return record["policy_digest"] if record else None
 
 
-def _read(
-    path: Path, found: Verification, keys: tuple[str, ...] = ("inputs", "policy_digest", "config_digest", "code_version")
-) -> dict[str, Any] | None:
+METRICS_KEYS = ("inputs", "policy_digest", "config_digest", "code_version")
+
+
+def _read(path: Path, found: Verification, keys: tuple[str, ...] = METRICS_KEYS) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

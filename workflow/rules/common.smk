@@ -145,26 +145,40 @@ def checkpoint_files(item):
     }
 
 
-def policy(w):
-    return checkpoint_files(iteration(w))["policy"]
+def given(item, name, w):
+    """Return the file that stands for a checkpoint's ``policy`` or ``trainer``, as a rule's input.
 
-
-def before(w, name):
-    """Return what stands for the ``policy`` or ``trainer`` of the iteration before.
-
-    Where one iteration is planned again, its checkpoint may have to be restored. That is no reason to make anew what
-    was once made from it, hence `ancient`.
+    Where one iteration is planned again there is none: a checkpoint that has been dropped is restored by the command
+    that needs it. As an input that is made anew, it would make all rollouts anew that ever came from it.
     """
-    files = checkpoint_files(previous(w)).get(name, [])
-    return ancient(files) if PLANS[w.run].single is not None and files else files
+    single = PLANS[w.run].single is not None
+    return checkpoint_files(item).get(name, []) if not single or item.index == 0 else []
+
+
+def policy(w):
+    return given(iteration(w), "policy", w)
 
 
 def previous_policy(w):
-    return before(w, "policy")
+    return given(previous(w), "policy", w)
 
 
 def previous_trainer(w):
-    return before(w, "trainer")
+    return given(previous(w), "trainer", w)
+
+
+def restore(w, item):
+    """Return the commands, to go before a stage's own, that bring back a checkpoint which has been dropped.
+
+    It gets the age of what was recorded with it: what was made from it since is not out of date.
+    """
+    if PLANS[w.run].single is None or runs.has_checkpoint(item):
+        return ""
+    files = " ".join(checkpoint_files(item).values())
+    return (
+        f"{EARL} restore --run {w.run} --iteration {item.index}"
+        f" && touch -r {item.metrics} {files} && "
+    )
 
 
 def shards(kind):

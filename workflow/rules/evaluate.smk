@@ -16,10 +16,11 @@ rule evaluate_generate:
     threads: lambda w: PLANS[w.run].config.cpu_threads
     params:
         earl=EARL,
+        restore=lambda w: restore(w, iteration(w)),
         policy=lambda w: iteration(w).policy,
     shell:
-        "{params.earl} generate --config {wildcards.run}/config.json --iteration {wildcards.step}"
-        " --evaluation {wildcards.evaluation} --policy {params.policy} --out {output} 2>&1 | tee {log}"
+        "({params.restore}{params.earl} generate --config {wildcards.run}/config.json --iteration {wildcards.step}"
+        " --evaluation {wildcards.evaluation} --policy {params.policy} --out {output}) 2>&1 | tee {log}"
 
 
 rule evaluate_score:

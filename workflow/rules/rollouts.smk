@@ -16,10 +16,11 @@ rule generate:
     threads: lambda w: PLANS[w.run].config.cpu_threads
     params:
         earl=EARL,
+        restore=lambda w: restore(w, previous(w)),
         policy=lambda w: previous(w).policy,
     shell:
-        "{params.earl} generate --config {wildcards.run}/config.json --iteration {wildcards.step}"
-        " --shard {wildcards.shard} --policy {params.policy} --out {output} 2>&1 | tee {log}"
+        "({params.restore}{params.earl} generate --config {wildcards.run}/config.json --iteration {wildcards.step}"
+        " --shard {wildcards.shard} --policy {params.policy} --out {output}) 2>&1 | tee {log}"
 
 
 rule score:

@@ -40,24 +40,7 @@ rule train:
     threads: lambda w: PLANS[w.run].config.cpu_threads
     params:
         earl=EARL,
+        restore=lambda w: restore(w, previous(w)),
     shell:
-        "({params.earl} train --config {wildcards.run}/config.json --iteration {wildcards.step} --run {wildcards.run}"
+        "({params.restore}{params.earl} train --config {wildcards.run}/config.json --iteration {wildcards.step} --run {wildcards.run}"
         " && {params.earl} prune --run {wildcards.run} --after {wildcards.step}) 2>&1 | tee {log}"
-
-
-rule restore:
-    # Brings back a dropped checkpoint over the stored rollouts and scores. It gets the age of what was recorded with
-    # it, so that nothing made from it since looks out of date.
-    output:
-        policy="{run}/iterations/{step}/policy/manifest.json",
-        trainer="{run}/iterations/{step}/trainer/manifest.json",
-    log:
-        "{run}/logs/restore/{step}.log",
-    wildcard_constraints:
-        run=RESTORABLE,
-    threads: lambda w: PLANS[w.run].config.cpu_threads
-    params:
-        earl=EARL,
-    shell:
-        "({params.earl} restore --run {wildcards.run} --iteration {wildcards.step}"
-        " && touch -r {wildcards.run}/iterations/{wildcards.step}/train/metrics.json {output}) 2>&1 | tee {log}"
