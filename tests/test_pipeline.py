@@ -1,6 +1,7 @@
 """The stages together, from raw data to evaluation: what the run's files promise."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
-from earl.stages import generate, score
+from earl.layout import Run
+from earl.stages import generate, score, train
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,15 @@ def test_a_stage_run_again_writes_the_same_bytes(run, small_config, tmp_path):
     score.run(config, tmp_path / "rollouts.parquet", tmp_path / "scores.parquet")
     assert (tmp_path / "rollouts.parquet").read_bytes() == files.rollouts(0).read_bytes()
     assert (tmp_path / "scores.parquet").read_bytes() == files.scores(0).read_bytes()
+
+
+def test_another_reward_needs_only_train(run, small_config, tmp_path):
+    shutil.copytree(run.path / "iterations", tmp_path / "iterations", symlinks=True)
+    config = small_config("plain", reward_final_reward="ground_score", reward_compute_ground_score=True)
+    train.run(config, tmp_path, 1)
+    rewards = {row["episode_id"]: row["reward"] for row in pq.read_table(Run(tmp_path).iteration(1).episodes).to_pylist()}
+    for row in tables.read_table(run.iteration(1).scores(0), tables.SCORES).to_pylist():
+        assert rewards[row["episode_id"]] == (row["ground_score"] if row["status"] == "ok" else 0)
 
 
 def test_other_seeds_give_other_episodes(run, small_config):
