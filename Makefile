@@ -13,6 +13,7 @@ SET ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.installed-for-tests
 
 comma := ,
 empty :=
@@ -28,10 +29,10 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m earl status --run runs/$(RUN)
 	@echo "Report: $(CURDIR)/runs/$(RUN)/report.html"
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: $(TESTABLE)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: $(INSTALLED)
+lint: $(TESTABLE)
 	$(BIN)/ruff check earl tests benchmarks scripts
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/python -m snakemake --lint --config experiment=$(CONFIG)
@@ -41,5 +42,9 @@ venv: $(INSTALLED)
 # Written last: an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable .
+	@touch $@
+
+$(TESTABLE): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[test]'
 	@touch $@
