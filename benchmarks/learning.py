@@ -40,7 +40,8 @@ def run_seed(experiment: str, seed: int, overrides: dict) -> Run:
 def rows(run: Run, name: str, index: int) -> dict[str, dict]:
     """Return the episodes of an evaluation with one sample a prompt, by example."""
     columns = ["example_id", "task", *MEASURES]
-    return {row["example_id"]: row for row in pq.read_table(run.evaluation(name, index).table, columns=columns).to_pylist()}
+    table = pq.read_table(run.evaluation(name, index).table, columns=columns)
+    return {row["example_id"]: row for row in table.to_pylist()}
 
 
 def pairs(run: Run, name: str, last: int) -> list[tuple[dict, dict]]:
@@ -75,7 +76,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    found = {seed: run_seed(arguments.experiment, seed, load.parse_overrides(arguments.set)) for seed in arguments.seeds}
+    overrides = load.parse_overrides(arguments.set)
+    found = {seed: run_seed(arguments.experiment, seed, overrides) for seed in arguments.seeds}
     config = load.read(next(iter(found.values())).config)
     print(f"{config.num_iterations} iterations of {config.episodes_per_iteration} episodes, code {code_version()}")
     for name, evaluation in config.evaluations.items():
