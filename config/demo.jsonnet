@@ -6,8 +6,8 @@
 
   // Pairs with different seeds have nothing in common.
   raw_datasets: {
-    shapes_sft: { source: 'shapes', count: 4000, seed: 1 },
-    shapes_rl: { source: 'shapes', count: 1500, seed: 2 },
+    shapes_sft: { source: 'shapes', count: 6000, seed: 1 },
+    shapes_rl: { source: 'shapes', count: 1000, seed: 2 },
     shapes_heldout: { source: 'shapes', count: 128, seed: 3 },
   },
   train_paths_file: ['stage:tokenise/shapes_rl'],
@@ -24,18 +24,18 @@
     base_model: 'stage:shapes-policy',
     train_paths_file: ['stage:tokenise/shapes_sft'],
     coefficients: [1.0],
-    steps: 600,
-    batch_size: 16,
-    learning_rate: 1.5e-3,
+    steps: 2000,
+    batch_size: 8,
+    learning_rate: 3e-3,
     warmup_steps: 30,
     random_seed: 42,
   },
 
   num_iterations: 20,
-  episodes_per_iteration: 128,
+  episodes_per_iteration: 256,
   generations_per_sample: 8,
-  per_device_batch_size: 32,
-  learning_rate: 3e-4,
+  per_device_batch_size: 8,
+  learning_rate: 4e-4,
   kl_coeff: 0.01,
   // An image of 8 x 8 visual tokens takes 79 at most, from `8*8` to eos.
   max_response_tokens: 96,
@@ -46,7 +46,9 @@
   judge: 'program',
   device: 'cpu',
   dtype: 'float32',
-  cpu_threads: 2,
+  // One thread a stage: two stages side by side use two cores better than one stage with two threads.
+  cpu_threads: 1,
+  rollout_shards: 2,
 
   evaluations: {
     heldout: { prompts: 128, temperature: 1.0, every_n_iterations: 5 },

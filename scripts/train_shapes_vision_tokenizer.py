@@ -32,6 +32,8 @@ from earl.files import atomic, manifest
 from earl.shapes import world
 
 CODES, WIDTH = 256, 8
+RAMP = 3.0
+"""How much heavier agreement and commitment weigh at the end than at the beginning."""
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "earl" / "shapes" / "vision_tokenizer"
 
 
@@ -163,7 +165,9 @@ def train(args: argparse.Namespace) -> Emu3VQVAE:
         images, agree = draw_pairs(rng, args.pairs)
         latent = latents(model, images)
         flat = latent.detach().flatten(0, 2)
-        loss = args.agreement * disagreement(latent, agree)
+        # Colours and shapes first, equal tokens later: asked for at once, the latents of small objects merge.
+        share = 1 + (RAMP - 1) * step / args.steps
+        loss = share * args.agreement * disagreement(latent, agree)
         quantised = latent
         if args.autoencoder_steps - 20 <= step < args.autoencoder_steps:
             kept.append(flat)
@@ -172,7 +176,7 @@ def train(args: argparse.Namespace) -> Emu3VQVAE:
             ids = nearest_codes(model, latent)
             quantised = latent + (codebook.vectors[ids] - latent).detach()
             common = codebook.vectors[nearest_codes(model, shared(latent.detach(), agree))]
-            loss = loss + args.commitment * (latent - common).square().mean()
+            loss = loss + share * args.commitment * (latent - common).square().mean()
             codebook.update(flat, ids.flatten(), revive=step % 20 == 0 and step < 0.8 * args.steps)
         error = decode(model, quantised) - images
         loss = loss + error.abs().mean() + error.square().mean()

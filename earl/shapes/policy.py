@@ -24,8 +24,16 @@ VISION_TOKENIZER = Path(__file__).parent / "vision_tokenizer"
 """The trained `Emu3VQVAE` that ships with the package (scripts/train_shapes_vision_tokenizer.py makes it)."""
 CODES = 256
 """Codes of that vision tokenizer, hence visual tokens of the policy."""
-TEXT_IDS = 420
+TEXT_IDS = 480
+"""At most; the texts of this world need fewer, and every word of an instruction becomes one id."""
 MAX_LENGTH = 512
+COMMON = 0.03
+"""Standard deviation of one random vector added to all embeddings (their own is 0.02).
+
+Attention by place needs a query and a key that are the same for all tokens, and Emu3's projections have no biases. A
+common part of the embeddings supplies them from the first step, so that copying, the better part of editing, is learned
+in about 300 steps instead of thousands.
+"""
 _SPECIAL = (
     "<|endoftext|>",
     "<|extra_200|>",
@@ -40,7 +48,7 @@ _ALIASES = {"pad_token": "pad", "bos_token": "bos", "eos_token": "eos"}
 
 
 def build_tokenizer() -> Tokenizer:
-    """A byte-level BPE of TEXT_IDS text ids, then Emu3's special tokens, then the visual tokens as the last ids.
+    """A byte-level BPE of at most TEXT_IDS text ids, then Emu3's special tokens, then the visual tokens as the last ids.
 
     Any UTF-8 text round-trips, since all 256 bytes are in the vocabulary. Always the same tokenizer.
     """
@@ -75,21 +83,25 @@ def build_model(tokenizer: Tokenizer, seed: int) -> Emu3ForCausalLM:
 
     config = Emu3TextConfig(
         vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_LENGTH,
         attention_dropout=0.0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        # Wavelengths of 6 to 500 tokens: all of them tell places inside a sequence of 170 apart.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         pad_token_id=tokenizer.token_to_id(vocabulary.ROLES["pad"]),
         bos_token_id=tokenizer.token_to_id(vocabulary.ROLES["bos"]),
         eos_token_id=tokenizer.token_to_id(vocabulary.ROLES["eos"]),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.seed("shapes policy", seed))
-        return Emu3ForCausalLM(config).float().eval()
+        model = Emu3ForCausalLM(config).float().eval()
+        with torch.no_grad():
+            model.model.embed_tokens.weight += COMMON * torch.randn(config.hidden_size)
+        return model
 
 
 def write_policy(folder: Path | str, seed: int) -> None:
