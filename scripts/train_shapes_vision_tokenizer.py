@@ -32,7 +32,7 @@ from earl.files import atomic, manifest
 from earl.shapes import world
 
 CODES, WIDTH = 256, 8
-RAMP = 3.0
+RAMP = 6.0
 """How much heavier agreement and commitment weigh at the end than at the beginning."""
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "earl" / "shapes" / "vision_tokenizer"
 
@@ -239,7 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--measure", type=Path, help="only print the quality of this folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--autoencoder-steps", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=4e-3)

@@ -141,7 +141,7 @@ def test_an_example_depends_on_seed_and_index_alone():
 def test_examples_are_the_same_on_every_machine():
     """Pinned: a change of the world changes every published number, so it must be meant."""
     edit = world.edit(0, 2)
-    assert edit.instruction == "Add a cyan square in row four, column one."
+    assert edit.instruction == "Add a cyan square in row four and in column one."
     digest = hashlib.sha256(world.render(edit.edited).tobytes()).hexdigest()
     assert digest[:16] == "567298c1e1ea1025"
 
