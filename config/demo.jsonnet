@@ -8,7 +8,7 @@
   raw_datasets: {
     shapes_sft: { source: 'shapes', count: 6000, seed: 1 },
     shapes_rl: { source: 'shapes', count: 1000, seed: 2 },
-    shapes_heldout: { source: 'shapes', count: 128, seed: 3 },
+    shapes_heldout: { source: 'shapes', count: 140, seed: 3 },
   },
   train_paths_file: ['stage:tokenise/shapes_rl'],
   coefficients: [1.0],
@@ -51,8 +51,8 @@
   rollout_shards: 2,
 
   evaluations: {
-    heldout: { prompts: 128, temperature: 1.0, every_n_iterations: 5 },
-    heldout_greedy: { prompts: 128, temperature: 0.1, every_n_iterations: 5 },
+    heldout: { prompts: 140, temperature: 1.0, every_n_iterations: 5 },
+    heldout_greedy: { prompts: 140, temperature: 0.1, every_n_iterations: 5 },
   },
   save_checkpoints_every_n_iterations: 5,
   keep_checkpoints_every_n_iterations: 20,

@@ -140,8 +140,11 @@ def constraint(indices: dict[str, Sequence[int]], between: str) -> str:
     Runs of one plan have different windows, so what may follow depends on the run: each run's name is followed by a
     look-ahead at its own iterations.
     """
-    return "|".join(
-        f"{re.escape(run)}(?={between}(?:{alternation([iteration_name(i) for i in steps])})\\b)"
-        for run, steps in indices.items()
-        if steps
-    ) or NOTHING
+    return (
+        "|".join(
+            f"{re.escape(run)}(?={between}(?:{alternation([iteration_name(i) for i in steps])})\\b)"
+            for run, steps in indices.items()
+            if steps
+        )
+        or NOTHING
+    )

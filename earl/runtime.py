@@ -25,6 +25,8 @@ def prepare(config: "Config") -> "torch.device":
 
     torch.set_num_threads(config.cpu_threads)
     torch.use_deterministic_algorithms(True)
+    # Filling every new tensor finds bugs, and costs time; no kernel here reads what it did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise EarlError("device is 'cuda', but no GPU is visible here; set device to 'auto' or 'cpu'")

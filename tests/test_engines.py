@@ -30,7 +30,9 @@ def requests(vocabulary):
     shapes = [(3, 3), (2, 5), (4, 2), (1, 1), (3, 3), (5, 4)]
     rng = np.random.default_rng(0)
     prompts = [
-        sequence.prompt_ids(rng.integers(0, 256, shape), "remove the red circle" * (i % 3), "<|image start|>", vocabulary)
+        sequence.prompt_ids(
+            rng.integers(0, 256, shape), "remove the red circle" * (i % 3), "<|image start|>", vocabulary
+        )
         for i, shape in enumerate(shapes)
     ]
     return [

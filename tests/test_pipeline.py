@@ -106,7 +106,9 @@ def test_another_reward_needs_only_train(run, small_config, tmp_path):
     shutil.copytree(run.path / "iterations", tmp_path / "iterations", symlinks=True)
     config = small_config("plain", reward_final_reward="ground_score", reward_compute_ground_score=True)
     train.run(config, tmp_path, 1)
-    rewards = {row["episode_id"]: row["reward"] for row in pq.read_table(Run(tmp_path).iteration(1).episodes).to_pylist()}
+    rewards = {
+        row["episode_id"]: row["reward"] for row in pq.read_table(Run(tmp_path).iteration(1).episodes).to_pylist()
+    }
     for row in tables.read_table(run.iteration(1).scores(0), tables.SCORES).to_pylist():
         assert rewards[row["episode_id"]] == (row["ground_score"] if row["status"] == "ok" else 0)
 

@@ -61,8 +61,13 @@ class Workplace:
         inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
         inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
         return subprocess.Popen(
-            list(map(str, command)), cwd=self.path, env=inherited | (env or {}), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            list(map(str, command)),
+            cwd=self.path,
+            env=inherited | (env or {}),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:

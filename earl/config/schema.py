@@ -239,7 +239,9 @@ class Config(_Section):
     # Evaluation, logging, checkpoints
     evaluations: dict[Name, Evaluation] = _free(dict, "Held-out evaluations by name.")
     window_length: Positive = _free(50, "Iterations that one workflow plan covers; going on past it needs no hand.")
-    log_episodes_every_n_iterations: Positive = _free(5, "Accepted for the reference's configurations; every episode of every iteration is on disk.")
+    log_episodes_every_n_iterations: Positive = _free(
+        5, "Accepted for the reference's configurations; every episode of every iteration is on disk."
+    )
     keep_checkpoints_every_n_iterations: Positive | None = _free(
         100, "Checkpoints of every n-th iteration stay for good; null: of the last alone."
     )

@@ -33,7 +33,7 @@ UNTOUCHED, RUINED = 0.06, 0.2
 """Root mean square difference from the original up to which a cell is intact, and from which it is lost."""
 OBJECT_COST = 2.0
 """What a lost object costs, in lost empty cells."""
-DAMAGE_LIMIT = 5.0
+DAMAGE_LIMIT = 8.0
 """Damage, in empty cells, at which the overedit score reaches 0."""
 CLEAN, BROKEN = 0.05, 0.16
 """Distance of a cell from the nearest picture of this world up to which it is clean, and from which it is broken."""

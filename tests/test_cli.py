@@ -1,0 +1,41 @@
+"""The command line as a process: what a user's mistake looks like."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def earl(*arguments):
+    return subprocess.run([sys.executable, "-m", "earl", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["score", "--config", "no.json", "--rollouts", "r.parquet", "--out", "s.parquet"], "no.json"),
+        (["config", "show", "no.jsonnet"], "no.jsonnet"),
+        (["config", "show", "config/demo.jsonnet", "--set", "learning_rat=1"], "learning_rate"),
+        (["config", "show", "config/sft_s__rl_s.jsonnet"], "APP__"),
+        (["generate", "--config", "c", "--iteration", "1", "--policy", "p", "--out", "o"], "--shard"),
+        (["report", "--run", "no-run", "--out", "o.html"], "no-run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, complaint, monkeypatch):
+    for name in ("APP__DATA_DIR", "APP__BASE_EXP_DIR", "APP__RUN_NAME", "APP__REWARD_FUNCTION_API_BASE"):
+        monkeypatch.delenv(name, raising=False)
+    done = earl(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_resolved_configuration_says_where_values_come_from(tmp_path):
+    done = earl("config", "show", "config/demo.jsonnet", "--set", "num_iterations=7")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "num_iterations" in line)
+    assert "7" in line
+    assert "--set" in line
+    (tmp_path / "again.jsonnet").write_text(done.stdout)
+    assert earl("config", "show", tmp_path / "again.jsonnet").returncode == 0
