@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import itertools
+
 import pytest
 
 from earl.emu3.vocabulary import Vocabulary
@@ -27,7 +29,7 @@ def policy_folder(tmp_path_factory):
     chain = [vocabulary.boi, *vocabulary.encode("8*8"), vocabulary.img]
     with torch.no_grad():
         embedding = model.model.embed_tokens.weight
-        for before, after in zip(chain, chain[1:], strict=False):
+        for before, after in itertools.pairwise(chain):
             model.lm_head.weight[after] += 8 * torch.nn.functional.normalize(embedding[before], dim=0)
     with atomic.folder(blank.parent / "policy") as folder:
         checkpoint.save_policy(model, folder, tokenizer_from=blank)

@@ -59,4 +59,4 @@ def test_killed_anywhere_it_ends_in_the_bytes_of_an_undisturbed_run(small_config
             found, expected = (r.evaluation(name, index).summary for r in (run, undisturbed))
             assert found.read_text() == expected.read_text()
     assert run.report.stat().st_size > 10_000
-    assert not [path for path in tmp_path.rglob(".*tmp-*")], "nothing half-written is left"
+    assert not list(tmp_path.rglob(".*tmp-*")), "nothing half-written is left"

@@ -48,7 +48,7 @@ _ALIASES = {"pad_token": "pad", "bos_token": "bos", "eos_token": "eos"}
 
 
 def build_tokenizer() -> Tokenizer:
-    """A byte-level BPE of at most TEXT_IDS text ids, then Emu3's special tokens, then the visual tokens as the last ids.
+    """A byte-level BPE of at most TEXT_IDS text ids, Emu3's special tokens, and the visual tokens as the last ids.
 
     Any UTF-8 text round-trips, since all 256 bytes are in the vocabulary. Always the same tokenizer.
     """
