@@ -29,11 +29,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _failed(path: Path, error: OSError) -> EarlError:
-    return EarlError(
-        f"{path}: could not be written ({error.strerror or error}); nothing was left behind. "
-        "Free space or check the folder's permissions, then run the stage again."
-    )
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when anything fails, nothing of it is left."""
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path)
+        yield temporary
+        _sync(path.parent)
+    except OSError as error:
+        _clear_leftovers(path)
+        raise EarlError(
+            f"{path}: could not be written ({error.strerror or error}); nothing was left behind. "
+            "Free space or check the folder's permissions, then run the stage again."
+        ) from error
+    except BaseException:
+        _clear_leftovers(path)
+        raise
 
 
 @contextmanager
@@ -43,21 +56,10 @@ def file(path: Path | str) -> Iterator[Path]:
     Raises:
         EarlError: when the system refuses the write (disk full, no permission).
     """
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(path)
+    with _beside(Path(path)) as temporary:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _failed(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -67,24 +69,13 @@ def folder(path: Path | str) -> Iterator[Path]:
     Raises:
         EarlError: when the system refuses the write (disk full, no permission).
     """
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(path)
+    with _beside(Path(path)) as temporary:
         temporary.mkdir()
         yield temporary
         for member in sorted(temporary.rglob("*")):
             _sync(member)
         _sync(temporary)
-        _replace_folder(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _failed(path, error) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _replace_folder(temporary, Path(path))
 
 
 def _replace_folder(source: Path, target: Path) -> None:
