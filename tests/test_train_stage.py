@@ -19,7 +19,7 @@ from earl.emu3 import checkpoint, grid, sequence
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
 from earl.layout import Run
-from earl.learner import grpo
+from earl.learner import grpo, objective
 from earl.stages import restore, sft, train
 
 GROUPS, SAMPLES = 4, 2
@@ -250,29 +250,33 @@ def test_micro_batches_change_the_step_by_rounding_alone(policy_folder, vocabula
 
 
 def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabulary):
-    """One group's first sample is good: after the step the policy prefers it to the second more than before."""
+    """After the step, log-probs weighted by advantages are higher: the step went the way of the gradient."""
 
     def edit(row):
         good = 10 if row["sample_index"] == 0 else 1
         row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"), good)
 
-    config, run = new_run(kl_coeff=0.0)
+    config, run = new_run(kl_coeff=0.0, learning_rate=1e-4)
     write_inputs(run, 1, vocabulary, edit=edit)
     metrics = train.run(config, run.path, 1)
     assert metrics["kl"] is None
     assert metrics["inputs"]["reference"] is None
-    rows = [_row(1, 0, sample, vocabulary) for sample in range(SAMPLES)]
-    gaps = []
+    advantages = {row["episode_id"]: row["advantage"] for row in pq.read_table(run.iteration(1).episodes).to_pylist()}
+    visual = (vocabulary.first_visual, vocabulary.size)
+    weighted = []
     for index in (0, 1):
         model = checkpoint.load_policy(run.iteration(index).policy, torch.float32, "cpu")
-        sums = []
-        for row in rows:
+        total = 0.0
+        for row in pq.read_table(run.iteration(1).rollouts(0)).to_pylist():
             ids = torch.tensor([row["prompt_token_ids"] + row["completion_token_ids"]])
+            start = len(row["prompt_token_ids"])
             with torch.no_grad():
-                logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-            sums.append(logp[len(row["prompt_token_ids"]) - 1 :].sum().item())
-        gaps.append(sums[0] - sums[1])
-    assert gaps[1] > gaps[0]
+                logits = model(ids).logits[0, start - 1 : -1]
+            logp, _ = objective.token_logprobs(logits, ids[0, start:], config.temperature, visual, True)
+            free = grid.kinds_of_completion(row["completion_token_ids"], SHAPE, vocabulary) < grid.FIRST_FORCED
+            total += advantages[row["episode_id"]] * logp[torch.from_numpy(free)].sum().item()
+        weighted.append(total)
+    assert weighted[1] > weighted[0]
 
 
 def _set(**changes):
