@@ -108,11 +108,6 @@ def newest_complete(run: Run) -> int:
     return 0
 
 
-def newest_checkpoint_before(run: Run, index: int) -> int:
-    """Return the newest kept checkpoint before iteration ``index``: where a replay of it would start."""
-    return max((i for i in iterations(run) if i < index and has_checkpoint(run.iteration(i))), default=0)
-
-
 def start_record(iteration: Iteration) -> Path:
     """Return the file that says what iteration 0's policy is."""
     return iteration.path / "start.json"

@@ -15,7 +15,6 @@ def test_kinds_of_a_2_by_3_grid_are_those_of_the_specification():
     k = np.arange(-2, 13)
     expected = [TEXT, TEXT, *([VISUAL] * 3 + [EOL]) * 2, EOF, EOI, EOS, EOS, EOS]
     assert grid.kind_at(k, 2, 3).tolist() == expected
-    assert grid.completion_length(2, 3) == 11
 
 
 def test_arrays_and_tensors_with_mixed_grids_agree():

@@ -44,11 +44,6 @@ def kind_at(k, height, width):
     return kind + (k >= end) * (EOF + after)
 
 
-def completion_length(height: int, width: int) -> int:
-    """Return the number of tokens after ``img``: the grid with its line ends, then eof, eoi and eos."""
-    return (width + 1) * height + 3
-
-
 def kinds_of_completion(token_ids: Sequence[int], grid: tuple[int, int], vocabulary: "Vocabulary") -> np.ndarray:
     """Return int8 [L]: the kind that was allowed where each token of a completion was sampled."""
     ids = np.asarray(token_ids)

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import code_version
+from earl import code_version, runs
 from earl.config.load import read
 from earl.errors import EarlError
 from earl.files import manifest
@@ -65,7 +65,7 @@ def _is_kept(iteration: Iteration) -> bool:
     """Whether training can go on from here: a sealed policy and trainer, or the starting policy, sealed or not."""
     if iteration.index == 0:
         return iteration.policy.is_dir()
-    return all((folder / manifest.NAME).is_file() for folder in (iteration.policy, iteration.trainer))
+    return runs.has_checkpoint(iteration)
 
 
 def _nearest_kept(files: Run, iteration: int) -> int:
