@@ -93,7 +93,7 @@ class VllmEngine:
         config = checkpoint.text_config(policy)
         _check_context(policy, config, self.settings.context)
         shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
-        with _plain_torch():
+        with _vllm_torch(self.settings.device):
             if self.llm is not None and shape == self._shape:
                 self._swap(policy)
             else:
@@ -142,7 +142,7 @@ class VllmEngine:
                 prompts.append({"prompt_token_ids": list(request.prompt_token_ids)})
                 sampling.append(self._sampling(request, seed, params))
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
-        with memory_errors(remedy), _plain_torch():
+        with memory_errors(remedy), _vllm_torch(self.settings.device):
             outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         shared, total = (sum(values) for values in zip(*map(_prompt_tokens, outputs), strict=True)) if outputs else (0, 0)
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
@@ -214,7 +214,7 @@ def _options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     on_gpu = settings.device == "cuda"
     # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(on_gpu)))
     runner = "V2" if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1" else "V1"
@@ -263,14 +263,19 @@ def _cpu_cache_bytes(settings: Settings, config: "Emu3TextConfig") -> int:
 
 
 @contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Let vLLM choose kernels: it rounds by batch anyway, and some of its choices have no deterministic form."""
+def _vllm_torch(device: str) -> Iterator[None]:
+    """Set torch's global switches as vLLM wants them, and set them back.
+
+    It chooses kernels itself, some of which have no deterministic form; it rounds by batch anyway. On a CPU, where
+    models run eagerly, compiling the rank of a log-prob, which nobody reads, would take longer than the rollouts.
+    """
     import torch
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
+            yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
