@@ -217,7 +217,10 @@ class Config(_Section):
         1, "Parts that the prompts of an iteration are generated and scored in, in parallel."
     )
     vllm_gpu_memory_utilization: float = _free(
-        0.3, "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.", gt=0, le=1
+        0.3,
+        "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.",
+        gt=0,
+        le=1,
     )
     vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
     device: Literal["auto", "cpu", "cuda"] = _free("auto", "Where models run; `auto` takes a GPU where there is one.")

@@ -112,6 +112,7 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
         EarlError: when the folder is missing or does not load.
     """
     import torch
+
     from earl.emu3.models import Emu3VQVAE
 
     folder = _checked(folder)
@@ -200,7 +201,9 @@ def _weight_files(folder: Path) -> list[Path]:
             raise EarlError(f"{index}: is damaged ({error!r}); copy the checkpoint whole again") from error
     for name in sorted(names):
         if not (folder / name).is_file():
-            raise EarlError(f"{folder / name}: is missing, so the policy is incomplete; copy the checkpoint whole again")
+            raise EarlError(
+                f"{folder / name}: is missing, so the policy is incomplete; copy the checkpoint whole again"
+            )
     return [folder / name for name in sorted(names)]
 
 

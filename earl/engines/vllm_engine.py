@@ -101,7 +101,7 @@ class VllmEngine:
         config = checkpoint.text_config(policy)
         _check_context(policy, config, self.settings.context)
         shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
-        with _vllm_torch(self.settings.device):
+        with vllm_torch(self.settings.device):
             if self.llm is not None and shape == self._shape:
                 self._swap(policy)
             else:
@@ -119,7 +119,7 @@ class VllmEngine:
             VllmEngine._live.close()
         self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
         config.save_pretrained(self._config_folder.name)
-        options = _options(self.settings, config) | {"hf_config_path": self._config_folder.name}
+        options = llm_options(self.settings, config) | {"hf_config_path": self._config_folder.name}
         torch_extensions.work_around()
         from vllm import LLM
 
@@ -154,7 +154,9 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         if self.llm is None:
-            raise EarlError("no policy is loaded, or another vLLM engine was started in this process since; load it again")
+            raise EarlError(
+                "no policy is loaded, or another vLLM engine was started in this process since; load it again"
+            )
         check_lengths(requests, params, self.settings.context)
         prompts, sampling = [], []
         for request in requests:
@@ -162,9 +164,11 @@ class VllmEngine:
                 prompts.append({"prompt_token_ids": list(request.prompt_token_ids)})
                 sampling.append(self._sampling(request, seed, params))
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
-        with memory_errors(remedy), _vllm_torch(self.settings.device):
+        with memory_errors(remedy), vllm_torch(self.settings.device):
             outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-        shared, total = (sum(values) for values in zip(*map(_prompt_tokens, outputs), strict=True)) if outputs else (0, 0)
+        shared, total = (
+            (sum(values) for values in zip(*map(_prompt_tokens, outputs), strict=True)) if outputs else (0, 0)
+        )
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
         completions = iter([_completion(output.outputs[0], greedy=params.temperature == 0) for output in outputs])
         return [[next(completions) for _ in request.seeds] for request in requests]
@@ -229,7 +233,7 @@ def _architecture(config: "Emu3TextConfig") -> str:
     return repr(sorted(fields.items()))
 
 
-def _options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
+def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     """Return the arguments of `vllm.LLM`, and set the environment variables that go with them."""
     on_gpu = settings.device == "cuda"
     # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
@@ -286,7 +290,7 @@ def _cpu_cache_bytes(settings: Settings, config: "Emu3TextConfig") -> int:
 
 
 @contextmanager
-def _vllm_torch(device: str) -> Iterator[None]:
+def vllm_torch(device: str) -> Iterator[None]:
     """Set torch's global switches as vLLM wants them, and set them back.
 
     It chooses kernels itself, some of which have no deterministic form; it rounds by batch anyway. On a CPU, where
