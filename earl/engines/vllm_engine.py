@@ -166,9 +166,8 @@ class VllmEngine:
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
         with memory_errors(remedy), vllm_torch(self.settings.device):
             outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-        shared, total = (
-            (sum(values) for values in zip(*map(_prompt_tokens, outputs), strict=True)) if outputs else (0, 0)
-        )
+        shared = sum(output.num_cached_tokens or 0 for output in outputs)
+        total = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
         completions = iter([_completion(output.outputs[0], greedy=params.temperature == 0) for output in outputs])
         return [[next(completions) for _ in request.seeds] for request in requests]
@@ -220,8 +219,8 @@ def _check_device(device: "torch.device", tensor_parallel_size: int) -> None:
 def _check_context(policy: Path, config: "Emu3TextConfig", context: int) -> None:
     if context > config.max_position_embeddings:
         raise EarlError(
-            f"{policy}: the policy reads {config.max_position_embeddings} tokens at most (max_position_embeddings), fewer "
-            f"than model_context_size ({context}); lower that"
+            f"{policy}: the policy reads {config.max_position_embeddings} tokens at most (max_position_embeddings), "
+            f"fewer than model_context_size ({context}); lower that"
         )
 
 
@@ -305,11 +304,6 @@ def vllm_torch(device: str) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-
-
-def _prompt_tokens(output: Any) -> tuple[int, int]:
-    """Return how many tokens of a request's prompt came from the cache, and how many it has."""
-    return output.num_cached_tokens or 0, len(output.prompt_token_ids)
 
 
 def _completion(sample: Any, greedy: bool) -> Completion:
