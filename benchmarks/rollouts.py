@@ -55,10 +55,10 @@ def prompts(vocabulary: Vocabulary, count: int) -> list[list[int]]:
 
 def speeds(policy: Path, variant: str, repeats: int) -> dict[int, float]:
     """Return the best tokens per CPU second of a variant by batch size, in an engine of its own."""
-    from vllm import LLM
-
     settings = vllm_engine.Settings("cpu", "float32", context=256)
     options = vllm_engine.llm_options(settings, checkpoint.text_config(policy))
+    from vllm import LLM
+
     llm = LLM(model=str(policy), **options | {"logits_processors": PROCESSORS[variant]})
     try:
         # Once for what is done once, and for the cache of prompts.

@@ -110,8 +110,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop vLLM and give back its memory; `load` starts it again."""
-        llm, self.llm, VllmEngine._live = self.llm, None, None
-        if llm is not None:
+        if self.llm is not None:
+            llm, self.llm, VllmEngine._live = self.llm, None, None
             llm.llm_engine.engine_core.shutdown()
 
     def _start(self, policy: Path, config: "Emu3TextConfig") -> None:
@@ -120,7 +120,6 @@ class VllmEngine:
         self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
         config.save_pretrained(self._config_folder.name)
         options = llm_options(self.settings, config) | {"hf_config_path": self._config_folder.name}
-        torch_extensions.work_around()
         from vllm import LLM
 
         with self._start_errors(policy):
@@ -205,7 +204,7 @@ def _check_device(device: "torch.device", tensor_parallel_size: int) -> None:
         raise EarlError(
             f"vllm_tensor_parallel_size is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it"
         )
-    torch_extensions.work_around()
+    prepare_process(device.type)
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() != (device.type == "cpu"):
@@ -232,14 +231,19 @@ def _architecture(config: "Emu3TextConfig") -> str:
     return repr(sorted(fields.items()))
 
 
-def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM`, and set the environment variables that go with them."""
-    on_gpu = settings.device == "cuda"
+def prepare_process(device: str) -> None:
+    """Set the environment variables that vLLM reads, and make it importable; call it before importing vLLM."""
     # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(on_gpu)))
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(device == "cuda")))
+    torch_extensions.work_around()
+
+
+def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM`."""
+    prepare_process(settings.device)
     runner = "V2" if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1" else "V1"
     options = {
         "skip_tokenizer_init": True,
@@ -255,7 +259,7 @@ def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     }
     if runner == "V1":
         options["async_scheduling"] = False
-    if on_gpu:
+    if settings.device == "cuda":
         return options | {"gpu_memory_utilization": settings.memory_share}
     return options | {
         "enforce_eager": True,
