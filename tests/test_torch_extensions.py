@@ -1,4 +1,4 @@
-"""Packages whose native code does not load are put out of the way; sound ones and GPU builds of torch stay as they are."""
+"""Packages whose native code does not load are put out of the way; sound ones stay, and so does all beside GPU builds."""
 
 import importlib.util
 import sys

