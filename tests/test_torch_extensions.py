@@ -1,4 +1,4 @@
-"""Packages whose native code does not load are put out of the way; sound ones stay, and so does all beside GPU builds."""
+"""Packages whose native code does not load are hidden; sound ones stay, and so does all beside GPU builds of torch."""
 
 import importlib.util
 import sys
