@@ -363,3 +363,26 @@ def test_command_shows_and_freezes(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert "kl_coeff" in wrong.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"engine": "torch", "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size is 2, but the engine `torch`"),
+        (
+            {"engine": "vllm", "temperature": 0.005},
+            "temperature is 0.005, but the engine `vllm` samples at 0.01 to 2.0",
+        ),
+        ({"engine": "vllm", "temperature": 3.0}, "temperature is 3.0, but the engine `vllm` samples at 0.01 to 2.0"),
+        (
+            {
+                "engine": "vllm",
+                "val_paths_file": ["x"],
+                "evaluations": {"hot": {"prompts": 1, "temperature": 2.5}},
+            },
+            "evaluations.hot.temperature is 2.5, but the engine `vllm`",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, complaint: str) -> None:
+    assert complaint in error_of(experiment(tmp_path, **fields))

@@ -22,6 +22,8 @@ STAGE = "stage:"
 ``stage:shapes-policy``."""
 PACKAGE = "package:"
 """Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
+VLLM_TEMPERATURES = (0.01, 2.0)
+"""vLLM refuses what lies above, and takes the lowest, without failing, for what lies below."""
 
 
 def _fixed(default: Any, description: str, **limits: Any) -> Any:
@@ -212,12 +214,20 @@ class Config(_Section):
     )
     engine: Literal["vllm", "torch"] = _fixed("vllm", "Rollout engine.")
     engine_batch_size: Positive = _fixed(
-        32, "Completions in a batch of the torch engine; always this many, so that results do not depend on shards."
+        32,
+        "Completions in a batch of the torch engine, always this many, so that results do not depend on shards; shards "
+        "are cut at its multiples. vLLM batches by itself.",
     )
     rollout_shards: Positive = _free(
         1, "Parts that the prompts of an iteration are generated and scored in, in parallel."
     )
-    vllm_gpu_memory_utilization: float = _free(0.3, "Share of GPU memory that vLLM may take.", gt=0, le=1)
+    vllm_gpu_memory_utilization: float = _free(
+        0.3,
+        "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.",
+        gt=0,
+        le=1,
+    )
+    vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
     device: Literal["auto", "cpu", "cuda"] = _free("auto", "Where models run; `auto` takes a GPU where there is one.")
     dtype: Literal["float32", "bfloat16"] = _fixed("bfloat16", "Type that models compute in.")
     cpu_threads: Positive = _fixed(
@@ -266,6 +276,7 @@ class Config(_Section):
         _check_data(self)
         _check_references(self)
         _check_iteration(self)
+        _check_engine(self)
         _check_reward(self)
         return self
 
@@ -359,6 +370,21 @@ def _check_iteration(config: Config) -> None:
         steps, cycle = getattr(config, f"{kind}_only_steps"), getattr(config, f"{kind}_only_cycle_steps")
         if steps > cycle:
             raise _wrong(f"{kind}_only_steps", f"is {steps}, longer than its cycle ({kind}_only_cycle_steps: {cycle})")
+
+
+def _check_engine(config: Config) -> None:
+    if config.engine == "torch" and config.vllm_tensor_parallel_size > 1:
+        raise _wrong(
+            "vllm_tensor_parallel_size",
+            f"is {config.vllm_tensor_parallel_size}, but the engine `torch` computes on one device; set it to 1 or "
+            "engine to `vllm`",
+        )
+    temperatures = {"temperature": config.temperature}
+    temperatures |= {f"evaluations.{name}.temperature": one.temperature for name, one in config.evaluations.items()}
+    for field, temperature in temperatures.items():
+        lowest, highest = VLLM_TEMPERATURES
+        if config.engine == "vllm" and not lowest <= temperature <= highest:
+            raise _wrong(field, f"is {temperature}, but the engine `vllm` samples at {lowest} to {highest}")
 
 
 def _check_reward(config: Config) -> None:
