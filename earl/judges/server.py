@@ -1,0 +1,171 @@
+"""Where a judge server is, and starting one: vLLM's OpenAI-compatible server, which several runs may share.
+
+The address is a URL, or a file that holds one. `serve` writes such a file once the server answers, and removes it when
+it ends; so a run can be started before its server, on another machine, without knowing where that will be.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from earl import processes
+from earl.errors import EarlError
+from earl.files import atomic
+
+DEFAULT_PORT = 4877
+KEY = "EARL_JUDGE_API_KEY"
+"""Environment variable with the server's key, if it wants one; never part of a configuration."""
+MAX_IMAGES = 2
+"""Images in one question at most."""
+TOP_LOGPROBS = 20
+"""Likeliest tokens listed at each place, as many as servers give."""
+
+
+def address(api_base: str) -> str | None:
+    """Return the URL that ends in ``/v1``, or None while the file that is to hold it is missing or empty.
+
+    Args:
+        api_base: ``http://host:port``, with or without ``/v1``; or the path of a file that holds this, ``host:port``
+            or ``host``.
+
+    Raises:
+        EarlError: when the file holds something else.
+    """
+    if api_base.startswith(("http://", "https://")):
+        return _versioned(api_base)
+    try:
+        text = Path(api_base).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EarlError(f"{api_base}: cannot be read ({error}); it should hold the judge server's address") from error
+    if not text:
+        return None
+    if len(text.split()) != 1 or len(text) > 500:
+        raise EarlError(f"{api_base}: should hold the judge server's address alone, as http://host:port or host:port")
+    if text.startswith(("http://", "https://")):
+        return _versioned(text)
+    return _versioned(f"http://{text}" if ":" in text else f"http://{text}:{DEFAULT_PORT}")
+
+
+def _versioned(url: str) -> str:
+    url = url.rstrip("/")
+    return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def command(
+    model: str,
+    host: str,
+    port: int,
+    *,
+    revision: str | None = None,
+    tensor_parallel: int = 1,
+    context_size: int = 4096,
+    dtype: str = "bfloat16",
+    extra: tuple[str, ...] = (),
+) -> list[str]:
+    """Return the command of a server that answers as the judge `vllm` does.
+
+    Log-probabilities are those of the distribution that is sampled from; sampling defaults are vLLM's, not those that
+    some checkpoints bring along.
+    """
+    options = {
+        "model": model,
+        "served-model-name": model,
+        "host": host,
+        "port": port,
+        "dtype": dtype,
+        "max-model-len": context_size,
+        "tensor-parallel-size": tensor_parallel,
+        "limit-mm-per-prompt": json.dumps({"image": MAX_IMAGES, "video": 0}),
+        "logprobs-mode": "processed_logprobs",
+        "max-logprobs": TOP_LOGPROBS,
+        "structured-outputs-config": json.dumps({"disable_any_whitespace": True}),
+        "generation-config": "vllm",
+    }
+    if revision is not None:
+        options["revision"] = revision
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    # `vllm serve` would do the same, but vLLM's CPU build has no working one.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *extra]
+
+
+def serve(arguments: list[str], host: str, port: int, host_file: Path | None, patience: float) -> int:
+    """Run a server until it ends or this process is told to end; return its exit status.
+
+    Args:
+        arguments: See `command`.
+        host: What the server listens at; for 0.0.0.0 and ::, this machine's name goes into the host file.
+        host_file: Appears, holding the URL, once the server answers.
+        patience: Seconds that the server may take until then.
+
+    Raises:
+        EarlError: when it does not answer in time, or ends before.
+    """
+    environment = dict(os.environ)
+    if KEY in environment:
+        environment["VLLM_API_KEY"] = environment[KEY]
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    url = f"http://{shown}:{port}"
+    # A group of its own: vLLM's workers end with it, and an interrupt from the keyboard reaches it through us alone.
+    server = subprocess.Popen(arguments, env=environment, start_new_session=True)
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    try:
+        _wait(server, url, patience)
+        if host_file is not None:
+            atomic.write_text(host_file, f"{url}\n")
+        print(f"the judge server answers at {url}", file=sys.stderr, flush=True)
+        return server.wait()
+    finally:
+        if host_file is not None and host_file.is_file() and host_file.read_text(encoding="utf-8").strip() == url:
+            host_file.unlink()
+        _stop(server)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(server: subprocess.Popen, url: str, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            # Without proxies: this asks the machine itself.
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(f"{url}/health", timeout=5):
+                return
+        if server.poll() is not None:
+            raise EarlError(f"the judge server ended with status {server.returncode} before it answered; see above")
+        if time.monotonic() > deadline:
+            raise EarlError(f"the judge server did not answer at {url} within {patience:g} s")
+        time.sleep(0.5)
+
+
+def _stop(server: subprocess.Popen, patience: float = 20.0) -> None:
+    """End the server and everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    deadline = time.monotonic() + patience
+    while processes.is_alive(server.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
