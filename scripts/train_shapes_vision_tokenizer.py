@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 from earl import seeds
+from earl.emu3.models import Emu3VQVAE, Emu3VQVAEConfig
 from earl.files import atomic, manifest
 from earl.shapes import world
 

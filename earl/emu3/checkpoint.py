@@ -2,47 +2,93 @@
 
 Policies are loaded as `Emu3ForCausalLM`, vision tokenizers as `Emu3VQVAE`, from safetensors alone: no pickle, no
 remote code. Every stage takes its models here, so that a process that stays could hold on to them.
+
+A policy folder holds the text model alone (`Emu3ForCausalLM`) or text model and vision tokenizer together
+(`Emu3ForConditionalGeneration`), of which only the text model is taken.
 """
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.emu3.vocabulary import Vocabulary
+from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.errors import EarlError
 from earl.files import manifest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Emu3ForCausalLM, Emu3VQVAE
+    from transformers import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+_PREFIXES = {
+    "text_model.lm_head.": "lm_head.",
+    "text_model.model.": "model.",
+    "model.text_model.": "model.",
+    "vqmodel.": None,
+    "model.vqmodel.": None,
+}
+"""Prefixes of weights in `Emu3ForConditionalGeneration`, and what `Emu3ForCausalLM` has instead; None: nothing."""
+
+
+def text_weight_name(name: str) -> str | None:
+    """Return a weight's name in `Emu3ForCausalLM`, given that in either format; None where it is not the text model's."""
+    for prefix, replacement in _PREFIXES.items():
+        if name.startswith(prefix):
+            return None if replacement is None else replacement + name.removeprefix(prefix)
+    return name
+
+
+def text_config(folder: Path | str) -> "Emu3TextConfig":
+    """Return the configuration of the text model in a policy folder of either format.
+
+    Raises:
+        EarlError: when the folder holds no Emu3.
+    """
+    from earl.emu3.models import Emu3TextConfig
+
+    fields = _config(Path(folder))
+    config = Emu3TextConfig.from_dict(fields.get("text_config", fields))
+    config.architectures = ["Emu3ForCausalLM"]
+    return config
+
+
+def check_policy(folder: Path | str) -> Vocabulary:
+    """Check all that can be wrong with a policy folder before an engine or a learner takes it; return its vocabulary.
+
+    Reads every weight once.
+
+    Raises:
+        EarlError: when the folder is missing, incomplete, or holds weights that are not finite or not those that its
+            configuration asks for, or a tokenizer that the model was not made for.
+    """
+    folder = _checked(folder)
+    fields = _config(folder)
+    vocabulary = Vocabulary.from_folder(folder)
+    _check_ids(folder, fields, vocabulary)
+    _check_weights(folder, text_config(folder))
+    return vocabulary
 
 
 def load_policy(folder: Path | str, dtype: "torch.dtype", device: "torch.device | str") -> "Emu3ForCausalLM":
     """Return the policy of a folder, in evaluation mode.
 
     Raises:
-        EarlError: when the folder is missing, incomplete, or holds weights that are not finite or too few for its
-            tokenizer.
+        EarlError: see `check_policy`.
     """
-    import torch
-    from transformers import Emu3ForCausalLM
+    from earl.emu3.models import Emu3ForCausalLM
 
-    folder = _checked(folder)
+    check_policy(folder)
+    config = text_config(folder)
+    renamed = {f"^{prefix}": replacement for prefix, replacement in _PREFIXES.items() if replacement is not None}
     try:
-        model = Emu3ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EarlError(f"{folder}: does not load as Emu3ForCausalLM ({error})") from error
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise EarlError(f"{folder}: weight {name!r} is not finite; go back to an earlier checkpoint")
-    vocabulary = Vocabulary.from_folder(folder)
-    if model.config.vocab_size < vocabulary.size:
-        raise EarlError(
-            f"{folder}: the model has {model.config.vocab_size} ids but its tokenizer {vocabulary.size}; "
-            "use the tokenizer that the model was trained with"
+        model = Emu3ForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, key_mapping=renamed, local_files_only=True, use_safetensors=True
         )
+    except (OSError, ValueError) as error:
+        raise EarlError(f"{folder}: does not load as Emu3ForCausalLM ({error})") from error
     return model.to(device).eval()
 
 
@@ -66,7 +112,7 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
         EarlError: when the folder is missing or does not load.
     """
     import torch
-    from transformers import Emu3VQVAE
+    from earl.emu3.models import Emu3VQVAE
 
     folder = _checked(folder)
     try:
@@ -83,3 +129,87 @@ def _checked(folder: Path | str) -> Path:
     if (folder / manifest.NAME).is_file():
         manifest.check(folder)
     return folder
+
+
+def _config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise EarlError(f"{path}: cannot be read ({error}); give the folder of a checkpoint") from error
+    if not str(fields.get("model_type")).lower().startswith("emu3"):
+        raise EarlError(f"{path}: model_type is {fields.get('model_type')!r}; a policy must be an Emu3")
+    return fields
+
+
+def _check_ids(folder: Path, fields: dict, vocabulary: Vocabulary) -> None:
+    """Compare the ids that a policy's configuration mentions with those of the tokenizer beside it."""
+    remedy = "use the tokenizer that the model was trained with"
+    text = fields.get("text_config", fields)
+    size = text.get("vocab_size", 0)
+    if size < vocabulary.size:
+        raise EarlError(f"{folder}: the model has {size} ids but its tokenizer {vocabulary.size}; {remedy}")
+    for role in ("pad", "bos", "eos"):
+        found, expected = text.get(f"{role}_token_id"), getattr(vocabulary, role)
+        if expected not in (found if isinstance(found, list) else [expected if found is None else found]):
+            raise EarlError(
+                f"{folder}: {role}_token_id is {found} in config.json but {expected} in tokenizer.json; {remedy}"
+            )
+    for name, found in (fields.get("vocabulary_map") or {}).items():
+        if name == visual_token(0) and found != vocabulary.first_visual:
+            raise EarlError(
+                f"{folder}: {name} is {found} in config.json's vocabulary_map but {vocabulary.first_visual} in "
+                f"tokenizer.json; {remedy}"
+            )
+
+
+def _check_weights(folder: Path, config: "Emu3TextConfig") -> None:
+    """Compare names and shapes of the weights with what the configuration asks for, and look for NaN and infinity."""
+    import torch
+
+    from earl.emu3.models import Emu3ForCausalLM
+
+    with torch.device("meta"):
+        wanted = {name: weight.shape for name, weight in Emu3ForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    for path in _weight_files(folder):
+        for name, weight in _tensors(path):
+            shape = wanted.pop(text_weight_name(name), weight.shape)
+            if shape != weight.shape:
+                raise EarlError(
+                    f"{path}: weight {name!r} has shape {list(weight.shape)} where {folder / 'config.json'} asks for "
+                    f"{list(shape)}; copy the checkpoint whole again"
+                )
+            if not weight.isfinite().all():
+                raise EarlError(f"{path}: weight {name!r} is not finite; go back to an earlier checkpoint")
+    if wanted:
+        raise EarlError(
+            f"{folder}: weight {min(wanted)!r} is missing, {len(wanted)} of them in all; copy the checkpoint whole again"
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a policy, all of which exist."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise EarlError(f"{index}: is damaged ({error!r}); copy the checkpoint whole again") from error
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise EarlError(f"{folder / name}: is missing, so the policy is incomplete; copy the checkpoint whole again")
+    return [folder / name for name in sorted(names)]
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (not a dictionary)
+                yield name, weights.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise EarlError(f"{path}: does not load ({error}); copy the checkpoint whole again") from error

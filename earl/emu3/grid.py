@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
+
     from earl.emu3.vocabulary import Vocabulary
 
 TEXT, VISUAL, EOL, EOF, EOI, EOS = range(6)
 FIRST_FORCED = EOL
 """Kinds from here on allow a single id: the token is forced, and its log-prob is 0."""
+FREE = -1
+"""No constraint: any id of the tokenizer. Never a kind of a position; the last row of `forbidden_table`."""
 
 
 def kind_at(k, height, width):
@@ -66,3 +70,16 @@ def allowed_masks(vocabulary: "Vocabulary") -> np.ndarray:
     for kind, token_id in forced_ids(vocabulary).items():
         masks[kind, token_id] = True
     return masks
+
+
+def forbidden_table(vocabulary: "Vocabulary", size: int) -> "torch.Tensor":
+    """Return bool [7, size], indexed by kind: the ids to mask out of logits over ``size`` ids.
+
+    A model may have more ids than its tokenizer, for alignment; those are never allowed, not even by `FREE`.
+    """
+    import torch
+
+    table = torch.ones(7, size, dtype=torch.bool)
+    table[:FREE, : vocabulary.size] = ~torch.from_numpy(allowed_masks(vocabulary))
+    table[FREE, : vocabulary.size] = False
+    return table

@@ -1,6 +1,7 @@
 """Rollout engines: what turns prompts into completions. One interface; `get` finds an implementation by name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -43,7 +44,7 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     """Log-probability of each token under the distribution it was drawn from: after constraint, temperature and
-    truncation. Forced tokens have 0."""
+    truncation. Forced tokens have 0, and so have all at temperature 0."""
     finish_reason: Literal["stop", "length"]
 
 
@@ -51,11 +52,20 @@ class Engine(Protocol):
     """What every engine can do."""
 
     def load(self, policy: Path) -> None:
-        """Take a policy into memory, in place of one loaded before."""
+        """Take a policy into memory, in place of one loaded before.
+
+        Raises:
+            EarlError: when the folder is not a whole, finite policy (`earl.emu3.checkpoint.check_policy`), or does not
+                fit into memory.
+        """
         ...
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
-        """Return for each request, in order, one completion for each of its seeds."""
+        """Return for each request, in order, one completion for each of its seeds.
+
+        Raises:
+            EarlError: when a prompt and its completion may exceed the context, or memory does not suffice.
+        """
         ...
 
 
@@ -63,10 +73,42 @@ def get(config: "Config") -> Engine:
     """Return the configured engine, with no policy loaded yet.
 
     Raises:
-        EarlError: when this version has no such engine.
+        EarlError: when the engine is not installed or cannot do what the configuration asks for here.
     """
     if config.engine == "torch":
         from earl.engines.torch_engine import TorchEngine
 
         return TorchEngine.from_config(config)
-    raise EarlError(f"engine is {config.engine!r}, which this version does not have; it has 'torch'")
+    from earl.engines.vllm_engine import VllmEngine
+
+    return VllmEngine.from_config(config)
+
+
+def check_lengths(requests: Sequence[Request], params: SamplingParams, context: int) -> None:
+    """Check that every prompt leaves room for its completion in a context of so many tokens.
+
+    Raises:
+        EarlError: when one does not.
+    """
+    for index, request in enumerate(requests):
+        length = len(request.prompt_token_ids)
+        if length + params.max_tokens > context:
+            raise EarlError(
+                f"prompt {index} has {length} tokens, which with {params.max_tokens} for the completion "
+                f"(max_response_tokens) exceed model_context_size ({context}); raise or lower one of the two"
+            )
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn what torch raises when memory does not suffice, on GPU or CPU, into an EarlError that ends in ``remedy``."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EarlError(f"out of memory ({str(error).splitlines()[0]}); {remedy}") from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise EarlError(f"out of memory ({str(error).splitlines()[0]}); {remedy}") from error

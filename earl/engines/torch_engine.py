@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import StaticCache
 
 from earl import runtime, seeds
 from earl.emu3 import grid as grid_rules
 from earl.emu3.checkpoint import load_policy
+from earl.emu3.models import StaticCache
 from earl.emu3.vocabulary import Vocabulary
-from earl.engines import Completion, Request, SamplingParams
+from earl.engines import Completion, Request, SamplingParams, check_lengths, memory_errors
 from earl.errors import EarlError
 
 if TYPE_CHECKING:
@@ -24,13 +24,32 @@ if TYPE_CHECKING:
 
 
 class TorchEngine:
-    """See the module. ``constrained`` applies the grid constraint of `earl.emu3.grid`."""
+    """See the module.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int, constrained: bool) -> None:
+    Args:
+        device: Where to compute.
+        dtype: Type of the weights.
+        batch_size: Samples in a batch, always.
+        context: Longest sequence, prompt and completion together, in tokens.
+        constrained: Whether to apply the grid constraint of `earl.emu3.grid`.
+        memory_share: Share of a GPU's memory that this process may take.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        context: int,
+        constrained: bool,
+        memory_share: float = 1.0,
+    ) -> None:
         self.device, self.dtype = device, dtype
-        self.batch_size, self.constrained = batch_size, constrained
+        self.batch_size, self.context, self.constrained = batch_size, context, constrained
         self.policy = None
         self.vocabulary = None
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(memory_share, device)
 
     @classmethod
     def from_config(cls, config: "Config") -> "TorchEngine":
@@ -38,29 +57,28 @@ class TorchEngine:
             device=runtime.prepare(config),
             dtype=runtime.dtype(config),
             batch_size=config.engine_batch_size,
+            context=config.model_context_size,
             constrained=config.emu3_use_logit_processor,
+            memory_share=config.vllm_gpu_memory_utilization,
         )
 
     def load(self, policy: Path) -> None:
-        self.policy = load_policy(policy, self.dtype, self.device)
+        self.policy = None
+        with memory_errors("raise vllm_gpu_memory_utilization, or use a device with more memory"):
+            self.policy = load_policy(policy, self.dtype, self.device)
         self.vocabulary = Vocabulary.from_folder(policy)
-        self.allowed = self._allowed_table()
-
-    def _allowed_table(self) -> torch.Tensor:
-        """Return bool [6, model vocabulary]: the allowed ids by kind; without the constraint all ids, always."""
-        masks = torch.from_numpy(grid_rules.allowed_masks(self.vocabulary))
-        if not self.constrained:
-            masks = torch.ones_like(masks)
-        # A model may have more ids than its tokenizer, for alignment; those are never sampled.
-        table = torch.zeros(len(masks), self.policy.config.vocab_size, dtype=torch.bool)
-        table[:, : self.vocabulary.size] = masks
-        return table.to(self.device)
+        self.forbidden = grid_rules.forbidden_table(self.vocabulary, self.policy.config.vocab_size).to(self.device)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        check_lengths(requests, params, self.context)
         total = sum(len(request.seeds) for request in requests)
         completions: list[list[Completion]] = []
-        with tqdm(total=total, desc="generate", unit="completion", mininterval=2) as progress:
+        remedy = f"lower engine_batch_size ({self.batch_size}) or max_response_tokens ({params.max_tokens})"
+        with (
+            memory_errors(remedy),
+            tqdm(total=total, desc="generate", unit="completion", mininterval=2) as progress,
+        ):
             for batch in _batches(requests, self.batch_size):
                 completions.extend(self._generate_batch(batch, params))
                 progress.update(sum(len(request.seeds) for request in batch))
@@ -127,7 +145,9 @@ class TorchEngine:
         seen = torch.arange(state.visible.shape[1], device=self.device)
         for step in range(params.max_tokens):
             kind = grid_rules.kind_at(since_img, state.grid[:, 0], state.grid[:, 1])
-            logits = self.policy.lm_head(hidden).float().masked_fill(~self.allowed[kind], -torch.inf)
+            if not self.constrained:
+                kind = torch.full_like(kind, grid_rules.FREE)
+            logits = self.policy.lm_head(hidden).float().masked_fill(self.forbidden[kind], -torch.inf)
             token, logprob = sample(logits, noise[:, step], params)
             token = torch.where(done, vocabulary.pad, token)
             tokens[:, step] = token

@@ -79,7 +79,8 @@ def _texts() -> Iterator[str]:
 def build_model(tokenizer: Tokenizer, seed: int) -> Emu3ForCausalLM:
     """Random weights that depend on `seed` alone; leaves torch's global generator as it was."""
     import torch
-    from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+    from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
 
     config = Emu3TextConfig(
         vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),

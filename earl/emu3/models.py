@@ -1,0 +1,16 @@
+"""Emu3's classes in transformers. Everything in the package imports them from here, where it is sure that they import."""
+
+from earl import torch_extensions
+
+torch_extensions.work_around()
+
+from transformers import (  # noqa: E402
+    Emu3Config,
+    Emu3ForCausalLM,
+    Emu3TextConfig,
+    Emu3VQVAE,
+    Emu3VQVAEConfig,
+    StaticCache,
+)
+
+__all__ = ["Emu3Config", "Emu3ForCausalLM", "Emu3TextConfig", "Emu3VQVAE", "Emu3VQVAEConfig", "StaticCache"]

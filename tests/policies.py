@@ -1,0 +1,38 @@
+"""Policies for tests: the shapes world's, with random weights, that have been taught a few certain tokens."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from earl.emu3 import checkpoint
+from earl.emu3.vocabulary import Vocabulary
+from earl.files import atomic
+from earl.shapes import policy
+
+if TYPE_CHECKING:
+    from transformers import Emu3ForCausalLM
+
+
+def write(folder: Path, change: "Callable[[Emu3ForCausalLM, Vocabulary], None]", seed: int = 0) -> Path:
+    """Write a policy whose weights ``change`` has altered; the blank one stays beside it."""
+    import torch
+
+    blank = folder.with_name(f"{folder.name}-blank")
+    policy.write_policy(blank, seed=seed)
+    model = checkpoint.load_policy(blank, torch.float32, "cpu")
+    with torch.no_grad():
+        change(model, Vocabulary.from_folder(blank))
+    with atomic.folder(folder) as temporary:
+        checkpoint.save_policy(model, temporary, tokenizer_from=blank)
+    return folder
+
+
+def teach(model: "Emu3ForCausalLM", ids: Sequence[int], strength: float) -> None:
+    """Make each id follow the one before it; how often, ``strength`` says."""
+    import torch
+
+    # All embeddings share a common part; what tells tokens apart is the rest.
+    embedding = model.model.embed_tokens.weight - model.model.embed_tokens.weight.mean(0)
+    for before, after in itertools.pairwise(ids):
+        model.lm_head.weight[after] += strength * torch.nn.functional.normalize(embedding[before], dim=0)
