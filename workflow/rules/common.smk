@@ -127,6 +127,12 @@ def starting_policy(w):
     return paths.resolve(PLANS[w.run].config, PLANS[w.run].config.model_path)
 
 
+def judge_check(w):
+    """Return the report on the judge that a run needs before it starts, if its configuration asks for one."""
+    item = PLANS[w.run]
+    return item.run.judge_check.as_posix() if item.config.judge_gate else []
+
+
 def iteration(w):
     return PLANS[w.run].run.iteration(int(w.step))
 
