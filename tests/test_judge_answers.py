@@ -106,6 +106,7 @@ def test_the_schema_wants_short_reasoning_first_and_whole_numbers_in_range():
     [
         '{"reasoning": "done", "edit_success": 7, "overedit": 10}',
         '{"overedit":10,"edit_success":7}',
+        '{"reasoning":"a\ttab and \x18","edit_success":7,"overedit":10}',
         'Here you are:\n```json\n{"edit_success": 7, "overedit": 10}\n```\nAnything else?',
         'The set {a, b} is odd. {"edit_success": 7.0, "overedit": "10"}',
         '{"note": 1} {"edit_success": 7, "overedit": 10} {"edit_success": 7, "overedit": 10}',

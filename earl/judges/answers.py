@@ -85,7 +85,8 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
     Where an object begins and breaks off, nothing after that is read: it may be a part of what broke off.
     """
-    decoder = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_once)
+    # Not strict: schemas let control characters into strings, which strict JSON does not.
+    decoder = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_once, strict=False)
     brace = _BRACE.search(text)
     while brace is not None:
         try:

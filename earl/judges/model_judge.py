@@ -218,7 +218,8 @@ class ModelJudge:
             still: list[_Open] = []
             self._read(item, still, found.get(id(item)))
             if still:
-                item.record["failure"] = item.case.failure = "the model does not tell 1 from 10: no continuation"
+                reason = item.case.failure if item.case.hopeless else "no log-probabilities"
+                item.record["failure"] = item.case.failure = f"the model does not tell 1 from 10: {reason}"
             self._keep(item.case)
 
     def _continuation(self, case: _Case, unclear: readout.Unclear, attempt: int) -> Question:

