@@ -12,15 +12,24 @@ import pytest
 
 from earl.config import freeze
 from earl.files import tables
+from earl.layout import Run
 from scripts import write_tiny_judge
 from tests import judge_files
+from tests.conftest import SMALL
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parent.parent
 EXAMPLES = 2
 IMAGES = 4 * EXAMPLES
 # One thread, and little text: random words teach nobody, and each costs a step.
-SMALL = {"dtype": "float32", "cpu_threads": 1, "judge_image_size": 112, "judge_reasoning_length": 16}
+SMALL_ANSWERS = {"dtype": "float32", "cpu_threads": 1, "judge_image_size": 112, "judge_reasoning_length": 16}
+SMALL_DEMO = {
+    **{name: value for name, value in SMALL_ANSWERS.items() if name.startswith("judge")},
+    "judge": "openai",
+    "judge_gate": {"examples": 2},
+    "num_iterations": 1,
+}
 READOUTS = {
     "sampled": {"judge_samples": 3, "reward_compute_ground_score": True},
     "expected": {"judge_samples": 2, "judge_readout": "expected"},
@@ -53,7 +62,7 @@ def score(folder: Path, rollouts: Path, model: str, **changes) -> dict[str, list
     arguments, outputs = [], {}
     for name, readout in READOUTS.items():
         config, outputs[name] = folder / f"{name}.json", folder / f"{name}.parquet"
-        freeze.write(judge_files.config(folder, model, **SMALL, **readout, **changes), config)
+        freeze.write(judge_files.config(folder, model, **SMALL_ANSWERS, **readout, **changes), config)
         arguments += [str(config), str(outputs[name])]
     command = [sys.executable, "-c", SCORE, str(rollouts), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -67,8 +76,16 @@ def batch(tmp_path_factory, tiny_judge, rollouts):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, tiny_judge, rollouts):
-    folder = tmp_path_factory.mktemp("served")
+def served(tmp_path_factory, tiny_judge, rollouts, host_file):
+    # Asked while the server is not up yet: it waits for the host file.
+    server = {"judge": "openai", "reward_function_api_base": str(host_file)}
+    return score(tmp_path_factory.mktemp("served"), rollouts, tiny_judge, **server)
+
+
+@pytest.fixture(scope="module")
+def host_file(tmp_path_factory, tiny_judge):
+    """The file with the address of vLLM's server, which is there once it answers and is shared by all tests."""
+    folder = tmp_path_factory.mktemp("server")
     host_file = folder / "host"
     options = ["--model", tiny_judge, "--dtype", "float32", "--host", "127.0.0.1", "--port", "0", "--startup", "600"]
     command = [sys.executable, "-m", "earl", "judge", "serve", *options, "--host-file", str(host_file)]
@@ -76,8 +93,7 @@ def served(tmp_path_factory, tiny_judge, rollouts):
     with open(log, "w") as stream:
         server = subprocess.Popen(command, stdout=stream, stderr=stream)
     try:
-        # Started while the server is not up yet: it waits for the host file.
-        yield score(folder, rollouts, tiny_judge, judge="openai", reward_function_api_base=str(host_file))
+        yield host_file
         assert host_file.read_text().startswith("http://127.0.0.1:")
         children = children_of(server.pid)
         assert children
@@ -135,7 +151,8 @@ def test_sampled_scores_are_the_numbers_in_the_answers(rows):
                     assert {score["name"]: score["value"] for score in one["scores"]} == {
                         name: value for name, value in said.items() if name != "reasoning"
                     }
-                    assert len(said["reasoning"]) <= SMALL["judge_reasoning_length"]
+                    # Random bytes that are no whole character count for less than they look.
+                    assert len(said["reasoning"]) <= 3 * SMALL_ANSWERS["judge_reasoning_length"]
 
 
 def test_expected_scores_lie_between_the_numbers_and_not_on_them(rows):
@@ -160,6 +177,25 @@ def test_tokens_time_model_and_rubrics_are_recorded(rows, tiny_judge):
         assert row["tokens_out"] > 20
         assert row["seconds"] > 0
         assert all(len(request["rubric_digest"]) == 64 for request in row["requests"])
+
+
+def test_the_whole_demo_runs_with_it(host_file, tiny_judge, policy_folder, tmp_path):
+    settings = {**SMALL, **SMALL_DEMO, "base_exp_dir": str(tmp_path), "run_name": "judged"}
+    settings |= {"model_path": str(policy_folder), "reward_function_api_model_name": tiny_judge}
+    settings |= {"reward_function_api_base": str(host_file)}
+    overrides = json.dumps([f"{name}={json.dumps(value)}" for name, value in settings.items()])
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--config"]
+    command += ["experiment=config/demo.jsonnet", f"set={overrides}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = Run(tmp_path / "judged")
+    rows = tables.read_table(run.iteration(1).scores(0), tables.MODEL_SCORES).to_pylist()
+    assert {row["status"] for row in rows} == {"ok"}
+    metrics = json.loads(run.iteration(1).metrics.read_text())
+    assert (metrics["used_episodes"], metrics["failed_episodes"]) == (16, 0)
+    assert 0 <= json.loads(run.evaluation("heldout", 1).summary.read_text())["reward"]["mean"] <= 10
+    assert json.loads(run.judge_check.read_text())["failed"] == 0
+    assert run.report.is_file()
 
 
 def test_batch_and_server_are_asked_the_same(batch, served):

@@ -277,6 +277,21 @@ def test_the_stage_writes_every_answer(tmp_path, monkeypatch):
     tables.read_table(tmp_path / "scores.parquet", tables.SCORES)
 
 
+def test_a_stage_run_again_writes_the_same_bytes_from_the_store(tmp_path, monkeypatch):
+    judge_files.write_rollouts(tmp_path / "rollouts.parquet", 1)
+    asked = []
+
+    def stage(out: str) -> bytes:
+        judge, model = judge_by(lambda question, before: says(3), cache=Cache(tmp_path / "s.sqlite"))
+        monkeypatch.setattr("earl.judges.get", lambda config: judge)
+        score.run(judge_files.config(tmp_path, "m"), tmp_path / "rollouts.parquet", tmp_path / out)
+        asked.append(len(model.asked))
+        return (tmp_path / out).read_bytes()
+
+    assert stage("one.parquet") == stage("two.parquet")
+    assert asked == [4, 0]
+
+
 def test_a_rubric_that_gives_other_scores_than_its_place_is_named(tmp_path):
     config = judge_files.config(
         tmp_path, "m", judge_rubric_perceptual_quality="package:judges/rubrics/ground_score.jsonnet"

@@ -10,6 +10,8 @@ rule judge_gate:
     benchmark:
         "{run}/benchmarks/judge_gate.tsv"
     threads: lambda w: PLANS[w.run].config.cpu_threads
+    resources:
+        gpu=judge_gpus,
     params:
         earl=EARL,
     shell:
