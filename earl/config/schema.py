@@ -20,9 +20,10 @@ Path = Annotated[str, Field(min_length=1)]
 STAGE = "stage:"
 """Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft``,
 ``stage:shapes-policy``."""
-VLLM_LOWEST_TEMPERATURE = 0.01
 PACKAGE = "package:"
 """Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
+VLLM_TEMPERATURES = (0.01, 2.0)
+"""vLLM refuses what lies above, and takes the lowest, without failing, for what lies below."""
 
 
 def _fixed(default: Any, description: str, **limits: Any) -> Any:
@@ -281,7 +282,7 @@ class Config(_Section):
     judge_retries: int = _fixed(
         3, "Times that an answer without usable scores is asked for again, with a new seed each.", ge=0, le=20
     )
-    judge_temperature: float = _fixed(1.0, "Sampling temperature of the judge; 0 makes all answers alike.", ge=0)
+    judge_temperature: float = _fixed(1.0, "Sampling temperature of the judge; 0 makes all answers alike.", ge=0, le=2)
     judge_max_tokens: Positive = _fixed(512, "Longest answer, in tokens.")
     judge_reasoning_length: Positive = _fixed(
         300, "Longest reasoning before the scores, in characters, where the server keeps to a schema."
@@ -439,11 +440,9 @@ def _check_engine(config: Config) -> None:
     temperatures = {"temperature": config.temperature}
     temperatures |= {f"evaluations.{name}.temperature": one.temperature for name, one in config.evaluations.items()}
     for field, temperature in temperatures.items():
-        # vLLM would take 0.01 instead without failing, and the learner would divide by another number.
-        if config.engine == "vllm" and temperature < VLLM_LOWEST_TEMPERATURE:
-            raise _wrong(
-                field, f"is {temperature}, but the engine `vllm` samples at {VLLM_LOWEST_TEMPERATURE} or above"
-            )
+        lowest, highest = VLLM_TEMPERATURES
+        if config.engine == "vllm" and not lowest <= temperature <= highest:
+            raise _wrong(field, f"is {temperature}, but the engine `vllm` samples at {lowest} to {highest}")
 
 
 def _check_reward(config: Config) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earl import runtime, torch_extensions
 from earl.emu3 import checkpoint
@@ -32,6 +32,9 @@ MAX_SEQUENCES = 256
 """Samples that vLLM computes at the same time; more wait."""
 CPU_BLOCK = 32
 """Tokens in a block of the cache on a CPU. Only whole blocks are shared, and vLLM's 128 exceed short prompts."""
+
+CPU_BATCH_TOKENS = 4096
+"""Tokens of prompts, read whole, that vLLM computes in one step on a CPU."""
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +58,12 @@ class Settings:
 
 
 class VllmEngine:
-    """See the module. Loading another policy of the same shape swaps the weights of the live engine."""
+    """See the module. Loading another policy of the same shape swaps the weights of the live engine.
+
+    vLLM's state belongs to the whole process: starting one engine closes the one before, which has to load again.
+    """
+
+    _live: "ClassVar[VllmEngine | None]" = None
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -100,8 +108,15 @@ class VllmEngine:
                 self._start(policy, config)
         self._shape = shape
 
+    def close(self) -> None:
+        """Stop vLLM and give back its memory; `load` starts it again."""
+        llm, self.llm, VllmEngine._live = self.llm, None, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
     def _start(self, policy: Path, config: "Emu3TextConfig") -> None:
-        self.llm = None
+        if VllmEngine._live is not None:
+            VllmEngine._live.close()
         self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
         config.save_pretrained(self._config_folder.name)
         options = _options(self.settings, config) | {"hf_config_path": self._config_folder.name}
@@ -110,6 +125,7 @@ class VllmEngine:
 
         with self._start_errors(policy):
             self.llm = LLM(model=str(policy), **options)
+        VllmEngine._live = self
 
     @contextmanager
     def _start_errors(self, policy: Path) -> Iterator[None]:
@@ -128,13 +144,17 @@ class VllmEngine:
 
     def _swap(self, policy: Path) -> None:
         """Replace the weights in place. The cache of prompts was computed with the old ones, so it goes."""
-        llm, self.llm = self.llm, None
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
-        if not llm.reset_prefix_cache():
-            raise EarlError("vLLM kept its cache of prompts, which belongs to the policy before; requests are running")
-        self.llm = llm
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
+            if not self.llm.reset_prefix_cache():
+                raise EarlError("vLLM kept its cache of prompts, which belongs to the policy before; load it again")
+        except BaseException:
+            self.close()  # Half of the weights may be the old ones.
+            raise
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        if self.llm is None:
+            raise EarlError("no policy is loaded, or another vLLM engine was started in this process since; load it again")
         check_lengths(requests, params, self.settings.context)
         prompts, sampling = [], []
         for request in requests:
@@ -236,6 +256,9 @@ def _options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
         return options | {"gpu_memory_utilization": settings.memory_share}
     return options | {
         "enforce_eager": True,
+        # vLLM takes back the draw of a prompt that is only partly read, which a CPU's random generator cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_BATCH_TOKENS, settings.context),
         "block_size": CPU_BLOCK,
         "kv_cache_memory_bytes": _cpu_cache_bytes(settings, config),
     }
