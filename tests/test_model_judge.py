@@ -245,6 +245,7 @@ def test_expected_scores_without_a_continuation_are_failed():
     (verdict,) = judge.score([judgement()])
     assert verdict.status == "failed"
     assert "does not tell 1 from 10: HTTP 400" in verdict.failure
+    assert verdict.raw == '{"ground_score": 8}'
     assert len(model.asked) == 2
 
 

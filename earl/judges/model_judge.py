@@ -298,7 +298,9 @@ def _verdict(row: "list[_Case | str]", samples: int) -> Verdict:
 
 
 def _last_passes(case: _Case) -> list[dict[str, Any]]:
-    return case.requests[-1]["passes"] if case.requests else []
+    """The answers to the last try of a question, its continuations aside."""
+    asked = [request for request in case.requests if request["continues"] is None]
+    return asked[-1]["passes"] if asked else []
 
 
 def _value(record: dict[str, Any], name: str) -> float:
