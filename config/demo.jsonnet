@@ -6,9 +6,9 @@
 
   // Pairs with different seeds have nothing in common.
   raw_datasets: {
-    shapes_sft: { source: 'shapes', count: 6000, seed: 1 },
+    shapes_sft: { source: 'shapes', count: 2000, seed: 1 },
     shapes_rl: { source: 'shapes', count: 1000, seed: 2 },
-    shapes_heldout: { source: 'shapes', count: 140, seed: 3 },
+    shapes_heldout: { source: 'shapes', count: 210, seed: 3 },
   },
   train_paths_file: ['stage:tokenise/shapes_rl'],
   coefficients: [1.0],
@@ -16,18 +16,19 @@
   val_coefficients: [1.0],
 
   model_path: 'stage:sft',
-  tokenizer_path: 'stage:shapes-policy',
+  tokenizer_path: 'package:shapes/base_policy',
   vision_tokenizer_path: 'package:shapes/vision_tokenizer',
   image_area: 64 * 64,
   assistant_prefill: '<|image start|>',
   sft: {
-    base_model: 'stage:shapes-policy',
+    // Trained for half an hour by shapes_base.jsonnet; `stage:shapes-policy` would start from random weights.
+    base_model: 'package:shapes/base_policy',
     train_paths_file: ['stage:tokenise/shapes_sft'],
     coefficients: [1.0],
-    steps: 2000,
+    steps: 250,
     batch_size: 8,
-    learning_rate: 3e-3,
-    warmup_steps: 30,
+    learning_rate: 5e-4,
+    warmup_steps: 20,
     random_seed: 42,
   },
 
@@ -36,7 +37,9 @@
   generations_per_sample: 8,
   per_device_batch_size: 8,
   learning_rate: 4e-4,
-  kl_coeff: 0.01,
+  // Divided by their spread, rewards that hardly differ would teach as much as a right edit beside a wrong one.
+  advantage: 'mean',
+  kl_coeff: 0.025,
   // Cooler than 1: a sample then differs from another in the edit, less in how its background is written.
   temperature: 0.6,
   // An image of 8 x 8 visual tokens takes 79 at most, from `8*8` to eos.
@@ -53,8 +56,8 @@
   rollout_shards: 2,
 
   evaluations: {
-    heldout: { prompts: 140, temperature: 1.0, every_n_iterations: 5 },
-    heldout_greedy: { prompts: 140, temperature: 0.1, every_n_iterations: 5 },
+    heldout: { prompts: 210, temperature: 1.0, every_n_iterations: 5 },
+    heldout_greedy: { prompts: 210, temperature: 0.1, every_n_iterations: 5 },
   },
   save_checkpoints_every_n_iterations: 5,
   keep_checkpoints_every_n_iterations: 20,

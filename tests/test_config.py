@@ -46,6 +46,7 @@ SHARED = {
     "vision_tokenizer_path": "BAAI/Emu3-VisionTokenizer",
     "learning_rate": 3e-6,
     "num_iterations": 2000,
+    "advantage": "mean_std",
     "kl_coeff": 0.0003,
     "temperature": 1.0,
     "per_device_batch_size": 8,
@@ -265,7 +266,7 @@ class TestFrozen:
         with pytest.raises(EarlError) as caught:
             freeze.write(other, path)
         rows = [line.split() for line in str(caught.value).splitlines()]
-        assert ["kl_coeff", "0.01", "0.5"] in rows
+        assert ["kl_coeff", "0.025", "0.5"] in rows
         assert any(row[0] == "sft.steps" and row[2] == "3" for row in rows if len(row) == 3)
         assert "run_name" in str(caught.value)
         assert "--accept-changes" in str(caught.value)
@@ -317,14 +318,15 @@ class TestSharedStages:
     def demo(**overrides: object) -> Config:
         return load.load(ROOT / "config" / "demo.jsonnet", overrides).config
 
-    def test_each_stands_after_what_it_reads(self) -> None:
-        config = self.demo()
+    @pytest.mark.parametrize(("experiment", "policy"), [("demo", []), ("shapes_base", ["policy"])])
+    def test_each_stands_after_what_it_reads(self, experiment: str, policy: list[str]) -> None:
+        config = load.load(ROOT / "config" / f"{experiment}.jsonnet").config
         stages = paths.shared_stages(config)
         seen: set[Path] = set()
         for output, stage in stages.items():
             assert seen.issuperset(path for path in stage.inputs if path in stages)
             seen.add(output)
-        assert sorted(stage.stage for stage in stages.values()) == ["policy", *["raw"] * 3, "sft", *["tokenise"] * 3]
+        assert sorted(stage.stage for stage in stages.values()) == [*policy, *["raw"] * 3, "sft", *["tokenise"] * 3]
         assert paths.resolve(config, "stage:sft") in stages
 
     def test_what_a_stage_does_not_depend_on_shares_it(self) -> None:
@@ -338,7 +340,8 @@ class TestSharedStages:
 
         first = paths.shared_stages(self.demo())
         assert moved(**{"sft.steps": 3}) == {"sft sft"}
-        assert moved(**{"sft.random_seed": 3}) == {"sft sft", "policy shapes"}
+        assert moved(**{"sft.random_seed": 3}) == {"sft sft"}
+        assert moved(**{"sft.base_model": "stage:shapes-policy"}) == {"sft sft", "policy shapes"}
         assert moved(**{"raw_datasets.shapes_rl.count": 3}) == {"raw shapes_rl", "tokenise shapes_rl"}
         assert moved(**{"raw_datasets.shapes_sft.count": 3}) == {"raw shapes_sft", "tokenise shapes_sft", "sft sft"}
         assert len(moved(image_area=1024)) == 4
@@ -360,3 +363,26 @@ def test_command_shows_and_freezes(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert "kl_coeff" in wrong.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"engine": "torch", "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size is 2, but the engine `torch`"),
+        (
+            {"engine": "vllm", "temperature": 0.005},
+            "temperature is 0.005, but the engine `vllm` samples at 0.01 to 2.0",
+        ),
+        ({"engine": "vllm", "temperature": 3.0}, "temperature is 3.0, but the engine `vllm` samples at 0.01 to 2.0"),
+        (
+            {
+                "engine": "vllm",
+                "val_paths_file": ["x"],
+                "evaluations": {"hot": {"prompts": 1, "temperature": 2.5}},
+            },
+            "evaluations.hot.temperature is 2.5, but the engine `vllm`",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, complaint: str) -> None:
+    assert complaint in error_of(experiment(tmp_path, **fields))

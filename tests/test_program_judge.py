@@ -100,8 +100,8 @@ def test_damage_lowers_overedit_and_leaves_success_alone():
     assert [verdict.edit_success for verdict in scores] == [10, 10, 10]
     assert scores[0].overedit > scores[1].overedit > scores[2].overedit
     assert scores[0].ground_score > scores[1].ground_score > scores[2].ground_score
-    # One object is lost: 2 of the 8 cells at which overedit reaches 0.
-    assert viescore(scores[1]) == pytest.approx((7.5 * 10) ** 0.5)
+    # One object is gone: 6 of the 8 cells at which overedit reaches 0.
+    assert viescore(scores[1]) == pytest.approx((2.5 * 10) ** 0.5)
 
 
 def test_an_object_costs_more_than_an_empty_cell():
@@ -109,6 +109,15 @@ def test_an_object_costs_more_than_an_empty_cell():
     lost = judge(world.render(target.with_cells({10: 0})), target)
     spurious = judge(world.render(target.with_cells({15: YELLOW_TRIANGLE})), target)
     assert lost.overedit < spurious.overedit < 10
+
+
+def test_removing_two_at_a_guess_pays_no_more_than_removing_one():
+    """Of n objects one is meant: a guess at one earns 10 / n on average, a guess at two has twice the chance."""
+    target = TARGETS["remove"]
+    one = viescore(judge(world.render(target), target))
+    two = viescore(judge(world.render(target.with_cells({10: 0})), target))
+    assert one == 10
+    assert 0 < two <= one / 2
 
 
 def test_the_wrong_colour_is_no_success():

@@ -181,6 +181,11 @@ class Config(_Section):
     # Training
     learning_rate: float = _fixed(3e-6, "Constant learning rate of AdamW.", gt=0)
     num_iterations: int = _free(2000, "Iterations of the whole run; raising it goes on with a finished run.", ge=0)
+    advantage: Literal["mean_std", "mean"] = _fixed(
+        "mean_std",
+        "Advantage within a group: `mean_std` is (reward - mean) / std (GRPO), `mean` is reward - mean (Dr. GRPO), so "
+        "that groups count by how much their rewards differ.",
+    )
     kl_coeff: float = _fixed(0.0003, "Weight of the k3 estimate of KL(policy || reference) in the loss.", ge=0)
     temperature: float = _fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
     per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner.")

@@ -34,7 +34,7 @@ _PREFIXES = {
 
 
 def text_weight_name(name: str) -> str | None:
-    """Return a weight's name in `Emu3ForCausalLM`, given that in either format; None where it is not the text model's."""
+    """Return the name in `Emu3ForCausalLM` of a weight of either format; None where it is not the text model's."""
     for prefix, replacement in _PREFIXES.items():
         if name.startswith(prefix):
             return None if replacement is None else replacement + name.removeprefix(prefix)
@@ -112,6 +112,7 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
         EarlError: when the folder is missing or does not load.
     """
     import torch
+
     from earl.emu3.models import Emu3VQVAE
 
     folder = _checked(folder)
@@ -179,13 +180,13 @@ def _check_weights(folder: Path, config: "Emu3TextConfig") -> None:
             if shape != weight.shape:
                 raise EarlError(
                     f"{path}: weight {name!r} has shape {list(weight.shape)} where {folder / 'config.json'} asks for "
-                    f"{list(shape)}; copy the checkpoint whole again"
+                    f"{list(shape)}; copy the checkpoint again"
                 )
             if not weight.isfinite().all():
                 raise EarlError(f"{path}: weight {name!r} is not finite; go back to an earlier checkpoint")
     if wanted:
         raise EarlError(
-            f"{folder}: weight {min(wanted)!r} is missing, {len(wanted)} of them in all; copy the checkpoint whole again"
+            f"{folder}: weight {min(wanted)!r} is missing, {len(wanted)} of them in all; copy the checkpoint again"
         )
 
 
@@ -197,10 +198,10 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise EarlError(f"{index}: is damaged ({error!r}); copy the checkpoint whole again") from error
+            raise EarlError(f"{index}: is damaged ({error!r}); copy the checkpoint again") from error
     for name in sorted(names):
         if not (folder / name).is_file():
-            raise EarlError(f"{folder / name}: is missing, so the policy is incomplete; copy the checkpoint whole again")
+            raise EarlError(f"{folder / name}: is missing, so the policy is incomplete; copy the checkpoint again")
     return [folder / name for name in sorted(names)]
 
 
@@ -212,4 +213,4 @@ def _tensors(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
             for name in weights.keys():  # noqa: SIM118  (not a dictionary)
                 yield name, weights.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise EarlError(f"{path}: does not load ({error}); copy the checkpoint whole again") from error
+        raise EarlError(f"{path}: does not load ({error}); copy the checkpoint again") from error

@@ -1,4 +1,4 @@
-"""Emu3's classes in transformers. Everything in the package imports them from here, where it is sure that they import."""
+"""Emu3's classes in transformers. The package imports them from here, where it is sure that they can be imported."""
 
 from earl import torch_extensions
 

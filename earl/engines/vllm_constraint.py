@@ -107,7 +107,7 @@ class GridConstraintV1(V1LogitsProcessor):
 
 
 class GridConstraintV2(V2LogitsProcessor):
-    """For Model Runner V2. Everything but the arrival of a request happens on the device, without a look from the host."""
+    """For Model Runner V2. All but the arrival of a request happens on the device, and the host waits for nothing."""
 
     def __init__(self, vllm_config: "VllmConfig", req_states: "LogitsProcRequestState") -> None:
         vocabulary = Vocabulary.from_folder(vllm_config.model_config.model)

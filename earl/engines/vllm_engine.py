@@ -110,8 +110,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop vLLM and give back its memory; `load` starts it again."""
-        llm, self.llm, VllmEngine._live = self.llm, None, None
-        if llm is not None:
+        if self.llm is not None:
+            llm, self.llm, VllmEngine._live = self.llm, None, None
             llm.llm_engine.engine_core.shutdown()
 
     def _start(self, policy: Path, config: "Emu3TextConfig") -> None:
@@ -119,8 +119,7 @@ class VllmEngine:
             VllmEngine._live.close()
         self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
         config.save_pretrained(self._config_folder.name)
-        options = _options(self.settings, config) | {"hf_config_path": self._config_folder.name}
-        torch_extensions.work_around()
+        options = llm_options(self.settings, config) | {"hf_config_path": self._config_folder.name}
         from vllm import LLM
 
         with self._start_errors(policy):
@@ -154,7 +153,9 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         if self.llm is None:
-            raise EarlError("no policy is loaded, or another vLLM engine was started in this process since; load it again")
+            raise EarlError(
+                "no policy is loaded, or another vLLM engine was started in this process since; load it again"
+            )
         check_lengths(requests, params, self.settings.context)
         prompts, sampling = [], []
         for request in requests:
@@ -164,7 +165,8 @@ class VllmEngine:
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
         with memory_errors(remedy), vllm_torch(self.settings.device):
             outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-        shared, total = (sum(values) for values in zip(*map(_prompt_tokens, outputs), strict=True)) if outputs else (0, 0)
+        shared = sum(output.num_cached_tokens or 0 for output in outputs)
+        total = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
         completions = iter([_completion(output.outputs[0], greedy=params.temperature == 0) for output in outputs])
         return [[next(completions) for _ in request.seeds] for request in requests]
@@ -204,10 +206,8 @@ def check_device(device: "torch.device", tensor_parallel_size: int, field: str) 
 
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if tensor_parallel_size > max(1, gpus):
-        raise EarlError(
-            f"{field} is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it"
-        )
-    torch_extensions.work_around()
+        raise EarlError(f"{field} is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it")
+    prepare_process(device.type)
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() != (device.type == "cpu"):
@@ -221,8 +221,8 @@ def check_device(device: "torch.device", tensor_parallel_size: int, field: str) 
 def _check_context(policy: Path, config: "Emu3TextConfig", context: int) -> None:
     if context > config.max_position_embeddings:
         raise EarlError(
-            f"{policy}: the policy reads {config.max_position_embeddings} tokens at most (max_position_embeddings), fewer "
-            f"than model_context_size ({context}); lower that"
+            f"{policy}: the policy reads {config.max_position_embeddings} tokens at most (max_position_embeddings), "
+            f"fewer than model_context_size ({context}); lower that"
         )
 
 
@@ -234,14 +234,19 @@ def _architecture(config: "Emu3TextConfig") -> str:
     return repr(sorted(fields.items()))
 
 
-def _options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM`, and set the environment variables that go with them."""
-    on_gpu = settings.device == "cuda"
+def prepare_process(device: str) -> None:
+    """Set the environment variables that vLLM reads, and make it importable; call it before importing vLLM."""
     # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(on_gpu)))
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(device == "cuda")))
+    torch_extensions.work_around()
+
+
+def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM`."""
+    prepare_process(settings.device)
     runner = "V2" if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1" else "V1"
     options = {
         "skip_tokenizer_init": True,
@@ -257,7 +262,7 @@ def _options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     }
     if runner == "V1":
         options["async_scheduling"] = False
-    if on_gpu:
+    if settings.device == "cuda":
         return options | {"gpu_memory_utilization": settings.memory_share}
     return options | {
         "enforce_eager": True,
@@ -306,11 +311,6 @@ def vllm_torch(device: str) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-
-
-def _prompt_tokens(output: Any) -> tuple[int, int]:
-    """Return how many tokens of a request's prompt came from the cache, and how many it has."""
-    return output.num_cached_tokens or 0, len(output.prompt_token_ids)
 
 
 def _completion(sample: Any, greedy: bool) -> Completion:

@@ -27,12 +27,15 @@ from earl.shapes import world
 
 CHANGED = 8 / 255
 """A pixel belongs to the edit where original and target differ by more than this in some channel."""
-DEAD_ZONE, DONE = 0.3, 0.85
+DEAD_ZONE, DONE = 0.2, 0.85
 """Share of the way from original to target below which a cell counts as not edited, and from which as done."""
 UNTOUCHED, RUINED = 0.06, 0.2
 """Root mean square difference from the original up to which a cell is intact, and from which it is lost."""
-OBJECT_COST = 2.0
-"""What a lost object costs, in lost empty cells."""
+CHANGED_OBJECT, GONE_OBJECT = 4.0, 6.0
+"""What an object costs that looks different, and one that is gone, in lost empty cells.
+
+A policy that does not know yet which object is meant would otherwise do best by removing several.
+"""
 DAMAGE_LIMIT = 8.0
 """Damage, in empty cells, at which the overedit score reaches 0."""
 CLEAN, BROKEN = 0.05, 0.16
@@ -52,7 +55,7 @@ class _Measures:
     done: np.ndarray
     """Share of the edit that was carried out, 0..1, mean over the cells it concerns."""
     damage: np.ndarray
-    """Damaged cells outside the edit, objects counted OBJECT_COST-fold."""
+    """Damaged cells outside the edit, objects counted more than once."""
     broken: np.ndarray
     """Share of cells that look like nothing in this world, 0..1."""
     backgrounds: np.ndarray
@@ -139,13 +142,15 @@ def _measure(original: np.ndarray, target: np.ndarray, edited: np.ndarray) -> _M
     way = 1 - _distance(edited, target, meant) / np.maximum(_distance(original, target, meant), 1e-6)
     done = (_ramp(way, DEAD_ZONE, DONE) * concerned).sum(1) / np.maximum(concerned.sum(1), 1)
 
+    nearest, distance = _nearest(edited)
+    backgrounds, objects = np.divmod(nearest, _PER_BACKGROUND)
+
     kept = ~meant
     lost = _ramp(_difference(edited, original, kept), UNTOUCHED, RUINED) * (kept.sum(-1) >= MIN_PIXELS)
     had_object = _nearest(original)[0] % _PER_BACKGROUND != world.EMPTY
-    damage = (lost * np.where(had_object, OBJECT_COST, 1.0)).sum(1)
+    cost = np.where(had_object, np.where(objects == world.EMPTY, GONE_OBJECT, CHANGED_OBJECT), 1.0)
+    damage = (lost * cost).sum(1)
 
-    nearest, distance = _nearest(edited)
-    backgrounds, objects = np.divmod(nearest, _PER_BACKGROUND)
     votes = (backgrounds[..., None] == np.arange(len(world.BACKGROUNDS))).sum(1)
     return _Measures(
         done=done,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from earl import runtime, torch_extensions
+from earl import runtime
 from earl.engines.vllm_engine import check_device, vllm_torch
 from earl.errors import EarlError
 from earl.judges import server
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 MAX_SEQUENCES = 256
 """Answers that vLLM computes at the same time; more wait."""
 
@@ -96,11 +97,11 @@ class VllmModel:
             return
         import torch
 
+        runner = os.environ.get(MODEL_RUNNER)
         check_device(torch.device(self.device), self.tensor_parallel_size, "judge_tensor_parallel_size")
-        # In this process: quicker to start, and it ends with it. Workers of several GPUs are processes still.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        torch_extensions.work_around()
+        if runner is None:
+            # The engine says which one, because of its constraint; the judge has none, so vLLM may choose.
+            os.environ.pop(MODEL_RUNNER, None)
         from vllm import LLM
 
         options = server.engine_options(

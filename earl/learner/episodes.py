@@ -129,6 +129,7 @@ def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
         torch.tensor([outcome.reward or 0.0 for outcome in outcomes], dtype=torch.float64),
         group_index(source.rows),
         torch.tensor([outcome.used for outcome in outcomes]),
+        divide_by_std=config.advantage == "mean_std",
     ).tolist()
     return [
         Outcome(outcome.row, outcome.reward, outcome.reason, advantage if outcome.used else None)

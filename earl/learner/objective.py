@@ -12,11 +12,13 @@ from torch import Tensor
 ADVANTAGE_EPSILON = 1e-4
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, used: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor, used: Tensor, divide_by_std: bool = True) -> Tensor:
     """Advantage of each episode relative to the other samples of its prompt.
 
     A = (r - mean) / (std + 1e-4) with the mean and *population* standard deviation of the used episodes of the group
     (GRPO, Shao et al. 2024, arXiv:2402.03300; the epsilon and the population form are those of nano-aha-moment).
+    Without the division A = r - mean (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783): a group whose rewards hardly
+    differ then weighs little instead of as much as any other.
 
     Args:
         rewards: float [N], any unit; values of unused episodes are ignored.
@@ -24,7 +26,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, used: Tensor) -> Tensor:
         used: bool [N], False for an episode that must influence neither its group nor the loss.
 
     Returns:
-        float64 [N]; 0 for unused episodes, for groups of one and for groups whose rewards are all equal.
+        float64 [N], in units of the rewards where they are not divided; 0 for unused episodes, for groups of one and
+        for groups whose rewards are all equal.
     """
     rewards = torch.where(used, rewards.double(), 0.0)
     weight = used.double()
@@ -32,6 +35,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, used: Tensor) -> Tensor:
     count = zeros.index_add(0, groups, weight).clamp(min=1.0)
     mean = zeros.index_add(0, groups, rewards) / count
     deviation = (rewards - mean[groups]) * weight
+    if not divide_by_std:
+        return deviation
     std = (zeros.index_add(0, groups, deviation**2) / count).sqrt()
     return deviation / (std[groups] + ADVANTAGE_EPSILON)
 

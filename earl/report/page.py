@@ -31,7 +31,7 @@ KEY_SETTINGS = {
     "Policy": ("model_path", "tokenizer_path", "vision_tokenizer_path", "assistant_prefill"),
     "Rollouts": ("episodes_per_iteration", "generations_per_sample", "temperature", "top_p", "top_k", "engine"),
     "Reward": ("judge", "reward_final_reward", "max_failed_fraction"),
-    "Learner": ("num_iterations", "learning_rate", "kl_coeff", "per_device_batch_size", "random_seed"),
+    "Learner": ("num_iterations", "learning_rate", "advantage", "kl_coeff", "per_device_batch_size", "random_seed"),
 }
 Chart = dict[str, Any]
 

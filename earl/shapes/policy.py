@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 VISION_TOKENIZER = Path(__file__).parent / "vision_tokenizer"
 """The trained `Emu3VQVAE` that ships with the package (scripts/train_shapes_vision_tokenizer.py makes it)."""
+BASE_POLICY = Path(__file__).parent / "base_policy"
+"""The pretrained policy that ships with the package (config/shapes_base.jsonnet describes how it was trained)."""
 CODES = 256
 """Codes of that vision tokenizer, hence visual tokens of the policy."""
 TEXT_IDS = 480

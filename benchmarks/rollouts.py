@@ -1,0 +1,176 @@
+"""Rollouts on vLLM: what the grid constraint costs, and how far sampler and learner agree.
+
+Cost: tokens per second with the constraint, without any logits processor, and with a naive one, which loops over
+requests in Python and builds each mask anew; in turns, in one process, by batch size. Speed is counted in CPU seconds
+of this process, so that other work on the machine changes it little; run it on one thread.
+
+Agreement: log-probs of the engine against the learner's, by type, and how many completions differ when requests come
+in another order, that is, in other batches.
+
+    OMP_NUM_THREADS=1 PYTHONPATH=. taskset -c 1 python benchmarks/rollouts.py
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from earl.emu3 import checkpoint, grid, sequence
+from earl.emu3.vocabulary import Vocabulary
+from earl.engines import Request, SamplingParams, vllm_engine
+from earl.learner import grpo
+from tests import policies
+
+BATCHES = (16, 32, 64, 128, 256)
+TOKENS = 80
+SIZE = (8, 8)
+PROCESSORS = {
+    "none": [],
+    "constraint": ["earl.engines.vllm_constraint:GridConstraintV1"],
+    "naive": ["benchmarks.rollouts_naive:NaiveConstraint"],
+}
+
+
+def write_policy(folder: Path) -> Path:
+    """The shapes world's policy with random weights, taught how an image begins."""
+
+    def size_and_img_follow_boi(model: Any, vocabulary: Vocabulary) -> None:
+        policies.teach(model, [vocabulary.boi, *vocabulary.encode("8*8"), vocabulary.img], strength=8)
+
+    return policies.write(folder, size_and_img_follow_boi)
+
+
+def prompts(vocabulary: Vocabulary, count: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [
+        sequence.prompt_ids(rng.integers(0, 256, SIZE), "remove the red circle", "<|image start|>", vocabulary)
+        for _ in range(count)
+    ]
+
+
+def speeds(policy: Path, variant: str, repeats: int) -> dict[int, float]:
+    """Return the best tokens per CPU second of a variant by batch size, in an engine of its own."""
+    settings = vllm_engine.Settings("cpu", "float32", context=256)
+    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy))
+    from vllm import LLM
+
+    llm = LLM(model=str(policy), **options | {"logits_processors": PROCESSORS[variant]})
+    try:
+        # Once for what is done once, and for the cache of prompts.
+        run(llm, policy, max(BATCHES))
+        return {batch: max(run(llm, policy, batch) for _ in range(repeats)) for batch in BATCHES}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def run(llm: Any, policy: Path, batch: int) -> float:
+    """Return the tokens per CPU second of one batch of completions of equal length."""
+    from vllm import SamplingParams as VllmSamplingParams
+
+    from earl.engines import vllm_constraint
+
+    vocabulary = Vocabulary.from_folder(policy)
+    requests = [{"prompt_token_ids": ids} for ids in prompts(vocabulary, batch // 8) for _ in range(8)]
+    params = [
+        VllmSamplingParams(
+            max_tokens=TOKENS,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            seed=seed,
+            extra_args=vllm_constraint.extra_args(SIZE),
+        )
+        for seed in range(batch)
+    ]
+    with vllm_engine.vllm_torch("cpu"):
+        start = time.process_time()
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        seconds = time.process_time() - start
+    assert all(len(output.outputs[0].token_ids) == TOKENS for output in outputs)
+    return batch * TOKENS / seconds
+
+
+def compare_speeds(policy: Path, rounds: int, repeats: int) -> None:
+    found: dict[str, list[dict[int, float]]] = {variant: [] for variant in PROCESSORS}
+    for index in range(rounds):
+        order = list(PROCESSORS)
+        for variant in order[index % 3 :] + order[: index % 3]:
+            found[variant].append(speeds(policy, variant, repeats))
+            print(f"round {index + 1}, {variant}: {found[variant][-1]}", flush=True)
+    print("\n| completions | none, tok/s | constraint | cost | naive | cost |\n|---|---|---|---|---|---|")
+    for batch in BATCHES:
+        medians = {v: statistics.median(one[batch] for one in parts) for v, parts in found.items()}
+        costs = {v: 1 - medians[v] / medians["none"] for v in medians}
+        print(
+            f"| {batch} | {medians['none']:.0f} | {medians['constraint']:.0f} | {costs['constraint']:.1%} "
+            f"| {medians['naive']:.0f} | {costs['naive']:.1%} |"
+        )
+
+
+def agreement(policy: Path, dtype: str) -> str:
+    """Return a row: differences of log-probs from the learner's, and the share of completions that an order changes."""
+    vocabulary = Vocabulary.from_folder(policy)
+    requests = [
+        Request(ids, SIZE, seeds=range(8 * index, 8 * index + 8)) for index, ids in enumerate(prompts(vocabulary, 64))
+    ]
+    params = SamplingParams(temperature=1.0, max_tokens=96)
+    engine = vllm_engine.VllmEngine(vllm_engine.Settings("cpu", dtype, context=256))
+    engine.load(policy)
+    groups = engine.generate(requests, params)
+    again = engine.generate(requests[::-1], params)[::-1]
+    engine.close()
+    pairs = [(a, b) for one, other in zip(groups, again, strict=True) for a, b in zip(one, other, strict=True)]
+    differing = np.mean([a.token_ids != b.token_ids for a, b in pairs])
+    episodes = [
+        grpo.Episode(
+            episode_id=f"{index:04d}",
+            prompt=np.array(request.prompt_token_ids),
+            completion=np.array(completion.token_ids),
+            forced=grid.kinds_of_completion(completion.token_ids, SIZE, vocabulary) >= grid.FIRST_FORCED,
+            behavior_logprobs=np.array(completion.logprobs, dtype=np.float32),
+            advantage=0.0,
+        )
+        for index, (request, group) in enumerate(zip(requests, groups, strict=True))
+        for completion in group
+    ]
+    settings = grpo.Settings(
+        kl_coeff=0.0,
+        temperature=1.0,
+        micro_batch=16,
+        visual_range=(vocabulary.first_visual, vocabulary.size),
+        split_vocab=True,
+        counted="all",
+        bfloat16=dtype == "bfloat16",
+    )
+    learner = checkpoint.load_policy(policy, torch.float32, "cpu")
+    with torch.no_grad():
+        differences = torch.cat(
+            [
+                (grpo.completion_logprobs(learner, batch, settings)[0] - batch.behavior_logprobs).abs()
+                for batch in grpo.micro_batches(episodes, settings, torch.device("cpu"), dtype)
+            ]
+        )
+    return f"| {dtype} | {differences.mean():.1e} | {differences.max():.1e} | {differing:.1%} of {len(pairs)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = write_policy(Path(folder) / "policy")
+        rows = [agreement(policy, dtype) for dtype in ("float32", "bfloat16")]
+        compare_speeds(policy, arguments.rounds, arguments.repeats)
+    print("\n| type | log-prob difference, mean | max | completions that another order changes |\n|---|---|---|---|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The naive grid constraint that benchmarks/rollouts.py compares with; a module of its own, since vLLM imports it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from earl.emu3 import grid
+from earl.emu3.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+
+class NaiveConstraint(AdapterLogitsProcessor):
+    """One call a request and step, each of which searches the output for ``img`` and builds a mask."""
+
+    def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
+        super().__init__(vllm_config, device, is_pin_memory)
+        self.vocabulary = Vocabulary.from_folder(vllm_config.model_config.model)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: "SamplingParams") -> Callable[[list[int], torch.Tensor], torch.Tensor]:
+        vocabulary, (height, width) = self.vocabulary, params.extra_args["emu3_grid"]
+        forced = grid.forced_ids(vocabulary)
+
+        def constrain(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+            k = len(output) - output.index(vocabulary.img) - 1 if vocabulary.img in output else -1
+            end = (width + 1) * height
+            mask = torch.full_like(logits, -torch.inf)
+            if k < 0:
+                mask[: vocabulary.first_visual] = 0
+            elif k >= end:
+                mask[forced[min(grid.EOF + k - end, grid.EOS)]] = 0
+            elif k % (width + 1) == width:
+                mask[vocabulary.eol] = 0
+            else:
+                mask[vocabulary.first_visual :] = 0
+            return logits + mask
+
+        return constrain

@@ -1,0 +1,35 @@
+"""Put the base model of the demo where the package ships it: fine-tuned by the pipeline, stored in bfloat16.
+
+    python -m snakemake --profile profiles/local --until sft --config experiment=config/shapes_base.jsonnet
+    python scripts/ship_shapes_base_policy.py
+
+The first command takes about half an hour on one core and can be killed and started again.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from earl.config import load, paths
+from earl.emu3 import checkpoint
+from earl.files import atomic
+from earl.shapes import policy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--experiment", type=Path, default=Path("config/shapes_base.jsonnet"))
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--out", type=Path, default=policy.BASE_POLICY)
+    arguments = parser.parse_args()
+    config = load.load(arguments.experiment, load.parse_overrides(arguments.set)).config
+    tuned = paths.sft_folder(config)
+    model = checkpoint.load_policy(tuned, torch.bfloat16, "cpu")
+    with atomic.folder(arguments.out) as folder:
+        checkpoint.save_policy(model, folder, tuned)
+    print(f"{tuned} -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
