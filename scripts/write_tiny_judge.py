@@ -2,7 +2,7 @@
 
     python scripts/write_tiny_judge.py runs/tiny-judge
 
-It has the architecture, file layout, chat form and special tokens of Qwen/Qwen2.5-VL and half a million parameters. As
+It has the architecture, file layout, chat form and special tokens of Qwen/Qwen2.5-VL and 0.7 million parameters. As
 in Qwen's tokenizer every digit is a token of its own, so that 10 takes two. The bytes depend on the seed alone.
 """
 
