@@ -3,6 +3,7 @@
 ::
 
     <run>/config.json
+    <run>/judge_check.json
     <run>/iterations/000012/{rollouts,scores}/0003.parquet
     <run>/iterations/000012/train/{episodes.parquet,metrics.json}
     <run>/iterations/000012/{policy,trainer}/
@@ -99,6 +100,11 @@ class Run:
     @property
     def verification(self) -> Path:
         return self.path / "verify.json"
+
+    @property
+    def judge_check(self) -> Path:
+        """What the judge reached on images whose order is known, where `judge_gate` asks for it."""
+        return self.path / "judge_check.json"
 
     def iteration(self, index: int) -> Iteration:
         return Iteration(self.path / "iterations" / iteration_name(index))

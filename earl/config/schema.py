@@ -122,6 +122,17 @@ class Evaluation(_Section):
         return self
 
 
+class JudgeGate(_Section):
+    """How a judge is checked on images whose order is known, and what it must reach (`earl judge check`)."""
+
+    pairs: Path | None = _fixed(
+        None, "Parquet file of images with ranks (`earl.files.tables.RANKED`); null: those of the shapes world."
+    )
+    examples: Positive = _fixed(32, "Examples to take.")
+    seed: int = _fixed(0, "shapes world: seed of the examples.", ge=0)
+    minimum_accuracy: float = _fixed(0.0, "Pairwise accuracy below which RL does not start, 0..1.", ge=0, le=1)
+
+
 class Config(_Section):
     """One experiment, resolved."""
 
@@ -239,13 +250,65 @@ class Config(_Section):
         "openai", "Who scores: a server, vLLM in the process, or the shapes world's own program."
     )
     reward_function_api_base: Path | None = _free(
-        None, "Address of the reward server, needed by the judge `openai`: http://<host>:<port>."
+        None,
+        "Address of the judge server, needed by the judge `openai`: http://<host>:<port>, or a file that holds it, "
+        "which may appear later.",
     )
-    reward_function_api_model_name: Path = _fixed("Qwen/Qwen2.5-VL-72B-Instruct", "Model that judges.")
+    reward_function_api_model_name: Path = _fixed(
+        "Qwen/Qwen2.5-VL-72B-Instruct",
+        "Model that judges: a hub name or a folder; for `openai`, the server's name of it.",
+    )
+    reward_function_api_model_revision: str | None = _fixed(
+        None, "Revision of that model: the judge `vllm` loads it, every judge records it; null takes the main one."
+    )
     reward_compute_viescore: bool = _fixed(True, "Ask the judge for semantic consistency and perceptual quality.")
     reward_compute_ground_score: bool = _fixed(False, "Ask the judge to compare with the ground-truth edit.")
     reward_final_reward: Literal["viescore", "ground_score", "sqrt(viescore_pqxground_score)"] = _fixed(
         "viescore", "Score that becomes the reward, 0..10."
+    )
+    judge_rubric_semantic_consistency: Path = _fixed(
+        "package:judges/rubrics/semantic_consistency.jsonnet",
+        "Rubric that gives edit_success and overedit: a file of the form that earl/judges/rubric.py describes.",
+    )
+    judge_rubric_perceptual_quality: Path = _fixed(
+        "package:judges/rubrics/perceptual_quality.jsonnet", "Rubric that gives naturalness and artifacts."
+    )
+    judge_rubric_ground_score: Path = _fixed(
+        "package:judges/rubrics/ground_score.jsonnet", "Rubric that gives ground_score."
+    )
+    judge_samples: int = _fixed(
+        1, "Answers to each question, from one reading of the prompt; a score is their mean.", ge=1, le=64
+    )
+    judge_readout: Literal["sampled", "expected"] = _fixed(
+        "sampled",
+        "Score of an answer: the number it gives, or the mean over the distribution that this number was drawn from; "
+        "the latter needs a server that gives log-probabilities.",
+    )
+    judge_retries: int = _fixed(
+        3, "Times that an answer without usable scores is asked for again, with a new seed each.", ge=0, le=20
+    )
+    judge_temperature: float = _fixed(1.0, "Sampling temperature of the judge; 0 makes all answers alike.", ge=0, le=2)
+    judge_max_tokens: Positive = _fixed(512, "Longest answer, in tokens.")
+    judge_reasoning_length: Positive = _fixed(
+        300, "Longest reasoning before the scores, in characters, where the server keeps to a schema."
+    )
+    judge_image_size: Positive = _fixed(
+        256, "Longer side of the images that a model judges, in pixels; they go in as PNG, resized to it if need be."
+    )
+    judge_structured_output: bool = _fixed(
+        True, "Hold answers to a JSON schema; false for a server that knows none, whose answers are read tolerantly."
+    )
+    judge_concurrency: Positive = _free(64, "Questions that are under way at once, for the judge `openai`.")
+    judge_timeout_seconds: float = _free(120.0, "Seconds that a server may take for one question.", gt=0)
+    judge_startup_seconds: float = _free(1800.0, "Seconds to wait for a server to come up.", gt=0)
+    judge_tensor_parallel_size: Positive = _free(1, "GPUs that the judge `vllm` is split over.")
+    judge_context_size: Positive = _free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")
+    judge_gpu_memory_utilization: float = _free(0.9, "Share of GPU memory that the judge `vllm` takes.", gt=0, le=1)
+    judge_cache: bool = _free(
+        True, "Keep answers in <base_exp_dir>/shared/judgements.sqlite, so that what is identical is asked once."
+    )
+    judge_gate: JudgeGate | None = _free(
+        None, "What the judge must reach on pairs with a known order before RL starts; null: nothing is checked."
     )
     max_failed_fraction: float = _free(
         0.05, "Share of an iteration's episodes that the judge may fail on before the iteration stops.", ge=0, le=1

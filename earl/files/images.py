@@ -15,6 +15,16 @@ def encode(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
+    """Return an image whose longer side has ``longest`` pixels, its shape kept as nearly as whole pixels allow."""
+    height, width = pixels.shape[:2]
+    scale = longest / max(height, width)
+    if scale == 1:
+        return pixels
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(pixels, mode="RGB").resize(size, Image.Resampling.LANCZOS))
+
+
 def struct(data: bytes | None, name: str = "") -> dict[str, bytes | str] | None:
     """Return the value of an image column, or None for no image."""
     return None if data is None else {"bytes": data, "path": name}

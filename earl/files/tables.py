@@ -23,6 +23,8 @@ TOKENS = pa.list_(pa.uint32())
 TOKEN_GRID = pa.list_(pa.list_(pa.uint32()))
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 SCORE_RANGE = (0.0, 10.0)
+SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
+"""Every score that a judge may give."""
 
 
 def _schema(name: str, *columns: pa.Field) -> pa.Schema:
@@ -81,14 +83,67 @@ SCORES = _schema(
     _required("episode_id", pa.string()),
     _required("group_id", pa.string()),
     _required("status", pa.string()),
-    _score("edit_success"),
-    _score("overedit"),
-    _score("naturalness"),
-    _score("artifacts"),
-    _score("ground_score"),
+    *map(_score, SUB_SCORES),
     pa.field("raw", pa.string()),
     _required("judge", pa.string()),
 )
+REQUEST = pa.struct(
+    [
+        ("question", pa.string()),
+        ("rubric", pa.string()),
+        ("rubric_digest", pa.string()),
+        ("attempt", pa.int32()),
+        ("continues", pa.string()),
+        ("seed", pa.int64()),
+        ("error", pa.string()),
+        ("tokens_in", pa.int32()),
+        ("tokens_out", pa.int32()),
+        ("seconds", pa.float32()),
+        (
+            "passes",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("raw", pa.string()),
+                        ("finish_reason", pa.string()),
+                        ("failure", pa.string()),
+                        ("scores", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float32())]))),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+"""One request to a judge model.
+
+``question`` is the digest of all that the answer depends on; rows with the same one share the request. ``attempt``
+counts from 0; ``continues`` is the beginning of the answer that the model had to go on with. Each of the passes has its
+raw text and its scores, in the rubric's range, or why it has none. ``error`` says why there is no answer at all.
+"""
+MODEL_SCORES = _schema(
+    "scores",
+    *SCORES,
+    pa.field("failure", pa.string()),
+    *(pa.field(f"{name}_variance", pa.float32()) for name in SUB_SCORES),
+    _required("judge_model", pa.string()),
+    pa.field("judge_revision", pa.string()),
+    pa.field("tokens_in", pa.int64()),
+    pa.field("tokens_out", pa.int64()),
+    pa.field("seconds", pa.float32()),
+    pa.field("requests", pa.list_(REQUEST)),
+)
+"""What a judge that asks a model adds: the variance of each score over its passes, and everything that was asked."""
+RANKED = _schema(
+    "ranked images",
+    _required("example_id", pa.string()),
+    _required("rank", pa.float32()),
+    pa.field("label", pa.string()),
+    _required("instruction", pa.string()),
+    _required("original", IMAGE),
+    pa.field("target", IMAGE),
+    _required("edited", IMAGE),
+)
+"""Edits whose order is known, to check a judge on; within an example, a higher rank is a better edit."""
 EPISODES = _schema(
     "episodes",
     _required("episode_id", pa.string()),

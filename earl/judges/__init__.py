@@ -1,10 +1,8 @@
 """Judges: what scores edited images. One interface; `get` finds an implementation by its configured name."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
-
-from earl.errors import EarlError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +32,12 @@ class Verdict:
     naturalness: float | None = None
     artifacts: float | None = None
     ground_score: float | None = None
+    failure: str | None = None
+    """Why a model's judgement failed."""
+    variance: Mapping[str, float] = field(default_factory=dict)
+    """Population variance of each score over the passes of a model."""
+    requests: Sequence[Mapping[str, Any]] = ()
+    """Everything that a model was asked for this, with every raw answer: rows of `earl.files.tables.REQUEST`."""
 
 
 class Judge(Protocol):
@@ -41,6 +45,10 @@ class Judge(Protocol):
 
     name: str
     """Recorded beside every score."""
+    model: str | None
+    """The model that judges; None for a judge that asks none."""
+    revision: str | None
+    """Which version of that model, where it is known."""
 
     def score(self, judgements: Sequence[Judgement]) -> list[Verdict]:
         """Return one verdict for each question, in order. A failure is a verdict too, never a made-up score."""
@@ -51,10 +59,12 @@ def get(config: "Config") -> Judge:
     """Return the configured judge.
 
     Raises:
-        EarlError: when this version has no such judge.
+        EarlError: when a rubric of its cannot be read.
     """
     if config.judge == "program":
         from earl.judges.program import ProgramJudge
 
         return ProgramJudge()
-    raise EarlError(f"judge is {config.judge!r}, which this version does not have; it has 'program'")
+    from earl.judges import model_judge
+
+    return model_judge.from_config(config)

@@ -68,6 +68,8 @@ class ProgramJudge:
     """Scores edits in the shapes world by measuring pixels. Needs the target; the same input gives the same scores."""
 
     name = "program"
+    model = None
+    revision = None
 
     def score(self, judgements: Sequence[Judgement]) -> list[Verdict]:
         """One verdict per judgement, in order; `failed` where there is no target or an image has another size."""

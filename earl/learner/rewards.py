@@ -85,6 +85,7 @@ def check_failed_fraction(failed: int, episodes: int, limit: float, where: str) 
     if fraction > limit:
         raise EarlError(
             f"{where}: the judge failed on {failed} of {episodes} episodes ({fraction:.1%}), more than "
-            f"max_failed_fraction = {limit}; look at the column raw, mend the judge and run the score stage again"
+            f"max_failed_fraction = {limit}; look at the columns raw and failure, mend the judge and run the score "
+            "stage again"
         )
     return fraction

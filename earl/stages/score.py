@@ -1,5 +1,6 @@
 """Score: ask the judge about rollouts. Writes what it said, no reward."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from earl.config.schema import Config
 
-SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
 _READ = ("episode_id", "group_id", "task", "instruction", "finish_reason", "original", "target", "edited")
 
 
@@ -25,7 +25,8 @@ def run(config: "Config", rollouts: Path, out: Path) -> None:
     Args:
         config: The run's resolved configuration.
         rollouts: Schema `earl.files.tables.ROLLOUTS`.
-        out: The Parquet file to write, schema `earl.files.tables.SCORES`.
+        out: The Parquet file to write, schema `earl.files.tables.SCORES`, or `MODEL_SCORES` where the judge asks a
+            model.
     """
     table = tables.read_table(rollouts, tables.ROLLOUTS, _READ)
     judge = judges.get(config)
@@ -37,7 +38,12 @@ def run(config: "Config", rollouts: Path, out: Path) -> None:
     answers: list[judges.Verdict | None] = [None] * len(rows)
     for index, verdict in zip(asked, verdicts, strict=True):
         answers[index] = verdict
-    tables.write_table(out, tables.SCORES, _columns(table, answers, judge.name), _metadata(config, rollouts))
+    columns = _columns(table, answers, judge.name)
+    schema = tables.SCORES
+    if judge.model is not None:
+        schema = tables.MODEL_SCORES
+        columns |= _model_columns(answers, judge)
+    tables.write_table(out, schema, columns, _metadata(config, rollouts))
 
 
 def _judgement(row: dict, rollouts: Path, index: int) -> judges.Judgement:
@@ -61,9 +67,30 @@ def _columns(table: "pa.Table", answers: list[judges.Verdict | None], judge: str
         "raw": [None if answer is None else answer.raw for answer in answers],
         "judge": [judge] * len(answers),
     }
-    for name in SUB_SCORES:
+    for name in tables.SUB_SCORES:
         columns[name] = [None if answer is None else getattr(answer, name) for answer in answers]
     return columns
+
+
+def _model_columns(answers: list[judges.Verdict | None], judge: judges.Judge) -> dict[str, object]:
+    requests = [[] if answer is None else list(answer.requests) for answer in answers]
+    columns: dict[str, object] = {
+        "failure": [None if answer is None else answer.failure for answer in answers],
+        "judge_model": [judge.model] * len(answers),
+        "judge_revision": [judge.revision] * len(answers),
+        "requests": requests,
+    }
+    for name in tables.SUB_SCORES:
+        columns[f"{name}_variance"] = [None if answer is None else answer.variance.get(name) for answer in answers]
+    for name in ("tokens_in", "tokens_out", "seconds"):
+        columns[name] = [_sum(request[name] for request in row) for row in requests]
+    return columns
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """The sum of what is known, None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _metadata(config: "Config", rollouts: Path) -> dict[str, str]:

@@ -127,6 +127,19 @@ def starting_policy(w):
     return paths.resolve(PLANS[w.run].config, PLANS[w.run].config.model_path)
 
 
+def judge_gpus(w):
+    """Return how many GPUs a stage that asks the judge needs: none where it asks a server or a program."""
+    settings = PLANS[w.run].config
+    loads_model = settings.judge == "vllm" and settings.device != "cpu"
+    return settings.judge_tensor_parallel_size if loads_model else 0
+
+
+def judge_check(w):
+    """Return the report on the judge that a run needs before it starts, if its configuration asks for one."""
+    item = PLANS[w.run]
+    return item.run.judge_check.as_posix() if item.config.judge_gate else []
+
+
 def iteration(w):
     return PLANS[w.run].run.iteration(int(w.step))
 

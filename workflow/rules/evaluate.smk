@@ -35,6 +35,8 @@ rule evaluate_score:
     wildcard_constraints:
         run=EVALUATED,
     threads: lambda w: PLANS[w.run].config.cpu_threads
+    resources:
+        gpu=judge_gpus,
     params:
         earl=EARL,
     shell:

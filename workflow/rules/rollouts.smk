@@ -35,6 +35,8 @@ rule score:
     wildcard_constraints:
         run=IN_WINDOW,
     threads: lambda w: PLANS[w.run].config.cpu_threads
+    resources:
+        gpu=judge_gpus,
     params:
         earl=EARL,
     shell:

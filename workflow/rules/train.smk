@@ -1,9 +1,27 @@
 # Learning: where a run starts from, and the step from one policy to the next.
 
 
+# Where the configuration requires something of the judge, no run starts without it. One that has started goes on.
+rule judge_gate:
+    output:
+        "{run}/judge_check.json",
+    log:
+        "{run}/logs/judge_gate.log",
+    benchmark:
+        "{run}/benchmarks/judge_gate.tsv"
+    threads: lambda w: PLANS[w.run].config.cpu_threads
+    resources:
+        gpu=judge_gpus,
+    params:
+        earl=EARL,
+    shell:
+        "{params.earl} judge check --config {wildcards.run}/config.json --out {output} 2>&1 | tee {log}"
+
+
 rule start:
     input:
-        lambda w: stands_for(starting_policy(w)),
+        policy=lambda w: stands_for(starting_policy(w)),
+        gate=lambda w: ancient(judge_check(w)),
     output:
         "{run}/iterations/000000/start.json",
     log:

@@ -1,0 +1,137 @@
+"""Answers of a judge model: the JSON schema they follow, and the parser, which reads and never guesses.
+
+The parser also takes the answers of servers that know no schema: JSON in a code fence or among prose, in any order of
+fields. It gives up wherever two readings are possible or a number is not exactly one of the rubric's.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from earl.judges.rubric import REASONING, Rubric
+
+_WHOLE = re.compile(r"-?\d{1,4}")
+_LONGEST = 100_000
+"""Characters of an answer that are looked at; a real one has hundreds."""
+_BRACE = re.compile(r'\{(?=\s*["}])')
+"""Where a JSON object begins."""
+
+
+class Unusable(Exception):
+    """An answer that gives no scores; the message says why."""
+
+
+def schema(rubric: Rubric, reasoning_length: int) -> dict[str, Any]:
+    """Return the JSON schema of an answer: reasoning of so many characters at most, then whole numbers in range."""
+    number = {"type": "integer", "minimum": rubric.lowest, "maximum": rubric.highest}
+    scores: dict[str, Any] = dict.fromkeys(rubric.scores, number)
+    if rubric.score_list is not None:
+        count = len(rubric.scores)
+        scores = {rubric.score_list: {"type": "array", "items": number, "minItems": count, "maxItems": count}}
+    properties = {REASONING: {"type": "string", "maxLength": reasoning_length}, **scores}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def rest_pattern(rubric: Rubric, which: int) -> str:
+    """Return a regular expression of what may follow the first digit of score number ``which`` to the end."""
+    number = "(" + "|".join(str(value) for value in reversed(rubric.values)) + ")"
+    later = rubric.scores[which + 1 :]
+    if rubric.score_list is not None:
+        return "0?" + "".join(f", ?{number}" for _ in later) + r"\]\}"
+    return "0?" + "".join(f', ?"{name}": ?{number}' for name in later) + r"\}"
+
+
+def parse(text: str, finish_reason: str, rubric: Rubric) -> dict[str, int]:
+    """Return the number that an answer gives to each of the rubric's scores, in the rubric's range.
+
+    Raises:
+        Unusable: the answer is cut off, holds no JSON object with all scores, holds several that differ, or one of
+            the numbers is missing, not whole, not finite or out of range.
+    """
+    if finish_reason != "stop":
+        raise Unusable(f"the answer is not finished: finish_reason is {finish_reason!r}")
+    if len(text) > _LONGEST:
+        raise Unusable(f"the answer has {len(text)} characters")
+    found = [item for item in _objects(text) if _answers(item, rubric)]
+    if not found:
+        raise Unusable("no JSON object with the scores " + ", ".join(rubric.scores))
+    readings = [_read(item, rubric) for item in found]
+    if any(reading != readings[0] for reading in readings):
+        raise Unusable("several JSON objects with different scores")
+    return readings[0]
+
+
+def places(text: str, rubric: Rubric) -> list[int]:
+    """Return where the number of each score begins in an intact JSON answer, as offsets into the text.
+
+    Inside a JSON string every quote has a backslash before it, so a quoted name followed by a colon is a key.
+
+    Raises:
+        Unusable: a score is not written as a plain number there.
+    """
+    if rubric.score_list is None:
+        patterns = [rf'"{name}"\s*:\s*(?=\d)' for name in rubric.scores]
+    else:
+        patterns = [rf'"{rubric.score_list}"\s*:\s*\[\s*' + r"\d+\s*,\s*" * i for i in range(len(rubric.scores))]
+    found = [list(re.finditer(pattern, text)) for pattern in patterns]
+    if any(len(matches) != 1 for matches in found):
+        raise Unusable("the scores do not stand in the answer as plain numbers, each once")
+    return [matches[0].end() for matches in found]
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the outermost JSON objects in a text; braces of prose are passed over.
+
+    Where an object begins and breaks off, nothing after that is read: it may be a part of what broke off.
+    """
+    # Not strict: schemas let control characters into strings, which strict JSON does not.
+    decoder = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_once, strict=False)
+    brace = _BRACE.search(text)
+    while brace is not None:
+        try:
+            value, end = decoder.raw_decode(text, brace.start())
+        except (ValueError, RecursionError) as error:
+            raise Unusable(f"a JSON object that cannot be read: {error}") from error
+        yield value
+        brace = _BRACE.search(text, end)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return value
+
+
+def _answers(item: dict[str, Any], rubric: Rubric) -> bool:
+    return rubric.score_list in item if rubric.score_list else any(name in item for name in rubric.scores)
+
+
+def _read(item: dict[str, Any], rubric: Rubric) -> dict[str, int]:
+    if rubric.score_list is None:
+        numbers = [item.get(name) for name in rubric.scores]
+    else:
+        numbers = item[rubric.score_list]
+        if len(rubric.scores) == 1 and not isinstance(numbers, list):
+            numbers = [numbers]
+        if not isinstance(numbers, list) or len(numbers) != len(rubric.scores):
+            raise Unusable(f"{rubric.score_list} is not a list of {len(rubric.scores)} numbers")
+    return {name: _number(name, value, rubric) for name, value in zip(rubric.scores, numbers, strict=True)}
+
+
+def _number(name: str, value: Any, rubric: Rubric) -> int:
+    if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    # bool is a kind of int in Python, and no score.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Unusable(f"{name} is missing" if value is None else f"{name} is {str(value)[:40]!r}, not a whole number")
+    if value not in rubric.values:
+        raise Unusable(f"{name} is {str(value)[:40]}, outside {rubric.lowest}..{rubric.highest}")
+    return value

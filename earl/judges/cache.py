@@ -1,0 +1,69 @@
+"""Answers by content: what was asked before, with the same pictures, words, model and seed, is not asked again.
+
+One SQLite file for all runs of a folder; stages that run side by side may use it at once. A key is the digest of all
+that an answer depends on, image bytes among it, never of a path. Only whole answers are kept: what failed is asked
+again when a stage runs again.
+"""
+
+import contextlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from earl.errors import EarlError
+
+_PATIENCE = 60.0
+"""Seconds to wait for another process that is writing."""
+_AT_ONCE = 64
+"""Answers in one transaction."""
+
+
+class Cache:
+    """A mapping from keys to JSON values, on disk."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it.
+
+        Raises:
+            EarlError: when it is no such file or cannot be written.
+        """
+        self._path, self._new = path, {}
+        with self._errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=_PATIENCE)
+            with self._database:
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+                )
+
+    def get(self, key: str) -> Any | None:
+        """Return what is kept under a key, or None."""
+        if key in self._new:
+            return self._new[key]
+        with self._errors():
+            row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
+            return None if row is None else json.loads(row[0])
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a value; it is on disk after some more of them, or `flush`. What is there already stays."""
+        self._new[key] = value
+        if len(self._new) >= _AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring everything to disk."""
+        rows = [(key, json.dumps(value, allow_nan=False)) for key, value in self._new.items()]
+        with self._errors(), self._database:
+            self._database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", rows)
+        self._new.clear()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Any:
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise EarlError(
+                f"{self._path}: the store of judgements cannot be used ({error}); remove the file, or set "
+                "judge_cache=false where its file system knows no locks"
+            ) from error

