@@ -1,8 +1,9 @@
 """Rollouts on vLLM: what the grid constraint costs, and how far sampler and learner agree.
 
-Cost: tokens per second with the constraint, without any logits processor, and with a naive one, which loops over
-requests in Python and builds each mask anew; in turns, in one process, by batch size. Speed is counted in CPU seconds
-of this process, so that other work on the machine changes it little; run it on one thread.
+Cost: tokens per second with the constraint, without it, and with a naive one, which loops over requests in Python and
+builds each mask anew; in turns, in one engine, by batch size. Speed is counted in CPU seconds of this process; run it
+on one thread. Other work on the machine still slows it down, so each run also tells which share of its own time went
+into the constraint.
 
 Agreement: log-probs of the engine against the learner's, by type, and how many completions differ when requests come
 in another order, that is, in other batches.
@@ -29,11 +30,7 @@ from tests import policies
 BATCHES = (16, 32, 64, 128, 256)
 TOKENS = 80
 SIZE = (8, 8)
-PROCESSORS = {
-    "none": [],
-    "constraint": ["earl.engines.vllm_constraint:GridConstraintV1"],
-    "naive": ["benchmarks.rollouts_naive:NaiveConstraint"],
-}
+VARIANTS = ("none", "constraint", "naive")
 
 
 def write_policy(folder: Path) -> Path:
@@ -53,25 +50,11 @@ def prompts(vocabulary: Vocabulary, count: int) -> list[list[int]]:
     ]
 
 
-def speeds(policy: Path, variant: str, repeats: int) -> dict[int, float]:
-    """Return the best tokens per CPU second of a variant by batch size, in an engine of its own."""
-    settings = vllm_engine.Settings("cpu", "float32", context=256)
-    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy))
-    from vllm import LLM
-
-    llm = LLM(model=str(policy), **options | {"logits_processors": PROCESSORS[variant]})
-    try:
-        # Once for what is done once, and for the cache of prompts.
-        run(llm, policy, max(BATCHES))
-        return {batch: max(run(llm, policy, batch) for _ in range(repeats)) for batch in BATCHES}
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-
-
-def run(llm: Any, policy: Path, batch: int) -> float:
-    """Return the tokens per CPU second of one batch of completions of equal length."""
+def run(llm: Any, policy: Path, variant: str, batch: int) -> tuple[float, float]:
+    """Return the tokens per CPU second of a batch of completions of equal length, and the constraint's share of it."""
     from vllm import SamplingParams as VllmSamplingParams
 
+    from benchmarks.rollouts_processors import Switch
     from earl.engines import vllm_constraint
 
     vocabulary = Vocabulary.from_folder(policy)
@@ -87,36 +70,47 @@ def run(llm: Any, policy: Path, batch: int) -> float:
         )
         for seed in range(batch)
     ]
+    Switch.active, Switch.seconds = variant, 0.0
     with vllm_engine.vllm_torch("cpu"):
         start = time.process_time()
         outputs = llm.generate(requests, params, use_tqdm=False)
         seconds = time.process_time() - start
     assert all(len(output.outputs[0].token_ids) == TOKENS for output in outputs)
-    return batch * TOKENS / seconds
+    return batch * TOKENS / seconds, Switch.seconds / seconds
 
 
-def compare_speeds(policy: Path, rounds: int, repeats: int) -> None:
-    found: dict[str, list[dict[int, float]]] = {variant: [] for variant in PROCESSORS}
+def compare_speeds(policy: Path, rounds: int) -> None:
+    settings = vllm_engine.Settings("cpu", "float32", context=256)
+    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy))
+    options["logits_processors"] = ["benchmarks.rollouts_processors:Switch"]
+    from vllm import LLM
+
+    llm = LLM(model=str(policy), **options)
+    run(llm, policy, "constraint", max(BATCHES))  # for what is done once, and for the cache of prompts
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for index in range(rounds):
-        order = list(PROCESSORS)
-        for variant in order[index % 3 :] + order[: index % 3]:
-            found[variant].append(speeds(policy, variant, repeats))
-            print(f"round {index + 1}, {variant}: {found[variant][-1]}", flush=True)
-    print("\n| completions | none, tok/s | constraint | cost | naive | cost |\n|---|---|---|---|---|---|")
+        order = VARIANTS[index % 3 :] + VARIANTS[: index % 3]
+        for batch in BATCHES:
+            for variant in order:
+                found.setdefault((variant, batch), []).append(run(llm, policy, variant, batch))
+        print(f"round {index + 1} of {rounds}", flush=True)
+    print(
+        "\n| completions | none, tok/s | constraint | naive | time in constraint | in naive |"
+        "\n|---|---|---|---|---|---|"
+    )
     for batch in BATCHES:
-        medians = {v: statistics.median(one[batch] for one in parts) for v, parts in found.items()}
-        costs = {v: 1 - medians[v] / medians["none"] for v in medians}
-        print(
-            f"| {batch} | {medians['none']:.0f} | {medians['constraint']:.0f} | {costs['constraint']:.1%} "
-            f"| {medians['naive']:.0f} | {costs['naive']:.1%} |"
+        speeds, shares = zip(
+            *([statistics.median(values) for values in zip(*found[v, batch], strict=True)] for v in VARIANTS),
+            strict=True,
         )
+        print(f"| {batch} | " + " | ".join(f"{s:.0f}" for s in speeds) + f" | {shares[1]:.1%} | {shares[2]:.1%} |")
 
 
 def agreement(policy: Path, dtype: str) -> str:
     """Return a row: differences of log-probs from the learner's, and the share of completions that an order changes."""
     vocabulary = Vocabulary.from_folder(policy)
     requests = [
-        Request(ids, SIZE, seeds=range(8 * index, 8 * index + 8)) for index, ids in enumerate(prompts(vocabulary, 64))
+        Request(ids, SIZE, seeds=range(8 * index, 8 * index + 8)) for index, ids in enumerate(prompts(vocabulary, 32))
     ]
     params = SamplingParams(temperature=1.0, max_tokens=96)
     engine = vllm_engine.VllmEngine(vllm_engine.Settings("cpu", dtype, context=256))
@@ -160,16 +154,15 @@ def agreement(policy: Path, dtype: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         policy = write_policy(Path(folder) / "policy")
-        rows = [agreement(policy, dtype) for dtype in ("float32", "bfloat16")]
-        compare_speeds(policy, arguments.rounds, arguments.repeats)
-    print("\n| type | log-prob difference, mean | max | completions that another order changes |\n|---|---|---|---|")
-    print("\n".join(rows))
+        print("| type | log-prob difference, mean | max | completions that another order changes |\n|---|---|---|---|")
+        for dtype in ("float32", "bfloat16"):
+            print(agreement(policy, dtype), flush=True)
+        compare_speeds(policy, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The naive grid constraint that benchmarks/rollouts.py compares with; a module of its own, since vLLM imports it."""
+"""The logits processors that benchmarks/rollouts.py compares; a module of its own, since vLLM imports it."""
 
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, BatchUpdate, LogitsProcessor
 
 from earl.emu3 import grid
 from earl.emu3.vocabulary import Vocabulary
+from earl.engines.vllm_constraint import GridConstraintV1
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -43,3 +45,29 @@ class NaiveConstraint(AdapterLogitsProcessor):
             return logits + mask
 
         return constrain
+
+
+class Switch(LogitsProcessor):
+    """One of the constraints or none, as ``active`` says, with the CPU seconds that it took: one engine runs all."""
+
+    active: ClassVar[str] = "none"
+    seconds: ClassVar[float] = 0.0
+
+    def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
+        arguments = vllm_config, device, is_pin_memory
+        self.processors = {"constraint": GridConstraintV1(*arguments), "naive": NaiveConstraint(*arguments)}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        for processor in self.processors.values():
+            processor.update_state(batch_update)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if Switch.active == "none":
+            return logits
+        start = time.process_time()
+        logits = self.processors[Switch.active].apply(logits)
+        Switch.seconds += time.process_time() - start
+        return logits
