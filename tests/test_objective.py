@@ -21,10 +21,10 @@ def test_advantages_by_hand():
 
 
 def test_advantages_without_division_keep_the_units_of_the_rewards():
-    rewards = torch.tensor([1.0, 3.0, 9.9, 10.0, float("nan")])
+    rewards = torch.tensor([1.0, 3.0, 9.75, 10.0, float("nan")])
     groups, used = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, True, True, True, False])
     found = objective.group_advantages(rewards, groups, used, divide_by_std=False)
-    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -0.05, 0.05, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -0.125, 0.125, 0.0], dtype=torch.float64))
 
 
 def test_unused_episodes_touch_neither_their_group_nor_get_an_advantage():

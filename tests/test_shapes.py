@@ -273,3 +273,39 @@ def test_every_instruction_has_as_many_tokens_as_every_other(policy_folder):
     vocabulary = Vocabulary.from_folder(policy_folder)
     lengths = {len(vocabulary.encode(world.edit(1, index).instruction)) for index in range(700)}
     assert lengths == {12}
+
+
+def test_shipped_base_policy_belongs_to_this_world_and_edits_some_of_it():
+    """Its tokenizer is the one that `build_tokenizer` makes, and it turns most backgrounds into the right colour."""
+    import torch
+
+    from earl.emu3 import vision
+    from earl.engines import Request, SamplingParams
+    from earl.engines.torch_engine import TorchEngine
+    from earl.judges import Judgement
+    from earl.judges.program import ProgramJudge
+
+    tokenizer = json.loads((policy.BASE_POLICY / "tokenizer.json").read_text())
+    assert tokenizer == json.loads(policy.build_tokenizer().to_str())
+    manifest.check(policy.BASE_POLICY, deep=True)
+    vocabulary = Vocabulary.from_folder(policy.BASE_POLICY)
+    vision_tokenizer = load_vision_tokenizer(policy.VISION_TOKENIZER, "cpu")
+    edits = [world.edit(seeds.seed("shipped base policy"), index, ("background",)) for index in range(16)]
+    originals = [world.render(edit.original) for edit in edits]
+    prompts = [
+        sequence.prompt_ids(tokens, edit.instruction, "<|image start|>", vocabulary)
+        for tokens, edit in zip(vision.encode(vision_tokenizer, originals), edits, strict=True)
+    ]
+    engine = TorchEngine(torch.device("cpu"), torch.float32, batch_size=16, constrained=True)
+    engine.load(policy.BASE_POLICY)
+    requests = [Request(prompt, (8, 8), [index]) for index, prompt in enumerate(prompts)]
+    completions = [samples[0] for samples in engine.generate(requests, SamplingParams(temperature=0.0, max_tokens=96))]
+    grids = [sequence.parse_completion(completion.token_ids, vocabulary) for completion in completions]
+    pictures = vision.decode(vision_tokenizer, grids)
+    verdicts = ProgramJudge().score(
+        [
+            Judgement(edit.instruction, original, picture, world.render(edit.edited))
+            for edit, original, picture in zip(edits, originals, pictures, strict=True)
+        ]
+    )
+    assert sum(verdict.edit_success for verdict in verdicts) / len(verdicts) > 8
