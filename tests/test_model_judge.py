@@ -185,6 +185,16 @@ def test_a_store_that_is_none_is_named(tmp_path):
         Cache(tmp_path / "s.sqlite")
 
 
+def test_stages_side_by_side_share_the_store(tmp_path):
+    one, other = Cache(tmp_path / "s.sqlite"), Cache(tmp_path / "s.sqlite")
+    one.put("a", [1])
+    other.put("a", [2])
+    other.put("b", [3])
+    one.flush()
+    other.flush()
+    assert (Cache(tmp_path / "s.sqlite").get("a"), one.get("b")) == ([1], [3]), "what is there already stays"
+
+
 def test_answers_before_an_interruption_are_kept(tmp_path):
     class Breaks(Model):
         def ask(self, questions, take):
