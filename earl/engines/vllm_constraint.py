@@ -7,7 +7,6 @@ held to (`extra_args`); one that says nothing is free.
 """
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
 KEY = "emu3_grid"
-_LAST = itemgetter(slice(-1, None))
+_LAST = itemgetter(-1)
 
 
 def extra_args(size: tuple[int, int]) -> dict[str, list[int]]:
@@ -57,7 +56,9 @@ class GridConstraintV1(V1LogitsProcessor):
         slots = vllm_config.scheduler_config.max_num_seqs
         vocabulary = Vocabulary.from_folder(vllm_config.model_config.model)
         self.img = vocabulary.img
-        self.forbidden = grid.forbidden_table(vocabulary, vllm_config.model_config.get_vocab_size()).to(device)
+        forbidden = grid.forbidden_table(vocabulary, vllm_config.model_config.get_vocab_size())
+        # To add is several times as fast as to fill on a CPU; x + 0 is x, bit for bit.
+        self.masks = torch.zeros(forbidden.shape).masked_fill(forbidden, -torch.inf).to(device)
         self.grids = np.zeros((slots, 2), dtype=np.int64)
         self.image_starts = np.full(slots, -1, dtype=np.int64)
         """Tokens generated up to and with ``img``; -1 before it."""
@@ -92,17 +93,20 @@ class GridConstraintV1(V1LogitsProcessor):
         self.grids[slot], self.image_starts[slot], self.outputs[slot] = 0, -1, []
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        kinds = self.kinds(len(logits))
-        return logits.masked_fill_(self.forbidden[torch.from_numpy(kinds).to(logits.device)], -torch.inf)
+        kinds = torch.from_numpy(self.kinds(len(logits))).to(logits.device)
+        # index_select counts from the start only.
+        return logits.add_(self.masks.index_select(0, kinds % len(self.masks)))
 
     def kinds(self, rows: int) -> np.ndarray:
         """Return int64 [rows]: the kind that each row is held to."""
         outputs = self.outputs[:rows]
         lengths = np.fromiter(map(len, outputs), np.int64, rows)
-        last = np.full(rows, -1)
-        last[lengths > 0] = np.fromiter(chain.from_iterable(map(_LAST, outputs)), np.int64)
         starts = self.image_starts[:rows]
-        np.copyto(starts, lengths, where=(last == self.img) & (starts < 0))
+        searching = np.flatnonzero((starts < 0) & (lengths > 0))
+        if len(searching):
+            last = np.fromiter(map(_LAST, map(outputs.__getitem__, searching.tolist())), np.int64, len(searching))
+            found = searching[last == self.img]
+            starts[found] = lengths[found]
         return _kinds(np, lengths - starts, starts >= 0, self.grids[:rows])
 
 
