@@ -108,7 +108,7 @@ def test_a_completion_depends_on_its_seed_alone(loaded, requests, record_propert
         assert together == aligned
     for again in (aligned, backwards):
         differing = np.mean([a.token_ids != b.token_ids for a, b in zip(flat(together), flat(again), strict=True)])
-        record_property("share of differing completions", differing)
+        record_property("share of differing completions", float(differing))
         assert differing <= 0.1
     other = loaded.generate([dataclasses.replace(r, seeds=[s + 1000 for s in r.seeds]) for r in requests], FREE)
     assert flat(other) != flat(together)
