@@ -296,7 +296,7 @@ def test_shipped_base_policy_belongs_to_this_world_and_edits_some_of_it():
         sequence.prompt_ids(tokens, edit.instruction, "<|image start|>", vocabulary)
         for tokens, edit in zip(vision.encode(vision_tokenizer, originals), edits, strict=True)
     ]
-    engine = TorchEngine(torch.device("cpu"), torch.float32, batch_size=16, constrained=True)
+    engine = TorchEngine(torch.device("cpu"), torch.float32, batch_size=16, context=320, constrained=True)
     engine.load(policy.BASE_POLICY)
     requests = [Request(prompt, (8, 8), [index]) for index, prompt in enumerate(prompts)]
     completions = [samples[0] for samples in engine.generate(requests, SamplingParams(temperature=0.0, max_tokens=96))]
