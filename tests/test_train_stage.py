@@ -19,7 +19,7 @@ from earl.emu3 import checkpoint, grid, sequence
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
 from earl.layout import Run
-from earl.learner import grpo, objective
+from earl.learner import objective
 from earl.stages import restore, sft, train
 
 GROUPS, SAMPLES = 4, 2
@@ -223,32 +223,6 @@ def test_mismatch_with_the_sampler_is_reported(new_run, vocabulary, policy_folde
     assert metrics["logprob_mismatch_mean"] == pytest.approx(0.5 / metrics["counted_tokens"], abs=1e-5)
 
 
-def test_micro_batches_change_the_step_by_rounding_alone(policy_folder, vocabulary):
-    rows = [_row(1, group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
-    gradients, losses = [], []
-    for size in (1, 3, 8):
-        model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        settings = grpo.Settings(0.0, 1.0, size, (vocabulary.first_visual, vocabulary.size), True, "all", False)
-        learned = [
-            grpo.Episode(
-                row["episode_id"],
-                np.array(row["prompt_token_ids"]),
-                np.array(row["completion_token_ids"]),
-                np.zeros(len(row["completion_token_ids"]), dtype=bool),
-                np.zeros(len(row["completion_token_ids"]), dtype=np.float32),
-                advantage=(-1.0) ** row["sample_index"],
-            )
-            for row in rows
-        ]
-        losses.append(grpo.train_iteration(model, None, optimizer, learned, settings)["loss"])
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-    assert gradients[0].norm() > 1e-3
-    for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
-
-
 def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabulary):
     """After the step, log-probs weighted by advantages are higher: the step went the way of the gradient."""
 
@@ -379,6 +353,21 @@ def test_the_optimizer_goes_on_where_it_was(new_run, vocabulary):
     write_scores(other, 1, 0, rows)
     train.run(other_config, other.path, 1)
     assert made_of(other, 1)["policy"] != with_state
+
+
+def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, vocabulary):
+    changes = {"optimizer_steps_per_iteration": 2, "importance_ratio": "behavior", "clip_ratio_high": 0.2}
+    found = []
+    for name in ("one", "two"):
+        config, run = new_run(name, **changes)
+        train_iterations(config, run, vocabulary, 2)
+        found.append(made_of(run, 2))
+    assert found[0] == found[1]
+    metrics = json.loads(found[0]["metrics"])
+    assert metrics["optimizer_steps"] == 4
+    assert metrics["counted_tokens"] == 8 * (len(vocabulary.encode("2*3")) + 1 + 6)
+    assert 0 <= metrics["clip_fraction_high"] <= 1
+    assert metrics["corrected_fraction"] is None
 
 
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):

@@ -1,13 +1,14 @@
-"""The learning loop of one iteration: scored episodes in, one optimizer step on the policy.
+"""The learning loop of one iteration: scored episodes in, one or more optimizer steps on the policy.
 
 Reads top to bottom: `train_iteration` is the loop, what it calls stands below it in the order of the calls. The
 formulas are in `objective`, the rewards in `rewards`, files in `earl.stages.train`.
 
-Left out on purpose, so that this stays the plain learner that others are measured against: importance ratios and
-clipping (one step an iteration is on-policy), packing, a head chunked over the vocabulary, gradient checkpointing and
-several ranks. Nothing here is random: dropout is off, and the order of the episodes is that of their lengths and ids.
+Left out on purpose: packing, a head chunked over the vocabulary, gradient checkpointing and several ranks. Nothing here
+is random: dropout is off, mini-batches are cut in the order of the group ids (their prompts were drawn at random), and
+the order of the episodes is that of their lengths and ids.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -38,6 +39,10 @@ class Settings:
     split_vocab: bool
     counted: str  # "all", "text" or "visual": see objective.counted_tokens
     bfloat16: bool
+    options: objective.Options = objective.SPEC
+    normalization: str = "tokens"  # see objective.loss_denominator
+    max_completion_tokens: int = 1  # the constant of the normalization "constant"
+    optimizer_steps: int = 1  # mini-batches that the episodes are cut into
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Episode:
     """One used episode. P prompt tokens, L completion tokens."""
 
     episode_id: str
+    group_id: str
     prompt: np.ndarray  # int64 [P]
     completion: np.ndarray  # int64 [L]
     forced: np.ndarray  # bool [L], the sampler had no choice
@@ -57,28 +63,41 @@ class Episode:
 
 @dataclass
 class Totals:
-    """Sums over the counted tokens of an iteration, of the policy before its step."""
+    """Sums over the counted tokens of an iteration, each under the policy before the step that the token takes part in.
+
+    The mismatch is of the first step's tokens alone: later ones meet a policy that no longer is the one that sampled.
+    """
 
     loss: float = 0.0
     tokens: int = 0
     entropy: float = 0.0
     kl: float = 0.0
+    clipped_low: int = 0
+    clipped_high: int = 0
+    corrected: int = 0
+    mismatch_tokens: int = 0
     mismatch: float = 0.0
     mismatch_max: float = 0.0
-    completion_tokens: int = 0
-    gradient_norm: float = field(default=0.0)
+    gradient_norms: list[float] = field(default_factory=list)
 
-    def metrics(self, with_kl: bool) -> dict[str, float | int | None]:
-        """Means in nats a counted token; `kl` is None where no reference was asked."""
-        tokens = max(self.tokens, 1)
+    def metrics(self, settings: Settings, with_kl: bool) -> dict[str, float | int | None]:
+        """Means in nats a counted token, fractions of the counted tokens; None for what the objective does not have.
+
+        Loss and gradient norm are means over the optimizer steps.
+        """
+        tokens, steps, ratio = max(self.tokens, 1), len(self.gradient_norms), settings.options.ratio
         return {
-            "loss": self.loss,
+            "loss": self.loss / steps,
             "entropy": self.entropy / tokens,
             "kl": self.kl / tokens if with_kl else None,
-            "gradient_norm": self.gradient_norm,
-            "logprob_mismatch_mean": self.mismatch / tokens,
+            "gradient_norm": sum(self.gradient_norms) / steps,
+            "clip_fraction_low": self.clipped_low / tokens if ratio else None,
+            "clip_fraction_high": self.clipped_high / tokens if ratio else None,
+            "corrected_fraction": self.corrected / tokens if settings.options.correction != "none" else None,
+            "logprob_mismatch_mean": self.mismatch / max(self.mismatch_tokens, 1),
             "logprob_mismatch_max": self.mismatch_max,
             "counted_tokens": self.tokens,
+            "steps": steps,
         }
 
 
@@ -95,30 +114,52 @@ def train_iteration(
     settings: Settings,
     description: str = "train",
 ) -> dict[str, float | int | None]:
-    """Do one optimizer step on all `episodes`; change `policy` and `optimizer`, return the metrics of `Totals`.
+    """Do the optimizer steps of an iteration; change `policy` and `optimizer`, return the metrics of `Totals`.
 
     Args:
         policy: float32 weights; computes in bfloat16 where the settings say so.
         reference: the frozen initial model; None when kl_coeff is 0.
-        episodes: the used episodes of the whole iteration; the loss is divided by their completion tokens.
+        episodes: the used episodes of the whole iteration; each takes part in one step.
 
     Raises:
-        EarlError: no token counts, or loss or gradient is not finite (the weights are then as they were).
+        EarlError: no token counts in a step, or its loss or gradient is not finite (nothing must be kept then).
     """
     policy.eval()  # no dropout: the learner must compute the log-probs that the sampler sampled from
-    optimizer.zero_grad(set_to_none=True)
-    totals = Totals(completion_tokens=sum(len(episode.completion) for episode in episodes))
-    for batch in micro_batches(episodes, settings, policy.device, description):
-        logp, entropy = completion_logprobs(policy, batch, settings)
-        reference_logp = None
-        if reference is not None:
-            with torch.no_grad():
-                reference_logp, _ = completion_logprobs(reference, batch, settings)
-        loss = objective.grpo_loss(logp, batch.advantages, totals.completion_tokens, reference_logp, settings.kl_coeff)
-        loss.backward()
-        add_to(totals, batch, loss.detach(), logp.detach(), entropy, reference_logp)
-    totals.gradient_norm = optimizer_step(policy, optimizer, totals)
-    return totals.metrics(with_kl=reference is not None)
+    totals = Totals()
+    for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
+        optimizer.zero_grad(set_to_none=True)
+        denominator = objective.loss_denominator(
+            settings.normalization,
+            len(part),
+            sum(len(episode.completion) for episode in part),
+            settings.max_completion_tokens,
+        )
+        before = totals.tokens
+        for batch in micro_batches(part, settings, policy.device, description):
+            logp, entropy = completion_logprobs(policy, batch, settings)
+            reference_logp = None
+            if reference is not None:
+                with torch.no_grad():
+                    reference_logp, _ = completion_logprobs(reference, batch, settings)
+            loss = batch_loss(logp, reference_logp, batch, denominator, settings)
+            loss.backward()
+            add_to(totals, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
+            if step == 0:
+                add_mismatch(totals, batch, logp.detach())
+        totals.gradient_norms.append(optimizer_step(policy, optimizer, totals.loss, totals.tokens - before))
+    return totals.metrics(settings, with_kl=reference is not None)
+
+
+def mini_batches(episodes: Sequence[Episode], steps: int) -> list[list[Episode]]:
+    """Cut the episodes into `steps` parts of whole groups, as even as can be; fewer where there are fewer groups."""
+    groups: dict[str, list[Episode]] = {}
+    for episode in sorted(episodes, key=lambda episode: episode.episode_id):
+        groups.setdefault(episode.group_id, []).append(episode)
+    names, steps = sorted(groups), min(steps, len(groups))
+    bounds = [len(names) * step // steps for step in range(steps + 1)]
+    return [
+        [episode for name in names[start:end] for episode in groups[name]] for start, end in itertools.pairwise(bounds)
+    ]
 
 
 @dataclass(frozen=True)
@@ -130,6 +171,7 @@ class MicroBatch:
     columns: Tensor  # int64 [T], position whose logits predict it
     targets: Tensor  # int64 [T]
     advantages: Tensor  # float32 [T]
+    lengths: Tensor  # float32 [T], completion tokens of the token's episode
     behavior_logprobs: Tensor  # float32 [T]
 
 
@@ -150,7 +192,7 @@ def micro_batches(
 def collate(episodes: Sequence[Episode], settings: Settings, device: torch.device) -> MicroBatch:
     # Any id pads: under the causal mask nothing to the left sees the right end, and no logits are taken there.
     input_ids = np.zeros((len(episodes), max(len(episode) for episode in episodes)), dtype=np.int64)
-    rows, columns, targets, advantages, behavior = [], [], [], [], []
+    rows, columns, targets, advantages, lengths, behavior = [], [], [], [], [], []
     for row, episode in enumerate(episodes):
         input_ids[row, : len(episode)] = np.concatenate([episode.prompt, episode.completion])
         counts = counted_positions(episode, settings)
@@ -158,8 +200,9 @@ def collate(episodes: Sequence[Episode], settings: Settings, device: torch.devic
         columns.append(len(episode.prompt) + counts - 1)
         targets.append(episode.completion[counts])
         advantages.append(np.full(len(counts), episode.advantage, dtype=np.float32))
+        lengths.append(np.full(len(counts), len(episode.completion), dtype=np.float32))
         behavior.append(episode.behavior_logprobs[counts])
-    flat = (np.concatenate(parts) for parts in (rows, columns, targets, advantages, behavior))
+    flat = (np.concatenate(parts) for parts in (rows, columns, targets, advantages, lengths, behavior))
     return MicroBatch(*(torch.from_numpy(array).to(device) for array in (input_ids, *flat)))
 
 
@@ -182,29 +225,64 @@ def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: S
     )
 
 
+def batch_loss(
+    logp: Tensor, reference_logp: Tensor | None, batch: MicroBatch, denominator: int, settings: Settings
+) -> Tensor:
+    return objective.grpo_loss(
+        logp,
+        batch.advantages,
+        denominator,
+        reference_logp,
+        settings.kl_coeff,
+        behavior_logprobs=batch.behavior_logprobs,
+        sequences=batch.rows,
+        lengths=batch.lengths if settings.normalization == "sequences" else None,
+        options=settings.options,
+    )
+
+
 def add_to(
-    totals: Totals, batch: MicroBatch, loss: Tensor, logp: Tensor, entropy: Tensor, reference_logp: Tensor | None
+    totals: Totals,
+    batch: MicroBatch,
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    reference_logp: Tensor | None,
+    settings: Settings,
 ) -> None:
-    mismatch = (logp - batch.behavior_logprobs).abs()
+    options = settings.options
     totals.loss += loss.item()
     totals.tokens += len(logp)
     totals.entropy += entropy.double().sum().item()
+    if reference_logp is not None:
+        kl = objective.kl_estimate(logp, reference_logp, options.kl_estimator)
+        totals.kl += kl.double().sum().item()
+    if options.ratio:
+        bounds = options.clip_low, options.clip_high
+        low, high = objective.clipped_tokens(logp, batch.behavior_logprobs, batch.advantages, *bounds)
+        totals.clipped_low += int(low.sum())
+        totals.clipped_high += int(high.sum())
+    if options.correction != "none":
+        totals.corrected += int(objective.corrected_tokens(logp, batch.behavior_logprobs, batch.rows, options).sum())
+
+
+def add_mismatch(totals: Totals, batch: MicroBatch, logp: Tensor) -> None:
+    mismatch = (logp - batch.behavior_logprobs).abs()
+    totals.mismatch_tokens += len(logp)
     totals.mismatch += mismatch.double().sum().item()
     totals.mismatch_max = max(totals.mismatch_max, mismatch.max().item())
-    if reference_logp is not None:
-        totals.kl += objective.k3_kl(logp, reference_logp).double().sum().item()
 
 
-def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, totals: Totals) -> float:
+def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, loss: float, tokens: int) -> float:
     """Clip the gradient to norm 1 and step; return the norm before clipping."""
-    if not totals.tokens:
+    if not tokens:
         raise EarlError(
             "no completion token counts in the loss; check train_text_tokens_only, train_vision_tokens_only"
         )
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM).item()
-    if not np.isfinite(norm) or not np.isfinite(totals.loss):
+    if not np.isfinite(norm) or not np.isfinite(loss):
         raise EarlError(
-            f"loss {totals.loss} or gradient norm {norm} is not finite, so no step was done; "
+            f"loss {loss} or gradient norm {norm} is not finite, so no step was done; "
             "look for scores or log-probs out of range, or lower learning_rate"
         )
     optimizer.step()

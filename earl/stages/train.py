@@ -65,7 +65,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         "rollouts": source.rollouts,
         "scores": source.scores,
     }
-    steps = 1 + (state.optimizer_steps if state else 0)
+    steps = learned.pop("steps") + (state.optimizer_steps if state else 0)
     metrics = {
         **episodes.metrics(outcomes),
         **learned,
@@ -119,6 +119,18 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        options=objective.Options(
+            kl_estimator=config.kl_estimator,
+            ratio=config.importance_ratio == "behavior",
+            clip_low=config.clip_ratio_low,
+            clip_high=config.clip_ratio_high,
+            correction=config.sampler_correction,
+            correction_low=config.sampler_correction_low,
+            correction_high=config.sampler_correction_high,
+        ),
+        normalization=config.loss_normalization,
+        max_completion_tokens=config.max_response_tokens,
+        optimizer_steps=config.optimizer_steps_per_iteration,
     )
 
 
