@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from earl.emu3 import checkpoint
-from earl.learner import grpo, objective
+from earl.learner import grpo, head, objective
 
 GROUPS, SAMPLES = 4, 2
 
@@ -139,3 +139,18 @@ def test_each_step_sees_its_mini_batch_alone(episodes, settings, learn, policy_f
     assert both["gradient_norm"] == pytest.approx((first["gradient_norm"] + second["gradient_norm"]) / 2)
     assert both["counted_tokens"] == first["counted_tokens"] + second["counted_tokens"]
     assert both["logprob_mismatch_mean"] == first["logprob_mismatch_mean"], "of the policy that sampled alone"
+
+
+def test_the_head_by_blocks_changes_the_step_by_rounding_alone(episodes, settings, learn, policy_folder, monkeypatch):
+    reference = checkpoint.load_policy(policy_folder, torch.float32, "cpu").requires_grad_(False)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.9)
+    settings = replace(settings, kl_coeff=0.1)
+    expected, gradient = learn(episodes, settings, reference)
+    monkeypatch.setattr(head, "TOKENS", 7)
+    monkeypatch.setattr(head, "IDS", 50)
+    metrics, found = learn(episodes, settings, reference)
+    for name in ("loss", "entropy", "kl", "gradient_norm"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4)
+    assert metrics["kl"] > 1e-3
+    assert_same_gradient(found, gradient)

@@ -1,11 +1,11 @@
 """The learning loop of one iteration: scored episodes in, one or more optimizer steps on the policy.
 
 Reads top to bottom: `train_iteration` is the loop, what it calls stands below it in the order of the calls. The
-formulas are in `objective`, the rewards in `rewards`, files in `earl.stages.train`.
+formulas are in `objective`, the log-probs in `head`, the rewards in `rewards`, files in `earl.stages.train`.
 
-Left out on purpose: packing, a head chunked over the vocabulary, gradient checkpointing and several ranks. Nothing here
-is random: dropout is off, mini-batches are cut in the order of the group ids (their prompts were drawn at random), and
-the order of the episodes is that of their lengths and ids.
+Left out on purpose: packing, gradient checkpointing and several ranks. Nothing here is random: dropout is off,
+mini-batches are cut in the order of the group ids (their prompts were drawn at random), and the order of the episodes
+is that of their lengths and ids.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from earl.errors import EarlError
-from earl.learner import objective
+from earl.learner import head, objective
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
@@ -218,10 +218,15 @@ def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: S
     """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`."""
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
         hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        # The head runs on counted tokens only: with a large vocabulary the logits are most of the memory.
-        logits = model.lm_head(hidden[batch.rows, batch.columns])
-    return objective.token_logprobs(
-        logits, batch.targets, settings.temperature, settings.visual_range, settings.split_vocab
+    # The head runs on counted tokens only: with a large vocabulary it is most of the work.
+    return head.token_logprobs(
+        hidden[batch.rows, batch.columns],
+        model.lm_head.weight,
+        batch.targets,
+        settings.temperature,
+        settings.visual_range,
+        settings.split_vocab,
+        settings.bfloat16,
     )
 
 

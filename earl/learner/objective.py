@@ -115,9 +115,7 @@ def token_logprobs(
     if not split_vocab:
         return _logprob_and_entropy(logits, targets)
     first, last = visual_range
-    if bool((targets >= last).any()):
-        raise ValueError(f"target id {int(targets.max())} lies above the visual ids {first}..{last - 1}")
-    is_visual = targets >= first
+    is_visual = visual_targets(targets, visual_range)
     visual, text = is_visual.nonzero().squeeze(1), (~is_visual).nonzero().squeeze(1)
     visual_logp, visual_entropy = _logprob_and_entropy(logits[visual, first:last], targets[visual] - first)
     text_logp, text_entropy = _logprob_and_entropy(logits[text, :first], targets[text])
@@ -126,6 +124,18 @@ def token_logprobs(
     logp = zeros.index_copy(0, visual, visual_logp).index_copy(0, text, text_logp)
     entropy = zeros.index_copy(0, visual, visual_entropy).index_copy(0, text, text_entropy)
     return logp, entropy
+
+
+def visual_targets(targets: Tensor, visual_range: tuple[int, int]) -> Tensor:
+    """bool [T]: True where `split_vocab` normalises over the visual ids, False where over those below them.
+
+    Raises:
+        ValueError: a target at or above the end of the visual range: it is in neither support.
+    """
+    first, last = visual_range
+    if bool((targets >= last).any()):
+        raise ValueError(f"target id {int(targets.max())} lies above the visual ids {first}..{last - 1}")
+    return targets >= first
 
 
 def _logprob_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
