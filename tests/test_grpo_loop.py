@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from earl.emu3 import checkpoint
+from earl.errors import EarlError
 from earl.learner import grpo, head, objective
 
 GROUPS, SAMPLES = 4, 2
@@ -139,6 +140,17 @@ def test_each_step_sees_its_mini_batch_alone(episodes, settings, learn, policy_f
     assert both["gradient_norm"] == pytest.approx((first["gradient_norm"] + second["gradient_norm"]) / 2)
     assert both["counted_tokens"] == first["counted_tokens"] + second["counted_tokens"]
     assert both["logprob_mismatch_mean"] == first["logprob_mismatch_mean"], "of the policy that sampled alone"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_parity_looks_at_the_mean_before_the_first_step(episodes, settings, learn, policy_folder, steps):
+    episodes = with_learners_logprobs(episodes, policy_folder, settings, shift=0.1)
+    settings = replace(settings, optimizer_steps=steps, options=objective.Options(ratio=True))
+    metrics, _ = learn(episodes, replace(settings, parity_tolerance=0.101))
+    assert metrics["logprob_mismatch_mean"] == pytest.approx(0.1, abs=1e-4)
+    assert metrics["effective_sample_size"] == pytest.approx(1, abs=1e-4)
+    with pytest.raises(EarlError, match=r"parity_tolerance = 0\.099"):
+        learn(episodes, replace(settings, parity_tolerance=0.099))
 
 
 def test_the_head_by_blocks_changes_the_step_by_rounding_alone(episodes, settings, learn, policy_folder, monkeypatch):

@@ -1,6 +1,7 @@
 """The train, SFT and restore stages on files: a tiny random policy and hand-written rollouts and scores."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -50,6 +51,7 @@ def make_config(folder: Path, **changes) -> Config:
         "dtype": "float32",
         "cpu_threads": 1,
         "max_failed_fraction": 0.25,
+        "parity_tolerance": None,  # most behaviour log-probs here are made up
     }
     return Config(**(values | changes))
 
@@ -220,7 +222,12 @@ def test_mismatch_with_the_sampler_is_reported(new_run, vocabulary, policy_folde
     write_inputs(run, 1, vocabulary, edit=edit)
     metrics = train.run(config, run.path, 1)
     assert metrics["logprob_mismatch_max"] == pytest.approx(0.5, abs=1e-4)
-    assert metrics["logprob_mismatch_mean"] == pytest.approx(0.5 / metrics["counted_tokens"], abs=1e-5)
+    counted = metrics["counted_tokens"]
+    assert metrics["logprob_mismatch_mean"] == pytest.approx(0.5 / counted, abs=1e-5)
+    # One ratio of e^0.5 among ones: k3 of the sampler's log-probs, and Kish's formula.
+    assert metrics["logprob_mismatch_kl"] == pytest.approx((math.exp(0.5) - 1.5) / counted, abs=1e-5)
+    weight, square = counted - 1 + math.exp(0.5), counted - 1 + math.exp(1)
+    assert metrics["effective_sample_size"] == pytest.approx(weight**2 / (counted * square), abs=1e-4)
 
 
 def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabulary):
@@ -259,6 +266,15 @@ def _set(**changes):
             row |= changes
 
     return edit
+
+
+def test_no_step_is_done_where_sampler_and_learner_disagree(new_run, vocabulary):
+    config, run = new_run(parity_tolerance=0.5)
+    write_inputs(run, 1, vocabulary, edit=_set(behavior_logprobs=[-90.0] + [-1.0] * 14))
+    message = r"parity_tolerance = 0\.5; no step was done(.|\n)*\n  000001-0001-01 +0 +-90\.0000 +-\d+\.\d{4}\n"
+    with pytest.raises(EarlError, match=message):
+        train.run(config, run.path, 1)
+    assert sorted(path.name for path in run.iteration(1).path.iterdir()) == ["rollouts", "scores"]
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,13 @@ class Config(_Section):
     )
     sampler_correction_low: float | None = _fixed(None, "Lower bound of `filter`.", gt=0, le=1)
     sampler_correction_high: float | None = _fixed(None, "Upper bound of `truncate` (2 is common) and `filter`.", ge=1)
+    parity_tolerance: float | None = _fixed(
+        0.05,
+        "Before an iteration's first step, log-probs of sampler and learner may differ by this many nats a token on "
+        "average, else training stops and prints both; about 1e-6 in float32 and 0.01 in bfloat16 are usual; null: no "
+        "check.",
+        gt=0,
+    )
     temperature: float = _fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
     per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner.")
     train_text_tokens_only: bool = _fixed(

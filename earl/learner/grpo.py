@@ -11,7 +11,7 @@ is that of their lengths and ids.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
 
 MAX_GRADIENT_NORM = 1.0
+SHOWN = 5
+"""Tokens that a failed parity check prints."""
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
@@ -43,6 +45,7 @@ class Settings:
     normalization: str = "tokens"  # see objective.loss_denominator
     max_completion_tokens: int = 1  # the constant of the normalization "constant"
     optimizer_steps: int = 1  # mini-batches that the episodes are cut into
+    parity_tolerance: float | None = None  # see check_parity
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,22 @@ class Episode:
         return len(self.prompt) + len(self.completion)
 
 
+class TokenPair(NamedTuple):
+    """A token as the sampler and as the learner see it, before any step; ordered by how much they differ."""
+
+    difference: float  # absolute, in nats
+    episode_id: str
+    position: int  # in the completion
+    sampler: float  # behaviour log-prob
+    learner: float
+
+
 @dataclass
 class Totals:
     """Sums over the counted tokens of an iteration, each under the policy before the step that the token takes part in.
 
     The mismatch is of the first step's tokens alone: later ones meet a policy that no longer is the one that sampled.
+    It is of the log-probs as they are, before anything is clipped, truncated or left out.
     """
 
     loss: float = 0.0
@@ -78,14 +92,21 @@ class Totals:
     mismatch_tokens: int = 0
     mismatch: float = 0.0
     mismatch_max: float = 0.0
+    mismatch_kl: float = 0.0
+    weight: float = 0.0
+    squared_weight: float = 0.0
+    widest: list[TokenPair] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
 
     def metrics(self, settings: Settings, with_kl: bool) -> dict[str, float | int | None]:
         """Means in nats a counted token, fractions of the counted tokens; None for what the objective does not have.
 
-        Loss and gradient norm are means over the optimizer steps.
+        Loss and gradient norm are means over the optimizer steps. Of the mismatch, `kl` is the k3 estimate of
+        KL(sampler || learner), and the effective sample size is (sum w)^2 / (n sum w^2), w the importance ratios: 1
+        where they are all equal, 1 / n where one token outweighs all others (Kish 1965).
         """
         tokens, steps, ratio = max(self.tokens, 1), len(self.gradient_norms), settings.options.ratio
+        first = max(self.mismatch_tokens, 1)
         return {
             "loss": self.loss / steps,
             "entropy": self.entropy / tokens,
@@ -94,8 +115,10 @@ class Totals:
             "clip_fraction_low": self.clipped_low / tokens if ratio else None,
             "clip_fraction_high": self.clipped_high / tokens if ratio else None,
             "corrected_fraction": self.corrected / tokens if settings.options.correction != "none" else None,
-            "logprob_mismatch_mean": self.mismatch / max(self.mismatch_tokens, 1),
+            "logprob_mismatch_mean": self.mismatch / first,
             "logprob_mismatch_max": self.mismatch_max,
+            "logprob_mismatch_kl": self.mismatch_kl / first,
+            "effective_sample_size": self.weight**2 / (first * self.squared_weight),
             "counted_tokens": self.tokens,
             "steps": steps,
         }
@@ -122,7 +145,8 @@ def train_iteration(
         episodes: the used episodes of the whole iteration; each takes part in one step.
 
     Raises:
-        EarlError: no token counts in a step, or its loss or gradient is not finite (nothing must be kept then).
+        EarlError: no token counts in a step, its loss or gradient is not finite, or the learner's log-probs are not the
+            sampler's (see check_parity); nothing must be kept then.
     """
     policy.eval()  # no dropout: the learner must compute the log-probs that the sampler sampled from
     totals = Totals()
@@ -146,6 +170,8 @@ def train_iteration(
             add_to(totals, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
             if step == 0:
                 add_mismatch(totals, batch, logp.detach())
+        if step == 0:
+            check_parity(totals, settings)
         totals.gradient_norms.append(optimizer_step(policy, optimizer, totals.loss, totals.tokens - before))
     return totals.metrics(settings, with_kl=reference is not None)
 
@@ -166,9 +192,11 @@ def mini_batches(episodes: Sequence[Episode], steps: int) -> list[list[Episode]]
 class MicroBatch:
     """B right-padded sequences of S ids, and their T counted completion tokens as flat tensors."""
 
+    episode_ids: list[str]  # of the sequences
     input_ids: Tensor  # int64 [B, S]
     rows: Tensor  # int64 [T], sequence of each counted token
     columns: Tensor  # int64 [T], position whose logits predict it
+    positions: Tensor  # int64 [T], place in its completion
     targets: Tensor  # int64 [T]
     advantages: Tensor  # float32 [T]
     lengths: Tensor  # float32 [T], completion tokens of the token's episode
@@ -192,18 +220,20 @@ def micro_batches(
 def collate(episodes: Sequence[Episode], settings: Settings, device: torch.device) -> MicroBatch:
     # Any id pads: under the causal mask nothing to the left sees the right end, and no logits are taken there.
     input_ids = np.zeros((len(episodes), max(len(episode) for episode in episodes)), dtype=np.int64)
-    rows, columns, targets, advantages, lengths, behavior = [], [], [], [], [], []
+    rows, columns, positions, targets, advantages, lengths, behavior = [], [], [], [], [], [], []
     for row, episode in enumerate(episodes):
         input_ids[row, : len(episode)] = np.concatenate([episode.prompt, episode.completion])
         counts = counted_positions(episode, settings)
         rows.append(np.full(len(counts), row))
         columns.append(len(episode.prompt) + counts - 1)
+        positions.append(counts)
         targets.append(episode.completion[counts])
         advantages.append(np.full(len(counts), episode.advantage, dtype=np.float32))
         lengths.append(np.full(len(counts), len(episode.completion), dtype=np.float32))
         behavior.append(episode.behavior_logprobs[counts])
-    flat = (np.concatenate(parts) for parts in (rows, columns, targets, advantages, lengths, behavior))
-    return MicroBatch(*(torch.from_numpy(array).to(device) for array in (input_ids, *flat)))
+    flat = (np.concatenate(parts) for parts in (rows, columns, positions, targets, advantages, lengths, behavior))
+    ids = [episode.episode_id for episode in episodes]
+    return MicroBatch(ids, *(torch.from_numpy(array).to(device) for array in (input_ids, *flat)))
 
 
 def counted_positions(episode: Episode, settings: Settings) -> np.ndarray:
@@ -272,10 +302,54 @@ def add_to(
 
 
 def add_mismatch(totals: Totals, batch: MicroBatch, logp: Tensor) -> None:
-    mismatch = (logp - batch.behavior_logprobs).abs()
+    difference = (logp - batch.behavior_logprobs).double()
+    mismatch, weights = difference.abs(), difference.clamp(max=300).exp()  # e^600 is finite, e^800 is not
     totals.mismatch_tokens += len(logp)
-    totals.mismatch += mismatch.double().sum().item()
+    totals.mismatch += mismatch.sum().item()
     totals.mismatch_max = max(totals.mismatch_max, mismatch.max().item())
+    # The sampler in the place of the policy: its tokens, and what the learner makes of them.
+    totals.mismatch_kl += objective.kl_estimate(batch.behavior_logprobs, logp, "k3").double().sum().item()
+    totals.weight += weights.sum().item()
+    totals.squared_weight += weights.square().sum().item()
+    for place in mismatch.topk(min(SHOWN, len(logp))).indices.tolist():
+        totals.widest.append(
+            TokenPair(
+                mismatch[place].item(),
+                batch.episode_ids[batch.rows[place]],
+                batch.positions[place].item(),
+                batch.behavior_logprobs[place].item(),
+                logp[place].item(),
+            )
+        )
+    totals.widest = sorted(totals.widest, reverse=True)[:SHOWN]
+
+
+def check_parity(totals: Totals, settings: Settings) -> None:
+    """Stop before the first step where the learner computes other log-probs than the sampler did.
+
+    The policy is still the one that sampled, so each ratio must be 1 but for rounding: the mean of the absolute
+    differences of log-probs must not exceed `parity_tolerance` nats. None turns the check off.
+
+    Raises:
+        EarlError: it does; both sides of the tokens that differ most are printed.
+    """
+    tolerance = settings.parity_tolerance
+    if tolerance is None or not totals.mismatch_tokens:
+        return
+    mean = totals.mismatch / totals.mismatch_tokens
+    if mean <= tolerance:
+        return
+    rows = "\n".join(
+        f"  {pair.episode_id}  {pair.position:8d}  {pair.sampler:10.4f}  {pair.learner:10.4f}" for pair in totals.widest
+    )
+    raise EarlError(
+        f"before the first step the learner's log-probs differ from the sampler's by {mean:.4g} nats on average over "
+        f"{totals.mismatch_tokens} counted tokens, more than parity_tolerance = {tolerance}; no step was done.\n"
+        f"  episode, token of its completion, log-prob of sampler and of learner, where they differ most:\n{rows}\n"
+        "Check that both use the same weights, temperature and support: top_p 1, top_k -1, and "
+        "separate_language_and_vision_vocabs wherever emu3_use_logit_processor; or raise parity_tolerance, or set it to "
+        "null"
+    )
 
 
 def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, loss: float, tokens: int) -> float:
