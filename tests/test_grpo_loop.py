@@ -166,3 +166,33 @@ def test_the_head_by_blocks_changes_the_step_by_rounding_alone(episodes, setting
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4)
     assert metrics["kl"] > 1e-3
     assert_same_gradient(found, gradient)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_packed_groups_change_the_step_by_rounding_alone(episodes, settings, learn, policy_folder, micro_batch):
+    """Whole groups, cut ones and single episodes in a row, with behaviour log-probs that show exchanged tokens."""
+    episodes = with_learners_logprobs(episodes, policy_folder, settings, shift=0.1)
+    settings = replace(settings, micro_batch=micro_batch, options=objective.Options(ratio=True, clip_high=0.2))
+    expected, gradient = learn(episodes, settings)
+    metrics, found = learn(episodes, replace(settings, packed=True))
+    for name in ("loss", "entropy", "logprob_mismatch_mean", "logprob_mismatch_max", "gradient_norm"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
+    assert_same_gradient(found, gradient)
+
+
+def test_a_packed_row_holds_each_prompt_once_and_no_padding(episodes, settings):
+    batch = grpo.collate(episodes, replace(settings, packed=True), torch.device("cpu"))
+    prompts = {episode.group_id: len(episode.prompt) for episode in episodes}
+    assert batch.input_ids.shape == (1, sum(prompts.values()) + sum(len(e.completion) for e in episodes))
+    own = batch.groups[1].completions[1]
+    assert batch.input_ids[0, own].tolist() == episodes[3].completion.tolist()
+    assert batch.position_ids[0, own].tolist() == list(range(10, 10 + len(episodes[3].completion)))
+
+
+def test_packing_leaves_the_model_as_it_was(episodes, settings, policy_folder):
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    usual = model.config._attn_implementation
+    for packed in (True, False):
+        batch = grpo.collate(episodes[:2], replace(settings, packed=packed), model.device)
+        grpo.completion_logprobs(model, batch, settings)
+        assert model.config._attn_implementation == usual

@@ -218,6 +218,11 @@ class Config(_Section):
     )
     temperature: float = _fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
     per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner.")
+    packing: Literal["none", "groups"] = _fixed(
+        "none",
+        "`groups`: a micro-batch of the learner is one row without padding, in which the completions of a prompt share "
+        "it; `none`: one padded row an episode. The same loss and gradient within rounding.",
+    )
     train_text_tokens_only: bool = _fixed(
         False, "Train text tokens in the first `text_only_steps` iterations of each cycle, visual ones in the rest."
     )

@@ -3,7 +3,7 @@
 Reads top to bottom: `train_iteration` is the loop, what it calls stands below it in the order of the calls. The
 formulas are in `objective`, the log-probs in `head`, the rewards in `rewards`, files in `earl.stages.train`.
 
-Left out on purpose: packing, gradient checkpointing and several ranks. Nothing here is random: dropout is off,
+Left out on purpose: gradient checkpointing and several ranks. Nothing here is random: dropout is off,
 mini-batches are cut in the order of the group ids (their prompts were drawn at random), and the order of the episodes
 is that of their lengths and ids.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from earl.errors import EarlError
-from earl.learner import head, objective
+from earl.learner import head, objective, packing
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
@@ -46,6 +46,7 @@ class Settings:
     max_completion_tokens: int = 1  # the constant of the normalization "constant"
     optimizer_steps: int = 1  # mini-batches that the episodes are cut into
     parity_tolerance: float | None = None  # see check_parity
+    packed: bool = False  # see packing
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,17 @@ def mini_batches(episodes: Sequence[Episode], steps: int) -> list[list[Episode]]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B right-padded sequences of S ids, and their T counted completion tokens as flat tensors."""
+    """Some episodes, and their T counted completion tokens as flat tensors.
 
-    episode_ids: list[str]  # of the sequences
+    Their ids are B right-padded rows of S, or with `groups` one packed row.
+    """
+
+    episode_ids: list[str]
+    groups: list[packing.Group] | None
     input_ids: Tensor  # int64 [B, S]
-    rows: Tensor  # int64 [T], sequence of each counted token
-    columns: Tensor  # int64 [T], position whose logits predict it
+    position_ids: Tensor  # int64 [B, S]
+    sequences: Tensor  # int64 [T], episode of each counted token
+    places: Tensor  # int64 [T], place among the B * S whose logits predict it
     positions: Tensor  # int64 [T], place in its completion
     targets: Tensor  # int64 [T]
     advantages: Tensor  # float32 [T]
@@ -206,11 +212,13 @@ class MicroBatch:
 def micro_batches(
     episodes: Sequence[Episode], settings: Settings, device: torch.device, description: str
 ) -> Iterator[MicroBatch]:
-    """Yield the episodes `settings.micro_batch` at a time, those of like length together to pad little.
+    """Yield the episodes `settings.micro_batch` at a time: those of a group together where they are packed, else those
+    of like length, to pad little.
 
     A micro-batch in which no token counts is skipped: its loss and gradient are 0.
     """
-    ordered = sorted(episodes, key=lambda episode: (-len(episode), episode.episode_id))
+    by_group = settings.packed
+    ordered = sorted(episodes, key=lambda e: (e.group_id if by_group else -len(e), e.episode_id))
     for start in tqdm(range(0, len(ordered), settings.micro_batch), desc=description, unit="batch", leave=False):
         batch = collate(ordered[start : start + settings.micro_batch], settings, device)
         if len(batch.targets):
@@ -218,22 +226,47 @@ def micro_batches(
 
 
 def collate(episodes: Sequence[Episode], settings: Settings, device: torch.device) -> MicroBatch:
+    input_ids, position_ids, groups, starts = (packed_rows if settings.packed else padded_rows)(episodes)
+    parts = []
+    for index, (episode, (prompt_end, completion_start)) in enumerate(zip(episodes, starts, strict=True)):
+        counts = counted_positions(episode, settings)
+        parts.append(
+            (
+                np.full(len(counts), index),
+                # The prompt's last token predicts the completion's first, each other one its successor.
+                np.where(counts == 0, prompt_end, completion_start + counts) - 1,
+                counts,
+                episode.completion[counts],
+                np.full(len(counts), episode.advantage, dtype=np.float32),
+                np.full(len(counts), len(episode.completion), dtype=np.float32),
+                episode.behavior_logprobs[counts],
+            )
+        )
+    flat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    tensors = (torch.from_numpy(array).to(device) for array in (input_ids, position_ids, *flat))
+    return MicroBatch([episode.episode_id for episode in episodes], groups, *tensors)
+
+
+Rows = tuple[np.ndarray, np.ndarray, list[packing.Group] | None, list[tuple[int, int]]]
+"""input_ids and position_ids [B, S], the groups, and for each episode where, among the B * S places, its prompt ends
+and its completion starts."""
+
+
+def padded_rows(episodes: Sequence[Episode]) -> Rows:
     # Any id pads: under the causal mask nothing to the left sees the right end, and no logits are taken there.
-    input_ids = np.zeros((len(episodes), max(len(episode) for episode in episodes)), dtype=np.int64)
-    rows, columns, positions, targets, advantages, lengths, behavior = [], [], [], [], [], [], []
+    length = max(len(episode) for episode in episodes)
+    input_ids = np.zeros((len(episodes), length), dtype=np.int64)
+    ends = []
     for row, episode in enumerate(episodes):
         input_ids[row, : len(episode)] = np.concatenate([episode.prompt, episode.completion])
-        counts = counted_positions(episode, settings)
-        rows.append(np.full(len(counts), row))
-        columns.append(len(episode.prompt) + counts - 1)
-        positions.append(counts)
-        targets.append(episode.completion[counts])
-        advantages.append(np.full(len(counts), episode.advantage, dtype=np.float32))
-        lengths.append(np.full(len(counts), len(episode.completion), dtype=np.float32))
-        behavior.append(episode.behavior_logprobs[counts])
-    flat = (np.concatenate(parts) for parts in (rows, columns, positions, targets, advantages, lengths, behavior))
-    ids = [episode.episode_id for episode in episodes]
-    return MicroBatch(ids, *(torch.from_numpy(array).to(device) for array in (input_ids, *flat)))
+        ends.append(row * length + len(episode.prompt))
+    return input_ids, np.arange(length)[None], None, [(end, end) for end in ends]
+
+
+def packed_rows(episodes: Sequence[Episode]) -> Rows:
+    packed = packing.pack([(episode.prompt, episode.completion) for episode in episodes])
+    starts = [(group.prompt.stop, own.start) for group in packed.groups for own in group.completions]
+    return packed.input_ids[None], packed.position_ids[None], packed.groups, starts
 
 
 def counted_positions(episode: Episode, settings: Settings) -> np.ndarray:
@@ -247,10 +280,13 @@ def counted_positions(episode: Episode, settings: Settings) -> np.ndarray:
 def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`."""
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-        hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        if batch.groups is None:
+            hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        else:
+            hidden = packing.hidden_states(model, batch.input_ids, batch.position_ids, batch.groups)
     # The head runs on counted tokens only: with a large vocabulary it is most of the work.
     return head.token_logprobs(
-        hidden[batch.rows, batch.columns],
+        hidden.flatten(0, 1)[batch.places],
         model.lm_head.weight,
         batch.targets,
         settings.temperature,
@@ -270,7 +306,7 @@ def batch_loss(
         reference_logp,
         settings.kl_coeff,
         behavior_logprobs=batch.behavior_logprobs,
-        sequences=batch.rows,
+        sequences=batch.sequences,
         lengths=batch.lengths if settings.normalization == "sequences" else None,
         options=settings.options,
     )
@@ -298,7 +334,9 @@ def add_to(
         totals.clipped_low += int(low.sum())
         totals.clipped_high += int(high.sum())
     if options.correction != "none":
-        totals.corrected += int(objective.corrected_tokens(logp, batch.behavior_logprobs, batch.rows, options).sum())
+        totals.corrected += int(
+            objective.corrected_tokens(logp, batch.behavior_logprobs, batch.sequences, options).sum()
+        )
 
 
 def add_mismatch(totals: Totals, batch: MicroBatch, logp: Tensor) -> None:
@@ -315,7 +353,7 @@ def add_mismatch(totals: Totals, batch: MicroBatch, logp: Tensor) -> None:
         totals.widest.append(
             TokenPair(
                 mismatch[place].item(),
-                batch.episode_ids[batch.rows[place]],
+                batch.episode_ids[batch.sequences[place]],
                 batch.positions[place].item(),
                 batch.behavior_logprobs[place].item(),
                 logp[place].item(),
@@ -347,8 +385,7 @@ def check_parity(totals: Totals, settings: Settings) -> None:
         f"{totals.mismatch_tokens} counted tokens, more than parity_tolerance = {tolerance}; no step was done.\n"
         f"  episode, token of its completion, log-prob of sampler and of learner, where they differ most:\n{rows}\n"
         "Check that both use the same weights, temperature and support: top_p 1, top_k -1, and "
-        "separate_language_and_vision_vocabs wherever emu3_use_logit_processor; or raise parity_tolerance, or set it to "
-        "null"
+        "separate_language_and_vision_vocabs wherever emu3_use_logit_processor; or raise parity_tolerance (null: off)"
     )
 
 

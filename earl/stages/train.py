@@ -151,6 +151,7 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.
         max_completion_tokens=config.max_response_tokens,
         optimizer_steps=config.optimizer_steps_per_iteration,
         parity_tolerance=config.parity_tolerance,
+        packed=config.packing == "groups",
     )
 
 
