@@ -102,9 +102,9 @@ class Totals:
     def metrics(self, settings: Settings, with_kl: bool) -> dict[str, float | int | None]:
         """Means in nats a counted token, fractions of the counted tokens; None for what the objective does not have.
 
-        Loss and gradient norm are means over the optimizer steps. Of the mismatch, `kl` is the k3 estimate of
-        KL(sampler || learner), and the effective sample size is (sum w)^2 / (n sum w^2), w the importance ratios: 1
-        where they are all equal, 1 / n where one token outweighs all others (Kish 1965).
+        Loss and gradient norm are means over the optimizer steps; `kl` is k3, whatever the loss has. Of the mismatch,
+        `logprob_mismatch_kl` is k3 of KL(sampler || learner), and `effective_sample_size` (sum w)^2 / (n sum w^2), w
+        the importance ratios: 1 where all are equal, 1 / n where one token outweighs all others (Kish 1965).
         """
         tokens, steps, ratio = max(self.tokens, 1), len(self.gradient_norms), settings.options.ratio
         first = max(self.mismatch_tokens, 1)
@@ -326,8 +326,8 @@ def add_to(
     totals.tokens += len(logp)
     totals.entropy += entropy.double().sum().item()
     if reference_logp is not None:
-        kl = objective.kl_estimate(logp, reference_logp, options.kl_estimator)
-        totals.kl += kl.double().sum().item()
+        # Whatever the loss has, k3 is the better value: unbiased, and never negative.
+        totals.kl += objective.kl_estimate(logp, reference_logp, "k3").double().sum().item()
     if options.ratio:
         bounds = options.clip_low, options.clip_high
         low, high = objective.clipped_tokens(logp, batch.behavior_logprobs, batch.advantages, *bounds)
@@ -341,7 +341,7 @@ def add_to(
 
 def add_mismatch(totals: Totals, batch: MicroBatch, logp: Tensor) -> None:
     difference = (logp - batch.behavior_logprobs).double()
-    mismatch, weights = difference.abs(), difference.clamp(max=300).exp()  # e^600 is finite, e^800 is not
+    mismatch, weights = difference.abs(), difference.clamp(-300, 300).exp()  # whose square is finite and not 0
     totals.mismatch_tokens += len(logp)
     totals.mismatch += mismatch.sum().item()
     totals.mismatch_max = max(totals.mismatch_max, mismatch.max().item())
