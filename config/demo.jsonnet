@@ -36,6 +36,7 @@
   episodes_per_iteration: 256,
   generations_per_sample: 8,
   per_device_batch_size: 8,
+  packing: 'groups',
   learning_rate: 4e-4,
   // Divided by their spread, rewards that hardly differ would teach as much as a right edit beside a wrong one.
   advantage: 'mean',

@@ -1,6 +1,7 @@
 """Experiments resolve to what the paper's table says, mistakes are named, and a run's configuration is frozen."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -386,3 +387,42 @@ def test_command_shows_and_freezes(tmp_path: Path) -> None:
 )
 def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, complaint: str) -> None:
     assert complaint in error_of(experiment(tmp_path, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"importance_ratio": "behavior", "sampler_correction": "truncate", "sampler_correction_high": 2.0},
+            "sampler_correction.*square of their ratio",
+        ),
+        ({"optimizer_steps_per_iteration": 2}, "optimizer_steps_per_iteration.*importance_ratio to `behavior`"),
+        (
+            {"optimizer_steps_per_iteration": 17, "importance_ratio": "behavior"},
+            "optimizer_steps_per_iteration.*only 16 groups",
+        ),
+        ({"clip_ratio_low": 0.2}, "clip_ratio_low.*importance_ratio is `none`"),
+        ({"sampler_correction": "truncate"}, "sampler_correction_high.*needs it"),
+        ({"sampler_correction_high": 2.0}, "sampler_correction_high.*no use"),
+        ({"sampler_correction": "filter", "sampler_correction_high": 2.0}, "sampler_correction_low.*needs it"),
+    ],
+)
+def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, message):
+    assert re.search(message, error_of(experiment(tmp_path, **fields)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"importance_ratio": "behavior", "optimizer_steps_per_iteration": 4, "clip_ratio_low": 0.2},
+        {
+            "importance_ratio": "behavior",
+            "sampler_correction": "filter",
+            "sampler_correction_low": 0.9,
+            "sampler_correction_high": 1.1,
+        },
+        {"sampler_correction": "truncate", "sampler_correction_high": 2.0, "optimizer_steps_per_iteration": 2},
+    ],
+)
+def test_objectives_that_go_together_are_accepted(tmp_path, fields):
+    load.load(experiment(tmp_path, **fields))

@@ -1,6 +1,7 @@
 """The train, SFT and restore stages on files: a tiny random policy and hand-written rollouts and scores."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from earl.emu3 import checkpoint, grid, sequence
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
 from earl.layout import Run
-from earl.learner import grpo, objective
+from earl.learner import objective
 from earl.stages import restore, sft, train
 
 GROUPS, SAMPLES = 4, 2
@@ -50,6 +51,7 @@ def make_config(folder: Path, **changes) -> Config:
         "dtype": "float32",
         "cpu_threads": 1,
         "max_failed_fraction": 0.25,
+        "parity_tolerance": None,  # most behaviour log-probs here are made up
     }
     return Config(**(values | changes))
 
@@ -220,33 +222,12 @@ def test_mismatch_with_the_sampler_is_reported(new_run, vocabulary, policy_folde
     write_inputs(run, 1, vocabulary, edit=edit)
     metrics = train.run(config, run.path, 1)
     assert metrics["logprob_mismatch_max"] == pytest.approx(0.5, abs=1e-4)
-    assert metrics["logprob_mismatch_mean"] == pytest.approx(0.5 / metrics["counted_tokens"], abs=1e-5)
-
-
-def test_micro_batches_change_the_step_by_rounding_alone(policy_folder, vocabulary):
-    rows = [_row(1, group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
-    gradients, losses = [], []
-    for size in (1, 3, 8):
-        model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        settings = grpo.Settings(0.0, 1.0, size, (vocabulary.first_visual, vocabulary.size), True, "all", False)
-        learned = [
-            grpo.Episode(
-                row["episode_id"],
-                np.array(row["prompt_token_ids"]),
-                np.array(row["completion_token_ids"]),
-                np.zeros(len(row["completion_token_ids"]), dtype=bool),
-                np.zeros(len(row["completion_token_ids"]), dtype=np.float32),
-                advantage=(-1.0) ** row["sample_index"],
-            )
-            for row in rows
-        ]
-        losses.append(grpo.train_iteration(model, None, optimizer, learned, settings)["loss"])
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-    assert gradients[0].norm() > 1e-3
-    for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+    counted = metrics["counted_tokens"]
+    assert metrics["logprob_mismatch_mean"] == pytest.approx(0.5 / counted, abs=1e-5)
+    # One ratio of e^0.5 among ones: k3 of the sampler's log-probs, and Kish's formula.
+    assert metrics["logprob_mismatch_kl"] == pytest.approx((math.exp(0.5) - 1.5) / counted, abs=1e-5)
+    weight, square = counted - 1 + math.exp(0.5), counted - 1 + math.exp(1)
+    assert metrics["effective_sample_size"] == pytest.approx(weight**2 / (counted * square), abs=1e-4)
 
 
 def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabulary):
@@ -285,6 +266,15 @@ def _set(**changes):
             row |= changes
 
     return edit
+
+
+def test_no_step_is_done_where_sampler_and_learner_disagree(new_run, vocabulary):
+    config, run = new_run(parity_tolerance=0.5)
+    write_inputs(run, 1, vocabulary, edit=_set(behavior_logprobs=[-90.0] + [-1.0] * 14))
+    message = r"parity_tolerance = 0\.5; no step was done(.|\n)*\n  000001-0001-01 +0 +-90\.0000 +-\d+\.\d{4}\n"
+    with pytest.raises(EarlError, match=message):
+        train.run(config, run.path, 1)
+    assert sorted(path.name for path in run.iteration(1).path.iterdir()) == ["rollouts", "scores"]
 
 
 @pytest.mark.parametrize(
@@ -379,6 +369,21 @@ def test_the_optimizer_goes_on_where_it_was(new_run, vocabulary):
     write_scores(other, 1, 0, rows)
     train.run(other_config, other.path, 1)
     assert made_of(other, 1)["policy"] != with_state
+
+
+def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, vocabulary):
+    changes = {"optimizer_steps_per_iteration": 2, "importance_ratio": "behavior", "clip_ratio_high": 0.2}
+    found = []
+    for name in ("one", "two"):
+        config, run = new_run(name, **changes)
+        train_iterations(config, run, vocabulary, 2)
+        found.append(made_of(run, 2))
+    assert found[0] == found[1]
+    metrics = json.loads(found[0]["metrics"])
+    assert metrics["optimizer_steps"] == 4
+    assert metrics["counted_tokens"] == 8 * (len(vocabulary.encode("2*3")) + 1 + 6)
+    assert 0 <= metrics["clip_fraction_high"] <= 1
+    assert metrics["corrected_fraction"] is None
 
 
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):

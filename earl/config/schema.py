@@ -181,14 +181,61 @@ class Config(_Section):
     # Training
     learning_rate: float = _fixed(3e-6, "Constant learning rate of AdamW.", gt=0)
     num_iterations: int = _free(2000, "Iterations of the whole run; raising it goes on with a finished run.", ge=0)
-    advantage: Literal["mean_std", "mean"] = _fixed(
+    advantage: Literal["mean_std", "mean", "leave_one_out"] = _fixed(
         "mean_std",
         "Advantage within a group: `mean_std` is (reward - mean) / std (GRPO), `mean` is reward - mean (Dr. GRPO), so "
-        "that groups count by how much their rewards differ.",
+        "that groups count by how much their rewards differ, `leave_one_out` is reward - mean of the others (RLOO).",
     )
-    kl_coeff: float = _fixed(0.0003, "Weight of the k3 estimate of KL(policy || reference) in the loss.", ge=0)
+    kl_coeff: float = _fixed(
+        0.0003, "Weight of the estimate of KL(policy || reference) in the loss; 0: none, no reference is loaded.", ge=0
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = _fixed(
+        "k3",
+        "Estimate of the KL by d = reference - policy log-prob (Schulman 2020): `k1` is -d, which has no gradient on "
+        "average, `k2` is d^2 / 2, `k3` is exp(d) - 1 - d (GRPO).",
+    )
+    loss_normalization: Literal["tokens", "sequences", "constant"] = _fixed(
+        "tokens",
+        "What the loss of an optimizer step is divided by: `tokens`, its completion tokens (DAPO); `sequences`, each "
+        "episode by its length and then by their number (GRPO's paper); `constant`, episodes x `max_response_tokens` "
+        "(Dr. GRPO).",
+    )
+    optimizer_steps_per_iteration: Positive = _fixed(
+        1, "Mini-batches of whole groups that an iteration is cut into, one optimizer step on each."
+    )
+    importance_ratio: Literal["none", "behavior"] = _fixed(
+        "none",
+        "`behavior`: PPO's surrogate, whose ratio is to the log-probs of the sampler; `none`: the policy gradient, as "
+        "if every episode came from the policy that takes the step.",
+    )
+    clip_ratio_low: float | None = _fixed(
+        None, "importance_ratio: clips it at 1 - this (PPO: 0.2); null does not clip there.", gt=0, le=1
+    )
+    clip_ratio_high: float | None = _fixed(
+        None, "importance_ratio: clips it at 1 + this (PPO: 0.2, DAPO: 0.28); null does not clip there.", gt=0
+    )
+    sampler_correction: Literal["none", "truncate", "filter"] = _fixed(
+        "none",
+        "For log-probs of sampler and learner that differ: `truncate` weighs each token by their ratio, at most "
+        "`sampler_correction_high` (truncated importance sampling, Yao et al. 2025); `filter` leaves out sequences "
+        "whose ratios' geometric mean is outside `sampler_correction_low`..`sampler_correction_high`.",
+    )
+    sampler_correction_low: float | None = _fixed(None, "Lower bound of `filter`.", gt=0, le=1)
+    sampler_correction_high: float | None = _fixed(None, "Upper bound of `truncate` (2 is common) and `filter`.", ge=1)
+    parity_tolerance: float | None = _fixed(
+        0.05,
+        "Before an iteration's first step, log-probs of sampler and learner may differ by this many nats a token on "
+        "average, else training stops and prints both; about 1e-6 in float32 and 0.01 in bfloat16 are usual; null: no "
+        "check.",
+        gt=0,
+    )
     temperature: float = _fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
     per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner.")
+    packing: Literal["none", "groups"] = _fixed(
+        "none",
+        "`groups`: a micro-batch of the learner is one row without padding, in which the completions of a prompt share "
+        "it; `none`: one padded row an episode. The same loss and gradient within rounding.",
+    )
     train_text_tokens_only: bool = _fixed(
         False, "Train text tokens in the first `text_only_steps` iterations of each cycle, visual ones in the rest."
     )
@@ -340,6 +387,7 @@ class Config(_Section):
         _check_references(self)
         _check_iteration(self)
         _check_engine(self)
+        _check_objective(self)
         _check_reward(self)
         return self
 
@@ -448,6 +496,37 @@ def _check_engine(config: Config) -> None:
         lowest, highest = VLLM_TEMPERATURES
         if config.engine == "vllm" and not lowest <= temperature <= highest:
             raise _wrong(field, f"is {temperature}, but the engine `vllm` samples at {lowest} to {highest}")
+
+
+def _check_objective(config: Config) -> None:
+    ratio, correction = config.importance_ratio != "none", config.sampler_correction
+    if ratio and correction == "truncate":
+        raise _wrong(
+            "sampler_correction",
+            "is `truncate`, but importance_ratio is `behavior`, which corrects for the sampler already: tokens would "
+            "be weighed by the square of their ratio; turn one of the two off",
+        )
+    steps = config.optimizer_steps_per_iteration
+    if steps > config.prompts_per_iteration:
+        raise _wrong(
+            "optimizer_steps_per_iteration",
+            f"is {steps}, but an iteration has only {config.prompts_per_iteration} groups; lower it",
+        )
+    if steps > 1 and not ratio and correction != "truncate":
+        raise _wrong(
+            "optimizer_steps_per_iteration",
+            f"is {steps}, but nothing corrects for episodes of an earlier policy from the second step on; set "
+            "importance_ratio to `behavior` or sampler_correction to `truncate`",
+        )
+    for name in ("clip_ratio_low", "clip_ratio_high"):
+        if getattr(config, name) is not None and not ratio:
+            raise _wrong(name, "is set, but importance_ratio is `none`; set it to `behavior` or leave this out")
+    bounds = {"none": (), "truncate": ("high",), "filter": ("low", "high")}[correction]
+    for side in ("low", "high"):
+        name = f"sampler_correction_{side}"
+        if (getattr(config, name) is not None) != (side in bounds):
+            verb = "needs it; give a value" if side in bounds else "has no use for it; leave it out"
+            raise _wrong(name, f"is {getattr(config, name)}, but sampler_correction `{correction}` {verb}")
 
 
 def _check_reward(config: Config) -> None:

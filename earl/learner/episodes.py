@@ -129,7 +129,7 @@ def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
         torch.tensor([outcome.reward or 0.0 for outcome in outcomes], dtype=torch.float64),
         group_index(source.rows),
         torch.tensor([outcome.used for outcome in outcomes]),
-        divide_by_std=config.advantage == "mean_std",
+        config.advantage,
     ).tolist()
     return [
         Outcome(outcome.row, outcome.reward, outcome.reason, advantage if outcome.used else None)
@@ -187,7 +187,7 @@ def _learner_episode(outcome: Outcome, vocabulary: Vocabulary, constrained: bool
     if constrained:
         size = sequence.grid_of_prompt(prompt, vocabulary)
         forced = grid_rules.kinds_of_completion(completion, size, vocabulary) >= grid_rules.FIRST_FORCED
-    return Episode(row["episode_id"], prompt, completion, forced, behavior, outcome.advantage)
+    return Episode(row["episode_id"], row["group_id"], prompt, completion, forced, behavior, outcome.advantage)
 
 
 def _ids(row: dict[str, Any], name: str, vocabulary: Vocabulary, where: str) -> np.ndarray:

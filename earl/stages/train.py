@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +58,9 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     state = _load_state(config, previous, policy, optimizer, policy_digest)
     reference = _load_reference(config, files, device)
     settings = _settings(config, iteration, vocabulary)
+    started = time.monotonic()
     learned = grpo.train_iteration(policy, reference, optimizer, used, settings, f"train {iteration}")
+    _log_speed(used, time.monotonic() - started, device)
 
     inputs = {
         "policy": policy_digest,
@@ -65,7 +69,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         "rollouts": source.rollouts,
         "scores": source.scores,
     }
-    steps = 1 + (state.optimizer_steps if state else 0)
+    steps = learned.pop("steps") + (state.optimizer_steps if state else 0)
     metrics = {
         **episodes.metrics(outcomes),
         **learned,
@@ -75,6 +79,21 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         "inputs": inputs,
     }
     return _write(config, current, previous, policy, optimizer, outcomes, metrics)
+
+
+def _log_speed(used: list[grpo.Episode], seconds: float, device: torch.device) -> None:
+    """To the log, not to metrics.json, which holds nothing that differs between two runs over the same files."""
+    tokens = sum(map(len, used))
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    log.info(
+        "train: %d tokens in %.1f s, %.0f tokens/s; peak %s memory %.0f MiB",
+        tokens,
+        seconds,
+        tokens / seconds,
+        "GPU" if on_gpu else "process",
+        peak / 2**20,
+    )
 
 
 def _load_state(
@@ -119,6 +138,20 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        options=objective.Options(
+            kl_estimator=config.kl_estimator,
+            ratio=config.importance_ratio == "behavior",
+            clip_low=config.clip_ratio_low,
+            clip_high=config.clip_ratio_high,
+            correction=config.sampler_correction,
+            correction_low=config.sampler_correction_low,
+            correction_high=config.sampler_correction_high,
+        ),
+        normalization=config.loss_normalization,
+        max_completion_tokens=config.max_response_tokens,
+        optimizer_steps=config.optimizer_steps_per_iteration,
+        parity_tolerance=config.parity_tolerance,
+        packed=config.packing == "groups",
     )
 
 

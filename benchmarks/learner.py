@@ -1,0 +1,151 @@
+"""The learner side by side with the reference's way: tokens per second and peak memory of one gradient.
+
+    PYTHONPATH=. python benchmarks/learner.py --completions 4
+
+One group: a prompt and its completions, in sizes of EARL on Emu3 (1,060 tokens for 256x256 pixels, 184,622 ids) on a
+model of few and narrow layers, whose head is most of the work. The reference's way takes one row an episode and a
+log-softmax over the whole vocabulary. It is treated kindly: micro-batches of one row, so that nothing is padded, and
+logits of the completion alone. Every case runs in a process of its own, since a process never gives its peak back; the
+policy gradient has no KL term.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from resource import RUSAGE_SELF, getrusage
+
+import numpy as np
+import torch
+
+from earl.learner import grpo, objective
+
+VISUAL = (151_854, 184_622)
+PROMPT, COMPLETION, VISUAL_TOKENS = 1_100, 1_060, 1_024
+CASES = {
+    "reference": "reference's way: whole vocabulary",
+    "blocks": "ours: whole vocabulary, head by blocks",
+    "split": "ours: split vocabulary, head by blocks",
+    "packed": "ours: split vocabulary, head by blocks, prompt shared",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--completions", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--case", choices=CASES, help="run this case alone, in this process, and print JSON")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(arguments)))
+        return
+    print(f"torch {torch.__version__}, {vars(arguments)}\n")
+    print("| | completion tokens per CPU second | peak GiB | of it model and gradient | loss | gradient norm |")
+    print("|---|---|---|---|---|---|")
+    for case, name in CASES.items():
+        command = [sys.executable, __file__, "--case", case]
+        for option in ("completions", "repeats", "width", "layers"):
+            command += [f"--{option}", str(getattr(arguments, option))]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(
+            f"| {name} | {found['tokens_per_s']:.0f} | {found['peak']:.2f} | {found['model']:.2f} | "
+            f"{found['loss']:.6f} | {found['norm']:.5f} |",
+            flush=True,
+        )
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """Median speed of the repeats, peak resident memory in GiB, and the loss and gradient norm as a check.
+
+    Speed is by CPU time, with one thread, so that other work on a shared machine counts little.
+    """
+    torch.set_num_threads(1)
+    model = make_model(arguments.width, arguments.layers)
+    episodes = make_episodes(arguments.completions)
+    settings = grpo.Settings(
+        kl_coeff=0.0,
+        temperature=1.0,
+        micro_batch=arguments.completions if arguments.case == "packed" else 1,
+        visual_range=VISUAL,
+        split_vocab=arguments.case in ("split", "packed"),
+        counted="all",
+        bfloat16=False,
+        packed=arguments.case == "packed",
+    )
+    function = reference_loss if arguments.case == "reference" else our_loss
+    speeds = []
+    for _ in range(arguments.repeats):
+        model.zero_grad(set_to_none=True)
+        started, loss = time.process_time(), 0.0
+        for batch in grpo.micro_batches(episodes, settings, model.device, arguments.case):
+            part = function(model, batch, settings, COMPLETION * len(episodes))
+            part.backward()
+            loss += part.item()
+        speeds.append(COMPLETION * len(episodes) / (time.process_time() - started))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "tokens_per_s": statistics.median(speeds),
+        "peak": getrusage(RUSAGE_SELF).ru_maxrss / 2**20,
+        "model": 2 * 4 * parameters / 2**30,
+        "loss": loss,
+        "norm": torch.nn.utils.get_total_norm(parameter.grad for parameter in model.parameters()).item(),
+    }
+
+
+def our_loss(model: torch.nn.Module, batch: grpo.MicroBatch, settings: grpo.Settings, denominator: int) -> torch.Tensor:
+    logp, _ = grpo.completion_logprobs(model, batch, settings)
+    return grpo.batch_loss(logp, None, batch, denominator, settings)
+
+
+def reference_loss(
+    model: torch.nn.Module, batch: grpo.MicroBatch, settings: grpo.Settings, denominator: int
+) -> torch.Tensor:
+    """Logits of all ids at every completion token, a log-softmax over them, one of each row kept."""
+    hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden.flatten(0, 1)[batch.places]).float() / settings.temperature
+    logp = torch.log_softmax(logits, -1).gather(1, batch.targets.unsqueeze(1)).squeeze(1)
+    return objective.grpo_loss(logp, batch.advantages, denominator)
+
+
+def make_model(width: int, layers: int) -> torch.nn.Module:
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+    torch.manual_seed(0)
+    config = Emu3TextConfig(
+        vocab_size=VISUAL[1],
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=PROMPT + COMPLETION,
+        pad_token_id=0,
+    )
+    return Emu3ForCausalLM(config).eval()
+
+
+def make_episodes(completions: int) -> list[grpo.Episode]:
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, VISUAL[1], PROMPT)
+    return [
+        grpo.Episode(
+            episode_id=f"0-{sample}",
+            group_id="0",
+            prompt=prompt,
+            completion=np.concatenate(
+                [rng.integers(*VISUAL, VISUAL_TOKENS), rng.integers(0, VISUAL[0], COMPLETION - VISUAL_TOKENS)]
+            ),
+            forced=np.zeros(COMPLETION, dtype=bool),
+            behavior_logprobs=np.zeros(COMPLETION, dtype=np.float32),
+            advantage=(-1.0) ** sample,
+        )
+        for sample in range(completions)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The blocked head against the plain one: values, gradients, and what it never holds."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from earl.learner import head, objective
+
+TOKENS, IDS, WIDTH, VOCABULARY = 23, 61, 8, 200
+VISUAL = (130, 190)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks that divide neither tokens nor ids, and are passed by both."""
+    monkeypatch.setattr(head, "TOKENS", 5)
+    monkeypatch.setattr(head, "IDS", 17)
+
+
+def make(dtype, width=WIDTH, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(TOKENS, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, width, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, VISUAL[1], (TOKENS,), generator=generator)
+    advantages = torch.randn(TOKENS, generator=generator, dtype=torch.float64)
+    return (
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        targets,
+        advantages.to(dtype),
+    )
+
+
+def plain(hidden, weight, targets, temperature, split_vocab):
+    return objective.token_logprobs(hidden @ weight.T, targets, temperature, VISUAL, split_vocab)
+
+
+@pytest.mark.parametrize("split_vocab", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
+def test_values_and_gradients_equal_the_plain_head(split_vocab, temperature, dtype, tolerance):
+    found, expected = [], []
+    for function, into in ((head.token_logprobs, found), (plain, expected)):
+        hidden, weight, targets, advantages = make(dtype)
+        if function is plain:
+            logp, entropy = plain(hidden, weight, targets, temperature, split_vocab)
+        else:
+            logp, entropy = head.token_logprobs(hidden, weight, targets, temperature, VISUAL, split_vocab)
+        objective.grpo_loss(logp, advantages, TOKENS, logp.detach() - 0.3, kl_coeff=0.5).backward()
+        into += [logp.detach(), entropy, hidden.grad, weight.grad]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, atol=tolerance * 10, rtol=tolerance * 10)
+        assert theirs.abs().max() > 1e-2
+
+
+def test_gradcheck():
+    hidden, weight, targets, _ = make(torch.float64)
+    torch.autograd.gradcheck(
+        lambda h, w: head.token_logprobs(h, w, targets[:6], 0.9, VISUAL, True)[0], (hidden[:6], weight)
+    )
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, targets, advantages = make(torch.float32, scale=300.0)
+    logp, entropy = head.token_logprobs(hidden, weight, targets, 1.0, VISUAL, False)
+    expected, expected_entropy = plain(hidden, weight, targets, 1.0, False)
+    assert expected.min() < -1000
+    torch.testing.assert_close(logp, expected, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-3, rtol=1e-4)
+    (logp * advantages).sum().backward()
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_ids_outside_the_support_get_no_gradient():
+    hidden, weight, targets, _ = make(torch.float32)
+    targets = targets.clamp(min=VISUAL[0])
+    head.token_logprobs(hidden, weight, targets, 1.0, VISUAL, True)[0].sum().backward()
+    assert weight.grad[slice(*VISUAL)].abs().sum(1).min() > 0
+    assert not weight.grad[: VISUAL[0]].any()
+    assert not weight.grad[VISUAL[1] :].any()
+
+
+def test_a_uniform_head_by_hand():
+    hidden, targets = torch.zeros(TOKENS, WIDTH), torch.full((TOKENS,), 3)
+    logp, entropy = head.token_logprobs(hidden, torch.randn(VOCABULARY, WIDTH), targets, 1.0, VISUAL, True)
+    assert logp.tolist() == pytest.approx([-math.log(130)] * TOKENS, abs=1e-6)
+    assert entropy.tolist() == pytest.approx([math.log(130)] * TOKENS, abs=1e-6)
+
+
+def test_an_id_in_no_support_is_refused():
+    hidden, weight, targets, _ = make(torch.float32)
+    with pytest.raises(ValueError, match="195"):
+        head.token_logprobs(hidden, weight, targets.clone().fill_(195), 1.0, VISUAL, True)
+
+
+def test_bfloat16_factors_agree_with_autocast_within_its_precision():
+    hidden, weight, targets, advantages = make(torch.float32)
+    logp, _ = head.token_logprobs(hidden, weight, targets, 1.0, VISUAL, True, bfloat16=True)
+    (logp * advantages).sum().backward()
+    ours = weight.grad.clone()
+    other_hidden, other_weight, *_ = make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = other_hidden @ other_weight.T
+    expected, _ = objective.token_logprobs(logits, targets, 1.0, VISUAL, True)
+    (expected * advantages).sum().backward()
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
+    assert (ours - other_weight.grad).norm() < 1e-2 * ours.norm()
+    assert ours.dtype == torch.float32
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("split_vocab", [True, False])
+def test_no_tensor_of_tokens_by_vocabulary_exists(split_vocab):
+    found = []
+    for function in (lambda h, w, t: head.token_logprobs(h, w, t, 1.0, VISUAL, split_vocab), _plain(split_vocab)):
+        hidden, weight, targets, advantages = make(torch.float32, width=3)
+        with Largest() as largest:
+            (function(hidden, weight, targets)[0] * advantages).sum().backward()
+        found.append(largest.elements)
+    # The largest tensor of the blocked head is the gradient of its weight; the plain one's are its logits.
+    assert found == [VOCABULARY * 3, TOKENS * VOCABULARY]
+
+
+def _plain(split_vocab):
+    return lambda h, w, t: plain(h, w, t, 1.0, split_vocab)
+
+
+def test_what_fits_in_a_block_is_computed_whole_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr(head, "IDS", VOCABULARY)
+    monkeypatch.setattr(head, "TOKENS", TOKENS)
+    hidden, weight, targets, _ = make(torch.float32)
+    found, _ = head.token_logprobs(hidden, weight, targets, 0.8, VISUAL, True)
+    assert torch.equal(found, plain(hidden, weight, targets, 0.8, True)[0])

@@ -1,0 +1,272 @@
+"""The learner's loss variants: hand-worked tables, and losses and gradients equal to TRL's and Liger's."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+from trl import GRPOTrainer
+
+from earl.learner import objective
+
+LN2 = math.log(2)
+
+
+def test_leave_one_out_advantages_by_hand():
+    rewards = torch.tensor([1.0, 3.0, 8.0, 9.0, 5.0, float("nan")])
+    groups, used = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([True] * 5 + [False])
+    found = objective.group_advantages(rewards, groups, used, "leave_one_out")
+    # Group 0: 1 - 5.5, 3 - 4.5, 8 - 2. Groups 1 and 2 have one used episode each.
+    torch.testing.assert_close(found, torch.tensor([-4.5, -1.5, 6.0, 0, 0, 0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "values", "gradients"),
+    # d = reference - logp = 0, ln 2, -ln 2.
+    [
+        ("k1", [0, -LN2, LN2], [1, 1, 1]),
+        ("k2", [0, LN2**2 / 2, LN2**2 / 2], [0, -LN2, LN2]),
+        ("k3", [0, 1 - LN2, LN2 - 0.5], [0, -1, 0.5]),
+    ],
+)
+def test_kl_estimates_by_hand(estimator, values, gradients):
+    logp = torch.tensor([-2.0, -2.0, -2.0], requires_grad=True)
+    found = objective.kl_estimate(logp, torch.tensor([-2.0, -2 + LN2, -2 - LN2]), estimator)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx(values, abs=1e-6)
+    assert logp.grad.tolist() == pytest.approx(gradients, abs=1e-6)
+
+
+# Ratios 2, 2, 1/2, 1/2 and 1, with bounds 0.75 and 1.5.
+BEHAVIOR = torch.full((5,), -1.0)
+LOGP = BEHAVIOR + torch.tensor([LN2, LN2, -LN2, -LN2, 0])
+ADVANTAGES = torch.tensor([1.0, -1.0, 1.0, -1.0, 3.0])
+
+
+def test_clipped_ratio_by_hand():
+    logp = LOGP.clone().requires_grad_()
+    found = objective.ratio_loss(logp, BEHAVIOR, ADVANTAGES, 0.25, 0.5)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([-1.5, 2, -0.5, 0.75, -3])
+    assert logp.grad.tolist() == pytest.approx([0, 2, -0.5, 0, -3])
+    low, high = objective.clipped_tokens(LOGP, BEHAVIOR, ADVANTAGES, 0.25, 0.5)
+    assert low.tolist() == [False, False, False, True, False]
+    assert high.tolist() == [True, False, False, False, False]
+
+
+def test_a_ratio_without_bounds_is_not_clipped():
+    found = objective.ratio_loss(LOGP, BEHAVIOR, ADVANTAGES, None, None)
+    assert found.tolist() == pytest.approx([-2, 2, -0.5, 0.5, -3])
+    clipped = objective.clipped_tokens(LOGP, BEHAVIOR, ADVANTAGES, None, None)
+    assert not torch.stack(clipped).any()
+
+
+def test_truncated_weights_by_hand():
+    logp = LOGP.clone().requires_grad_()
+    options = objective.Options(correction="truncate", correction_high=1.5)
+    loss = objective.grpo_loss(logp, ADVANTAGES, 1, behavior_logprobs=BEHAVIOR, options=options)
+    loss.backward()
+    # The gradient is -A * weight: none flows through the weight.
+    assert logp.grad.tolist() == pytest.approx([-1.5, 1.5, -0.5, 0.5, -3])
+    corrected = objective.corrected_tokens(LOGP, BEHAVIOR, torch.zeros(5), options)
+    assert corrected.tolist() == [True, True, False, False, False]
+
+
+def test_geometric_mean_filter_by_hand():
+    """Sequence 0 has ratios 2, 2 (mean 2), sequence 1 has 2, 1/2 (mean 1), sequence 2 has 1/2 alone."""
+    behavior = torch.full((5,), -1.0)
+    logp = (behavior + torch.tensor([LN2, LN2, LN2, -LN2, -LN2])).requires_grad_()
+    sequences = torch.tensor([0, 0, 1, 1, 2])
+    options = objective.Options(correction="filter", correction_low=0.9, correction_high=1.1)
+    objective.grpo_loss(
+        logp, torch.ones(5), 4, behavior_logprobs=behavior, sequences=sequences, options=options
+    ).backward()
+    assert logp.grad.tolist() == pytest.approx([0, 0, -0.25, -0.25, 0])
+    corrected = objective.corrected_tokens(logp, behavior, sequences, options)
+    assert corrected.tolist() == [True, True, False, False, True]
+
+
+def test_geometric_mean_does_not_grow_with_the_length():
+    """A thousand tokens at 0.05 nats each: the product is e^50, the geometric mean e^0.05."""
+    behavior = torch.full((1000,), -3.0)
+    kept = objective.geometric_mean_filter(behavior + 0.05, behavior, torch.zeros(1000, dtype=torch.long), 0.9, 1.1)
+    assert kept.all()
+
+
+def test_the_same_correction_twice_is_refused():
+    with pytest.raises(ValueError, match="twice"):
+        objective.Options(ratio=True, correction="truncate", correction_high=2.0)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "expected"), [("tokens", 2 / 4), ("sequences", (1 / 1 + 1 / 3) / 2), ("constant", 2 / 20)]
+)
+def test_normalizations_by_hand(normalization, expected):
+    """Two episodes of 1 and 3 completion tokens, at most 10 allowed; one counted token with loss 1 in each."""
+    lengths = torch.tensor([1.0, 3.0]) if normalization == "sequences" else None
+    denominator = objective.loss_denominator(normalization, episodes=2, completion_tokens=4, max_tokens=10)
+    loss = objective.grpo_loss(torch.tensor([-1.0, -1.0]), torch.ones(2), denominator, lengths=lengths)
+    assert loss.item() == pytest.approx(expected)
+
+
+# Oracles
+
+B, T, HIDDEN, VOCABULARY, LONGEST = 4, 7, 8, 23, 10
+LOW, HIGH, CAP = 0.1, 0.15, 1.2
+LOSS_TYPES = {"tokens": "dapo", "sequences": "grpo", "constant": "dr_grpo"}
+
+
+@pytest.fixture
+def batch():
+    """Hidden states, head and rollouts; behaviour log-probs off the policy's, so that both clip bounds are met."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    hidden, weight = normal(B, T, HIDDEN), normal(VOCABULARY, HIDDEN)
+    targets = torch.randint(0, VOCABULARY, (B, T), generator=generator)
+    logp = _logprobs(hidden, weight, targets)
+    return SimpleNamespace(
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        mask=(torch.arange(T) < torch.tensor([7, 3, 5, 1]).unsqueeze(1)).float(),
+        advantages=torch.tensor([1.0, -0.5, 2.0, -1.0]),
+        behavior=logp + 0.3 * normal(B, T),
+        reference=logp + 0.3 * normal(B, T),
+    )
+
+
+def _logprobs(hidden, weight, targets, temperature=1.0):
+    logits = (hidden @ weight.T).reshape(-1, VOCABULARY)
+    logp, _ = objective.token_logprobs(logits, targets.reshape(-1), temperature, (0, VOCABULARY), False)
+    return logp.reshape(targets.shape)
+
+
+def our_loss(logp, batch, normalization, kl_coeff, options):
+    """The flat tensors of the loop: only tokens under the mask exist."""
+    kept = batch.mask.bool()
+    lengths = batch.mask.sum(1, keepdim=True).expand(B, T)
+    denominator = objective.loss_denominator(normalization, B, int(batch.mask.sum()), LONGEST)
+    return objective.grpo_loss(
+        logp[kept],
+        batch.advantages.unsqueeze(1).expand(B, T)[kept],
+        denominator,
+        batch.reference[kept] if kl_coeff else None,
+        kl_coeff,
+        behavior_logprobs=batch.behavior[kept],
+        lengths=lengths[kept] if normalization == "sequences" else None,
+        options=options,
+    )
+
+
+def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high):
+    """GRPOTrainer's loss on given log-probs: its method, on a stand-in that has what it reads."""
+    accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, torch.zeros_like(logp), None),
+        _entropy_bonus_enabled=False,
+        _metrics={"train": _AnyList()},
+        accelerator=accelerator,
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        aux_loss_enabled=False,
+        beta=kl_coeff,
+        current_gradient_accumulation_steps=1,
+        epsilon_high=epsilon_high,
+        epsilon_low=LOW,
+        importance_sampling_level="token",
+        loss_type=loss_type,
+        max_completion_length=LONGEST,
+        model=SimpleNamespace(training=True),
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+    )
+    inputs = {
+        "prompt_ids": torch.zeros(B, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(B, 1),
+        "completion_ids": batch.targets,
+        "completion_mask": batch.mask,
+        "advantages": batch.advantages,
+        "old_per_token_logps": batch.behavior,
+        "ref_per_token_logps": batch.reference,
+        "num_items_in_batch": batch.mask.sum(),
+    }
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+class _AnyList(dict):
+    def __missing__(self, key):
+        return self.setdefault(key, [])
+
+
+VARIANTS = [
+    pytest.param(normalization, kl_coeff, objective.Options(ratio=True, clip_low=LOW, clip_high=HIGH), id=name)
+    for normalization in LOSS_TYPES
+    for kl_coeff, name in ((0.0, f"ratio-{normalization}"), (0.2, f"ratio-{normalization}-k3"))
+]
+TRUNCATED = objective.Options(correction="truncate", correction_high=CAP)
+VARIANTS += [pytest.param("tokens", kl, TRUNCATED, id=f"truncate-tokens-{kl}") for kl in (0.0, 0.2)]
+
+
+def _names_elsewhere(normalization, options):
+    """Loss type and upper bound; truncated weights are the loss that TRL and Liger call CISPO."""
+    return (LOSS_TYPES[normalization], HIGH) if options.ratio else ("cispo", CAP)
+
+
+@pytest.mark.parametrize(("normalization", "kl_coeff", "options"), VARIANTS)
+def test_loss_and_gradient_equal_trls(batch, normalization, kl_coeff, options):
+    ours, theirs = (_logprobs(batch.hidden, batch.weight, batch.targets).requires_grad_() for _ in range(2))
+    loss_type, high = _names_elsewhere(normalization, options)
+    expected = trl_loss(theirs, batch, loss_type, kl_coeff, high)
+    found = our_loss(ours, batch, normalization, kl_coeff, options)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("normalization", "kl_coeff", "options"), VARIANTS)
+def test_loss_and_gradient_equal_ligers(batch, normalization, kl_coeff, options):
+    """Through the head: gradients of hidden states and head weight, at temperature 0.8."""
+    loss_type, high = _names_elsewhere(normalization, options)
+    liger = LigerFusedLinearGRPOLoss(
+        beta=kl_coeff,
+        compiled=False,
+        use_ref_model=kl_coeff > 0,
+        epsilon_low=LOW,
+        epsilon_high=high,
+        loss_type=loss_type,
+        max_completion_length=LONGEST,
+        temperature=0.8,
+    )
+    ours, theirs = ([x.clone().requires_grad_() for x in (batch.hidden, batch.weight)] for _ in range(2))
+    expected, _ = liger(
+        theirs[0],
+        theirs[1],
+        batch.targets,
+        batch.mask,
+        batch.advantages,
+        ref_per_token_logps=batch.reference if kl_coeff else None,
+        old_per_token_logps=batch.behavior,
+    )
+    found = our_loss(_logprobs(*ours, batch.targets, temperature=0.8), batch, normalization, kl_coeff, options)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.grad, their.grad)
+        assert our.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("normalization", LOSS_TYPES)
+def test_on_policy_gradient_equals_trls(batch, normalization):
+    """The spec's loss has another value than a ratio of 1, but the same gradient."""
+    ours, theirs = (_logprobs(batch.hidden, batch.weight, batch.targets).requires_grad_() for _ in range(2))
+    batch.behavior = theirs.detach()
+    our_loss(ours, batch, normalization, 0.2, objective.SPEC).backward()
+    trl_loss(theirs, batch, LOSS_TYPES[normalization], 0.2, HIGH).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
