@@ -144,7 +144,7 @@ class V2Batch:
 def config(policy_folder):
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(async_scheduling=False, max_num_seqs=SLOTS),
-        model_config=SimpleNamespace(model=str(policy_folder), get_vocab_size=lambda: SIZE),
+        model_config=SimpleNamespace(model=str(policy_folder), get_vocab_size=lambda: SIZE, max_model_len=LENGTH),
     )
 
 

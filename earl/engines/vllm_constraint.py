@@ -8,7 +8,7 @@ held to (`extra_args`); one that says nothing is free.
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 KEY = "emu3_grid"
 _LAST = itemgetter(-1)
+_BEFORE_IMG = 2**40
+"""Larger than any number of tokens, so that the place is 0."""
 
 
 def extra_args(size: tuple[int, int]) -> dict[str, list[int]]:
@@ -48,20 +50,29 @@ def _validate(params: "SamplingParams") -> None:
 
 
 class GridConstraintV1(V1LogitsProcessor):
-    """For the V1 model runner. Slot and row of the batch are the same."""
+    """For the V1 model runner. Slot and row of the batch are the same.
+
+    The kinds of all places of a completion are looked up when its request joins, so that a step costs a handful of
+    array operations: on a CPU each costs microseconds, and more where the model has swept the caches.
+    """
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
         if vllm_config.scheduler_config.async_scheduling:
             raise ValueError("the V1 grid constraint reads sampled tokens on the host; set async_scheduling to False")
-        slots = vllm_config.scheduler_config.max_num_seqs
+        slots, length = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
         vocabulary = Vocabulary.from_folder(vllm_config.model_config.model)
         self.img = vocabulary.img
         forbidden = grid.forbidden_table(vocabulary, vllm_config.model_config.get_vocab_size())
         # To add is several times as fast as to fill on a CPU; x + 0 is x, bit for bit.
         self.masks = torch.zeros(forbidden.shape).masked_fill(forbidden, -torch.inf).to(device)
-        self.grids = np.zeros((slots, 2), dtype=np.int64)
-        self.image_starts = np.full(slots, -1, dtype=np.int64)
-        """Tokens generated up to and with ``img``; -1 before it."""
+        self.free = len(forbidden) + grid.FREE
+        self.slots = np.arange(slots)
+        self.kinds_of_slots = np.zeros((slots, length + 1), dtype=np.int64)
+        """Kinds by place: 0 is any before ``img``, 1 the first after it."""
+        self.offsets = np.zeros(slots, dtype=np.int64)
+        """What to subtract from the number of tokens generated to get the place; `_BEFORE_IMG` before it."""
+        self.searching = np.zeros(0, dtype=np.int64)
+        """Slots that have not seen ``img``."""
         self.outputs: list[list[int]] = [[] for _ in range(slots)]
         """vLLM's own lists, which grow as tokens are sampled."""
 
@@ -78,36 +89,47 @@ class GridConstraintV1(V1LogitsProcessor):
         for slot in batch_update.removed:
             self._clear(slot)
         for slot, params, _, output in batch_update.added:
-            self.grids[slot] = _grid_of(params)
-            # A request that was preempted comes back with what it had generated.
-            self.image_starts[slot] = output.index(self.img) + 1 if self.img in output else -1
-            self.outputs[slot] = output
+            self._add(slot, _grid_of(params), output)
         for source, target, direction in batch_update.moved:
-            for state in (self.grids, self.image_starts):
+            for state in (self.kinds_of_slots, self.offsets):
                 state[[source, target]] = state[[target, source]]
             self.outputs[source], self.outputs[target] = self.outputs[target], self.outputs[source]
             if direction is MoveDirectionality.UNIDIRECTIONAL:
                 self._clear(source)
+        self.searching = np.flatnonzero(self.offsets == _BEFORE_IMG)
+
+    def _add(self, slot: int, size: tuple[int, int], output: list[int]) -> None:
+        self.outputs[slot] = output
+        if not all(size):
+            self.kinds_of_slots[slot], self.offsets[slot] = self.free, 0
+            return
+        self.kinds_of_slots[slot] = grid.kind_at(np.arange(-1, self.kinds_of_slots.shape[1] - 1), *size)
+        # A request that was preempted comes back with what it had generated.
+        self.offsets[slot] = output.index(self.img) if self.img in output else _BEFORE_IMG
 
     def _clear(self, slot: int) -> None:
-        self.grids[slot], self.image_starts[slot], self.outputs[slot] = 0, -1, []
+        self.kinds_of_slots[slot], self.offsets[slot], self.outputs[slot] = self.free, 0, []
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        kinds = torch.from_numpy(self.kinds(len(logits))).to(logits.device)
-        # index_select counts from the start only.
-        return logits.add_(self.masks.index_select(0, kinds % len(self.masks)))
+        kinds = torch.from_numpy(self.kinds(len(logits)))
+        return logits.add_(self.masks.index_select(0, kinds.to(logits.device)))
 
     def kinds(self, rows: int) -> np.ndarray:
-        """Return int64 [rows]: the kind that each row is held to."""
-        outputs = self.outputs[:rows]
-        lengths = np.fromiter(map(len, outputs), np.int64, rows)
-        starts = self.image_starts[:rows]
-        searching = np.flatnonzero((starts < 0) & (lengths > 0))
-        if len(searching):
-            last = np.fromiter(map(_LAST, map(outputs.__getitem__, searching.tolist())), np.int64, len(searching))
-            found = searching[last == self.img]
-            starts[found] = lengths[found]
-        return _kinds(np, lengths - starts, starts >= 0, self.grids[:rows])
+        """Return int64 [rows]: the row of the mask table, that is the kind, that each row of the batch is held to."""
+        lengths = np.fromiter(map(len, self.outputs), np.int64, rows)
+        if len(self.searching):
+            self._search(lengths)
+        places = np.maximum(lengths - self.offsets[:rows], 0)
+        return self.kinds_of_slots[self.slots[:rows], places]
+
+    def _search(self, lengths: np.ndarray) -> None:
+        """Look whether ``img`` was the last token of those that have not seen it."""
+        speaking = self.searching[lengths[self.searching] > 0]
+        last = np.fromiter(map(_LAST, map(self.outputs.__getitem__, speaking.tolist())), np.int64, len(speaking))
+        found = speaking[last == self.img]
+        if len(found):
+            self.offsets[found] = lengths[found] - 1
+            self.searching = np.flatnonzero(self.offsets == _BEFORE_IMG)
 
 
 class GridConstraintV2(V2LogitsProcessor):
@@ -157,18 +179,6 @@ class GridConstraintV2(V2LogitsProcessor):
         here = (ctx.input_ids == self.img) & (ctx.pos >= self.requests.prompt_len.gpu[slots]) & (places < 0)
         places = torch.where(here, ctx.pos.long(), places)
         self.image_places[slots] = places
-        return _kinds(torch, ctx.pos - places, places >= 0, self.grids[slots])
-
-
-def _kinds(library: Any, since_img: Any, after_img: Any, grids: Any) -> Any:
-    """Return the kinds of rows in the arrays of ``library`` (NumPy or torch).
-
-    Args:
-        library: The module that the arrays belong to.
-        since_img: int [rows], tokens generated since ``img``; anything where there was none.
-        after_img: bool [rows], whether there was one.
-        grids: int [rows, 2], rows and columns; 0 for a row that is free.
-    """
-    k = library.where(after_img, since_img, -1)
-    kinds = grid.kind_at(k, grids[:, 0], grids[:, 1])
-    return library.where(grids[:, 0] > 0, kinds, grid.FREE)
+        k = torch.where(places >= 0, ctx.pos - places, -1)
+        height, width = self.grids[slots].unbind(1)
+        return torch.where(height > 0, grid.kind_at(k, height, width), grid.FREE)
