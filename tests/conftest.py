@@ -10,8 +10,14 @@ import importlib.util
 
 import pytest
 
+from earl import torch_extensions
 from earl.emu3.vocabulary import Vocabulary
 from tests import policies
+
+
+def pytest_configure():
+    """TRL and the tests' own imports of transformers do not come by way of `earl.emu3.models`."""
+    torch_extensions.work_around()
 
 
 @pytest.fixture(scope="session")
