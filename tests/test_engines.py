@@ -14,6 +14,7 @@ from earl.engines import Request, SamplingParams
 from earl.errors import EarlError
 from earl.learner import objective
 from tests import policies
+from tests.distributions import truncated_softmax
 
 FREE = SamplingParams(temperature=1.0, max_tokens=80)
 AT_ONCE = "<|image start|>"
@@ -148,19 +149,6 @@ def test_log_probs_are_those_of_the_truncated_distribution(loaded, requests, pol
             for row, token in zip(logits, completion.token_ids, strict=True)
         ]
         assert np.abs(np.array(completion.logprobs) - expected).max() < 1e-3
-
-
-def truncated_softmax(logits, top_p, top_k):
-    """Softmax in plain NumPy: keep the top k, renormalise, keep the top p, renormalise."""
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    order = np.argsort(-p)
-    if top_k > 0:
-        p[order[top_k:]] = 0
-        p /= p.sum()
-    before = np.concatenate([[0], np.cumsum(p[order])[:-1]])
-    p[order[before >= top_p]] = 0
-    return p / p.sum()
 
 
 def test_greedy_equals_transformers_generate_under_the_same_constraint(loaded, requests, policy_folder, vocabulary):

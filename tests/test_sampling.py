@@ -10,6 +10,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Request, SamplingParams
 from earl.engines.torch_engine import TorchEngine
 from tests import policies
+from tests.distributions import truncated_softmax
 
 SAMPLES = 20_000
 BATCH = 500
@@ -51,15 +52,7 @@ def expected(policy, prompt, top_p, top_k):
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, vocabulary.img]])).logits[0, -1].double().numpy()
     logits = logits[vocabulary.first_visual : vocabulary.size] / TEMPERATURE
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    order = np.argsort(-p)
-    if top_k > 0:
-        p[order[top_k:]] = 0
-        p /= p.sum()
-    before = np.concatenate([[0], np.cumsum(p[order])[:-1]])
-    p[order[before >= top_p]] = 0
-    return p / p.sum()
+    return truncated_softmax(logits, top_p, top_k)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from earl.emu3 import grid, sequence
 from earl.engines import Request, SamplingParams
 from earl.engines.torch_engine import TorchEngine, sample, truncate
 from earl.errors import EarlError
+from tests.distributions import truncated_softmax
 
 FREE = SamplingParams(temperature=1.0, max_tokens=64)
 
@@ -40,16 +41,7 @@ def test_samples_follow_the_truncated_softmax(top_k, top_p):
     count = 20_000
     noise = torch.from_numpy(np.random.default_rng(1).random(count))
     tokens, logprobs = sample(logits.expand(count, -1), noise, params)
-    # The expected distribution, by plain NumPy: softmax, keep the top k, renormalise, keep the top p, renormalise.
-    p = np.exp(logits[0].double().numpy() / 0.9)
-    p /= p.sum()
-    order = np.argsort(-p)
-    if top_k > 0:
-        p[order[top_k:]] = 0
-        p /= p.sum()
-    before = np.concatenate([[0], np.cumsum(p[order])[:-1]])
-    p[order[before >= top_p]] = 0
-    p /= p.sum()
+    p = truncated_softmax(logits[0].double().numpy() / 0.9, top_p, top_k)
     counts = np.bincount(tokens.numpy(), minlength=40)
     assert counts[p == 0].sum() == 0
     assert stats.chisquare(counts[p > 0], count * p[p > 0]).pvalue > 0.001
