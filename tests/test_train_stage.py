@@ -87,9 +87,9 @@ def write_inputs(run: Run, iteration: int, vocabulary, shards: int = 1, edit=lam
         write_scores(run, iteration, shard, columns)
 
 
-def write_scores(run: Run, iteration: int, shard: int, columns: dict[str, list]) -> None:
+def write_scores(run: Run, iteration: int, shard: int, columns: dict[str, list], **more: str) -> None:
     current = run.iteration(iteration)
-    metadata = {"rollouts_digest": manifest.digest_file(current.rollouts(shard))}
+    metadata = {"rollouts_digest": manifest.digest_file(current.rollouts(shard)), **more}
     tables.write_table(current.scores(shard), tables.SCORES, columns, metadata)
 
 
@@ -315,6 +315,15 @@ def test_scores_of_other_rollouts_are_refused(new_run, vocabulary):
     write_inputs(run, 1, vocabulary, edit=_set(behavior_logprobs=[-2.0] * 15))
     run.iteration(1).scores(0).write_bytes(stored)
     with pytest.raises(EarlError, match=r"scores/0000\.parquet: rollouts_digest"):
+        train.run(config, run.path, 1)
+
+
+def test_shards_scored_by_different_rubrics_are_refused(new_run, vocabulary):
+    config, run = new_run(rollout_shards=2)
+    write_inputs(run, 1, vocabulary, shards=2)
+    columns = tables.read_table(run.iteration(1).scores(1), tables.SCORES).to_pydict()
+    write_scores(run, 1, 1, columns, rubrics_digest="0" * 64)
+    with pytest.raises(EarlError, match=r"scores/0000\.parquet, .*scores/0001\.parquet: .*different rubrics"):
         train.run(config, run.path, 1)
 
 

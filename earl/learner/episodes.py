@@ -57,6 +57,7 @@ class Source:
     rows: list[dict[str, Any]]
     rollouts: list[str]
     scores: list[str]
+    rubrics: str | None  # digest of what the judge was asked by; None where it has no rubrics
 
 
 def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -> Source:
@@ -68,9 +69,9 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
 
     Raises:
         EarlError: a file is missing, damaged or holds a value out of range; rollouts of another policy or iteration,
-            scores of other rollouts; episodes doubled, missing or too few.
+            scores of other rollouts or by other rubrics than those beside them; episodes doubled, missing or too few.
     """
-    rows, rollout_digests, score_digests = [], [], []
+    rows, rollout_digests, score_digests, rubrics = [], [], [], {}
     for shard in range(shards):
         rollouts, scores = iteration.rollouts(shard), iteration.scores(shard)
         rollout_rows = tables.read_table(rollouts, tables.ROLLOUTS, ROLLOUT_COLUMNS).to_pylist()
@@ -80,9 +81,15 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
         _check_metadata(rollouts, "iteration", str(iteration.index), "of another iteration; generate them again")
         _check_metadata(rollouts, "policy_digest", policy_digest, "of another policy; generate and score them again")
         _check_metadata(scores, "rollouts_digest", rollout_digests[-1], f"not of {rollouts}; score them again")
+        rubrics[tables.read_metadata(scores).get("rubrics_digest")] = scores
         rows += _joined(rollout_rows, score_rows, scores)
+    if len(rubrics) > 1:
+        raise EarlError(
+            f"{', '.join(map(str, rubrics.values()))}: were scored by different rubrics; score all shards again"
+        )
     _check_complete(rows, iteration, expected)
-    return Source(sorted(rows, key=lambda row: row["episode_id"]), rollout_digests, score_digests)
+    ordered = sorted(rows, key=lambda row: row["episode_id"])
+    return Source(ordered, rollout_digests, score_digests, *rubrics)
 
 
 def _check_metadata(path: Path, key: str, expected: str, remedy: str) -> None:

@@ -76,6 +76,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         "counted": settings.counted,
         "learning_rate": config.learning_rate,
         "optimizer_steps": steps,
+        "rubrics_digest": source.rubrics,
         "inputs": inputs,
     }
     return _write(config, current, previous, policy, optimizer, outcomes, metrics)
