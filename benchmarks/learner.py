@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def our_loss(model: torch.nn.Module, batch: grpo.MicroBatch, settings: grpo.Settings, denominator: int) -> torch.Tensor:
-    logp, _ = grpo.completion_logprobs(model, batch, settings)
+    logp, _, _ = grpo.completion_logprobs(model, batch, settings)
     return grpo.batch_loss(logp, None, batch, denominator, settings)
 
 

@@ -8,7 +8,7 @@ import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from trl import GRPOTrainer
 
-from earl.learner import objective
+from earl.learner import advantage, logprobs, objective
 
 LN2 = math.log(2)
 
@@ -16,7 +16,7 @@ LN2 = math.log(2)
 def test_leave_one_out_advantages_by_hand():
     rewards = torch.tensor([1.0, 3.0, 8.0, 9.0, 5.0, float("nan")])
     groups, used = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([True] * 5 + [False])
-    found = objective.group_advantages(rewards, groups, used, "leave_one_out")
+    found = advantage.group_advantages(rewards, groups, used, "leave_one_out")
     # Group 0: 1 - 5.5, 3 - 4.5, 8 - 2. Groups 1 and 2 have one used episode each.
     torch.testing.assert_close(found, torch.tensor([-4.5, -1.5, 6.0, 0, 0, 0], dtype=torch.float64))
 
@@ -141,7 +141,7 @@ def batch():
 
 def _logprobs(hidden, weight, targets, temperature=1.0):
     logits = (hidden @ weight.T).reshape(-1, VOCABULARY)
-    logp, _ = objective.token_logprobs(logits, targets.reshape(-1), temperature, (0, VOCABULARY), False)
+    logp, _ = logprobs.token_logprobs(logits, targets.reshape(-1), temperature, logprobs.FULL)
     return logp.reshape(targets.shape)
 
 
