@@ -125,6 +125,55 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def gradients(weight, before=None, accumulate=True):
+    """Those of hidden states and weight, the latter by way of `accumulate`."""
+    hidden, _, targets, advantages = make(torch.float32)
+    weight.grad = before
+    logp, _ = head.token_logprobs(hidden, weight, targets, 0.8, FULL, accumulate=accumulate)
+    (logp * advantages).sum().backward()
+    return hidden.grad, weight.grad
+
+
+def test_accumulating_in_place_gives_the_same_gradients():
+    weight, before = make(torch.float32)[1], torch.randn(VOCABULARY, WIDTH)
+    expected_hidden, expected = gradients(weight, accumulate=False)
+    hidden, fresh = gradients(weight)
+    assert torch.equal(hidden, expected_hidden)
+    assert torch.equal(fresh, expected)
+    old = before.clone()
+    _, added = gradients(weight, old)
+    assert added is old
+    torch.testing.assert_close(added, before + expected)
+
+
+def test_accumulating_in_place_needs_no_second_gradient():
+    found = []
+    for accumulate in (True, False):
+        weight = make(torch.float32)[1]
+        with Largest() as largest:
+            gradients(weight, torch.zeros(VOCABULARY, WIDTH), accumulate)
+        found.append(largest.elements)
+    assert found[0] < VOCABULARY * WIDTH == found[1]
+
+
+def test_what_is_not_a_plain_leaf_gets_its_gradient_the_usual_way():
+    """A weight that was computed (gathered, cast), one that is frozen, and one whose gradient others wait for."""
+    leaf = make(torch.float32)[1]
+    _, expected = gradients(leaf)
+    hidden, _, targets, advantages = make(torch.float32)
+    other = leaf.detach().clone().requires_grad_()
+    logp, _ = head.token_logprobs(hidden, other * 1.0, targets, 0.8, FULL, accumulate=True)
+    (logp * advantages).sum().backward()
+    assert torch.equal(other.grad, expected)
+    _, frozen = gradients(leaf.detach().clone())
+    assert frozen is None
+    seen = []
+    watched = leaf.detach().clone().requires_grad_()
+    watched.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
+    gradients(watched)
+    assert torch.equal(seen[0], expected)
+
+
 @SUPPORTS
 def test_no_tensor_of_tokens_by_vocabulary_exists(support):
     found = []

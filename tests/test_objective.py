@@ -5,77 +5,10 @@ import math
 import pytest
 import torch
 
-from earl.learner import advantage, logprobs, objective
-from earl.learner.logprobs import FULL
+from earl.learner import logprobs, objective
 
 VISUAL = (4, 6)  # ids 0..3 are text, 4 and 5 visual
 SPLIT = logprobs.split_vocab(VISUAL)
-
-
-def test_advantages_by_hand():
-    rewards = torch.tensor([1.0, 3.0, 8.0, 8.0, 5.0])
-    groups = torch.tensor([0, 0, 1, 1, 2])
-    used = torch.ones(5, dtype=torch.bool)
-    found = advantage.group_advantages(rewards, groups, used)
-    # Group 0: mean 2, population std 1. Group 1: equal rewards. Group 2: alone.
-    expected = [-1 / 1.0001, 1 / 1.0001, 0, 0, 0]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_advantages_without_division_keep_the_units_of_the_rewards():
-    rewards = torch.tensor([1.0, 3.0, 9.75, 10.0, float("nan")])
-    groups, used = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, True, True, True, False])
-    found = advantage.group_advantages(rewards, groups, used, "mean")
-    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -0.125, 0.125, 0.0], dtype=torch.float64))
-
-
-def test_unused_episodes_touch_neither_their_group_nor_get_an_advantage():
-    rewards = torch.tensor([1.0, float("nan"), 3.0])
-    used = torch.tensor([True, False, True])
-    found = advantage.group_advantages(rewards, torch.zeros(3, dtype=torch.long), used)
-    expected = [-1 / 1.0001, 0, 1 / 1.0001]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_zero_std_groups():
-    rewards = torch.tensor([2.0, 2.0, 1.0, 2.0, 9.0, 1.0, 7.0])
-    groups = torch.tensor([0, 0, 1, 1, 2, 2, 3])
-    used = torch.tensor([True, True, True, True, True, False, False])
-    assert advantage.zero_std_groups(rewards, groups, used).tolist() == [True, False, True, True]
-
-
-def test_logprobs_over_each_support_by_hand():
-    # exp(logits) = 1 2 3 4 | 1 3, so text sums to 10, visual to 4, all to 14.
-    logits = torch.tensor([[1.0, 2, 3, 4, 1, 3]]).log().expand(2, -1)
-    targets = torch.tensor([5, 1])
-    split, split_entropy = logprobs.token_logprobs(logits, targets, 1.0, SPLIT)
-    full, full_entropy = logprobs.token_logprobs(logits, targets, 1.0, FULL)
-    assert split.tolist() == pytest.approx([math.log(3 / 4), math.log(2 / 10)], abs=1e-6)
-    assert full.tolist() == pytest.approx([math.log(3 / 14), math.log(2 / 14)], abs=1e-6)
-
-    def entropy(*weights: float) -> float:
-        return -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
-
-    assert split_entropy.tolist() == pytest.approx([entropy(1, 3), entropy(1, 2, 3, 4)], abs=1e-6)
-    assert full_entropy.tolist() == pytest.approx([entropy(1, 2, 3, 4, 1, 3)] * 2, abs=1e-6)
-
-
-def test_temperature_divides_the_logits():
-    logits = torch.tensor([[0.0, math.log(9.0), 0, 0, 0, 0]])
-    # At temperature 2 the weights are 1 3 1 1.
-    found, _ = logprobs.token_logprobs(logits, torch.tensor([1]), 2.0, SPLIT)
-    assert found.item() == pytest.approx(math.log(3 / 6), abs=1e-6)
-
-
-def test_entropy_of_a_masked_id_is_not_nan():
-    logits = torch.tensor([[0.0, 0.0, -math.inf, -math.inf, 0, 0]])
-    _, entropy = logprobs.token_logprobs(logits, torch.tensor([0]), 1.0, SPLIT)
-    assert entropy.item() == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_an_id_in_no_support_is_refused():
-    with pytest.raises(ValueError, match="7"):
-        logprobs.token_logprobs(torch.zeros(1, 9), torch.tensor([7]), 1.0, SPLIT)
 
 
 def test_k3_by_hand():
