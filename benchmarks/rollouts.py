@@ -24,7 +24,8 @@ import torch
 from earl.emu3 import checkpoint, grid, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Request, SamplingParams, vllm_engine
-from earl.learner import grpo
+from earl.learner import batches, grpo
+from earl.learner.ranks import alone
 from tests import policies
 
 BATCHES = (16, 32, 64, 128, 256)
@@ -146,7 +147,7 @@ def agreement(policy: Path, dtype: str) -> str:
         differences = torch.cat(
             [
                 (grpo.completion_logprobs(learner, batch, settings)[0] - batch.behavior_logprobs).abs()
-                for batch in grpo.micro_batches(episodes, settings, torch.device("cpu"), dtype)
+                for batch, _ in batches.micro_batches(episodes, settings, alone(torch.device("cpu")), dtype)
             ]
         )
     return f"| {dtype} | {differences.mean():.1e} | {differences.max():.1e} | {differing:.1%} of {len(pairs)} |"

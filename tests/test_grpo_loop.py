@@ -8,7 +8,7 @@ import torch
 
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
-from earl.learner import grpo, head, objective
+from earl.learner import batches, grpo, head, objective
 
 GROUPS, SAMPLES = 4, 2
 
@@ -52,7 +52,7 @@ def with_learners_logprobs(episodes, policy_folder, settings, shift=0.0):
     model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
     found = []
     for episode in episodes:
-        batch = grpo.collate([replace(episode, forced=np.zeros_like(episode.forced))], settings, model.device)
+        batch = batches.collate([replace(episode, forced=np.zeros_like(episode.forced))], settings, model.device)
         with torch.no_grad():
             logp, _ = grpo.completion_logprobs(model, batch, settings)
         found.append(replace(episode, behavior_logprobs=(logp - shift).numpy()))
@@ -181,7 +181,7 @@ def test_packed_groups_change_the_step_by_rounding_alone(episodes, settings, lea
 
 
 def test_a_packed_row_holds_each_prompt_once_and_no_padding(episodes, settings):
-    batch = grpo.collate(episodes, replace(settings, packed=True), torch.device("cpu"))
+    batch = batches.collate(episodes, replace(settings, packed=True), torch.device("cpu"))
     prompts = {episode.group_id: len(episode.prompt) for episode in episodes}
     assert batch.input_ids.shape == (1, sum(prompts.values()) + sum(len(e.completion) for e in episodes))
     own = batch.groups[1].completions[1]
@@ -193,6 +193,6 @@ def test_packing_leaves_the_model_as_it_was(episodes, settings, policy_folder):
     model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
     usual = model.config._attn_implementation
     for packed in (True, False):
-        batch = grpo.collate(episodes[:2], replace(settings, packed=packed), model.device)
+        batch = batches.collate(episodes[:2], replace(settings, packed=packed), model.device)
         grpo.completion_logprobs(model, batch, settings)
         assert model.config._attn_implementation == usual
