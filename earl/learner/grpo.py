@@ -3,12 +3,15 @@
 Reads top to bottom: `train_iteration` is the loop, what it calls stands below it in the order of the calls. The
 formulas are in `objective`, the log-probs in `head`, the rewards in `rewards`, files in `earl.stages.train`.
 
-Left out on purpose: gradient checkpointing and several ranks. Nothing here is random: dropout is off,
-mini-batches are cut in the order of the group ids (their prompts were drawn at random), and the order of the episodes
-is that of their lengths and ids.
+Each of several ranks (see `ranks`) runs this loop over its share of the micro-batches. The denominator of the loss is
+that of all of them, gradients are summed, and so are the totals: the step is the same for any number of ranks.
+
+Nothing here is random: dropout is off, mini-batches are cut in the order of the group ids (their prompts were drawn at
+random), and the order of the episodes is that of their lengths and ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from earl.errors import EarlError
-from earl.learner import head, objective, packing
+from earl.learner import attention, head, objective, sharding
 from earl.learner.batches import Episode, MicroBatch, micro_batches, mini_batches
 from earl.learner.performance import Clock
 from earl.learner.ranks import Ranks, alone
@@ -48,6 +51,8 @@ class Settings:
     optimizer_steps: int = 1  # mini-batches that the episodes are cut into
     parity_tolerance: float | None = None  # see check_parity
     packed: bool = False  # see packing
+    attention: str = "sdpa"  # see attention.choose
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping what they need
 
 
 class TokenPair(NamedTuple):
@@ -150,47 +155,64 @@ def train_iteration(
             sampler's (see check_parity); nothing must be kept then.
     """
     team, clock = team or alone(policy.device), clock or Clock(policy.device)
-    policy.eval()  # no dropout: the learner must compute the log-probs that the sampler sampled from
     totals = Totals()
-    for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
-        optimizer.zero_grad(set_to_none=True)
-        denominator = objective.loss_denominator(
-            settings.normalization,
-            len(part),
-            sum(len(episode.completion) for episode in part),
-            settings.max_completion_tokens,
-        )
-        seen = Totals()
-        for batch, counts in micro_batches(part, settings, team, description):
-            with clock.phase("forward"):
-                logp, entropy = completion_logprobs(policy, batch, settings)
-            reference_logp = None
-            if reference is not None:
-                with clock.phase("reference"), torch.no_grad():
-                    reference_logp, _ = completion_logprobs(reference, batch, settings)
-            loss = batch_loss(logp, reference_logp, batch, denominator, settings)
-            with clock.phase("backward"):
-                (loss if counts else 0 * loss).backward()
-            if counts:
-                add_to(seen, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
-                if step == 0:
-                    add_mismatch(seen, batch, logp.detach())
-        step_totals = total_of(team.gather(seen))
-        if step == 0:
-            check_parity(step_totals, settings)
-        with clock.phase("step"):
-            step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals))
-        totals = total_of([totals, step_totals])
+    with ready_to_learn(policy, settings):
+        for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
+            optimizer.zero_grad(set_to_none=True)
+            denominator = objective.loss_denominator(
+                settings.normalization,
+                len(part),
+                sum(len(episode.completion) for episode in part),
+                settings.max_completion_tokens,
+            )
+            seen = Totals()
+            for batch, counts in micro_batches(part, settings, team, description):
+                with clock.phase("forward"):
+                    logp, entropy = completion_logprobs(policy, batch, settings)
+                reference_logp = None
+                if reference is not None:
+                    with clock.phase("reference"), torch.no_grad():
+                        reference_logp, _ = completion_logprobs(reference, batch, settings)
+                loss = batch_loss(logp, reference_logp, batch, denominator, settings)
+                with clock.phase("backward"):
+                    (loss if counts else 0 * loss).backward()
+                if counts:
+                    add_to(seen, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
+                    if step == 0:
+                        add_mismatch(seen, batch, logp.detach())
+            step_totals = total_of(team.gather(seen))
+            if step == 0:
+                check_parity(step_totals, settings)
+            with clock.phase("step"):
+                step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals))
+            totals = total_of([totals, step_totals])
     return totals.metrics(settings, with_kl=reference is not None)
+
+
+@contextmanager
+def ready_to_learn(policy: "Emu3ForCausalLM", settings: Settings) -> Iterator[None]:
+    """Have the policy compute what the sampler sampled from, without dropout, and as the settings say.
+
+    The kernel must stay in place between forward and backward pass, in which layers may be computed again.
+    """
+    policy.eval()
+    if settings.gradient_checkpointing:
+        sharding.recompute_layers(policy)
+    with attention.used_by(policy, settings.attention):
+        yield
 
 
 def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`."""
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-        if batch.groups is None:
-            hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        else:
-            hidden = packing.hidden_states(model, batch.input_ids, batch.position_ids, batch.groups)
+    with attention.used_by(model, settings.attention):
+        return sharding.forward(model, _completion_logprobs, batch, settings)
+
+
+def _completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
+        hidden = model.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, earl_groups=batch.groups
+        ).last_hidden_state
     # The head runs on counted tokens only: with a large vocabulary it is most of the work.
     return head.token_logprobs(
         hidden.flatten(0, 1)[batch.places],
