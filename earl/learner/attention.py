@@ -69,7 +69,7 @@ def by_sdpa(
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
-    **given: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Attention with the signature that transformers calls, by torch's own kernels.
 
@@ -95,7 +95,7 @@ def by_flash(
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
-    **given: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """The same by flash-attn, which computes in bfloat16 and repeats no keys."""
     query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))

@@ -13,8 +13,8 @@ from torch.futures import Future
 from earl.learner.ranks import Ranks
 
 OFFSETS = "DCP_SHARDING_INFO"
-"""Entry of a file's header where `torch.distributed.checkpoint.HuggingFaceStorageReader` looks for the place of each part
-in its tensor. It must stay the only entry: of several, safetensors writes the order at random."""
+"""Entry of a file's header where HuggingFaceStorageReader looks for the place of each part in its tensor. It must stay
+the only entry: of several, safetensors writes the order at random."""
 
 
 class PartWriter(StorageWriter):

@@ -77,7 +77,7 @@ def rounds(batches: Sequence[Item], ranks: Ranks) -> Iterator[tuple[Item, bool]]
 
 
 @contextmanager
-def joined(device: "torch.device") -> Iterator[Ranks]:
+def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks]:
     """Join the other ranks, if there are any, and leave them at the end.
 
     An error ends all ranks. The rank that met it first raises it; the others, which meet it too or lose their partner
@@ -86,34 +86,44 @@ def joined(device: "torch.device") -> Iterator[Ranks]:
     Args:
         device: of the type that ranks compute on; of several GPUs of a machine each rank takes the one of its
             `LOCAL_RANK`.
+        splits_alone: whether a model is split (see `sharding.split`) even if there are no others.
     """
-    if not is_launched() or os.environ["WORLD_SIZE"] == "1":
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and not splits_alone:
         yield alone(device)
         return
-    import torch
     import torch.distributed as dist
 
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank = dist.HashStore(), 0
+    if size > 1:
+        store, rank, size = next(dist.rendezvous("env://"))
+    team = Ranks(rank, size, _own_device(device))
     dist.init_process_group(
         # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("ranks", store),
         rank=rank,
         world_size=size,
-        device_id=device if device.type == "cuda" else None,
+        device_id=team.device if device.type == "cuda" else None,
     )
     try:
-        yield Ranks(rank, size, device)
-        dist.barrier()  # none leaves while another still writes
+        yield team
+        team.of_first(None)  # none leaves while another still writes
     except Exception:
         if not _is_first_to_fail(store):
             time.sleep(PATIENCE)
             os._exit(1)
         raise
     dist.destroy_process_group()
+
+
+def _own_device(device: "torch.device") -> "torch.device":
+    import torch
+
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
 
 
 def _is_first_to_fail(store: Any) -> bool:

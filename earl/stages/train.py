@@ -47,7 +47,8 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     """
     if iteration < 1:
         raise EarlError(f"iteration is {iteration}; the first that can be trained is 1")
-    with ranks.joined(runtime.prepare(config)) as team:
+    offloads = config.reference_offload and config.kl_coeff > 0
+    with ranks.joined(runtime.prepare(config), splits_alone=offloads) as team:
         return _run(config, Run(Path(run_path)), iteration, shards or config.rollout_shards, team)
 
 
