@@ -54,8 +54,7 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
     vocabulary = Vocabulary.from_folder(policy_folder)
     chosen = settings(vocabulary, **CASES[case])
     policy = sharding.load(policy_folder, team, chosen.bfloat16)
-    offload = case.startswith("padded") and torch.distributed.is_initialized()
-    reference = sharding.load(policy_folder, team, chosen.bfloat16, frozen=True, offload=offload)
+    reference = sharding.load(policy_folder, team, chosen.bfloat16, frozen=True, offload=case.startswith("padded"))
     optimizer = grpo.new_optimizer(policy, 1e-3)
     metrics = grpo.train_iteration(policy, reference, optimizer, episodes(vocabulary), chosen, case, team)
     if team.first:

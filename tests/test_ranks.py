@@ -45,10 +45,11 @@ def test_episodes_are_cut_so_that_no_rank_goes_without(vocabulary):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, policy_folder):
-    """Folder of the cases of `ranks_program`, done by one process whose models are not split."""
+    """Folder of the cases of `ranks_program`, done by one process whose models are split for bfloat16 alone."""
     out = tmp_path_factory.mktemp("alone")
-    for case in ranks_program.CASES:
-        ranks_program.step(policy_folder, case, ranks.alone(CPU), out)
+    for case, changes in ranks_program.CASES.items():
+        with ranks.joined(CPU, splits_alone=changes.get("bfloat16", False)) as team:
+            ranks_program.step(policy_folder, case, team, out)
     return out
 
 

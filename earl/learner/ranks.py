@@ -29,11 +29,13 @@ class Ranks:
         rank: 0..size-1; rank 0 writes what is written once.
         size: how many there are.
         device: what this rank computes on.
+        splits: whether models are split over the ranks; one process may do so too, see `sharding`.
     """
 
     rank: int
     size: int
     device: "torch.device"
+    splits: bool = False
 
     @property
     def first(self) -> bool:
@@ -86,7 +88,7 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
     Args:
         device: of the type that ranks compute on; of several GPUs of a machine each rank takes the one of its
             `LOCAL_RANK`.
-        splits_alone: whether a model is split (see `sharding.split`) even if there are no others.
+        splits_alone: whether models are split (see `sharding`) even if there are no others.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not splits_alone:
@@ -97,7 +99,7 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
     store, rank = dist.HashStore(), 0
     if size > 1:
         store, rank, size = next(dist.rendezvous("env://"))
-    team = Ranks(rank, size, _own_device(device))
+    team = Ranks(rank, size, _own_device(device), splits=True)
     dist.init_process_group(
         # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -4,8 +4,9 @@ Each decoder layer is a unit whose weights are gathered when it computes and let
 head are one more. Of everything else, the master weights, their gradients and Adam's moments, a rank holds its part
 alone. Gradients are summed over ranks, not averaged: the loss is divided by the whole step's denominator already.
 
-In bfloat16 weights are gathered in bfloat16 and gradients summed in float32; hidden states are bfloat16 between layers
-too, as in the engines, where one process under autocast keeps them in float32.
+To compute in bfloat16 one process uses it too: a layer's weights are gathered as bfloat16 copies of the float32 ones,
+gradients are summed in float32. Then everything is bfloat16 that is in the engines, hidden states between layers too,
+which autocast would keep in float32: sampler and learner differ less, and ranks not at all.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ Result = TypeVar("Result")
 def load(
     folder: Path, team: Ranks, bfloat16: bool, *, frozen: bool = False, offload: bool = False
 ) -> "Emu3ForCausalLM":
-    """Return the policy of a folder in float32, in evaluation mode, split where there are several ranks.
+    """Return the policy of a folder in float32, in evaluation mode, split where `team` says so.
 
     Args:
         bfloat16: what it will compute in.
@@ -38,7 +39,7 @@ def load(
     Raises:
         EarlError: see `checkpoint.check_policy`.
     """
-    if team.size == 1 and not offload:
+    if not team.splits:
         return checkpoint.load_policy(folder, torch.float32, team.device).requires_grad_(not frozen)
     if team.first:
         checkpoint.check_policy(folder)
@@ -59,8 +60,8 @@ def _empty(folder: Path) -> "Emu3ForCausalLM":
     config = checkpoint.text_config(folder)
     if config.tie_word_embeddings:
         raise EarlError(
-            f"{folder}: embedding and head share their weight (tie_word_embeddings), which cannot be split over ranks "
-            "or offloaded; train in one process, with train_processes 1 and reference_offload false"
+            f"{folder}: embedding and head share their weight (tie_word_embeddings), which cannot be split; "
+            "train in one process, with dtype float32, train_processes 1 and reference_offload false"
         )
     with torch.device("meta"):
         return Emu3ForCausalLM(config).float()

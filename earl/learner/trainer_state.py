@@ -109,7 +109,7 @@ def save(
     tensors = _tensors(model, optimizer, with_weights)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-        dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=team.size == 1)
+        dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
     team.of_first(None)  # all have written
     if team.first:
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -132,6 +132,7 @@ def load(
     folder: Path,
     model: "torch.nn.Module",
     optimizer: "torch.optim.Optimizer",
+    team: Ranks,
     *,
     iteration: int,
     policy_digest: str,
@@ -161,7 +162,7 @@ def load(
         optimizer.state[parameter] = {"step": torch.tensor(float(state.optimizer_steps)), **moments}
     rounded = [_local(p).bfloat16() for p in model.parameters()] if with_weights else []
     tensors = _tensors(model, optimizer, with_weights)
-    _read(folder, tensors)
+    _read(folder, tensors, team)
     for name, tensor in tensors.items():
         if not torch.isfinite(_local(tensor)).all():
             raise EarlError(f"{folder}: tensor {name!r} is not finite; {_REMEDY}")
@@ -201,16 +202,15 @@ def _check_names(folder: Path, model: "torch.nn.Module") -> bool:
     return with_weights
 
 
-def _read(folder: Path, tensors: dict[str, "torch.Tensor"]) -> None:
+def _read(folder: Path, tensors: dict[str, "torch.Tensor"], team: Ranks) -> None:
     import torch.distributed.checkpoint as dcp
     from safetensors import SafetensorError
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    alone = not any(hasattr(tensor, "to_local") for tensor in tensors.values())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=reader, no_dist=alone)
+            dcp.load(tensors, storage_reader=reader, no_dist=not team.splits)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         raise EarlError(f"{folder}: cannot be read ({error}); {_REMEDY}") from error
 

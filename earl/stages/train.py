@@ -47,8 +47,8 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     """
     if iteration < 1:
         raise EarlError(f"iteration is {iteration}; the first that can be trained is 1")
-    offloads = config.reference_offload and config.kl_coeff > 0
-    with ranks.joined(runtime.prepare(config), splits_alone=offloads) as team:
+    splits_alone = config.dtype == "bfloat16" or config.reference_offload
+    with ranks.joined(runtime.prepare(config), splits_alone) as team:
         return _run(config, Run(Path(run_path)), iteration, shards or config.rollout_shards, team)
 
 
@@ -65,7 +65,7 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
     with clock.phase("load"):
         policy = sharding.load(previous.policy, team, settings.bfloat16)
         optimizer = grpo.new_optimizer(policy, config.learning_rate)
-        state = _load_state(config, previous, policy, optimizer, policy_digest)
+        state = _load_state(config, previous, policy, optimizer, policy_digest, team)
         reference = _load_reference(config, files, team)
         if config.compile:
             sharding.compile_layers(policy)
@@ -97,6 +97,7 @@ def _load_state(
     policy: "Emu3ForCausalLM",
     optimizer: torch.optim.Optimizer,
     policy_digest: str,
+    team: Ranks,
 ) -> TrainerState | None:
     """Load the previous iteration's optimizer state; the first iteration has none and starts afresh."""
     if previous.index == 0:
@@ -106,6 +107,7 @@ def _load_state(
         previous.trainer,
         policy,
         optimizer,
+        team,
         iteration=previous.index,
         policy_digest=policy_digest,
         config_digest=config_digest(config),
