@@ -88,7 +88,7 @@ def earl(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
 
 def train_by(processes: int, run, iteration: int) -> None:
     """Train an iteration by torchrun, as one would by hand."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "earl"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--", "earl"]
     stage = ["train", "--config", run.config, "--iteration", iteration, "--run", run.path]
     done = subprocess.run([sys.executable, *map(str, launch + stage)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

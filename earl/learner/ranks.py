@@ -145,7 +145,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "earl", *arguments]
+    # What follows `--` is not for torchrun, which else takes --run for an abbreviation of its own --run-path.
+    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "--", "earl", *arguments]
     try:
         run.run(run.parse_args(options))
     except ChildFailedError as error:
