@@ -52,8 +52,8 @@ def used_by(model: "Emu3ForCausalLM", kernel: str) -> Iterator[None]:
     """Have a model attend by a kernel within the block; `earl_groups` among its arguments says that a row is packed."""
     from transformers import AttentionInterface
 
-    name = f"earl_{kernel}"
-    AttentionInterface.register(name, FUNCTIONS[kernel])
+    name, function = IMPLEMENTATIONS[kernel]
+    AttentionInterface.register(name, function)
     usual = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
@@ -102,7 +102,8 @@ def by_flash(
     return _attend(_flash, query, key, value, more.get("earl_groups"), scaling), None
 
 
-FUNCTIONS = {"sdpa": by_sdpa, "flash": by_flash}
+# A name with "flash" in it transformers would take for a kernel to load from a hub.
+IMPLEMENTATIONS = {"sdpa": ("earl_torch", by_sdpa), "flash": ("earl_fa", by_flash)}
 
 
 def _attend(
