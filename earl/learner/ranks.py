@@ -115,6 +115,8 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
         if not _is_first_to_fail(store):
             time.sleep(PATIENCE)
             os._exit(1)
+        if size == 1:
+            dist.destroy_process_group()  # of several, what others wait for will not come: the process has to end
         raise
     dist.destroy_process_group()
 
