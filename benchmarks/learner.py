@@ -21,7 +21,8 @@ from resource import RUSAGE_SELF, getrusage
 import numpy as np
 import torch
 
-from earl.learner import grpo, logprobs, objective
+from earl.learner import batches, grpo, logprobs, objective
+from earl.learner.ranks import alone
 
 VISUAL = (151_854, 184_622)
 PROMPT, COMPLETION, VISUAL_TOKENS = 1_100, 1_060, 1_024
@@ -88,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         started, loss = time.process_time(), 0.0
-        for batch in grpo.micro_batches(episodes, settings, model.device, arguments.case):
+        for batch, _ in batches.micro_batches(episodes, settings, alone(model.device), arguments.case):
             part = function(model, batch, settings, COMPLETION * len(episodes))
             part.backward()
             loss += part.item()
@@ -104,13 +105,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def our_loss(model: torch.nn.Module, batch: grpo.MicroBatch, settings: grpo.Settings, denominator: int) -> torch.Tensor:
+def our_loss(
+    model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int
+) -> torch.Tensor:
     logp, _, _ = grpo.completion_logprobs(model, batch, settings)
     return grpo.batch_loss(logp, None, batch, denominator, settings)
 
 
 def reference_loss(
-    model: torch.nn.Module, batch: grpo.MicroBatch, settings: grpo.Settings, denominator: int
+    model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int
 ) -> torch.Tensor:
     """Logits of all ids at every token of the row, a log-softmax over them, one of each kept, the prompt's left out."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits.float() / settings.temperature
@@ -121,7 +124,7 @@ def reference_loss(
 
 
 def kind_loss(
-    model: torch.nn.Module, batch: grpo.MicroBatch, settings: grpo.Settings, denominator: int
+    model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int
 ) -> torch.Tensor:
     """Logits of all ids at every completion token, a log-softmax over them, one of each row kept."""
     hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
@@ -147,11 +150,11 @@ def make_model(width: int, layers: int) -> torch.nn.Module:
     return Emu3ForCausalLM(config).eval()
 
 
-def make_episodes(completions: int) -> list[grpo.Episode]:
+def make_episodes(completions: int) -> list[batches.Episode]:
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, VISUAL[1], PROMPT)
     return [
-        grpo.Episode(
+        batches.Episode(
             episode_id=f"0-{sample}",
             group_id="0",
             prompt=prompt,

@@ -189,11 +189,17 @@ def score(config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollo
 
 @app.command()
 def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None:
-    """Derive rewards and advantages from the scores and take one optimizer step."""
+    """Derive rewards and advantages from the scores and train; by `train_processes` ranks, or those of torchrun."""
     from earl.config.load import read
+    from earl.learner import ranks
+
+    settings = read(config)
+    if settings.train_processes > 1 and not ranks.is_launched():
+        arguments = ["train", "--config", config, "--iteration", iteration, "--run", run]
+        raise typer.Exit(ranks.launch([str(argument) for argument in arguments], settings.train_processes))
     from earl.stages import train as stage
 
-    stage.run(read(config), run, iteration)
+    stage.run(settings, run, iteration)
 
 
 @app.command()
@@ -301,6 +307,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processes.end_with_workflow()
+    if "LOCAL_RANK" in os.environ:
+        processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
     try:
         app()
     except EarlError as error:

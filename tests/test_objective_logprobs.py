@@ -11,7 +11,7 @@ from earl.config.schema import Config
 from earl.emu3 import checkpoint, grid, sequence, truncation
 from earl.engines import Request, SamplingParams
 from earl.errors import EarlError
-from earl.learner import episodes, grpo, head, logprobs
+from earl.learner import batches, episodes, grpo, head, logprobs
 from earl.learner.logprobs import FULL, Support
 
 VISUAL = (4, 6)  # ids 0..3 are text, 4 and 5 visual
@@ -221,7 +221,7 @@ def rollouts(engine, policy, vocabulary, params):
             forced = grid.kinds_of_completion(ids, shapes[index], vocabulary) >= grid.FIRST_FORCED
             behavior = np.array(completion.logprobs, dtype=np.float32)
             names = f"{index}-{sample}", str(index)
-            found.append(grpo.Episode(*names, np.array(prompts[index]), ids, forced, behavior, (-1.0) ** sample))
+            found.append(batches.Episode(*names, np.array(prompts[index]), ids, forced, behavior, (-1.0) ** sample))
     return found
 
 

@@ -395,6 +395,21 @@ def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, 
     assert metrics["corrected_fraction"] is None
 
 
+def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary):
+    config, run = new_run()
+    metrics = [train_iterations(config, run, vocabulary, 1) or run.iteration(1).metrics.read_bytes() for _ in range(2)]
+    assert metrics[0] == metrics[1]
+    found = json.loads(run.iteration(1).performance.read_text())
+    phases = ("read", "load", "forward", "reference", "backward", "step", "save")
+    assert set(found["seconds"]) == set(phases)
+    assert all(found["seconds"][phase] > 0 for phase in phases)
+    rows = pq.read_table(run.iteration(1).rollouts(0)).to_pylist()
+    assert found["tokens"] == sum(len(row["prompt_token_ids"]) + len(row["completion_token_ids"]) for row in rows)
+    learning = sum(found["seconds"][phase] for phase in phases[2:6])
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / learning, rel=0.01)
+    assert 50 * 2**20 < found["peak_memory_bytes"][0] < 50 * 2**30
+
+
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):
     config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1)
     train_iterations(config, run, vocabulary, 2)

@@ -248,7 +248,31 @@ class Config(_Section):
         gt=0,
     )
     temperature: float = _fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
-    per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner.")
+    per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner, on each of its processes.")
+    train_processes: Positive = _free(
+        1,
+        "Processes that the policy is trained by, which split it, each on a GPU of its own: torchrun starts them. The "
+        "same step within rounding; metrics.json says how many there were.",
+    )
+    reference_offload: bool = _free(
+        False, "Keep the reference model in main memory, and take a layer at a time to the GPU."
+    )
+    gradient_checkpointing: bool = _free(
+        True,
+        "Keep the input of each layer alone, and compute the layer again in the backward pass: less memory, more work, "
+        "the same step.",
+    )
+    attention: Literal["auto", "sdpa", "flash"] = _free(
+        "auto",
+        "Kernel of the learner's attention: torch's own, or the package flash-attn on a GPU in bfloat16, which `auto` "
+        "takes where it is installed.",
+    )
+    compile: bool = _free(False, "Compile norms and MLPs of the learner's layers (torch.compile); needs a compiler.")
+    policy_dtype: Literal["float32", "bfloat16"] = _fixed(
+        "float32",
+        "Type of the weights in `policy/`, which engines sample from. The learner updates float32 weights in any case: "
+        "with `bfloat16`, half the size, they stand in `trainer/`.",
+    )
     packing: Literal["none", "groups"] = _fixed(
         "none",
         "`groups`: a micro-batch of the learner is one row without padding, in which the completions of a prompt share "
@@ -414,6 +438,7 @@ class Config(_Section):
         _check_engine(self)
         _check_objective(self)
         _check_support(self)
+        _check_learner(self)
         _check_reward(self)
         return self
 
@@ -586,6 +611,15 @@ def _check_support(config: Config) -> None:
 
 def _truncates(config: Config) -> bool:
     return config.top_k > 0 or config.top_p < 1
+
+
+def _check_learner(config: Config) -> None:
+    if config.policy_dtype == "bfloat16" and config.dtype != "bfloat16":
+        raise _wrong(
+            "policy_dtype",
+            f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
+            "computes with; set both to `bfloat16`",
+        )
 
 
 def _check_reward(config: Config) -> None:

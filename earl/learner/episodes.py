@@ -19,7 +19,7 @@ from earl.errors import EarlError
 from earl.files import manifest, tables
 from earl.layout import Iteration
 from earl.learner import advantage, logprobs, rewards
-from earl.learner.grpo import Episode
+from earl.learner.batches import Episode
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

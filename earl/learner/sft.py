@@ -156,7 +156,7 @@ def micro_batches(
     """Yield (input_ids [B, S] right-padded, rows [T], columns [T], targets [T]), T counted tokens, all int64."""
     for start in range(0, len(batch), size):
         part = batch[start : start + size]
-        # Any id pads: see grpo.collate.
+        # Any id pads: see batches.padded_rows.
         input_ids = np.zeros((len(part), max(len(item.ids) for item in part)), dtype=np.int64)
         rows, columns = [], []
         for row, item in enumerate(part):

@@ -55,7 +55,7 @@ rule train:
         "{run}/benchmarks/train/{step}.tsv"
     wildcard_constraints:
         run=IN_WINDOW,
-    threads: lambda w: PLANS[w.run].config.cpu_threads
+    threads: lambda w: PLANS[w.run].config.cpu_threads * PLANS[w.run].config.train_processes
     params:
         earl=EARL,
         restore=lambda w: restore(w, previous(w)),
