@@ -82,10 +82,10 @@ SHARED = {
     "model_revision": None,
     "engine": "vllm",
     "judge": "openai",
-    "sft": None,
     "raw_datasets": {},
 }
 MINIMAL = {"run_name": "a", "base_exp_dir": "runs", "train_paths_file": ["x"], "val_paths_file": [], "judge": "program"}
+TUNING = {"base_model": "model", "train_paths_file": ["x"], "steps": 1}
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
     ("fields", "parts"),
     [
         ({"learning_rat": 1e-6}, ["learning_rat ", "unknown", "learning_rate"]),
-        ({"sft": {"step": 1}}, ["sft.step ", "nearest known name is steps"]),
+        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "nearest known name is steps"]),
         ({"raw_datasets": {"a": {"source": "shapes", "conut": 1}}}, ["raw_datasets.a.conut", "count"]),
         ({"evaluations": {"prompts": {"prompts": 1, "top_kk": 1}}}, ["evaluations.prompts.top_kk", "top_k"]),
         ({"learning_rate": "3e-6"}, ['learning_rate is "3e-6"', "valid number"]),
@@ -201,8 +201,18 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"judge": "openai"}, ["reward_function_api_base"]),
         ({"max_response_tokens": 4096}, ["max_response_tokens", "model_context_size"]),
         ({"train_paths_file": ["stage:tokenise/no"]}, ["train_paths_file.0", "raw_datasets"]),
-        ({"model_path": "stage:stf"}, ["model_path", "stage:sft"]),
-        ({"model_path": "stage:sft"}, ["model_path", "sft is null"]),
+        ({"model_path": "stage:stf"}, ["model_path", "stage:sft/<name>", "stage:shapes-policy"]),
+        ({"model_path": "stage:sft"}, ["model_path", "stage:sft/<name>"]),
+        ({"model_path": "stage:shapes-policy/a"}, ["model_path", "stage:shapes-policy"]),
+        ({"model_path": "stage:sft/a"}, ["model_path", "sft has only: (nothing)"]),
+        ({"model_path": "stage:sft/a", "sft": {"s": TUNING}}, ["model_path", "sft has only: s"]),
+        ({"sft": {"s": TUNING | {"base_model": "stage:tokenise/x"}}}, ["sft.s.base_model", "stage:sft/s"]),
+        ({"sft": {"s": TUNING | {"coefficients": [1, 2]}}}, ["sft.s.coefficients has 2 values for 1 data sets"]),
+        ({"sft": {"s": TUNING | {"base_model": "stage:sft/s"}}}, ["sft.s.base_model", "circle: s from s"]),
+        (
+            {"sft": {"s": TUNING | {"base_model": "stage:sft/t"}, "t": TUNING | {"base_model": "stage:sft/s"}}},
+            ["sft.s.base_model", "circle: s from t from s"],
+        ),
         ({"raw_datasets": {"a": {"source": "parquet"}}}, ["raw_datasets.a.path"]),
     ],
 )
@@ -231,13 +241,13 @@ def test_a_file_that_is_no_experiment_is_named(text: str, part: str, tmp_path: P
 
 
 def test_overrides_are_json_or_text() -> None:
-    text = "run_name=7,engine=torch,num_iterations=2,coefficients=[1,2],sft.steps=3,model_revision=null"
+    text = "run_name=7,engine=torch,num_iterations=2,coefficients=[1,2],sft.s.steps=3,model_revision=null"
     assert load.parse_overrides(text) == {
         "run_name": "7",
         "engine": "torch",
         "num_iterations": 2,
         "coefficients": [1, 2],
-        "sft.steps": 3,
+        "sft.s.steps": 3,
         "model_revision": None,
     }
     with pytest.raises(EarlError, match="field=value"):
@@ -246,10 +256,10 @@ def test_overrides_are_json_or_text() -> None:
 
 def test_a_dotted_override_changes_one_field_of_a_section() -> None:
     demo = load.load(ROOT / "config" / "demo.jsonnet").config
-    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.steps": 3})
-    assert changed.config.sft == demo.sft.model_copy(update={"steps": 3})
-    assert changed.origins["sft.steps"] == "--set"
-    assert changed.origins["sft.batch_size"] != "--set"
+    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.shapes.steps": 3})
+    assert changed.config.sft == {"shapes": demo.sft["shapes"].model_copy(update={"steps": 3})}
+    assert changed.origins["sft.shapes.steps"] == "--set"
+    assert changed.origins["sft.shapes.batch_size"] != "--set"
 
 
 class TestFrozen:
@@ -263,12 +273,12 @@ class TestFrozen:
         path = tmp_path / "config.json"
         freeze.write(load.load(ROOT / "config" / "demo.jsonnet").config, path)
         before = path.read_bytes()
-        other = load.load(ROOT / "config" / "demo.jsonnet", {"kl_coeff": 0.5, "sft.steps": 3}).config
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"kl_coeff": 0.5, "sft.shapes.steps": 3}).config
         with pytest.raises(EarlError) as caught:
             freeze.write(other, path)
         rows = [line.split() for line in str(caught.value).splitlines()]
         assert ["kl_coeff", "0.025", "0.5"] in rows
-        assert any(row[0] == "sft.steps" and row[2] == "3" for row in rows if len(row) == 3)
+        assert any(row[0] == "sft.shapes.steps" and row[2] == "3" for row in rows if len(row) == 3)
         assert "run_name" in str(caught.value)
         assert "--accept-changes" in str(caught.value)
         assert path.read_bytes() == before
@@ -328,7 +338,7 @@ class TestSharedStages:
             assert seen.issuperset(path for path in stage.inputs if path in stages)
             seen.add(output)
         assert sorted(stage.stage for stage in stages.values()) == [*policy, *["raw"] * 3, "sft", *["tokenise"] * 3]
-        assert paths.resolve(config, "stage:sft") in stages
+        assert paths.resolve(config, "stage:sft/shapes") in stages
 
     def test_what_a_stage_does_not_depend_on_shares_it(self) -> None:
         other = self.demo(run_name="b", random_seed=7, kl_coeff=0.5, num_iterations=3, temperature=0.5)
@@ -340,11 +350,12 @@ class TestSharedStages:
             return {f"{stage.stage} {stage.name}" for path, stage in other.items() if path not in first}
 
         first = paths.shared_stages(self.demo())
-        assert moved(**{"sft.steps": 3}) == {"sft sft"}
-        assert moved(**{"sft.random_seed": 3}) == {"sft sft"}
-        assert moved(**{"sft.base_model": "stage:shapes-policy"}) == {"sft sft", "policy shapes"}
+        assert moved(**{"sft.shapes.steps": 3}) == {"sft shapes"}
+        assert moved(**{"sft.shapes.random_seed": 3}) == {"sft shapes"}
+        assert moved(**{"sft.shapes.base_model": "stage:shapes-policy"}) == {"sft shapes", "policy shapes"}
+        assert moved(packing="none") == {"sft shapes"}
         assert moved(**{"raw_datasets.shapes_rl.count": 3}) == {"raw shapes_rl", "tokenise shapes_rl"}
-        assert moved(**{"raw_datasets.shapes_sft.count": 3}) == {"raw shapes_sft", "tokenise shapes_sft", "sft sft"}
+        assert moved(**{"raw_datasets.shapes_sft.count": 3}) == {"raw shapes_sft", "tokenise shapes_sft", "sft shapes"}
         assert len(moved(image_area=1024)) == 4
 
     def test_other_paths_mean_themselves(self) -> None:
