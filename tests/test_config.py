@@ -18,8 +18,6 @@ VARIABLES = {
     "APP__BASE_EXP_DIR": "/experiments",
     "APP__RUN_NAME": "trial",
     "APP__REWARD_FUNCTION_API_BASE": "http://judge:4877",
-    "APP__SFT_SC_PATH": "/models/sc",
-    "APP__SFT_SC2STAGE_PATH": "/models/sc2stage",
 }
 SIMPLE = {"omniedit": 1.0}
 COMPLEX = {"magic_brush": 6, "aurora_ag": 6, "aurora_kubric": 0.7, "ss2": 1.55, "vismin": 3.7, "human-edit": 11}
@@ -30,14 +28,22 @@ TABLE = {
     "sft_s__rl_s": ("mair-lab/sft-simple", AT_ONCE, SIMPLE),
     "sft_s__rl_c": ("mair-lab/sft-simple", AT_ONCE, COMPLEX),
     "sft_s__rl_sc": ("mair-lab/sft-simple", AT_ONCE, BOTH),
-    "sft_sc__rl_c": ("/models/sc", AT_ONCE, COMPLEX),
-    "sft_sc__rl_sc": ("/models/sc", AT_ONCE, BOTH),
-    "sft_sc2stage__rl_c": ("/models/sc2stage", AT_ONCE, COMPLEX),
-    "sft_sc2stage__rl_sc": ("/models/sc2stage", AT_ONCE, BOTH),
+    "sft_sc__rl_c": ("stage:sft/sc", AT_ONCE, COMPLEX),
+    "sft_sc__rl_sc": ("stage:sft/sc", AT_ONCE, BOTH),
+    "sft_sc2stage__rl_c": ("stage:sft/sc2stage", AT_ONCE, COMPLEX),
+    "sft_sc2stage__rl_sc": ("stage:sft/sc2stage", AT_ONCE, BOTH),
     "sft_think_s__rl_s": ("mair-lab/thinking-sft-simple", THINKING, SIMPLE),
     "sft_think_s__rl_c": ("mair-lab/thinking-sft-simple", THINKING, COMPLEX),
     "sft_think_s__rl_sc": ("mair-lab/thinking-sft-simple", THINKING, BOTH),
 }
+BASE = "BAAI/Emu3-Stage1"
+RECIPES = {
+    "sft_s": {"s": (BASE, SIMPLE, False)},
+    "sft_sc": {"sc": (BASE, BOTH, False)},
+    "sft_sc2stage": {"s": (BASE, SIMPLE, False), "sc2stage": ("stage:sft/s", BOTH, False)},
+    "sft_think_s": {"think_s": (BASE, SIMPLE, True)},
+}
+"""Base, data and whether with reasoning, of each fine-tuning that an experiment describes."""
 SHARED = {
     "run_name": "trial",
     "base_exp_dir": "/experiments",
@@ -119,7 +125,59 @@ def test_each_experiment_resolves_to_the_papers_table(name: str, variables: None
 
 
 def test_the_table_covers_every_experiment_file() -> None:
-    assert {path.stem for path in (ROOT / "config").glob("sft_*.jsonnet")} == set(TABLE)
+    for folder in ("config", "config/shapes"):
+        assert {path.stem for path in (ROOT / folder).glob("sft_*.jsonnet")} == set(TABLE)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_each_model_describes_its_fine_tunings(kind: str, variables: None) -> None:
+    name = next(name for name in TABLE if name.startswith(f"{kind}__"))
+    config = load.load(ROOT / "config" / f"{name}.jsonnet").config
+    for tuning, (base, data, reasoning) in RECIPES[kind].items():
+        found = config.sft[tuning]
+        assert (found.base_model, found.reasoning) == (base, reasoning)
+        names = [f"/data/earl-datasets/{name}/train/list/tokenized_datalist.json" for name in data]
+        assert (found.train_paths_file, found.coefficients) == (names, list(data.values()))
+    assert config.sft.keys() == RECIPES[kind].keys()
+    own = load.load(ROOT / "config" / f"{name}.jsonnet", {"make_sft_models": True}).config
+    assert own.model_path == f"stage:{kind.replace('_', '/', 1)}"
+    assert own.sft == config.sft
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_experiment_has_its_like_in_the_shapes_world(name: str) -> None:
+    _, prefill, data = TABLE[name]
+    kind = name.partition("__")[0]
+    config = load.load(ROOT / "config" / "shapes" / f"{name}.jsonnet").config
+    assert config.run_name == f"shapes_{name}"
+    assert config.train_paths_file == [f"stage:tokenise/{dataset}" for dataset in data]
+    assert (config.coefficients, config.assistant_prefill) == (list(data.values()), prefill)
+    assert config.model_path == f"stage:{kind.replace('_', '/', 1)}"
+    recipe = {tuning: (list(data), reasoning) for tuning, (_, data, reasoning) in RECIPES[kind].items()}
+    assert recipe == {
+        tuning: ([path.removeprefix("stage:tokenise/") for path in found.train_paths_file], found.reasoning)
+        for tuning, found in config.sft.items()
+    }
+    assert not set(config.raw_datasets["omniedit"].tasks) & set(config.raw_datasets["vismin"].tasks)
+
+
+def test_the_ten_in_the_shapes_world_share_what_comes_before_rl() -> None:
+    configs = [load.load(path).config for path in (ROOT / "config" / "shapes").glob("sft_*.jsonnet")]
+    stages = {output: stage.stage for config in configs for output, stage in paths.shared_stages(config).items()}
+    # Seven data sets and the held-out one; s, sc, sc2stage (which starts from s) and think_s.
+    assert {kind: list(stages.values()).count(kind) for kind in stages.values()} == {"raw": 8, "tokenise": 8, "sft": 4}
+
+
+def test_from_raw_data_to_rl_in_one_plan(tmp_path: Path, variables: None) -> None:
+    path = tmp_path / "x.jsonnet"
+    parts = [ROOT / "config" / part for part in ("sft_sc2stage__rl_c.jsonnet", "data/raw.libsonnet")]
+    path.write_text(" + ".join(f"(import '{part}')" for part in parts))
+    config = load.load(path, {"run_name": "raw"}).config
+    stages = list(paths.shared_stages(config).values())
+    assert [stage.name for stage in stages] == [*COMPLEX, "omniedit", "s", "sc2stage"]
+    assert stages[0].inputs == (Path("/data/raw/magic_brush.parquet"),)
+    outputs = {stage.name: stage.output for stage in stages}
+    assert stages[-1].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
 
 
 def test_demo_needs_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
