@@ -113,7 +113,10 @@ def _attend(
         return kernel(query, key, value, scale).transpose(1, 2).contiguous()
     parts = []
     for prompt, completions in groups:
-        for seen in ([prompt], *([prompt, own] for own in completions)):
+        spans = [[prompt], *([prompt, own] for own in completions)]
+        if len(completions) == 1:  # Next to each other, and causal as a whole.
+            spans = [[slice(prompt.start, completions[0].stop)]]
+        for seen in spans:
             keys, values = (torch.cat([x[:, :, part] for part in seen], dim=2) for x in (key, value))
             parts.append(kernel(query[:, :, seen[-1]], keys, values, scale))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()

@@ -69,12 +69,16 @@ class MicroBatch:
 
 
 def micro_batches(
-    episodes: Sequence[Episode], settings: "Settings", team: Ranks, description: str
+    episodes: Sequence[Episode], settings: "Settings", team: Ranks, description: str | None = None
 ) -> Iterator[tuple[MicroBatch, bool]]:
-    """Yield a rank's share of an optimizer step's micro-batches, and whether each counts: see `ranks.rounds`."""
+    """Yield a rank's share of an optimizer step's micro-batches, and whether each counts: see `ranks.rounds`.
+
+    Without a description no progress is shown.
+    """
     cut = cut_episodes(episodes, settings, team.size)
     count = -(-len(cut) // team.size)
-    shares = tqdm(rounds(cut, team), description, count, unit="batch", leave=False, disable=not team.first)
+    silent = description is None or not team.first
+    shares = tqdm(rounds(cut, team), description, count, unit="batch", leave=False, disable=silent)
     for part, counts in shares:
         yield collate(part, settings, team.device), counts
 
