@@ -119,6 +119,26 @@ def test_ids_beyond_the_tokenizer_belong_to_the_full_support_alone(vocabulary):
     assert support(**free, **sampled) == Support(((0, size),), 7, 0.9)
 
 
+def test_a_completion_off_the_grid_is_no_completion_of_the_sampler(vocabulary):
+    """The support goes by the target; that its position asks for the same one is checked, not assumed."""
+    shape, first = (2, 2), vocabulary.first_visual
+    image = sequence.image_ids(np.arange(4).reshape(shape), vocabulary)
+    completion = [*image[1:], vocabulary.eos]
+    place = completion.index(first)
+
+    def learn(completion, constrained=True):
+        prompt = sequence.prompt_ids(np.zeros(shape, dtype=int), "swap them", "<|image start|>", vocabulary)
+        row = {"episode_id": "e", "group_id": "g", "prompt_token_ids": prompt, "completion_token_ids": completion}
+        outcome = episodes.Outcome(row | {"behavior_logprobs": [-1.0] * len(completion)}, 1.0, None, advantage=0.0)
+        return episodes.learner_episodes([outcome], vocabulary, constrained, "iteration")
+
+    assert len(learn(completion)) == 1
+    completion[place] = vocabulary.pad
+    with pytest.raises(EarlError, match=f"episode e: token {place} of column 'completion_token_ids' is not allowed"):
+        learn(completion)
+    assert len(learn(completion, constrained=False)) == 1
+
+
 # By blocks
 
 WIDTH, TOKENS, VOCABULARY = 8, 23, 200
