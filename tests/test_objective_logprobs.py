@@ -13,6 +13,7 @@ from earl.engines import Request, SamplingParams
 from earl.errors import EarlError
 from earl.learner import episodes, grpo, head, logprobs
 from earl.learner.logprobs import FULL, Support
+from tests import policies
 
 VISUAL = (4, 6)  # ids 0..3 are text, 4 and 5 visual
 SPLIT = logprobs.split_vocab(VISUAL)
@@ -214,16 +215,7 @@ def test_bits_come_back_from_anywhere():
 
 @pytest.fixture(scope="module")
 def picky(tmp_path_factory):
-    """A policy of strong preferences, so that truncation leaves few ids, and begins an image after some words."""
-    from tests import policies
-
-    def change(model, vocabulary):
-        end = vocabulary.encode(sequence.END_THINKING)
-        size_and_img = [vocabulary.boi, *vocabulary.encode("8*8"), vocabulary.img]
-        policies.teach(model, [vocabulary.encode(sequence.START_THINKING)[-1], *end, *size_and_img], strength=9)
-        model.lm_head.weight[vocabulary.first_visual :] *= 3
-
-    return policies.write(tmp_path_factory.mktemp("policies") / "picky", change)
+    return policies.write(tmp_path_factory.mktemp("policies") / "picky", policies.be_picky)
 
 
 def rollouts(engine, policy, vocabulary, params):
