@@ -13,6 +13,7 @@ from earl.engines import Request, SamplingParams
 from earl.errors import EarlError
 from earl.learner import batches, episodes, grpo, head, logprobs
 from earl.learner.logprobs import FULL, Support
+from tests import policies
 
 VISUAL = (4, 6)  # ids 0..3 are text, 4 and 5 visual
 SPLIT = logprobs.split_vocab(VISUAL)
@@ -119,6 +120,26 @@ def test_ids_beyond_the_tokenizer_belong_to_the_full_support_alone(vocabulary):
     assert support(**free, **sampled) == Support(((0, size),), 7, 0.9)
 
 
+def test_a_completion_off_the_grid_is_no_completion_of_the_sampler(vocabulary):
+    """The support goes by the target; that its position asks for the same one is checked, not assumed."""
+    shape, first = (2, 2), vocabulary.first_visual
+    image = sequence.image_ids(np.arange(4).reshape(shape), vocabulary)
+    completion = [*image[1:], vocabulary.eos]
+    place = completion.index(first)
+
+    def learn(completion, constrained=True):
+        prompt = sequence.prompt_ids(np.zeros(shape, dtype=int), "swap them", "<|image start|>", vocabulary)
+        row = {"episode_id": "e", "group_id": "g", "prompt_token_ids": prompt, "completion_token_ids": completion}
+        outcome = episodes.Outcome(row | {"behavior_logprobs": [-1.0] * len(completion)}, 1.0, None, advantage=0.0)
+        return episodes.learner_episodes([outcome], vocabulary, constrained, "iteration")
+
+    assert len(learn(completion)) == 1
+    completion[place] = vocabulary.pad
+    with pytest.raises(EarlError, match=f"episode e: token {place} of column 'completion_token_ids' is not allowed"):
+        learn(completion)
+    assert len(learn(completion, constrained=False)) == 1
+
+
 # By blocks
 
 WIDTH, TOKENS, VOCABULARY = 8, 23, 200
@@ -194,16 +215,7 @@ def test_bits_come_back_from_anywhere():
 
 @pytest.fixture(scope="module")
 def picky(tmp_path_factory):
-    """A policy of strong preferences, so that truncation leaves few ids, and begins an image after some words."""
-    from tests import policies
-
-    def change(model, vocabulary):
-        end = vocabulary.encode(sequence.END_THINKING)
-        size_and_img = [vocabulary.boi, *vocabulary.encode("8*8"), vocabulary.img]
-        policies.teach(model, [vocabulary.encode(sequence.START_THINKING)[-1], *end, *size_and_img], strength=9)
-        model.lm_head.weight[vocabulary.first_visual :] *= 3
-
-    return policies.write(tmp_path_factory.mktemp("policies") / "picky", change)
+    return policies.write(tmp_path_factory.mktemp("policies") / "picky", policies.be_picky)
 
 
 def rollouts(engine, policy, vocabulary, params):
