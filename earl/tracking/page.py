@@ -170,8 +170,8 @@ def _session(run: Run, config: "Config", page: Page, resume: str | None) -> Iter
         session.finish()
     except (wandb.Error, OSError) as error:
         raise EarlError(
-            f"Weights & Biases, page {page.id} of project {config.wandb_project}: {error}; check the network, "
-            "WANDB_API_KEY (or `wandb login`) and wandb_entity, or set wandb_mode to `offline`"
+            f"Weights & Biases, page {page.id} of project {config.wandb_project}: {' '.join(str(error).split())}; "
+            "check the network, WANDB_API_KEY (or `wandb login`) and wandb_entity, or set wandb_mode to `offline`"
         ) from error
 
 
