@@ -235,7 +235,12 @@ Record = Annotated[Path | None, typer.Option("--out", help="Also write what was 
 
 
 @app.command()
-def track(run: RunFolder, best_effort: BestEffort = False, out: Record = None) -> None:
+def track(
+    run: RunFolder,
+    best_effort: BestEffort = False,
+    online: Annotated[bool, typer.Option("--online", help="Send now, whatever wandb_mode says.")] = False,
+    out: Record = None,
+) -> None:
     """Show the run's figures and episodes on Weights & Biases, as far as the configuration says and it is not done."""
     from earl import tracking
     from earl.config.load import read
@@ -243,7 +248,9 @@ def track(run: RunFolder, best_effort: BestEffort = False, out: Record = None) -
     from earl.tracking import page
 
     folder = Run(run)
-    tracking.attempt(lambda: page.send(folder, read(folder.config)), best_effort, out)
+    config = read(folder.config)
+    config = config.model_copy(update={"wandb_mode": "online"}) if online else config
+    tracking.attempt(lambda: page.send(folder, config), best_effort, out)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def test_broken_off_before_or_after_any_call_and_pushed_again(tmp_path, server, 
     run, _ = new_run(tmp_path / "a", **PUSHED)
     train(run, 1, 2, 3, 4)
     server.fail_at, server.fail_after = call, after
-    with pytest.raises(EarlError, match="^hub, repository tester/policies: .*check the network"):
+    with pytest.raises(EarlError, match=r"^hub, repository tester/policies: .*check the network"):
         push(run)
     push(run)
     assert titles(server) == ["initial commit", "Iteration 2", "Iteration 4"]

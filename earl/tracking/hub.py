@@ -56,8 +56,8 @@ def push(run: Run, config: "Config") -> tracking.Sent:
                 new.append(index)
         except (httpx2.HTTPError, HFValidationError, OSError) as error:
             raise EarlError(
-                f"hub, repository {config.push_to_hub_repo_id}: {' '.join(str(error).split())}; check the network, the token "
-                "(`hf auth whoami`) and push_to_hub_repo_id"
+                f"hub, repository {config.push_to_hub_repo_id}: {' '.join(str(error).split())}; "
+                "check the network, the token (`hf auth whoami`) and push_to_hub_repo_id"
             ) from error
         return tracking.Sent(new, f"{config.push_to_hub_repo_id} on the hub")
 

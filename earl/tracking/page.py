@@ -1,13 +1,12 @@
 """Weights & Biases: one page a run, one step an iteration, each sent once.
 
 `online` asks the server which step it has last and goes on after it, so a process that was killed at any moment
-doubles nothing. `offline` writes the whole run anew each time, into one folder without `resume`: `wandb sync` then
-replaces what the page had, however often it is called. Folders that each continue the one before would not do:
-`wandb sync` appends them, and again those of a call that was interrupted.
+doubles nothing. `offline` writes each step into one folder, a folder a call, which `wandb sync` appends to the page in
+the order of time. It does not look at steps: one that is interrupted, or told to send folders again, appends lines
+that the page has. `earl track --online` sends an offline run without that risk.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -26,7 +25,6 @@ from earl.tracking import files
 
 if TYPE_CHECKING:
     import wandb
-
     from earl.config.schema import Config
 
 TABLE = "episodes"
@@ -46,7 +44,7 @@ class Page:
         generation: counts pages of one run folder, from 1.
         policies: what may have been sent, written before it is: policy digests by iteration.
         complete: the last iteration known to be there with everything; -1 for none.
-        offline: digest of what the offline folder holds.
+        offline: names of the offline folders that are whole, each with the last iteration in it.
     """
 
     id: str
@@ -54,7 +52,7 @@ class Page:
     generation: int = 1
     policies: dict[str, str] = field(default_factory=dict)
     complete: int = -1
-    offline: str = ""
+    offline: dict[str, int] = field(default_factory=dict)
 
     def contradicts(self, rows: Iterable[files.Row]) -> bool:
         """Return whether an iteration has been trained again, into another policy than the one that was sent."""
@@ -106,9 +104,9 @@ def _send_online(run: Run, config: "Config", page: Page, rows: list[files.Row]) 
     if not rows or rows[-1].iteration <= page.complete:
         return tracking.Sent([], where)
     # Before anything is sent: whatever arrives before this process is killed will be known for ours.
-    page = replace(page, policies={str(row.iteration): row.policy_digest for row in rows})
+    page = replace(page, policies=_policies(rows))
     tracking.write_json(_state(run), asdict(page))
-    with _session(run, config, page, resume="allow") as session:
+    with _session(run, config, page) as session:
         new = [row for row in rows if row.iteration >= session.starting_step]
         # Steps arrive before the files they name; those of a process that was killed in between are sent once more.
         doubtful = [row for row in rows if page.complete < row.iteration < session.starting_step]
@@ -123,27 +121,26 @@ def _send_online(run: Run, config: "Config", page: Page, rows: list[files.Row]) 
 
 def _send_offline(run: Run, config: "Config", page: Page, rows: list[files.Row]) -> tracking.Sent:
     place = tracking.folder(run) / "wandb"
-    digest = _digest(config, page, rows)
-    if not rows or (page.offline == digest and any(place.glob("offline-run-*"))):
+    new = [row for row in rows if row.iteration > max(page.offline.values(), default=-1)]
+    if not new:
         return tracking.Sent([], place.as_posix())
-    for old in place.glob("offline-run-*"):
-        shutil.rmtree(old)
-    with _session(run, config, page, resume=None) as session:
-        _log_rows(run, config, session, rows)
-    written = next(place.glob("offline-run-*")).as_posix()
-    policies = {str(row.iteration): row.policy_digest for row in rows}
-    tracking.write_json(_state(run), asdict(replace(page, policies=policies, offline=digest)))
-    return tracking.Sent([row.iteration for row in rows], f"{written}; to show it: wandb sync {written}")
+    for left in place.glob(f"offline-run-*-{page.id}"):
+        if left.name not in page.offline:
+            shutil.rmtree(left)
+    with _session(run, config, page) as session:
+        _log_rows(run, config, session, new)
+        written = Path(session.dir).parent.name
+    page = replace(page, offline=page.offline | {written: new[-1].iteration}, policies=_policies(rows))
+    tracking.write_json(_state(run), asdict(page))
+    return tracking.Sent([row.iteration for row in new], f"{place / written}; to show it: wandb sync {place}")
 
 
-def _digest(config: "Config", page: Page, rows: list[files.Row]) -> str:
-    """Return what tells whether an offline folder would come out as it is."""
-    shown = [page.id, config.wandb_project, config.wandb_entity, _tabled(config, rows), *map(asdict, rows)]
-    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+def _policies(rows: list[files.Row]) -> dict[str, str]:
+    return {str(row.iteration): row.policy_digest for row in rows}
 
 
 @contextmanager
-def _session(run: Run, config: "Config", page: Page, resume: str | None) -> Iterator["wandb.Run"]:
+def _session(run: Run, config: "Config", page: Page) -> Iterator["wandb.Run"]:
     """Yield a session of the page; everything logged has arrived (online) or is on disk (offline) at its end."""
     place = tracking.folder(run).resolve()
     # Tables are staged there; an offline run refers to them until it is synced.
@@ -159,7 +156,7 @@ def _session(run: Run, config: "Config", page: Page, resume: str | None) -> Iter
     )  # fmt: skip
     try:
         session = wandb.init(
-            project=config.wandb_project, entity=config.wandb_entity, id=page.id, name=page.name, resume=resume,
+            project=config.wandb_project, entity=config.wandb_entity, id=page.id, name=page.name, resume="allow",
             config=config.model_dump(mode="json"), dir=place, mode=config.wandb_mode, settings=settings,
         )  # fmt: skip
         try:
@@ -189,8 +186,9 @@ def _tabled(config: "Config", rows: list[files.Row]) -> list[int]:
 
 def _table(run: Run, indices: list[int]) -> "wandb.Table":
     """Return the episodes of these iterations as a table with pictures; a group's original is stored once."""
-    import wandb
     from PIL import Image
+
+    import wandb
 
     pictures: dict[bytes, wandb.Image] = {}
 
