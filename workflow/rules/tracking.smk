@@ -1,6 +1,6 @@
 # Shows runs elsewhere, from a machine that reaches the internet: Weights & Biases, the Hugging Face hub.
 #
-# No stage waits for these. While a run goes on, a send that fails warns and is made up for by the next one; the last,
+# No stage waits for these, and they take no core from one. While a run goes on, a send that fails warns and is made up for by the next one; the last,
 # after the report, fails where something is missing, and is done again when the workflow is started again.
 
 
@@ -11,7 +11,7 @@ rule track:
         "{run}/tracking/wandb-{step}.json",
     log:
         "{run}/logs/track/{step}.log",
-    priority: -1
+    threads: 0
     params:
         earl=EARL,
         best_effort=best_effort,
@@ -26,7 +26,7 @@ rule push:
         "{run}/tracking/hub-{step}.json",
     log:
         "{run}/logs/push/{step}.log",
-    priority: -1
+    threads: 0
     params:
         earl=EARL,
         best_effort=best_effort,
