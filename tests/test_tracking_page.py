@@ -162,6 +162,11 @@ def test_killed_between_sending_and_recording(tmp_path, server):
     (artifact,) = server.artifacts
     assert [episode["iteration"] for episode in episodes(artifact)] == [1, 1, 2, 2]
     assert json.loads(page.summary)["episodes"]["nrows"] == 4
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"complete": 1}))
+    train(run, 3)
+    track(run, server)
+    assert page.steps() == [1, 2, 3]
+    assert [episode["iteration"] for episode in episodes(server.artifacts[-1])] == [2, 2, 3, 3]
 
 
 @pytest.mark.slow

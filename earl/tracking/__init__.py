@@ -41,21 +41,32 @@ def check(config: "Config") -> None:
     """Look for what sending will need, before a run starts that could not be sent at its end.
 
     Raises:
-        EarlError: when `wandb` is not installed though `wandb_mode` wants it, or there is no token for the hub.
+        EarlError: as `check_wandb` and `check_hub`.
     """
+    check_wandb(config)
+    check_hub(config)
+
+
+def check_wandb(config: "Config") -> None:
+    """Raise an EarlError where `wandb_mode` asks for wandb, but it is not installed."""
     if config.wandb_mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise EarlError(
             f"wandb_mode is `{config.wandb_mode}`, but wandb is not installed; "
             "pip install 'earl[tracking]', or set wandb_mode to `disabled`"
         )
-    if config.push_to_hub:
-        from huggingface_hub import get_token
 
-        if get_token() is None:
-            raise EarlError(
-                "push_to_hub is true, but there is no token of the Hugging Face hub; "
-                "call `hf auth login`, set HF_TOKEN, or set push_to_hub to false"
-            )
+
+def check_hub(config: "Config") -> None:
+    """Raise an EarlError where `push_to_hub` is true, but there is no token."""
+    if not config.push_to_hub:
+        return
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise EarlError(
+            "push_to_hub is true, but there is no token of the Hugging Face hub; "
+            "call `hf auth login`, set HF_TOKEN, or set push_to_hub to false"
+        )
 
 
 def attempt(send: Callable[[], Sent], best_effort: bool, out: Path | None) -> None:

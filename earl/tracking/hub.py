@@ -32,7 +32,7 @@ def push(run: Run, config: "Config") -> tracking.Sent:
     """
     if not config.push_to_hub:
         return tracking.Sent([], "the hub (push_to_hub is false)")
-    tracking.check(config)
+    tracking.check_hub(config)
     import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError

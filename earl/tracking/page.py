@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -65,7 +65,7 @@ def send(run: Run, config: "Config") -> tracking.Sent:
     Raises:
         EarlError: when wandb is not installed, the server is not reached or refuses, or a file of the run is damaged.
     """
-    tracking.check(config)
+    tracking.check_wandb(config)
     if config.wandb_mode == "disabled":
         return tracking.Sent([], "Weights & Biases (wandb_mode is `disabled`)")
     with tracking.lock(run, "wandb"):
@@ -104,16 +104,13 @@ def _send_online(run: Run, config: "Config", page: Page, rows: list[files.Row]) 
     if not rows or rows[-1].iteration <= page.complete:
         return tracking.Sent([], where)
     # Before anything is sent: whatever arrives before this process is killed will be known for ours.
-    page = replace(page, policies=_policies(rows))
+    page = replace(page, policies=page.policies | _policies(rows))
     tracking.write_json(_state(run), asdict(page))
     with _session(run, config, page) as session:
         new = [row for row in rows if row.iteration >= session.starting_step]
         # Steps arrive before the files they name; those of a process that was killed in between are sent once more.
         doubtful = [row for row in rows if page.complete < row.iteration < session.starting_step]
-        _log_rows(run, config, session, new)
-        again = [index for index in _tabled(config, doubtful) if not _tabled(config, new)]
-        if again:
-            session.summary[TABLE] = _table(run, again)
+        _log_rows(run, config, session, new, [row.iteration for row in doubtful if files.has_table(config, row)])
         where = session.url or where
     tracking.write_json(_state(run), asdict(replace(page, complete=rows[-1].iteration)))
     return tracking.Sent([row.iteration for row in new], where)
@@ -130,7 +127,7 @@ def _send_offline(run: Run, config: "Config", page: Page, rows: list[files.Row])
     with _session(run, config, page) as session:
         _log_rows(run, config, session, new)
         written = Path(session.dir).parent.name
-    page = replace(page, offline=page.offline | {written: new[-1].iteration}, policies=_policies(rows))
+    page = replace(page, offline=page.offline | {written: new[-1].iteration}, policies=page.policies | _policies(rows))
     tracking.write_json(_state(run), asdict(page))
     return tracking.Sent([row.iteration for row in new], f"{place / written}; to show it: wandb sync {place}")
 
@@ -172,19 +169,21 @@ def _session(run: Run, config: "Config", page: Page) -> Iterator["wandb.Run"]:
         ) from error
 
 
-def _log_rows(run: Run, config: "Config", session: "wandb.Run", rows: list[files.Row]) -> None:
+def _log_rows(
+    run: Run, config: "Config", session: "wandb.Run", rows: list[files.Row], owed: Sequence[int] = ()
+) -> None:
+    """Log a step a row. Episodes of iterations that are ``owed`` come with the next table, else in the summary."""
     for row in rows:
         values: dict[str, Any] = dict(row.figures)
         if files.has_table(config, row):
-            values[TABLE] = _table(run, [row.iteration])
+            values[TABLE] = _table(run, [*owed, row.iteration])
+            owed = ()
         session.log(values, step=row.iteration)
+    if owed:
+        session.summary[TABLE] = _table(run, owed)
 
 
-def _tabled(config: "Config", rows: list[files.Row]) -> list[int]:
-    return [row.iteration for row in rows if files.has_table(config, row)]
-
-
-def _table(run: Run, indices: list[int]) -> "wandb.Table":
+def _table(run: Run, indices: Sequence[int]) -> "wandb.Table":
     """Return the episodes of these iterations as a table with pictures; a group's original is stored once."""
     from PIL import Image
 
