@@ -20,6 +20,7 @@ from earl.errors import EarlError
 from earl.layout import Run
 from earl.tracking import files
 
+pytestmark = pytest.mark.slow
 wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install earl[tracking])")
 
 
@@ -48,7 +49,7 @@ def start(run: Run, server: WandbServer | None = None, *options: str, **environm
 def track(run: Run, server: WandbServer | None = None, *options: str, fails: bool = False, **environment: str) -> str:
     process = start(run, server, *options, **environment)
     try:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=150)
     finally:
         process.kill()
     assert (process.returncode != 0) == fails, output
@@ -169,7 +170,6 @@ def test_killed_between_sending_and_recording(tmp_path, server):
     assert [episode["iteration"] for episode in episodes(server.artifacts[-1])] == [2, 2, 3, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.8, 1.3, 1.8])
 def test_killed_at_any_moment(tmp_path, server, delay):
     run, _ = new_run(tmp_path / "a", wandb_mode="online", log_episodes_every_n_iterations=2)
@@ -210,7 +210,6 @@ def test_offline_each_step_once_also_after_a_kill(tmp_path):
     assert offline_steps(run) == [1, 2, 3]
 
 
-@pytest.mark.slow
 def test_offline_folders_sync_to_one_page(tmp_path, server):
     run, _ = new_run(tmp_path / "a", wandb_mode="offline", log_episodes_every_n_iterations=2)
     for last in (2, 4):
@@ -228,7 +227,7 @@ def sync(run: Run, server: WandbServer) -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     clean |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40, "HOME": str(run.path.parent)}
     command = [sys.executable, "-m", "wandb", "sync", str(run.path / "tracking" / "wandb")]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL)
     assert "Finished syncing" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
