@@ -52,9 +52,11 @@
   reward_compute_ground_score: false,
   reward_final_reward: 'viescore',
 
+  wandb_mode: 'offline',
   log_episodes_every_n_iterations: 5,
   keep_checkpoints_every_n_iterations: 100,
   save_checkpoints_every_n_iterations: 100,
+  // `push_to_hub: true` turns it on.
   push_to_hub_every_n_iterations: 100,
   push_to_hub_repo_id: 'imged_rl__' + $.run_name,
 }

@@ -236,6 +236,43 @@ def report(run: RunFolder, out: Output) -> None:
     stage.run(run, out)
 
 
+BestEffort = Annotated[
+    bool, typer.Option("--best-effort", help="Warn instead of failing; the next call sends what is missing.")
+]
+Record = Annotated[Path | None, typer.Option("--out", help="Also write what was done as JSON.")]
+
+
+@app.command()
+def track(
+    run: RunFolder,
+    best_effort: BestEffort = False,
+    online: Annotated[bool, typer.Option("--online", help="Send now, whatever wandb_mode says.")] = False,
+    out: Record = None,
+) -> None:
+    """Show the run's figures and episodes on Weights & Biases, as far as the configuration says and it is not done."""
+    from earl import tracking
+    from earl.config.load import read
+    from earl.layout import Run
+    from earl.tracking import page
+
+    folder = Run(run)
+    config = read(folder.config)
+    config = config.model_copy(update={"wandb_mode": "online"}) if online else config
+    tracking.attempt(lambda: page.send(folder, config), best_effort, out)
+
+
+@app.command()
+def push(run: RunFolder, best_effort: BestEffort = False, out: Record = None) -> None:
+    """Push the run's policies to the Hugging Face hub, as far as the configuration says and it is not done."""
+    from earl import tracking
+    from earl.config.load import read
+    from earl.layout import Run
+    from earl.tracking import hub
+
+    folder = Run(run)
+    tracking.attempt(lambda: hub.push(folder, read(folder.config)), best_effort, out)
+
+
 @app.command()
 def start(run: RunFolder, policy: Annotated[Path, typer.Option(help="Folder of the starting policy.")]) -> None:
     """Link a run's starting policy as its iteration 0."""

@@ -71,6 +71,23 @@ class Plan:
                     planned.setdefault(index, []).append(name)
         return planned
 
+    def sends(self, whole: bool, chain: bool) -> list[tuple[str, int]]:
+        """Return what is sent elsewhere, and after which iterations: (``wandb`` or ``hub``, iteration).
+
+        Args:
+            whole: the plan ends the run, so the last send belongs to it.
+            chain: its windows make the iterations, so those between are theirs.
+        """
+        if self.single is not None or not self.stop:
+            return []
+        config = self.config
+        every = {"wandb": config.wandb_every_n_iterations if config.wandb_mode == "online" else None}
+        every |= {"hub": config.push_to_hub_every_n_iterations if config.push_to_hub else None}
+        wanted = {"wandb": config.wandb_mode != "disabled", "hub": config.push_to_hub}
+        between = [] if chain else [index for index in self.iterations if index < config.num_iterations]
+        sends = [(kind, index) for index in between for kind, n in every.items() if n and index % n == 0]
+        return sends + [(kind, self.stop) for kind, on in wanted.items() if on and whole]
+
     def _is_pending(self, name: str, index: int) -> bool:
         if self.run.evaluation(name, index).summary.is_file():
             return False

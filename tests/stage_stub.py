@@ -98,6 +98,11 @@ def evaluate(command: str, options: dict[str, str]) -> None:
     atomic.write_text(evaluation.summary, json.dumps({"policy_digest": policy}))
 
 
+def send(command: str, options: dict[str, str]) -> None:
+    # An option without a value, --best-effort, shifts the pairs.
+    atomic.write_text(sys.argv[sys.argv.index("--out") + 1], "{}")
+
+
 def report(command: str, options: dict[str, str]) -> None:
     atomic.write_text(options["--out"], "report\n")
 
@@ -112,7 +117,7 @@ def write_folder(path: Path, text: str) -> None:
         manifest.seal(folder)
 
 
-STAGES = {"train": train, "restore": restore, "evaluate": evaluate, "report": report}
+STAGES = {"train": train, "restore": restore, "evaluate": evaluate, "report": report, "track": send, "push": send}
 
 if __name__ == "__main__":
     main()

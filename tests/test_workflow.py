@@ -298,6 +298,36 @@ def test_runs_of_one_plan_have_windows_of_their_own(place):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("window_length", [50, 1])
+def test_what_is_sent_elsewhere_waits_for_the_run_and_not_the_run_for_it(place, window_length, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    sending = {"wandb_mode": "online", "wandb_every_n_iterations": 1, "push_to_hub": True}
+    sending |= {"push_to_hub_every_n_iterations": 2, "keep_checkpoints_every_n_iterations": 2}
+    experiment = place.experiment("a", window_length=window_length, **sending)
+    last = "track --run runs/a --out runs/a/tracking/wandb-000003.json"
+    started = place.start(experiment, env={"STUB_FAIL": last})
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert "this stage was told to fail" in output
+    commands = place.commands()
+    assert sorted(line for line in commands if "--best-effort" in line) == [
+        "push --run runs/a --best-effort --out runs/a/tracking/hub-000002.json",
+        "track --run runs/a --best-effort --out runs/a/tracking/wandb-000001.json",
+        "track --run runs/a --best-effort --out runs/a/tracking/wandb-000002.json",
+    ]
+    assert place.folder("a").report.is_file(), "what fails to be sent keeps nothing from being made"
+    assert commands.index(last) > next(i for i, line in enumerate(commands) if line.startswith("report"))
+    place.run(experiment)
+    assert last in place.stages()
+    assert {line.split()[0] for line in place.stages()} <= {"track", "push"}
+    assert "Nothing to be done" in place.run(experiment)
+
+
+def test_offline_is_written_once_at_the_end(place):
+    counts = job_counts(place.run(place.experiment("a", wandb_mode="offline"), "-n"))
+    assert (counts["track"], "push" in counts) == (1, False)
+
+
 def test_lint_and_format():
     config = ["--config", "experiment=config/demo.jsonnet"]
     lint = subprocess.run([*SNAKEMAKE, "--lint", *config], cwd=ROOT, capture_output=True, text=True)

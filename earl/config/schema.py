@@ -416,7 +416,7 @@ class Config(_Section):
     evaluations: dict[Name, Evaluation] = _free(dict, "Held-out evaluations by name.")
     window_length: Positive = _free(50, "Iterations that one workflow plan covers; going on past it needs no hand.")
     log_episodes_every_n_iterations: Positive = _free(
-        5, "Accepted for the reference's configurations; every episode of every iteration is on disk."
+        5, "Iterations whose episodes, with their pictures, `earl track` shows; all of them are on disk."
     )
     keep_checkpoints_every_n_iterations: Positive | None = _free(
         100, "Checkpoints of every n-th iteration stay for good; null: of the last alone."
@@ -424,13 +424,23 @@ class Config(_Section):
     save_checkpoints_every_n_iterations: Positive | None = _free(
         100, "Of every n-th iteration, the newest checkpoint stays to go back to; null: none."
     )
+    wandb_mode: Literal["disabled", "offline", "online"] = _free(
+        "disabled",
+        "Weights & Biases: `online` sends as the run goes on, `offline` writes a folder for `wandb sync` at the end; "
+        "both need earl[tracking].",
+    )
+    wandb_project: Name = _free("earl", "Project of the run's page on Weights & Biases.")
+    wandb_entity: str | None = _free(None, "User or team whose project it is; null: wandb's own default.", min_length=1)
+    wandb_every_n_iterations: Positive = _free(10, "online: iterations between two sends while the run goes on.")
+    push_to_hub: bool = _free(False, "Push policies to the Hugging Face hub; needs a token.")
     push_to_hub_every_n_iterations: Positive | None = _free(
-        100, "Accepted for the reference's configurations; no stage pushes to a hub."
+        100, "Policies of every n-th iteration and of the last are pushed; null: of the last alone."
     )
-    push_to_hub_repo_id: str = _free(
+    push_to_hub_repo_id: Path = _free(
         lambda data: f"imged_rl__{data.get('run_name', '')}",
-        "Accepted for the reference's configurations; no stage pushes to a hub.",
+        "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing.",
     )
+    push_to_hub_private: bool = _free(True, "Whether a repository that is made is private.")
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -442,6 +452,7 @@ class Config(_Section):
         _check_support(self)
         _check_learner(self)
         _check_reward(self)
+        _check_hub(self)
         return self
 
     @property
@@ -657,6 +668,17 @@ def _check_reward(config: Config) -> None:
             raise _wrong(name, f"is false, but advantage_components has `{component}`")
     if config.judge == "openai" and config.reward_function_api_base is None:
         raise _wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
+
+
+def _check_hub(config: Config) -> None:
+    """A policy that is to be pushed stays on disk until it is, however long the hub is out of reach."""
+    push, keep = config.push_to_hub_every_n_iterations, config.keep_checkpoints_every_n_iterations
+    if config.push_to_hub and push is not None and (keep is None or push % keep):
+        raise _wrong(
+            "push_to_hub_every_n_iterations",
+            f"is {push}, but keep_checkpoints_every_n_iterations ({keep}) does not keep these policies until they are "
+            "pushed; make the former a multiple of the latter",
+        )
 
 
 def is_free(field: str, model: type[BaseModel] = Config) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
-from earl import plan, processes, runs
+from earl import plan, processes, runs, tracking
 from earl.config import freeze, load, paths
 from earl.errors import EarlError
 from earl.layout import Run
@@ -51,6 +51,7 @@ def make_plans():
             if window_of in (None, run.path.as_posix()):
                 if not ACCEPT_CHANGES:
                     freeze.check(resolved, run.config)
+                tracking.check(resolved)
                 plans.append(plan.plan(resolved, window, single))
         return plan.choose(plans)
     except EarlError as error:
@@ -246,7 +247,26 @@ def targets():
         files += finished_files(run)
         if WHOLE:
             files.append(item.run.report.as_posix())
+        files += [
+            (tracking.folder(item.run) / f"{kind}-{index:06d}.json").as_posix()
+            for kind, index in item.sends(WHOLE, CHAIN)
+        ]
     return files
+
+
+def is_last_send(w):
+    return WHOLE and int(w.step) == PLANS[w.run].stop
+
+
+def sent_after(w):
+    """Return what a send waits for: its iteration, or for the last one, all there is of the run."""
+    if is_last_send(w):
+        return [*finished(w), PLANS[w.run].run.report.as_posix()]
+    return iteration(w).metrics.as_posix()
+
+
+def best_effort(w):
+    return "" if is_last_send(w) else "--best-effort"
 
 
 def before_window(w):
