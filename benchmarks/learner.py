@@ -4,9 +4,10 @@
 
 One group: a prompt and its completions, in sizes of EARL on Emu3 (1,060 tokens for 256x256 pixels, 184,622 ids) on a
 model of few and narrow layers, whose head is most of the work. The reference's way takes one row an episode and a
-log-softmax over the whole vocabulary. It is treated kindly: micro-batches of one row, so that nothing is padded, and
-logits of the completion alone. Every case runs in a process of its own, since a process never gives its peak back; the
-policy gradient has no KL term.
+log-softmax over the whole vocabulary. It is treated kindly: completions of one length, so that nothing is padded,
+logits of the completion alone, and micro-batches of one row unless --micro-batch says more (EARL's configurations have
+8). Every case runs in a process of its own, since a process never gives its peak back; the policy gradient has no KL
+term.
 """
 
 import argparse
@@ -36,6 +37,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--completions", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows; the packed case always takes the whole group")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
@@ -49,8 +51,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for case, name in CASES.items():
         command = [sys.executable, __file__, "--case", case]
-        for option in ("completions", "repeats", "width", "layers"):
-            command += [f"--{option}", str(getattr(arguments, option))]
+        for option in ("completions", "micro-batch", "repeats", "width", "layers"):
+            command += [f"--{option}", str(getattr(arguments, option.replace("-", "_")))]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(
             f"| {name} | {found['tokens_per_s']:.0f} | {found['peak']:.2f} | {found['model']:.2f} | "
@@ -70,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     settings = grpo.Settings(
         kl_coeff=0.0,
         temperature=1.0,
-        micro_batch=arguments.completions if arguments.case == "packed" else 1,
+        micro_batch=arguments.completions if arguments.case == "packed" else arguments.micro_batch,
         visual_range=VISUAL,
         split_vocab=arguments.case in ("split", "packed"),
         counted="all",
@@ -97,7 +99,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def our_loss(model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int) -> torch.Tensor:
+def our_loss(
+    model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int
+) -> torch.Tensor:
     logp, _ = grpo.completion_logprobs(model, batch, settings)
     return grpo.batch_loss(logp, None, batch, denominator, settings)
 
@@ -113,7 +117,7 @@ def reference_loss(
 
 
 def make_model(width: int, layers: int) -> torch.nn.Module:
-    from transformers import Emu3ForCausalLM, Emu3TextConfig
+    from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
 
     torch.manual_seed(0)
     config = Emu3TextConfig(
