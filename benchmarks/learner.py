@@ -4,10 +4,11 @@
 
 One group: a prompt and its completions, in sizes of EARL on Emu3 (1,060 tokens for 256x256 pixels, 184,622 ids) on a
 model of few and narrow layers, whose head is most of the work. The reference's way takes one row an episode, the logits
-of the whole row and a log-softmax over the whole vocabulary; its micro-batches are of one row here, since its memory
-grows with them, so that nothing is padded. The kind way is the same with logits of the completion alone. A gradient is
-there when the measured part begins, as in every micro-batch but the first. Every case runs in a process of its own,
-since a process never gives its peak back; the policy gradient has no KL term.
+of the whole row and a log-softmax over the whole vocabulary; completions are of one length here, so that nothing is
+padded, and micro-batches of one row unless --micro-batch says more (EARL's configurations have 8). The kind way is the
+same with logits of the completion alone. A gradient is there when the measured part begins, as in every micro-batch but
+the first. Every case runs in a process of its own, since a process never gives its peak back; the policy gradient has
+no KL term.
 """
 
 import argparse
@@ -38,6 +39,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--completions", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows; the packed case always takes the whole group")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
@@ -53,8 +55,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for case in arguments.cases:
         command = [sys.executable, __file__, "--case", case]
-        for option in ("completions", "repeats", "width", "layers"):
-            command += [f"--{option}", str(getattr(arguments, option))]
+        for option in ("completions", "micro-batch", "repeats", "width", "layers"):
+            command += [f"--{option}", str(getattr(arguments, option.replace("-", "_")))]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rest = found["peak"] - found["imports"] - found["model"]
         memory = " | ".join(f"{part:.2f}" for part in (found["peak"], found["imports"], found["model"], rest))
@@ -76,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     settings = grpo.Settings(
         kl_coeff=0.0,
         temperature=1.0,
-        micro_batch=arguments.completions if arguments.case == "packed" else 1,
+        micro_batch=arguments.completions if arguments.case == "packed" else arguments.micro_batch,
         visual_range=VISUAL,
         support=logprobs.split_vocab(VISUAL) if arguments.case in ("split", "packed") else logprobs.FULL,
         counted="all",
@@ -119,8 +121,9 @@ def reference_loss(
     logits = model(input_ids=batch.input_ids, use_cache=False).logits.float() / settings.temperature
     found = torch.log_softmax(logits[:, :-1].contiguous(), -1)
     found = found.gather(2, batch.input_ids[:, 1:].unsqueeze(2)).flatten()
-    # Everything is one row: a token is predicted one place before its own.
-    return objective.grpo_loss(found[batch.places], batch.advantages, denominator)
+    # A token is predicted one place before its own, so a row has one prediction less than places.
+    predictions = batch.places - batch.places // batch.input_ids.shape[1]
+    return objective.grpo_loss(found[predictions], batch.advantages, denominator)
 
 
 def kind_loss(

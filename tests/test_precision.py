@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from earl.emu3 import checkpoint
 from earl.errors import EarlError
 from earl.files import manifest
 from earl.learner import parts
@@ -75,3 +76,15 @@ def test_bfloat16_repeats_its_bytes_and_learns_from_what_engines_sample(new_run,
     assert metrics[0] == metrics[1]
     assert metrics[2][0] == metrics[0][0]
     assert metrics[2][1][0] != metrics[0][1][0]
+
+
+def test_weights_of_many_bytes_go_into_several_files(policy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_SIZE", 300_000)
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    checkpoint.save_policy(model, tmp_path, policy_folder)
+    sizes = [path.stat().st_size for path in tmp_path.glob("model-*-of-*.safetensors")]
+    assert len(sizes) > 3
+    largest = max(weight.nbytes for weight in model.parameters())
+    assert max(sizes) < max(300_000, largest) + 10_000
+    again = checkpoint.load_policy(tmp_path, torch.float32, "cpu")
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in model.named_parameters())

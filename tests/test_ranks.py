@@ -92,7 +92,7 @@ def train_by(processes: int, run, iteration: int) -> None:
     stage = ["train", "--config", run.config, "--iteration", iteration, "--run", run.path]
     done = subprocess.run([sys.executable, *map(str, launch + stage)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"loaded iteration {iteration - 1}" in done.stderr or iteration == 1
+    assert f"loaded iteration {iteration - 1}" in done.stderr
 
 
 def update_of(run, iteration: int) -> torch.Tensor:
@@ -102,7 +102,7 @@ def update_of(run, iteration: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):  # noqa: F811
-    """1 -> 2 -> 4 -> 2 -> 1 against one process all along; then restored, each iteration by as many as then."""
+    """1 -> 2 -> 4 -> 2 -> 1 against one process all along; then one is restored, by as many as then."""
     config, run = new_run(train_processes=2, learning_rate=1e-4)
     _, other = new_run("other", learning_rate=1e-4)
     numbers = {1: 1, 2: 2, 3: 4, 4: 2, 5: 1}
@@ -110,7 +110,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):  # noq
         for each in (run, other):
             write_inputs(each, iteration, vocabulary)
         train.run(config, other.path, iteration)
-        if processes == config.train_processes:
+        if processes == 1:
+            train.run(config, run.path, iteration)
+        elif processes == config.train_processes:
             done = earl("train", "--config", run.config, "--iteration", iteration, "--run", run.path)
             assert done.returncode == 0, done.stderr
         else:
@@ -124,12 +126,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):  # noq
     found, alone = update_of(run, 5), update_of(other, 5)
     assert (found - alone).norm() < 1e-3 * alone.norm()
 
-    expected = made_of(run, 3)
-    for iteration in (1, 2, 3):
-        shutil.rmtree(run.iteration(iteration).policy)
-        shutil.rmtree(run.iteration(iteration).trainer)
-    restore.run(run.path, 3)
-    assert made_of(run, 3) == expected
+    expected = made_of(run, 2)
+    shutil.rmtree(run.iteration(2).policy)
+    shutil.rmtree(run.iteration(2).trainer)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected
 
 
 def stop(run, iteration: int = 1) -> str:
