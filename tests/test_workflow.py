@@ -230,7 +230,10 @@ def test_a_fine_tuning_that_goes_on_from_another_shares_it(place):
         place.experiment("b", model_path="stage:sft/sc", sft=then, num_iterations=1),
     ]
     place.run(",".join(both))
-    assert [line.split()[3:5] for line in place.stages() if line.startswith("sft")] == [["--name", "s"], ["--name", "sc"]]
+    assert [line.split()[3:5] for line in place.stages() if line.startswith("sft")] == [
+        ["--name", "s"],
+        ["--name", "sc"],
+    ]
     first, then = (place.folder(name).iteration(0).policy.resolve() for name in "ab")
     assert (first.name[:2], then.name[:3]) == ("s-", "sc-")
     place.run(both[0])
