@@ -61,7 +61,7 @@ def token_logprobs(
         kept: what `kept_ids` gave for these targets under this or another model, the log-probs of which are then over
             the same ids; None finds it where the support is truncated.
         accumulate: add the weight's gradient to `weight.grad` in place, a block at a time, instead of handing autograd
-            a second tensor of its size to add. It is done for a leaf, of the type of the sums, without hooks of its own;
+            a second tensor of its size to add. It is done for a leaf of the type of the sums without hooks of its own;
             `torch.autograd.grad` sees no gradient then, nor does what listens to autograd itself
             (DistributedDataParallel). Elsewhere (a gathered or cast weight) the gradient goes the usual way.
 

@@ -60,7 +60,7 @@ class Settings:
             kl_coeff=0.0,
             temperature=1.0,
             micro_batch=self.micro_batch,
-            visual_range=(0, 0),  # neither `counted` nor the support ask what is visual
+            visual_range=(0, 0),  # neither what counts nor the support ask what is visual
             support=logprobs.FULL,
             counted="all",
             bfloat16=self.bfloat16,
