@@ -198,7 +198,7 @@ def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None
     settings = read(config)
     if settings.train_processes > 1 and not ranks.is_launched():
         arguments = ["train", "--config", config, "--iteration", iteration, "--run", run]
-        raise typer.Exit(ranks.launch([str(argument) for argument in arguments], settings.train_processes))
+        raise typer.Exit(ranks.launch(settings, [str(argument) for argument in arguments], settings.train_processes))
     from earl.stages import train as stage
 
     stage.run(settings, run, iteration)

@@ -16,7 +16,7 @@ import torch
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import atomic
-from earl.learner import grpo, logprobs, objective, ranks, sharding
+from earl.learner import grpo, head, logprobs, objective, ranks, sharding
 from earl.learner.batches import Episode
 from earl.learner.ranks import Ranks
 
@@ -28,6 +28,9 @@ CASES = {
     "two steps, recomputed": {"micro_batch": 2, "optimizer_steps": 2, "gradient_checkpointing": True, "packed": True},
     "bfloat16": {"micro_batch": 3, "bfloat16": True},
 }
+BY_BLOCKS = ("packed, micro-batch 3", "bfloat16")
+"""Cases whose logits are computed in several blocks."""
+BLOCK = head.TOKENS, head.IDS
 
 
 def episodes(vocabulary: Vocabulary) -> list[Episode]:
@@ -54,6 +57,7 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
     """An iteration of a case: its metrics and the policy that comes of it."""
     vocabulary = Vocabulary.from_folder(policy_folder)
     chosen = settings(vocabulary, **CASES[case])
+    head.TOKENS, head.IDS = (7, 50) if case in BY_BLOCKS else BLOCK
     policy = sharding.load(policy_folder, team, chosen.bfloat16)
     reference = sharding.load(policy_folder, team, chosen.bfloat16, frozen=True, offload=case.startswith("padded"))
     optimizer = grpo.new_optimizer(policy, 1e-3)

@@ -200,6 +200,7 @@ def ready_to_learn(policy: "Emu3ForCausalLM", settings: Settings) -> Iterator[No
         sharding.recompute_layers(policy)
     with attention.used_by(policy, settings.attention):
         yield
+    policy.eval()
 
 
 Logprobs = tuple[Tensor, Tensor, list[Tensor] | None]

@@ -12,8 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from earl import runtime
+from earl.errors import EarlError
+
 if TYPE_CHECKING:
     import torch
+
+    from earl.config.schema import Config
 
 Item = TypeVar("Item")
 
@@ -137,13 +142,17 @@ def _is_first_to_fail(store: Any) -> bool:
         return False
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
+def launch(config: "Config", arguments: Sequence[str], processes: int) -> int:
     """Run `earl <arguments>` as `processes` ranks of this machine, by torchrun; return 0, or the status of a rank.
 
     Ranks end with this process, and all of them when one fails; a rank that failed has said why, one that was killed
     is named.
+
+    Raises:
+        EarlError: the configuration asks for GPUs and there are too few.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun sets it, with a warning; a stage sets its own number
+    _check_devices(config, processes)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -157,3 +166,14 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             print(f"error: rank {rank} of {processes} was ended by {failure.signal_name()}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
+
+
+def _check_devices(config: "Config", processes: int) -> None:
+    """Here, and not in every rank, which would all say it."""
+    import torch
+
+    if runtime.prepare(config).type == "cuda" and torch.cuda.device_count() < processes:
+        raise EarlError(
+            f"{processes} processes are to train, each on a GPU of its own, but {torch.cuda.device_count()} GPUs are "
+            "visible here; lower train_processes or ask for more GPUs"
+        )

@@ -126,7 +126,7 @@ def _train(config: "Config", scratch: Run, index: int, shards: int, processes: i
         return
     freeze.write(config.model_copy(update={"rollout_shards": shards}), scratch.config, accept_changes=True)
     arguments = ["train", "--config", scratch.config, "--iteration", index, "--run", scratch.path]
-    if ranks.launch([str(argument) for argument in arguments], processes):
+    if ranks.launch(config, [str(argument) for argument in arguments], processes):
         raise EarlError(f"{scratch.iteration(index).path}: training again by {processes} ranks failed, see above")
 
 
