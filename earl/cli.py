@@ -295,6 +295,23 @@ def status(run: RunFolder) -> None:
     typer.echo(runs.status(folder, read(folder.config).num_iterations).text())
 
 
+@app.command()
+def launch(
+    command: Annotated[list[str], typer.Argument(help="The command, after `--`.")],
+    launcher: Annotated[str, typer.Option(help="local, debug or slurm.")],
+    name: Annotated[str, typer.Option(help="Short name of the job.")],
+    folder: Annotated[Path, typer.Option(help="The job's own folder, for its record and logs.")],
+    output: Annotated[list[Path] | None, typer.Option(help="A file that it makes; may be repeated.")] = None,
+    resource: Annotated[list[str] | None, typer.Option(help="name=value; may be repeated.")] = None,
+) -> None:
+    """Run a command somewhere else, a stage's as a rule, or wait for it where it already runs."""
+    from earl import launchers
+    from earl.launchers.job import Job, Resources
+
+    job = Job(name, command, folder, output or [], Resources.parse(resource or []))
+    raise typer.Exit(launchers.create(launcher).run(job))
+
+
 def main() -> None:
     """Run the command line; mistakes that a user can mend end in one line and status 2."""
     # OpenMP reads this when torch is imported. Threads that spin while they wait starve each other on a busy machine.
