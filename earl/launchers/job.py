@@ -96,3 +96,9 @@ class Job:
 
     def missing_outputs(self) -> list[Path]:
         return [path for path in self.outputs if not path.exists()]
+
+    @property
+    def slurm_name(self) -> str:
+        """The job's name in Slurm: no two folders have the same."""
+        where = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:12]
+        return f"earl-{self.name}-{where}"

@@ -12,6 +12,7 @@ All of it is files in the job's folder, on the file system that the outputs are 
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import IO
 from earl import processes
 from earl.errors import EarlError
 from earl.files import atomic
+from earl.launchers import squeue
 
 RECORD, CLAIM, WRITER, LAUNCHER = "job.json", "claim", "writer.lock", "launcher.lock"
 RECORD_PATIENCE = 60.0
@@ -58,6 +60,26 @@ class Record:
 
     def write(self, folder: Path) -> None:
         atomic.write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def running(jobs: Path) -> list[Record]:
+    """Return the records in the folders below ``jobs`` whose Slurm jobs have not ended, and clear away the others.
+
+    A job without a number counts: whether its submission reached Slurm is for its launcher to find out.
+
+    Raises:
+        EarlError: when there are records, but Slurm does not answer.
+    """
+    found = []
+    for path in sorted(jobs.glob(f"*/{RECORD}")):
+        record = Record.read(path.parent)
+        if record is None:
+            continue
+        if record.job_id is not None and squeue.has_ended(record.job_id):
+            shutil.rmtree(path.parent, ignore_errors=True)
+        else:
+            found.append(record)
+    return found
 
 
 def become_writer(folder: Path, job_id: str, start: str, when_superseded: Callable[[], None]) -> IO[str]:

@@ -4,9 +4,8 @@ What submitit cannot tell here is asked of squeue, which needs no accounting dat
 result has ended. A job that was queued again (time limit, preemption, lost node) keeps its number and is waited for.
 """
 
-import getpass
-import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from submitit.slurm.slurm import SlurmJob
 
 from earl import processes
 from earl.errors import EarlError
-from earl.launchers import child, record
+from earl.launchers import child, record, squeue
 from earl.launchers.job import Job, Resources
 from earl.launchers.slurm_task import StageTask
 
@@ -34,7 +33,6 @@ RESULT_PATIENCE = 5.0
 """Seconds that the result of an ended job may take to appear through a shared file system."""
 FIND_PATIENCE = 3.0
 """Seconds after which a submission whose author was killed has reached Slurm, or never will."""
-ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
 class SlurmLauncher:
@@ -59,6 +57,9 @@ class SlurmLauncher:
             # Half of its outputs can be gone when a workflow that started anew cleared them away while it ran.
             print(f"job {job_id} ({job.name}): succeeded, but {missing[0]} is missing", flush=True)
             return 1
+        if is_done:
+            # What it printed has been passed on.
+            shutil.rmtree(job.folder, ignore_errors=True)
         return 0 if is_done else 1
 
 
@@ -70,10 +71,10 @@ def find(job: Job) -> str | None:
     recorded = record.Record.read(job.folder)
     if recorded is None:
         return None
-    running = _named(_name(job))
+    running = squeue.active(job.slurm_name)
     if recorded.job_id is None and not running:
         time.sleep(FIND_PATIENCE)
-        running = _named(_name(job))
+        running = squeue.active(job.slurm_name)
     mine = recorded.job_id or (running[0] if running else None)
     is_wanted = mine in running and recorded.digest == job.digest
     cancel([number for number in running if not (is_wanted and number == mine)])
@@ -92,7 +93,7 @@ def submit(job: Job) -> str:
     _clear(job.folder)
     record.Record(job.name, job.digest).write(job.folder)
     executor = submitit.SlurmExecutor(job.folder, max_num_timeout=job.resources.timeouts)
-    executor.update_parameters(**parameters(job.resources, _name(job)))
+    executor.update_parameters(**parameters(job.resources, job.slurm_name))
     try:
         with _outside_of_jobs():
             submitted = executor.submit(StageTask(job.command, str(job.folder.absolute())))
@@ -134,21 +135,21 @@ def wait(job: Job, job_id: str) -> bool:
     results = [submitted.task(rank).paths.result_pickle for rank in range(job.resources.ranks)]
     log = submitted.task(0).paths.stdout
     log.touch()
-    pause, asked, ended = ASK_SLURM[0], time.monotonic(), None
+    pause, asked, had_ended = ASK_SLURM[0], time.monotonic(), False
     with log.open("rb") as stream:
         while not all(path.exists() for path in results):
             child.follow(stream, sys.stdout.buffer)
             time.sleep(LOOK_FOR_RESULT)
-            now = time.monotonic()
-            if ended is not None:
-                if now > ended + RESULT_PATIENCE:
+            if time.monotonic() > asked + (RESULT_PATIENCE if had_ended else pause):
+                asked, pause = time.monotonic(), min(pause * 1.2, ASK_SLURM[1])
+                has_ended = squeue.has_ended(job_id)
+                if had_ended and has_ended:
                     break
-            elif now > asked + pause:
-                asked, pause = now, min(pause * 1.2, ASK_SLURM[1])
-                ended = now if _has_ended(job_id) else None
+                had_ended = has_ended
         child.follow(stream, sys.stdout.buffer)
     if not all(path.exists() for path in results):
-        print(f"job {job_id} ({job.name}): {_reason(job_id)}; its log: {log}", flush=True)
+        state = squeue.state(job_id) or "Slurm has forgotten it"
+        print(f"job {job_id} ({job.name}): ended without a result ({state}); its log: {log}", flush=True)
         return False
     failed = [error for task in range(len(results)) if (error := submitted.task(task).exception())]
     if failed:
@@ -162,55 +163,13 @@ def cancel(numbers: list[str]) -> None:
     if not numbers:
         return
     subprocess.run(["scancel", *numbers], check=False, stdout=sys.stderr)
-    while not all(_has_ended(number) for number in numbers):
+    while not all(squeue.has_ended(number) for number in numbers):
         time.sleep(1)
 
 
-def _name(job: Job) -> str:
-    """Return the job's name in Slurm: no two folders have the same."""
-    where = hashlib.sha256(str(job.folder.absolute()).encode()).hexdigest()[:12]
-    return f"earl-{job.name}-{where}"
-
-
-def _squeue(*options: str) -> subprocess.CompletedProcess[str]:
-    command = ["squeue", "--noheader", "--states=all", "--user", getpass.getuser(), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def _named(name: str) -> list[str]:
-    """Return the numbers of all jobs of this name that have not ended, the oldest first.
-
-    Raises:
-        EarlError: when Slurm does not answer: then nobody knows, and submitting might make a second writer.
-    """
-    answer = _squeue(f"--name={name}", "--format=%A %T")
-    if answer.returncode:
-        raise EarlError(f"squeue does not answer ({answer.stderr.strip()}); try again when Slurm is up")
-    found = [line.split() for line in answer.stdout.splitlines()]
-    return sorted((number for number, state in found if state not in ENDED), key=int)
-
-
-def _state(job_id: str) -> str | None:
-    """Return the job's state; '' when Slurm has forgotten the job, None when it does not answer."""
-    answer = _squeue(f"--jobs={job_id}", "--format=%T")
-    if answer.returncode:
-        return "" if "Invalid job id" in answer.stderr else None
-    return answer.stdout.strip()
-
-
-def _has_ended(job_id: str) -> bool:
-    state = _state(job_id)
-    return state is not None and (not state or state in ENDED)
-
-
-def _reason(job_id: str) -> str:
-    state = _state(job_id)
-    return f"ended without a result ({state or 'Slurm has forgotten it'})"
-
-
 def _clear(folder: Path) -> None:
-    """Remove pickles and batch scripts of jobs that have ended; their logs stay."""
-    for pattern in ("*.pkl", "*.pkl.save_tmp", "*.sh"):
+    """Remove record, pickles and batch script of a job that has ended; its logs stay."""
+    for pattern in (record.RECORD, record.CLAIM, "*.pkl", "*.pkl.save_tmp", "*.sh"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
