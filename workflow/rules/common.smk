@@ -361,7 +361,7 @@ def window_command(w, resources):
     if SEGMENTS:
         settings["granularity"] = "segment"
         cores = resources.get("cpus_per_task", 1)
-        gpus = ["--resources", f"gpu={resources.get('gpu', 0)}"]
+        gpus = ["--resources", f"gpu={resources.gpu}"] if resources.get("gpu") else []
     command = [
         sys.executable,
         "-m",
