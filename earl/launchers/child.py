@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
@@ -28,22 +29,32 @@ def start(command: Sequence[str], changes: Mapping[str, str], keep_open: Sequenc
         env=inherited | dict(changes),
         pass_fds=keep_open,
         start_new_session=True,
-        # The warning before a time limit reaches all processes of a job, and would end those that do not expect it.
-        preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+        preexec_fn=_prepare,
     )
 
 
+def _prepare() -> None:
+    processes.end_with_parent(signal.SIGKILL)
+    # The warning before a time limit reaches all processes of a job, and would end those that do not expect it.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 def end(child: subprocess.Popen, patience: float = 0.0) -> None:
-    """End a child and what it started: asked first if there are ``patience`` seconds for that, then killed."""
+    """End a child and what it started: asked first if there are ``patience`` seconds for that, then killed.
+
+    May be called in a signal handler that interrupted ``child.wait()``, which holds a lock: so this looks whether the
+    process is there, and leaves it to others to ask for its exit status.
+    """
     if patience:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=patience)
-    try:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGTERM)
+        deadline = time.monotonic() + patience
+        while processes.is_alive(child.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    child.wait()
+    while processes.is_alive(child.pid):
+        time.sleep(0.05)
 
 
 def follow(stream: IO[bytes], out: IO[bytes]) -> None:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import submitit
-from submitit.core.utils import UncompletedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmJob
 
@@ -92,12 +91,12 @@ def submit(job: Job) -> str:
     """
     _clear(job.folder)
     record.Record(job.name, job.digest).write(job.folder)
-    executor = submitit.SlurmExecutor(job.folder, max_num_timeout=job.resources.timeouts)
-    executor.update_parameters(**parameters(job.resources, job.slurm_name))
     try:
+        executor = submitit.SlurmExecutor(job.folder, max_num_timeout=job.resources.timeouts)
+        executor.update_parameters(**parameters(job.resources, job.slurm_name))
         with _outside_of_jobs():
             submitted = executor.submit(StageTask(job.command, str(job.folder.absolute())))
-    except (OSError, subprocess.CalledProcessError, UncompletedJobError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         (job.folder / record.RECORD).unlink(missing_ok=True)
         raise EarlError(
             f"{job.name}: Slurm did not take the job ({error}); check its resources in the profile"

@@ -11,7 +11,10 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 def _squeue(*options: str) -> subprocess.CompletedProcess[str]:
     command = ["squeue", "--noheader", "--states=all", "--user", getpass.getuser(), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise EarlError("squeue: is not found; start this where Slurm's commands are on PATH") from error
 
 
 def active(name: str) -> list[str]:
