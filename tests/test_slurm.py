@@ -1,5 +1,6 @@
 """The workflow on a real Slurm, by stage and by segment: whatever comes in its way, the same policy, nothing twice."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -173,7 +174,7 @@ def test_a_cancelled_stage_is_tried_again_and_a_drained_node_left_out(place, und
 
 def test_a_full_disk_fails_and_with_space_it_goes_on(place, undisturbed):  # noqa: F811
     (place.path / "runs").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=0", "tmpfs", str(place.path / "runs")]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place.path / "runs")]
     if subprocess.run(mount, check=False).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
@@ -194,13 +195,10 @@ def test_a_full_disk_fails_and_with_space_it_goes_on(place, undisturbed):  # noq
 
 
 def fill(path: Path) -> None:
-    with open(path, "wb") as stream:
-        try:
-            while True:
-                stream.write(b"x" * 4096)
-                stream.flush()
-        except OSError:
-            return
+    """Write a file until the disk is full."""
+    with open(path, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(b"x" * 4096):
+            pass
 
 
 def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(small_config, slurm, tmp_path):

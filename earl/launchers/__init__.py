@@ -11,6 +11,7 @@ ranks finds ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MA
 environment, as under torchrun.
 """
 
+import importlib.util
 from typing import Protocol
 
 from earl.errors import EarlError
@@ -46,6 +47,8 @@ def create(name: str) -> Launcher:
 
             return DebugLauncher()
         case "slurm":
+            if importlib.util.find_spec("submitit") is None:
+                raise EarlError("launcher 'slurm': needs submitit; install earl[slurm]")
             from earl.launchers.slurm import SlurmLauncher
 
             return SlurmLauncher()

@@ -336,10 +336,13 @@ def targets():
 
 
 def before_window(w):
-    """Return the files of the iteration that a window starts from."""
+    """Return the files of the iteration that a window starts from, and the data that it has in common with others."""
     item = PLANS[w.run]
     first = next(window[0] for window in item.windows if window[-1] == int(w.step))
-    return list(checkpoint_files(item.run.iteration(first - 1)).values())
+    held_out = item.config.val_paths_file if item.config.evaluations else []
+    data = [*item.config.train_paths_file, *held_out]
+    before = checkpoint_files(item.run.iteration(first - 1)).values()
+    return [*before, *datasets(w.run, data)]
 
 
 def window_launcher(w, output, threads, resources):
