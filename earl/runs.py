@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from earl import processes
 from earl.errors import EarlError
 from earl.files import atomic, manifest
+from earl.launchers import record
 from earl.layout import Iteration, Run, iteration_name
 
 if TYPE_CHECKING:
@@ -66,12 +67,14 @@ def exclusive(run: Run) -> Iterator[None]:
     A stage is started by the workflow that holds the lock, and goes on under it.
 
     Raises:
-        EarlError: when a workflow is working on the run.
+        EarlError: when a workflow is working on the run, or jobs that an earlier one has left behind.
     """
     if processes.in_workflow():
         yield
         return
     with processes.lock(lock_file(run)):
+        for job in record.running(run.path / "logs" / "jobs"):
+            raise EarlError(f"{run.path}: Slurm job {job.job_id} ({job.name}) still runs; wait for it, or scancel it")
         yield
 
 

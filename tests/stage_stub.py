@@ -2,15 +2,19 @@
 
 The content of an output is a function of the inputs' contents, so that equal histories give equal bytes. Only the
 light commands (start, prune, verify) are the real ones. ``STUB_DELAY`` seconds pass in each stage, ``STUB_LOG`` names
-a file that gets a line for each command, ``STUB_FAIL`` a text in the command at which it fails.
+a file that gets a line for each command, and one that begins with ``clash`` where another process is at work on the
+same command, ``STUB_FAIL`` a text in the command at which it fails. ``STUB_HOLD`` names a file: a command with the text
+that the file holds waits until it no longer does.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from earl import processes
 from earl.files import atomic, manifest
@@ -29,10 +33,32 @@ def main() -> None:
 
         sys.exit(cli.main())
     processes.end_with_workflow()
+    alone = note_clash() if os.environ.get("STUB_LOG") else None
     time.sleep(float(os.environ.get("STUB_DELAY", "0")))
+    while is_held(" ".join(sys.argv[1:])):
+        time.sleep(0.1)
     if os.environ.get("STUB_FAIL") and os.environ["STUB_FAIL"] in " ".join(sys.argv[1:]):
         sys.exit("this stage was told to fail")
     STAGES.get(command, write_one)(command, options)
+    del alone
+
+
+def is_held(command: str) -> bool:
+    try:
+        return Path(os.environ["STUB_HOLD"]).read_text() in command
+    except (KeyError, FileNotFoundError):
+        return False
+
+
+def note_clash() -> IO[str]:
+    """Return a lock of this very command's; say so in the log when another process holds it."""
+    held = open(f"{os.environ['STUB_LOG']}.{digest(*sys.argv[1:])[:16]}", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with open(os.environ["STUB_LOG"], "a") as log:
+            log.write("clash " + " ".join(sys.argv[1:]) + "\n")
+    return held
 
 
 def write_one(command: str, options: dict[str, str]) -> None:

@@ -40,6 +40,8 @@ EXPERIMENT = {
 class Workplace:
     """A folder with a model, data and experiments, and Snakemake to run in it."""
 
+    profile = "local"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "model").mkdir()
@@ -56,7 +58,13 @@ class Workplace:
     ) -> subprocess.Popen:
         """Start Snakemake; its commands go to ``log.txt``."""
         settings = {"experiment": experiment, "earl_command": STUB} | config
-        command = [*SNAKEMAKE, "--snakefile", ROOT / "workflow" / "Snakefile", "--profile", ROOT / "profiles" / "local"]
+        command = [
+            *SNAKEMAKE,
+            "--snakefile",
+            ROOT / "workflow" / "Snakefile",
+            "--profile",
+            ROOT / "profiles" / self.profile,
+        ]
         command += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
         inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
         inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
@@ -75,7 +83,7 @@ class Workplace:
     def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:
         (self.path / "log.txt").unlink(missing_ok=True)
         started = self.start(experiment, *options, **config)
-        output, _ = started.communicate(timeout=120)
+        output, _ = started.communicate(timeout=180)
         assert (started.returncode != 0) == fails, output
         return output
 

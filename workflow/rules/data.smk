@@ -9,7 +9,7 @@ rule raw:
     benchmark:
         "{shared}/benchmarks/raw/{name}.tsv"
     params:
-        earl=EARL,
+        earl=launched("raw"),
         options=shapes_options,
     shell:
         "{params.earl} shapes raw --out {output} {params.options} 2>&1 | tee {log}"
@@ -23,7 +23,7 @@ rule shapes_policy:
     benchmark:
         "{shared}/benchmarks/policy/{name}.tsv"
     params:
-        earl=EARL,
+        earl=launched("shapes_policy"),
         out=subpath(output[0], parent=True),
         seed=paths.SHAPES_POLICY_SEED,
     shell:
@@ -41,7 +41,7 @@ rule tokenise:
         "{shared}/benchmarks/tokenise/{name}.tsv"
     threads: lambda w: user_of(w, "tokenised").config.cpu_threads
     params:
-        earl=EARL,
+        earl=launched("tokenise"),
         config=lambda w: user_of(w, "tokenised").run.config,
         dataset=lambda w: shared_stage(w, "tokenised").name,
         out=subpath(output[0], parent=True),

@@ -12,7 +12,7 @@ rule sft:
         "{shared}/benchmarks/sft/{name}.tsv"
     threads: lambda w: user_of(w, "sft").config.cpu_threads
     params:
-        earl=EARL,
+        earl=launched("sft"),
         config=lambda w: user_of(w, "sft").run.config,
         sft=lambda w: shared_stage(w, "sft").name,
         out=subpath(output[0], parent=True),
