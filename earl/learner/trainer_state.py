@@ -112,9 +112,7 @@ def load(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    manifest.check(folder)
-    state = read_state(folder)
-    _check_binding(folder, state, iteration, policy_digest, config_digest)
+    state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
     path = folder / OPTIMIZER
     try:
         tensors = load_file(path)
@@ -122,6 +120,14 @@ def load(
         raise EarlError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
     put_optimizer_tensors(model, optimizer, tensors, state.optimizer_steps, path)
     log.info("trainer: loaded iteration %d (%d optimizer steps) from %s", iteration, state.optimizer_steps, folder)
+    return state
+
+
+def check(folder: Path, *, iteration: int, policy_digest: str, config_digest: str) -> TrainerState:
+    """Check a folder as `load` does, as far as that goes without reading tensors; return its counters."""
+    manifest.check(folder)
+    state = read_state(folder)
+    _check_binding(folder, state, iteration, policy_digest, config_digest)
     return state
 
 

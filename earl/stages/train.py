@@ -3,13 +3,14 @@
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earl import code_version, runtime
+from earl import code_version, residents, runtime
 from earl.config.freeze import config_digest
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
@@ -53,32 +54,69 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     vocabulary = Vocabulary.from_folder(previous.policy)
     used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, str(current.path))
 
-    policy = checkpoint.load_policy(previous.policy, torch.float32, device)
-    optimizer = grpo.new_optimizer(policy, config.learning_rate)
-    state = _load_state(config, previous, policy, optimizer, policy_digest)
-    reference = _load_reference(config, files, device)
+    learner, steps = _learner(config, previous, policy_digest, device)
+    reference_digest, reference = _reference(config, files.iteration(0).policy, device)
     settings = _settings(config, iteration, vocabulary)
     started = time.monotonic()
-    learned = grpo.train_iteration(policy, reference, optimizer, used, settings, f"train {iteration}")
+    learned = grpo.train_iteration(learner.policy, reference, learner.optimizer, used, settings, f"train {iteration}")
+    learner.optimizer.zero_grad(set_to_none=True)  # Gradients are not part of what is kept.
     _log_speed(used, time.monotonic() - started, device)
 
+    done = learned.pop("steps")
     inputs = {
         "policy": policy_digest,
-        "trainer": manifest.digest_folder(previous.trainer) if state else None,
-        "reference": manifest.digest_folder(files.iteration(0).policy) if reference else None,
+        "trainer": _trainer_digest(previous),
+        "reference": reference_digest,
         "rollouts": source.rollouts,
         "scores": source.scores,
     }
-    steps = learned.pop("steps") + (state.optimizer_steps if state else 0)
     metrics = {
         **episodes.metrics(outcomes),
         **learned,
         "counted": settings.counted,
         "learning_rate": config.learning_rate,
-        "optimizer_steps": steps,
+        "optimizer_steps": steps + done,
         "inputs": inputs,
     }
-    return _write(config, current, previous, policy, optimizer, outcomes, metrics)
+    metrics = _write(config, current, previous, learner, outcomes, metrics)
+    residents.put("learner", _key(config, current, metrics["policy_digest"], device), learner)
+    return metrics
+
+
+@dataclass
+class _Learner:
+    """What one iteration leaves to the next, on disk and, in a process that stays, in memory."""
+
+    policy: "Emu3ForCausalLM"
+    optimizer: torch.optim.Optimizer
+
+
+def _learner(config: "Config", previous: Iteration, policy_digest: str, device: torch.device) -> tuple[_Learner, int]:
+    """The learner as an iteration left it, and its optimizer steps: taken from memory if it is there, else loaded."""
+    binding = {"iteration": previous.index, "policy_digest": policy_digest, "config_digest": config_digest(config)}
+    checkpoint.check_files(previous.policy)
+    state = trainer_state.check(previous.trainer, **binding) if previous.index else None
+    steps = state.optimizer_steps if state else 0
+    kept: _Learner | None = residents.take("learner", _key(config, previous, policy_digest, device))
+    if kept is not None:
+        log.info("trainer: iteration %d (%d optimizer steps) is in memory", previous.index, steps)
+        return kept, steps
+    policy = checkpoint.load_policy(previous.policy, torch.float32, device)
+    learner = _Learner(policy, grpo.new_optimizer(policy, config.learning_rate))
+    if state is None:
+        log.info("trainer: iteration 1 starts with a fresh optimizer from %s", previous.policy)
+    else:
+        trainer_state.load(previous.trainer, policy, learner.optimizer, **binding)
+    return learner, steps
+
+
+def _key(config: "Config", iteration: Iteration, policy_digest: str, device: torch.device) -> tuple[object, ...]:
+    """What a learner in memory depends on."""
+    return iteration.index, policy_digest, _trainer_digest(iteration), config.learning_rate, str(device)
+
+
+def _trainer_digest(iteration: Iteration) -> str | None:
+    return manifest.digest_folder(iteration.trainer) if iteration.index else None
 
 
 def _log_speed(used: list[grpo.Episode], seconds: float, device: torch.device) -> None:
@@ -96,32 +134,18 @@ def _log_speed(used: list[grpo.Episode], seconds: float, device: torch.device) -
     )
 
 
-def _load_state(
-    config: "Config",
-    previous: Iteration,
-    policy: "Emu3ForCausalLM",
-    optimizer: torch.optim.Optimizer,
-    policy_digest: str,
-) -> TrainerState | None:
-    """Load the previous iteration's optimizer state; the first iteration has none and starts afresh."""
-    if previous.index == 0:
-        log.info("trainer: iteration 1 starts with a fresh optimizer from %s", previous.policy)
-        return None
-    return trainer_state.load(
-        previous.trainer,
-        policy,
-        optimizer,
-        iteration=previous.index,
-        policy_digest=policy_digest,
-        config_digest=config_digest(config),
-    )
-
-
-def _load_reference(config: "Config", files: Run, device: torch.device) -> "Emu3ForCausalLM | None":
-    """The frozen starting policy; where no KL term is wanted it is not loaded."""
+def _reference(
+    config: "Config", folder: Path, device: torch.device
+) -> "tuple[str, Emu3ForCausalLM] | tuple[None, None]":
+    """Digest and weights of the frozen starting policy; where no KL term is wanted it is not loaded."""
     if config.kl_coeff == 0:
-        return None
-    return checkpoint.load_policy(files.iteration(0).policy, torch.float32, device).requires_grad_(False)
+        return None, None
+    digest = manifest.digest_folder(checkpoint.check_files(folder))
+
+    def load() -> "Emu3ForCausalLM":
+        return checkpoint.load_policy(folder, torch.float32, device).requires_grad_(False)
+
+    return digest, residents.get("reference", (digest, str(device)), load)
 
 
 def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.Settings:
@@ -159,8 +183,7 @@ def _write(
     config: "Config",
     current: Iteration,
     previous: Iteration,
-    policy: "Emu3ForCausalLM",
-    optimizer: torch.optim.Optimizer,
+    learner: _Learner,
     outcomes: list[episodes.Outcome],
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
@@ -168,10 +191,10 @@ def _write(
     # What stands there from before is not of the policy that is about to be written.
     current.metrics.unlink(missing_ok=True)
     with atomic.folder(current.policy) as folder:
-        policy_digest = checkpoint.save_policy(policy, folder, previous.policy)
+        policy_digest = checkpoint.save_policy(learner.policy, folder, previous.policy)
     state = TrainerState(current.index, metrics["optimizer_steps"], policy_digest, **origin)
     with atomic.folder(current.trainer) as folder:
-        trainer_state.save(folder, policy, optimizer, state)
+        trainer_state.save(folder, learner.policy, learner.optimizer, state)
     sampled_by = metrics["inputs"]["policy"]
     described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
     episodes.write(current.episodes, outcomes, described)
