@@ -34,8 +34,9 @@ def run(argv: Sequence[str]) -> int | None:
         return _ask(slot, argv)
     except channel.ProtocolError as error:
         print(f"{slot.name}: {error}; going on in this process", file=sys.stderr)
-        slot.end()
-        _hold_output(found, argv)
+        if pool.from_environment() is not None:
+            slot.end()
+            _hold_output(found, argv)
         return None
     finally:
         slot.release()

@@ -150,7 +150,7 @@ def open_pool(idle_seconds: float) -> Pool:
     import tempfile
 
     path = tempfile.mkdtemp(prefix="earl-workers-")
-    if len(path) > 60:
+    if len(path) > 85:
         # A socket's path has about 100 characters.
         os.rmdir(path)
         path = tempfile.mkdtemp(prefix="earl-workers-", dir="/tmp")

@@ -14,6 +14,7 @@ from earl import plan, processes, runs
 from earl.config import freeze, load, paths
 from earl.errors import EarlError
 from earl.layout import Run
+from earl.workers import pool
 
 
 def settings_list(value):
@@ -68,6 +69,30 @@ def open_runs():
             freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)
     except EarlError as error:
         raise WorkflowError(str(error)) from None
+
+
+def workers_setting():
+    """Return the setting ``workers`` that the experiments of this plan agree in."""
+    found = sorted({item.config.workers for item in PLANS.values()})
+    if len(found) > 1:
+        raise WorkflowError(
+            f"workers is {' and '.join(found)} in experiments of one call: their stages share workers or have none; "
+            "run them in calls of their own, or set one of them for all: --config set=workers=local"
+        )
+    if "submitit" in found:
+        raise WorkflowError(
+            "workers is 'submitit', which is not there yet; set it to 'local' or 'none'"
+        )
+    return found
+
+
+def open_workers():
+    """Let stages that are started from here on run in workers, unless a workflow around this one has seen to that.
+
+    Stages on other machines start cold: a pool belongs to one machine.
+    """
+    if WORKERS == ["local"] and workflow.local_exec and not pool.from_environment():
+        pool.open_pool(max(item.config.worker_idle_seconds for item in PLANS.values()))
 
 
 def make_shared():
