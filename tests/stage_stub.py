@@ -2,7 +2,8 @@
 
 The content of an output is a function of the inputs' contents, so that equal histories give equal bytes. Only the
 light commands (start, prune, verify) are the real ones. ``STUB_DELAY`` seconds pass in each stage, ``STUB_LOG`` names
-a file that gets a line for each command, ``STUB_FAIL`` a text in the command at which it fails.
+a file that gets a line for each command (``.pools`` beside it the pool of workers that it was given), ``STUB_FAIL`` a
+text in the command at which it fails.
 """
 
 import hashlib
@@ -24,6 +25,8 @@ def main() -> None:
     if os.environ.get("STUB_LOG"):
         with open(os.environ["STUB_LOG"], "a") as log:
             log.write(" ".join(sys.argv[1:]) + "\n")
+        with open(f"{os.environ['STUB_LOG']}.pools", "a") as log:
+            log.write(os.environ.get("EARL_WORKERS", "none") + "\n")
     if command in REAL:
         from earl import cli
 

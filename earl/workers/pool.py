@@ -28,6 +28,7 @@ from earl.errors import EarlError
 
 VARIABLE = "EARL_WORKERS"
 """Environment variable with the folder of the pool that stages are to use."""
+_PREFIX = "earl-workers-"
 GRACE = 10.0
 """Seconds that a worker may take to end."""
 
@@ -149,11 +150,12 @@ def open_pool(idle_seconds: float) -> Pool:
     import secrets
     import tempfile
 
-    path = tempfile.mkdtemp(prefix="earl-workers-")
+    _remove_pools_of_the_dead(tempfile.gettempdir())
+    path = tempfile.mkdtemp(prefix=_PREFIX)
     if len(path) > 85:
         # A socket's path has about 100 characters.
         os.rmdir(path)
-        path = tempfile.mkdtemp(prefix="earl-workers-", dir="/tmp")
+        path = tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp")
     pool = Pool(path)
     with open(pool.file("secret"), "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
         stream.write(secrets.token_bytes(32))
@@ -162,6 +164,19 @@ def open_pool(idle_seconds: float) -> Pool:
     os.environ[VARIABLE] = path
     atexit.register(pool.close)
     return pool
+
+
+def _remove_pools_of_the_dead(folder: str) -> None:
+    """Remove what workflows left that were killed before they had a worker, which would have done so."""
+    import shutil
+
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(_PREFIX) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    owner = Pool(entry.path).owner()
+                    if owner is not None and not processes.is_alive(owner):
+                        shutil.rmtree(entry.path)
 
 
 def from_environment() -> Pool | None:
