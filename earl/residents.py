@@ -2,7 +2,8 @@
 
 Stages ask here for what is slow to load, whether their process stays (`earl worker`) or ends with them; in the latter
 nothing is found. A key says all that a value depends on, with the digests of the files it came from, so what is found
-equals what would be loaded. Of each kind one value is kept: asking for another one lets go of it first.
+equals what would be loaded. Of each kind one value is kept: asking for another one lets go of it first, by its method
+``close`` if it has one.
 """
 
 from collections.abc import Callable, Hashable
@@ -27,7 +28,10 @@ def take(kind: str, key: Hashable) -> T | None:
     A value of another key is let go of.
     """
     known, value = _kept.pop(kind, (None, None))
-    return value if known == key else None
+    if known == key:
+        return value
+    _close(value)
+    return None
 
 
 def put(kind: str, key: Hashable, value: object) -> None:
@@ -37,4 +41,10 @@ def put(kind: str, key: Hashable, value: object) -> None:
 
 def clear() -> None:
     """Let go of everything, since a stage that failed may have left things half done."""
-    _kept.clear()
+    while _kept:
+        _close(_kept.popitem()[1][1])
+
+
+def _close(value: object) -> None:
+    if hasattr(value, "close"):
+        value.close()

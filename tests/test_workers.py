@@ -314,23 +314,26 @@ def test_without_a_pool_that_is_alive_a_stage_runs_cold(place, expected, tmp_pat
         assert not Path(place.pool.path).exists()
 
 
+@pytest.fixture(scope="module")
+def shared(expected, tmp_path_factory):
+    """A pool whose judge is up."""
+    with workplace(tmp_path_factory.mktemp("p")) as place:
+        place.good(*score(expected, tmp_path_factory.mktemp("first") / "scores.parquet"))
+        yield place
+
+
+@pytest.fixture
+def address(shared) -> str:
+    return f"unix:{shared.pool.file('judge-0.sock')}"
+
+
 class TestStrangers:
     """Who does not know the secret, or speaks no protocol, gets nothing, and is in nobody's way."""
 
-    @pytest.fixture(scope="class")
-    def place(self, tmp_path_factory):
-        with workplace(tmp_path_factory.mktemp("p")) as place:
-            yield place
-
-    @pytest.fixture(scope="class")
-    def address(self, place, expected, tmp_path_factory) -> str:
-        place.good(*score(expected, tmp_path_factory.mktemp("first") / "scores.parquet"))
-        return f"unix:{place.pool.file('judge-0.sock')}"
-
-    def test_wrong_secret(self, place, address, expected, tmp_path):
+    def test_wrong_secret(self, shared, address, expected, tmp_path):
         with pytest.raises(channel.ProtocolError, match=r"closed the connection|broke off"):
             channel.connect(address, b"x" * 32)
-        place.good(*score(expected, tmp_path / "again.parquet"))
+        shared.good(*score(expected, tmp_path / "again.parquet"))
 
     def test_worker_that_does_not_know_the_secret(self):
         ours, theirs = socket.socketpair()
@@ -360,13 +363,13 @@ class TestStrangers:
         "sent",
         [b"", b"GET / HTTP/1.0\r\n\r\n", struct.pack("!I", 3) + b"[1]", struct.pack("!I", 2**31), b"\0\0\0\2\x80\x04"],
     )
-    def test_no_protocol(self, place, address, sent, expected, tmp_path):
-        worker = place.worker("judge-0")
+    def test_no_protocol(self, shared, address, sent, expected, tmp_path):
+        worker = shared.worker("judge-0")
         with socket.socket(socket.AF_UNIX) as stranger:
             stranger.connect(address.removeprefix("unix:"))
             stranger.sendall(sent)
-        place.good(*score(expected, tmp_path / "again.parquet"))
-        assert place.worker("judge-0") == worker
+        shared.good(*score(expected, tmp_path / "again.parquet"))
+        assert shared.worker("judge-0") == worker
 
     @pytest.mark.parametrize(
         ("request_", "reason"),
@@ -379,14 +382,14 @@ class TestStrangers:
             ({"argv": ["judge", "serve"]}, "holds the judge"),
         ],
     )
-    def test_no_request(self, place, address, request_, reason):
-        known = channel.connect(address, place.pool.secret)
+    def test_no_request(self, shared, address, request_, reason):
+        known = channel.connect(address, shared.pool.secret)
         known.send(request_)
         assert reason in known.receive()["refused"]
 
-    def test_files_are_for_their_user_alone(self, place):
-        assert Path(place.pool.path).stat().st_mode & 0o777 == 0o700
-        assert Path(place.pool.file("secret")).stat().st_mode & 0o777 == 0o600
+    def test_files_are_for_their_user_alone(self, shared):
+        assert Path(shared.pool.path).stat().st_mode & 0o777 == 0o700
+        assert Path(shared.pool.file("secret")).stat().st_mode & 0o777 == 0o600
 
 
 def test_what_a_command_writes():
@@ -427,6 +430,21 @@ class TestResidents:
         assert Value.alive == 1
         residents.clear()
         assert Value.alive == 0
+
+    def test_what_is_let_go_of_is_closed(self):
+        closed = []
+
+        class Value:
+            def __init__(self, name: str) -> None:
+                self.close = lambda: closed.append(name)
+
+        residents.get("kind", 1, lambda: Value("first"))
+        residents.get("kind", 2, lambda: Value("second"))
+        assert closed == ["first"]
+        residents.put("kind", 3, residents.take("kind", 2))
+        assert closed == ["first"], "its user has it"
+        residents.clear()
+        assert closed == ["first", "second"]
 
     def test_taken_is_gone(self):
         residents.put("kind", 1, "value")

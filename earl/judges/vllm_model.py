@@ -73,6 +73,12 @@ class VllmModel:
             if indices:
                 self._ask_batch([questions[index] for index in indices], indices, continues, take)
 
+    def close(self) -> None:
+        """Stop vLLM and give back its memory; the next question starts it again."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            llm.llm_engine.engine_core.shutdown()
+
     def _ask_batch(
         self, questions: list[Question], indices: list[int], continues: bool, take: Callable[[int, Reply], None]
     ) -> None:

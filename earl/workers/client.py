@@ -107,7 +107,7 @@ def _start(slot: pool.Slot) -> None:
     import subprocess
 
     command = [sys.executable, "-m", "earl", "worker", "--pool", slot.pool.path, "--name", slot.name]
-    environment = os.environ | {processes.WATCHED: slot.pool.settings["owner"]}
+    environment = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
     with open(slot.file("log"), "ab") as log:
         started = subprocess.Popen(
             command,

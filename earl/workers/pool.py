@@ -74,17 +74,24 @@ class Pool:
             fcntl.lockf(stream, fcntl.LOCK_EX, 1, place)
             yield
 
+    def remove_if_over(self) -> None:
+        """Remove the folder if the process that the pool ends with is gone, or the folder in part."""
+        try:
+            owner = self.owner()
+        except (OSError, ValueError, KeyError):
+            owner = 0
+        if owner is not None and not (owner and processes.is_alive(owner)):
+            _remove(self.path)
+
     def close(self) -> None:
         """End all workers and remove the folder."""
-        import shutil
-
         names = [name.removesuffix(".worker") for name in os.listdir(self.path) if name.endswith(".worker")]
         slots = [Slot(self, name) for name in names]
         for slot in slots:
             slot.tell(signal.SIGTERM)
         for slot in slots:
             slot.end()
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
 
 
 class Slot:
@@ -166,17 +173,21 @@ def open_pool(idle_seconds: float) -> Pool:
     return pool
 
 
-def _remove_pools_of_the_dead(folder: str) -> None:
-    """Remove what workflows left that were killed before they had a worker, which would have done so."""
+def _remove(path: str) -> None:
     import shutil
 
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_pools_of_the_dead(folder: str) -> None:
+    """Remove what workflows left that were killed before they had a worker, which would have done so."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(_PREFIX) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     owner = Pool(entry.path).owner()
                     if owner is not None and not processes.is_alive(owner):
-                        shutil.rmtree(entry.path)
+                        _remove(entry.path)
 
 
 def from_environment() -> Pool | None:

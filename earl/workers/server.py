@@ -10,13 +10,12 @@ import gc
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from earl import processes, residents
@@ -51,8 +50,10 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
     # A bare descriptor is closed by nothing but the end of the process.
     with processes.lock(found.file(f"{name}.worker"), patience=0) as lock:
         os.dup(lock.fileno())
+    # Its client did not pass this on: what it does to a stage, which just ends, is not enough here.
+    os.environ[processes.WATCHED] = settings["owner"]
     if owner is not None:
-        processes.end_with(owner, first=lambda: shutil.rmtree(folder, ignore_errors=True))
+        processes.end_with(owner, first=found.remove_if_over)
     slot = pool.Slot(found, name)
     wanted = f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0"
     listener, address = channel.listen(wanted)
@@ -62,14 +63,7 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
     print("listening", flush=True)
     worker.output.capture(slot.file("log"))
     worker.work(listener, settings["idle_seconds"])
-    _end()
-
-
-def _end() -> None:
-    """End an idle worker, without the seconds that a regular end takes to unload libraries."""
-    residents.clear()
-    gc.collect()
-    os._exit(0)
+    worker.end()
 
 
 class _Worker:
@@ -77,14 +71,18 @@ class _Worker:
 
     def __init__(self, found: pool.Pool, kind: str, secret: bytes) -> None:
         self.pool, self.kind, self.secret = found, kind, secret
-        self.output = _Output()
+        self.output = _Output(self.end)
         self.busy = False
-        signal.signal(signal.SIGTERM, self._told_to_end)
+        signal.signal(signal.SIGTERM, self.end)
 
-    def _told_to_end(self, *_: object) -> None:
-        if self.busy:
-            os._exit(128 + signal.SIGTERM)
-        _end()
+    def end(self, *_: object) -> None:
+        """End at once, without the seconds that a regular end takes to unload libraries."""
+        if not self.busy:
+            residents.clear()  # What is kept may have files of its own to remove.
+            gc.collect()
+        # Another thread may be removing the pool; this one must not end the process before that is done.
+        self.pool.remove_if_over()
+        os._exit(int(self.busy))
 
     def work(self, listener: socket.socket, idle_seconds: float) -> None:
         listener.settimeout(idle_seconds)
@@ -133,7 +131,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             asking.socket.recv(1)
         if self.busy:
-            os._exit(1)
+            self.end()
 
 
 def run(argv: Sequence[str]) -> int:
@@ -165,8 +163,9 @@ def _as_new() -> None:
 class _Output:
     """Whatever this process and the processes below it print, sent to the client in hand as it comes, or into a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, end: Callable[[], None]) -> None:
         self.receiver: channel.Channel | None = None
+        self._end = end
         self._sending = threading.Lock()
         self._marker = b"\0" + secrets.token_hex(16).encode() + b"\0"
         self._drained = {1: threading.Event(), 2: threading.Event()}
@@ -195,7 +194,7 @@ class _Output:
         try:
             self._pass_all_on(stream, source)
         finally:
-            os._exit(1)  # The client is gone, or the log cannot be written; the stage would wait here for ever.
+            self._end()  # The client is gone, or the log cannot be written: the stage would wait here for ever.
 
     def _pass_all_on(self, stream: int, source: int) -> None:
         held = b""
