@@ -3,13 +3,18 @@
 import os
 import sys
 
+from earl.errors import EarlError
 from earl.workers import client
 
 
 def main() -> None:
     # OpenMP reads this when torch is imported. Threads that spin while they wait starve each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    status = client.run(sys.argv[1:])
+    try:
+        status = client.run(sys.argv[1:])
+    except EarlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     if status is None:
         from earl import cli
 

@@ -169,8 +169,14 @@ def open_pool(idle_seconds: float) -> Pool:
     with open(pool.file("pool.json"), "w", encoding="utf-8") as stream:
         json.dump({"owner": f"{socket.gethostname()}:{os.getpid()}", "idle_seconds": idle_seconds}, stream)
     os.environ[VARIABLE] = path
-    atexit.register(pool.close)
+    atexit.register(_close, pool, os.getpid())
     return pool
+
+
+def _close(pool: Pool, opener: int) -> None:
+    # A fork of the process that opened the pool has no say in it.
+    if os.getpid() == opener:
+        pool.close()
 
 
 def _remove(path: str) -> None:
