@@ -76,6 +76,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         "counted": settings.counted,
         "learning_rate": config.learning_rate,
         "optimizer_steps": steps + done,
+        "rubrics_digest": source.rubrics,
         "inputs": inputs,
     }
     metrics = _write(config, current, previous, learner, outcomes, metrics)
@@ -155,7 +156,7 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.
         temperature=config.temperature,
         micro_batch=config.per_device_batch_size,
         visual_range=(vocabulary.first_visual, vocabulary.size),
-        split_vocab=config.separate_language_and_vision_vocabs,
+        support=episodes.support(config, vocabulary),
         counted=objective.counted_tokens(
             iteration,
             (config.text_only_steps, config.text_only_cycle_steps) if text else None,
