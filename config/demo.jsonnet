@@ -59,6 +59,7 @@
   // One thread a stage: two stages side by side use two cores better than one stage with two threads.
   cpu_threads: 1,
   rollout_shards: 2,
+  workers: 'local',
 
   evaluations: {
     heldout: { prompts: 210, temperature: 1.0, every_n_iterations: 5 },

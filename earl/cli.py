@@ -6,6 +6,7 @@ Stages are imported when they are called, so that ``--help`` answers at once.
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -384,16 +385,34 @@ def launch(
     raise typer.Exit(launchers.create(launcher).run(job))
 
 
+@app.command(hidden=True)
+def worker(
+    pool: Annotated[Path, typer.Option(help="Folder of the pool that a workflow has opened.")],
+    name: Annotated[str, typer.Option(help="engine-<n>, judge-<n> or learner-<n>.")],
+    host: Annotated[str | None, typer.Option(help="Address to listen at for other machines.")] = None,
+) -> None:
+    """Stay, and run stages on what is in memory already; the first stage that wants a worker starts it."""
+    from earl.workers import server
+
+    server.serve(str(pool), name, host)
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit status; mistakes that a user can mend end in one line and status 2."""
+    try:
+        app(list(arguments), prog_name="earl")
+    except EarlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
+
+
 def main() -> None:
-    """Run the command line; mistakes that a user can mend end in one line and status 2."""
-    # OpenMP reads this when torch is imported. Threads that spin while they wait starve each other on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Run the command line in this process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
-    try:
-        app()
-    except EarlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(call(sys.argv[1:]))

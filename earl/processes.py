@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -35,21 +36,25 @@ def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lasts as long as the file is open
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                stream.seek(0)
-                holder = stream.read().strip() or "unknown"
-                stream.close()
-                raise EarlError(
-                    f"{path}: process {holder} is writing here; wait until it ends, or stop it, then start again"
-                ) from None
-            time.sleep(0.1)
+    while (stream := try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            holder = path.read_text(encoding="utf-8").strip() or "unknown"
+            raise EarlError(
+                f"{path}: process {holder} is writing here; wait until it ends, or stop it, then start again"
+            )
+        time.sleep(0.1)
+    return stream
+
+
+def try_lock(path: Path | str) -> IO[str] | None:
+    """Hold a lock file as :func:`lock` does, or return None at once where another process holds it."""
+    stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lasts as long as the file is open
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        return None
     stream.truncate(0)
     stream.write(f"{os.getpid()}\n")
     stream.flush()
@@ -72,17 +77,21 @@ def is_alive(pid: int) -> bool:
     return state not in ("Z", "X")
 
 
-def end_with(pid: int, interval: float = 0.25) -> None:
+def end_with(pid: int, interval: float = 0.25, first: Callable[[], None] | None = None) -> None:
     """End this process, without further ado, when process ``pid`` of the same machine is gone.
 
     Outputs appear only complete, so ending at any moment leaves nothing half-written. A thread looks every
-    ``interval`` seconds.
+    ``interval`` seconds; before the end it calls ``first``.
     """
 
     def watch() -> None:
         while is_alive(pid):
             time.sleep(interval)
-        os._exit(1)
+        try:
+            if first is not None:
+                first()
+        finally:
+            os._exit(1)
 
     threading.Thread(target=watch, name="end-with-workflow", daemon=True).start()
 

@@ -15,6 +15,7 @@ from earl import plan, processes, runs
 from earl.config.load import read
 from earl.files import manifest
 from earl.layout import Run
+from earl.workers import pool
 
 ROOT = Path(__file__).parent.parent
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -66,7 +67,8 @@ class Workplace:
             ROOT / "profiles" / self.profile,
         ]
         command += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
-        inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
+        unwanted = (processes.WATCHED, pool.VARIABLE)
+        inherited = {key: value for key, value in os.environ.items() if key not in unwanted}
         inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
         return subprocess.Popen(
             list(map(str, command)),
@@ -334,6 +336,25 @@ def test_what_is_sent_elsewhere_waits_for_the_run_and_not_the_run_for_it(place, 
 def test_offline_is_written_once_at_the_end(place):
     counts = job_counts(place.run(place.experiment("a", wandb_mode="offline"), "-n"))
     assert (counts["track"], "push" in counts) == (1, False)
+
+
+@pytest.mark.parametrize("window_length", [50, 1])
+def test_one_pool_of_workers_for_all_windows_which_ends_with_the_workflow(place, window_length):
+    place.run(place.experiment("a", workers="local", window_length=window_length))
+    (folder,) = set((place.path / "log.txt.pools").read_text().split())
+    assert Path(folder).name.startswith("earl-workers-")
+    assert not Path(folder).exists()
+
+
+def test_no_pool_where_none_is_wanted(place):
+    place.run(place.experiment("a", workers="none"))
+    assert set((place.path / "log.txt.pools").read_text().split()) == {"none"}
+
+
+def test_workers_that_cannot_be_had_are_refused(place):
+    local, submitit = place.experiment("a", workers="local"), place.experiment("b", workers="submitit")
+    assert "workers is 'submitit', which is not there yet" in place.run(submitit, "-n", fails=True)
+    assert "workers is local and submitit" in place.run(f"{local},{submitit}", "-n", fails=True)
 
 
 def test_lint_and_format():

@@ -415,6 +415,14 @@ class Config(_Section):
     # Evaluation, logging, checkpoints
     evaluations: dict[Name, Evaluation] = _free(dict, "Held-out evaluations by name.")
     window_length: Positive = _free(50, "Iterations that one workflow plan covers; going on past it needs no hand.")
+    workers: Literal["local", "submitit", "none"] = _free(
+        "none",
+        "Where stages run: `none` in processes of their own; `local` in workers on the machine of the workflow, which "
+        "stay and keep engine, judge and learner loaded. The files are the same. `submitit` is not there yet.",
+    )
+    worker_idle_seconds: float = _free(
+        3600.0, "Seconds without work after which a worker ends; the next stage starts it again.", gt=0
+    )
     log_episodes_every_n_iterations: Positive = _free(
         5, "Iterations whose episodes, with their pictures, `earl track` shows; all of them are on disk."
     )

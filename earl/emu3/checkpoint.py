@@ -1,7 +1,7 @@
 """Policies and vision tokenizers on disk, and the one place where stages take them into memory.
 
 Policies are loaded as `Emu3ForCausalLM`, vision tokenizers as `Emu3VQVAE`, from safetensors alone: no pickle, no
-remote code. Every stage takes its models here, so that a process that stays could hold on to them.
+remote code.
 
 A policy folder holds the text model alone (`Emu3ForCausalLM`) or text model and vision tokenizer together
 (`Emu3ForConditionalGeneration`), of which only the text model is taken.
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.errors import EarlError
 from earl.files import manifest
@@ -70,7 +71,7 @@ def check_policy(folder: Path | str) -> Vocabulary:
         EarlError: when the folder is missing, incomplete, or holds weights that are not finite or not those that its
             configuration asks for, or a tokenizer that the model was not made for.
     """
-    folder = _checked(folder)
+    folder = check_files(folder)
     fields = _config(folder)
     vocabulary = Vocabulary.from_folder(folder)
     _check_ids(folder, fields, vocabulary)
@@ -168,16 +169,21 @@ def _file_names(sizes: dict[str, int]) -> dict[str, str]:
 
 
 def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "Emu3VQVAE":
-    """Return the vision tokenizer of a folder in float32 and evaluation mode.
+    """Return the vision tokenizer of a folder in float32 and evaluation mode, not to be altered; a process keeps it.
 
     Raises:
         EarlError: when the folder is missing or does not load.
     """
+    folder = check_files(folder)
+    key = (manifest.fingerprint(folder), str(device))
+    return residents.get("vision tokenizer", key, lambda: _read_vision_tokenizer(folder, device))
+
+
+def _read_vision_tokenizer(folder: Path, device: "torch.device | str") -> "Emu3VQVAE":
     import torch
 
     from earl.emu3.models import Emu3VQVAE
 
-    folder = _checked(folder)
     try:
         model = Emu3VQVAE.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -185,7 +191,8 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
     return model.to(device).eval()
 
 
-def _checked(folder: Path | str) -> Path:
+def check_files(folder: Path | str) -> Path:
+    """Check that a checkpoint's files are there, as far as names and sizes tell; return its folder."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise EarlError(f"{folder}: holds no config.json; give the folder of a checkpoint")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from earl import runtime, seeds
+from earl import residents, runtime, seeds
+from earl.emu3 import checkpoint, truncation
 from earl.emu3 import grid as grid_rules
-from earl.emu3 import truncation
-from earl.emu3.checkpoint import load_policy
 from earl.emu3.models import StaticCache
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Completion, Request, SamplingParams, check_lengths, memory_errors
 from earl.errors import EarlError
+from earl.files import manifest
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -49,26 +49,33 @@ class TorchEngine:
         self.batch_size, self.context, self.constrained = batch_size, context, constrained
         self.policy = None
         self.vocabulary = None
+        self._digest: str | None = None
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(memory_share, device)
 
     @classmethod
     def from_config(cls, config: "Config") -> "TorchEngine":
-        return cls(
-            device=runtime.prepare(config),
-            dtype=runtime.dtype(config),
-            batch_size=config.engine_batch_size,
-            context=config.model_context_size,
-            constrained=config.emu3_use_logit_processor,
-            memory_share=config.vllm_gpu_memory_utilization,
-        )
+        """Return the engine of this process with the configuration's settings."""
+        settings = {
+            "device": runtime.prepare(config),
+            "dtype": runtime.dtype(config),
+            "batch_size": config.engine_batch_size,
+            "context": config.model_context_size,
+            "constrained": config.emu3_use_logit_processor,
+            "memory_share": config.vllm_gpu_memory_utilization,
+        }
+        return residents.get("engine", ("torch", *settings.values()), lambda: cls(**settings))
 
     def load(self, policy: Path) -> None:
-        self.policy = None
+        digest = manifest.digest_folder(checkpoint.check_files(policy))
+        if digest == self._digest:
+            return
+        self.policy = self._digest = None
         with memory_errors("raise vllm_gpu_memory_utilization, or use a device with more memory"):
-            self.policy = load_policy(policy, self.dtype, self.device)
+            self.policy = checkpoint.load_policy(policy, self.dtype, self.device)
         self.vocabulary = Vocabulary.from_folder(policy)
         self.forbidden = grid_rules.forbidden_table(self.vocabulary, self.policy.config.vocab_size).to(self.device)
+        self._digest = digest
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:

@@ -12,11 +12,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from earl import runtime, torch_extensions
+from earl import residents, runtime, torch_extensions
 from earl.emu3 import checkpoint
 from earl.engines import Completion, Request, SamplingParams, check_lengths, memory_errors
 from earl.errors import EarlError
@@ -69,6 +68,7 @@ class VllmEngine:
         self.settings = settings
         self.llm = None
         self._shape: tuple[Any, ...] | None = None
+        self._digest: str | None = None
         self._config_folder: tempfile.TemporaryDirectory | None = None
 
     @classmethod
@@ -85,18 +85,21 @@ class VllmEngine:
             )
         device = runtime.prepare(config)
         check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
-        return _engine_of_this_process(
-            Settings(
-                device=device.type,
-                dtype=config.dtype,
-                context=config.model_context_size,
-                constrained=config.emu3_use_logit_processor,
-                memory_share=config.vllm_gpu_memory_utilization,
-                tensor_parallel_size=config.vllm_tensor_parallel_size,
-            )
+        settings = Settings(
+            device=device.type,
+            dtype=config.dtype,
+            context=config.model_context_size,
+            constrained=config.emu3_use_logit_processor,
+            memory_share=config.vllm_gpu_memory_utilization,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
         )
+        return residents.get("engine", settings, lambda: cls(settings))
 
     def load(self, policy: Path) -> None:
+        digest = manifest.digest_folder(checkpoint.check_files(policy))
+        if self.llm is not None and digest == self._digest:
+            return
+        self._digest = None
         self.vocabulary = checkpoint.check_policy(policy)
         config = checkpoint.text_config(policy)
         _check_context(policy, config, self.settings.context)
@@ -106,7 +109,7 @@ class VllmEngine:
                 self._swap(policy)
             else:
                 self._start(policy, config)
-        self._shape = shape
+        self._shape, self._digest = shape, digest
 
     def close(self) -> None:
         """Stop vLLM and give back its memory; `load` starts it again."""
@@ -188,12 +191,6 @@ class VllmEngine:
             stop_token_ids=[self.vocabulary.eos],
             extra_args=vllm_constraint.extra_args(request.grid) if self.settings.constrained else None,
         )
-
-
-@lru_cache(maxsize=1)
-def _engine_of_this_process(settings: Settings) -> VllmEngine:
-    """A process that samples from one policy after another starts vLLM once."""
-    return VllmEngine(settings)
 
 
 def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:

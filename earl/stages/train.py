@@ -4,12 +4,13 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earl import code_version, runtime
+from earl import code_version, residents, runtime
 from earl.config.freeze import config_digest
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
@@ -63,64 +64,89 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
         used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, str(current.path))
         settings = _settings(config, iteration, vocabulary, team)
     with clock.phase("load"):
-        policy = sharding.load(previous.policy, team, settings.bfloat16)
-        optimizer = grpo.new_optimizer(policy, config.learning_rate)
-        state = _load_state(config, previous, policy, optimizer, policy_digest, team)
-        reference = _load_reference(config, files, team)
-        if config.compile:
-            sharding.compile_layers(policy)
-    learned = grpo.train_iteration(policy, reference, optimizer, used, settings, f"train {iteration}", team, clock)
+        learner, steps = _learner(config, previous, policy_digest, team)
+        reference_digest, reference = _reference(config, files.iteration(0).policy, team)
+    learned = grpo.train_iteration(
+        learner.policy, reference, learner.optimizer, used, settings, f"train {iteration}", team, clock
+    )
+    learner.optimizer.zero_grad(set_to_none=True)  # Gradients are not part of what is kept.
 
+    done = learned.pop("steps")
     inputs = {
         "policy": policy_digest,
-        "trainer": manifest.digest_folder(previous.trainer) if state else None,
-        "reference": manifest.digest_folder(files.iteration(0).policy) if reference else None,
+        "trainer": _trainer_digest(previous),
+        "reference": reference_digest,
         "rollouts": source.rollouts,
         "scores": source.scores,
     }
-    steps = learned.pop("steps") + (state.optimizer_steps if state else 0)
     metrics = {
         **episodes.metrics(outcomes),
         **learned,
         "counted": settings.counted,
         "learning_rate": config.learning_rate,
-        "optimizer_steps": steps,
+        "optimizer_steps": steps + done,
         "rubrics_digest": source.rubrics,
         "ranks": team.size,
         "inputs": inputs,
     }
-    return _write(config, current, previous, policy, optimizer, outcomes, metrics, team, clock)
+    metrics = _write(config, current, previous, learner, outcomes, metrics, team, clock)
+    if not team.splits:
+        residents.put("learner", _key(config, current, metrics["policy_digest"], team), learner)
+    return metrics
 
 
-def _load_state(
-    config: "Config",
-    previous: Iteration,
-    policy: "Emu3ForCausalLM",
-    optimizer: torch.optim.Optimizer,
-    policy_digest: str,
-    team: Ranks,
-) -> TrainerState | None:
-    """Load the previous iteration's optimizer state; the first iteration has none and starts afresh."""
-    if previous.index == 0:
+@dataclass
+class _Learner:
+    """What one iteration leaves to the next, on disk and, in a process that stays, in memory."""
+
+    policy: "Emu3ForCausalLM"
+    optimizer: torch.optim.Optimizer
+
+
+def _learner(config: "Config", previous: Iteration, policy_digest: str, team: Ranks) -> tuple[_Learner, int]:
+    """The learner as an iteration left it, and its optimizer steps: taken from memory if it is there, else loaded.
+
+    A model that is split belongs to the ranks of one stage, and is not kept.
+    """
+    binding = {"iteration": previous.index, "policy_digest": policy_digest, "config_digest": config_digest(config)}
+    checkpoint.check_files(previous.policy)
+    state = trainer_state.check(previous.trainer, **binding) if previous.index else None
+    steps = state.optimizer_steps if state else 0
+    kept: _Learner | None = residents.take("learner", _key(config, previous, policy_digest, team))
+    if kept is not None:
+        log.info("trainer: iteration %d (%d optimizer steps) is in memory", previous.index, steps)
+        return kept, steps
+    policy = sharding.load(previous.policy, team, config.dtype == "bfloat16")
+    learner = _Learner(policy, grpo.new_optimizer(policy, config.learning_rate))
+    if state is None:
         log.info("trainer: iteration 1 starts with a fresh optimizer from %s", previous.policy)
-        return None
-    return trainer_state.load(
-        previous.trainer,
-        policy,
-        optimizer,
-        team,
-        iteration=previous.index,
-        policy_digest=policy_digest,
-        config_digest=config_digest(config),
-    )
+    else:
+        trainer_state.load(previous.trainer, policy, learner.optimizer, team, **binding)
+    if config.compile:
+        sharding.compile_layers(policy)
+    return learner, steps
 
 
-def _load_reference(config: "Config", files: Run, team: Ranks) -> "Emu3ForCausalLM | None":
-    """The frozen starting policy; where no KL term is wanted it is not loaded."""
+def _key(config: "Config", iteration: Iteration, policy_digest: str, team: Ranks) -> tuple[object, ...]:
+    """What a learner in memory depends on."""
+    chosen = config.learning_rate, config.compile, str(team.device), team.splits
+    return iteration.index, policy_digest, _trainer_digest(iteration), *chosen
+
+
+def _trainer_digest(iteration: Iteration) -> str | None:
+    return manifest.digest_folder(iteration.trainer) if iteration.index else None
+
+
+def _reference(config: "Config", folder: Path, team: Ranks) -> "tuple[str, Emu3ForCausalLM] | tuple[None, None]":
+    """Digest and weights of the frozen starting policy; where no KL term is wanted it is not loaded."""
     if config.kl_coeff == 0:
-        return None
-    bfloat16 = config.dtype == "bfloat16"
-    return sharding.load(files.iteration(0).policy, team, bfloat16, frozen=True, offload=config.reference_offload)
+        return None, None
+    digest, bfloat16 = manifest.digest_folder(checkpoint.check_files(folder)), config.dtype == "bfloat16"
+
+    def load() -> "Emu3ForCausalLM":
+        return sharding.load(folder, team, bfloat16, frozen=True, offload=config.reference_offload)
+
+    return digest, load() if team.splits else residents.get("reference", (digest, str(team.device)), load)
 
 
 def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ranks) -> grpo.Settings:
@@ -160,8 +186,7 @@ def _write(
     config: "Config",
     current: Iteration,
     previous: Iteration,
-    policy: "Emu3ForCausalLM",
-    optimizer: torch.optim.Optimizer,
+    learner: _Learner,
     outcomes: list[episodes.Outcome],
     metrics: dict[str, Any],
     team: Ranks,
@@ -173,10 +198,11 @@ def _write(
         # What stands there from before is not of the policy that is about to be written.
         current.metrics.unlink(missing_ok=True)
     with clock.phase("save"):
-        policy_digest = _save_policy(policy, current.policy, previous.policy, runtime.policy_dtype(config), team)
+        dtype = runtime.policy_dtype(config)
+        policy_digest = _save_policy(learner.policy, current.policy, previous.policy, dtype, team)
         state = TrainerState(current.index, metrics["optimizer_steps"], policy_digest, **origin)
         with _folder_of_all(current.trainer, team) as folder:
-            trainer_state.save(folder, policy, optimizer, state, team, config.policy_dtype == "bfloat16")
+            trainer_state.save(folder, learner.policy, learner.optimizer, state, team, dtype == torch.bfloat16)
     metrics = {"iteration": current.index, **metrics, "policy_digest": policy_digest, **origin}
     peaks = team.gather(performance.peak_memory(team.device))
     if team.first:

@@ -16,6 +16,7 @@ from earl.errors import EarlError
 from earl.launchers import job as jobs
 from earl.launchers import record
 from earl.layout import Run
+from earl.workers import pool
 
 BY_ITERATION = {
     "generate",
@@ -98,6 +99,31 @@ def refuse_other_writers(folder):
                 f"{folder}: Slurm job {job.job_id} ({job.name}) of an earlier workflow still runs; go on with the same "
                 "profile and granularity, or wait for it, or scancel it"
             )
+
+
+def workers_setting():
+    """Return the setting ``workers`` that the experiments of this plan agree in."""
+    found = sorted({item.config.workers for item in PLANS.values()})
+    if len(found) > 1:
+        raise WorkflowError(
+            f"workers is {' and '.join(found)} in experiments of one call: their stages share workers or have none; "
+            "run them in calls of their own, or set one of them for all: --config set=workers=local"
+        )
+    if "submitit" in found:
+        raise WorkflowError(
+            "workers is 'submitit', which is not there yet; set it to 'local' or 'none'"
+        )
+    return found
+
+
+def open_workers():
+    """Let stages that are started from here on run in workers, unless a workflow around this one has seen to that.
+
+    Stages on other machines start cold: a pool belongs to one machine.
+    """
+    stay_here = profile_setting("launcher", "local") != "slurm" or IN_SEGMENT
+    if WORKERS == ["local"] and stay_here and not pool.from_environment():
+        pool.open_pool(max(item.config.worker_idle_seconds for item in PLANS.values()))
 
 
 def make_shared():

@@ -54,6 +54,8 @@ rule evaluate:
         "{run}/logs/evaluate/{evaluation}-{step}.log",
     wildcard_constraints:
         run=EVALUATED,
+    # As many as a score stage has, so that it can run where that has run.
+    threads: lambda w: PLANS[w.run].config.cpu_threads
     params:
         earl=EARL,
     shell:
