@@ -157,7 +157,7 @@ def judge_serve(
 def tokenise(
     config: ConfigFile,
     dataset: Annotated[str, typer.Option(help="Name in the configuration's raw_datasets.")],
-    raw: Annotated[Path, typer.Option(help="Raw Parquet file with original and edited images.")],
+    raw: Annotated[Path, typer.Option(help="Raw pairs: a Parquet file, a folder of them, or a pattern.")],
     out: Output,
 ) -> None:
     """Turn raw image pairs into tokenised Parquet shards."""

@@ -122,7 +122,8 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
     kind = config_fields(folder)["model_type"]
     if kind != "emu3_vqgan":
         raise EarlError(
-            f"{folder}: is of model_type {kind!r}, no Emu3VQVAE; `earl convert model` makes one from a published checkpoint"
+            f"{folder}: is of model_type {kind!r}, no Emu3VQVAE; `earl convert model` makes one from a published "
+            "checkpoint"
         )
     try:
         model, found = Emu3VQVAE.from_pretrained(

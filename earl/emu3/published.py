@@ -13,7 +13,6 @@ a repository runs.
 import json
 import re
 import shutil
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,7 +163,7 @@ def _tokenizer(folder: Path) -> "Tokenizer":
     if tiktoken_files.is_here(folder):
         return tiktoken_files.build_tokenizer(folder)
     raise EarlError(
-        f"{folder}: holds neither tokenizer.json nor {tiktoken_files.RANKS}; give --tokenizer, for example BAAI/Emu3-Gen"
+        f"{folder}: holds neither tokenizer.json nor {tiktoken_files.RANKS}; give --tokenizer, such as BAAI/Emu3-Gen"
     )
 
 

@@ -58,8 +58,8 @@ class Vocabulary:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise EarlError(
-                f"{path}: does not exist; the folder needs the tokenizer of its policy beside the weights. A checkpoint "
-                "in the format of BAAI/Emu3 gets one by `earl convert model`"
+                f"{path}: does not exist; the folder needs the tokenizer of its policy beside the weights. A published "
+                "checkpoint gets one by `earl convert model`"
             )
         tokenizer = Tokenizer.from_file(str(path))
         roles = {role: tokenizer.token_to_id(name) for role, name in ROLES.items()}
