@@ -177,9 +177,10 @@ class TestRejects:
         raw.write_bytes(content[:-100])
         with pytest.raises(EarlError, match=r"raw\.parquet: is not a complete Parquet file"):
             tokenise.run(demo(), "d", raw, tmp_path / "out")
-        column = pq.read_metadata(write_raw(raw, raw_columns(9))).row_group(0).column(4)
+        column = pq.read_metadata(write_raw(raw, raw_columns(9))).row_group(0).column(2)
         damaged = bytearray(raw.read_bytes())
-        damaged[column.dictionary_page_offset + column.total_compressed_size // 2] ^= 0xFF
+        # The end of the page that says which rows have which instruction.
+        damaged[column.dictionary_page_offset + column.total_compressed_size - 3] ^= 0xFF
         raw.write_bytes(damaged)
         with pytest.raises(EarlError, match=r"raw\.parquet: is damaged after row 0"):
             tokenise.run(demo(), "d", raw, tmp_path / "out")
