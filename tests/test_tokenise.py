@@ -356,6 +356,20 @@ def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("columns", "part"),
+    [
+        ({"original": None}, "field raw_datasets.d.columns says that there is no original"),
+        ({"picture": "a"}, "raw_datasets.d.columns.picture"),
+        ({"original": "a[x]"}, "raw_datasets.d.columns.original"),
+    ],
+)
+def test_a_mapping_that_cannot_be_is_an_error_of_the_configuration(columns: dict, part: str) -> None:
+    with pytest.raises(EarlError) as error:
+        parquet(Path("a.parquet"), columns=columns)
+    assert part in str(error.value)
+
+
 def test_shards_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenise, "ROWS_PER_FILE", 4)
     raw, out = tmp_path / "raw.parquet", tmp_path / "out"

@@ -97,6 +97,9 @@ class RawDataset(_Section):
         for name in foreign:
             if getattr(self, name) not in (None, {}):
                 raise _wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
+        for name in ("instruction", "original", "edited"):
+            if self.columns.get(name, name) is None:
+                raise _wrong("columns", f"says that there is no {name}, which every pair needs; say where it stands")
         return self
 
 
