@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ROWS_PER_FILE = 1024
 # A reader of one row reads its group: few rows keep that cheap for images of 256 x 256 pixels.
 ROWS_PER_GROUP = 32
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 128
 """Rows whose images are in memory together, from which batches of one shape are made."""
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
