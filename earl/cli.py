@@ -205,6 +205,21 @@ def restore(run: RunFolder, iteration: IterationIndex) -> None:
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Option("--run", help="The run whose rollouts and scores to train on.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new run, beside the other; its name is the run's.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train again over a run's stored rollouts and scores with another learner, and compare the curves."""
+    from earl.config.load import parse_overrides
+    from earl.report import curves
+    from earl.stages import replay as stage
+
+    replayed = stage.run(run, out, parse_overrides(overrides or []))
+    typer.echo("\n".join([curves.table(replayed.curves()), "", *replayed.notes(), f"charts: {replayed.page}"]))
+
+
+@app.command()
 def evaluate(
     config: ConfigFile,
     name: Annotated[str, typer.Option(help="Name of the evaluation.")],

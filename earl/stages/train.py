@@ -3,13 +3,14 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earl import code_version, runtime
+from earl import code_version, replays, runtime
 from earl.config.freeze import config_digest
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
@@ -35,7 +36,8 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
 
     Args:
         run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the starting
-            policy in iteration 0 as reference, and the rollouts and scores of this iteration.
+            policy in iteration 0 as reference, and the rollouts and scores of this iteration (of a replay: its source
+            does, see `earl.replays`).
         iteration: 1 is the first.
         shards: number of rollout shards on disk, `rollout_shards` by default.
 
@@ -48,7 +50,9 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     current, previous = files.iteration(iteration), files.iteration(iteration - 1)
     device = runtime.prepare(config)
     policy_digest = manifest.digest_folder(previous.policy)
-    source = episodes.read(current, shards or config.rollout_shards, policy_digest, config.episodes_per_iteration)
+    stored = replays.stored(files, iteration, policy_digest, shards or config.rollout_shards)
+    source = episodes.read(stored.files, stored.shards, stored.sampled_by, config.episodes_per_iteration)
+    stored.check(source)
     outcomes = episodes.reward_all(source, config, str(current.path))
     vocabulary = Vocabulary.from_folder(previous.policy)
     used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, str(current.path))
@@ -58,6 +62,9 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     state = _load_state(config, previous, policy, optimizer, policy_digest)
     reference = _load_reference(config, files, device)
     settings = _settings(config, iteration, vocabulary)
+    if stored.off_policy:
+        log.info("train: iteration %d is of another policy's episodes, so parity_tolerance is not applied", iteration)
+        settings = replace(settings, parity_tolerance=None)
     started = time.monotonic()
     learned = grpo.train_iteration(policy, reference, optimizer, used, settings, f"train {iteration}")
     _log_speed(used, time.monotonic() - started, device)
@@ -68,6 +75,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         "reference": manifest.digest_folder(files.iteration(0).policy) if reference else None,
         "rollouts": source.rollouts,
         "scores": source.scores,
+        **stored.inputs(),
     }
     steps = learned.pop("steps") + (state.optimizer_steps if state else 0)
     metrics = {
@@ -173,7 +181,7 @@ def _write(
     state = TrainerState(current.index, metrics["optimizer_steps"], policy_digest, **origin)
     with atomic.folder(current.trainer) as folder:
         trainer_state.save(folder, policy, optimizer, state)
-    sampled_by = metrics["inputs"]["policy"]
+    sampled_by = metrics["inputs"].get("sampled_by", metrics["inputs"]["policy"])
     described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
     episodes.write(current.episodes, outcomes, described)
     metrics = {"iteration": current.index, **metrics, "policy_digest": policy_digest, **origin}
