@@ -220,6 +220,26 @@ def replay(
 
 
 @app.command()
+def rescore(
+    run: RunFolder,
+    name: Annotated[str, typer.Option(help="Name of the results' folder, <run>/rescored/<name>.")],
+    overrides: Overrides = None,
+    iterations: Annotated[
+        list[int] | None, typer.Option("--iteration", min=0, help="Only this iteration; may be repeated.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation's rollouts; may be repeated.")
+    ] = None,
+) -> None:
+    """Ask another judge about a run's stored rollouts, and print how far the two agree."""
+    from earl.config.load import parse_overrides
+    from earl.stages import rescore as stage
+
+    found = stage.run(run, name, parse_overrides(overrides or []), iterations or (), evaluations or ())
+    typer.echo(stage.text(found))
+
+
+@app.command()
 def evaluate(
     config: ConfigFile,
     name: Annotated[str, typer.Option(help="Name of the evaluation.")],

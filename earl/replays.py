@@ -83,7 +83,7 @@ def source_of(run: Run, record: dict[str, Any]) -> Run:
 
 
 def iteration_of(run: Run, index: int) -> Iteration:
-    """Return the iteration whose folder holds the rollouts and scores that iteration ``index`` of a run is trained on."""
+    """Return the iteration whose folder holds the rollouts and scores that iteration ``index`` is trained on."""
     record = record_of(run)
     if record is None or index > len(record["iterations"]):
         return run.iteration(index)
@@ -168,6 +168,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def off_policy(run: Run, last: int) -> list[int]:
-    """Return the iterations, up to ``last``, of which `metrics.json` says that other policies sampled their episodes."""
+    """Return the iterations, up to ``last``, whose episodes other policies sampled, as `metrics.json` says."""
     inputs = {index: _read(run.iteration(index).metrics)["inputs"] for index in range(1, last + 1)}
     return [index for index, of in inputs.items() if of.get("sampled_by", of["policy"]) != of["policy"]]

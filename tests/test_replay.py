@@ -46,8 +46,9 @@ def made_of(path, last):
     files = [Run(path).iteration(index) for index in range(1, last + 1)]
     kept = [path / name for name in ("config.json", "replay.json", "replay.html")]
     kept += [file for item in files for file in (item.metrics, item.episodes)]
-    folders = [folder for folder in (files[-1].policy, files[-1].trainer)]
-    return [manifest.digest_file(file) for file in kept] + [manifest.digest_folder(folder) for folder in folders]
+    return [manifest.digest_file(file) for file in kept] + [
+        manifest.digest_folder(folder) for folder in (files[-1].policy, files[-1].trainer)
+    ]
 
 
 def test_the_same_learner_gives_the_same_policies_and_stays_on_policy(source, beside):

@@ -35,7 +35,7 @@ LEARNER = (
     *("train_text_tokens_only", "text_only_cycle_steps", "text_only_steps"),
     *("train_vision_tokens_only", "vision_only_cycle_steps", "vision_only_steps"),
 )
-"""Fields that the learner alone depends on, or whose part in making rollouts and scores may differ from the learner's."""
+"""Fields of the learner; where they have a part in sampling too (`dtype`), it may be another than the learner's."""
 
 log = logging.getLogger(__name__)
 
