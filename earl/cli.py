@@ -149,12 +149,14 @@ def tokenise(
 
 
 @app.command()
-def sft(config: ConfigFile, out: Output) -> None:
+def sft(
+    config: ConfigFile, name: Annotated[str, typer.Option(help="Name in the configuration's sft.")], out: Output
+) -> None:
     """Warm-start a policy by supervised fine-tuning."""
     from earl.config.load import read
     from earl.stages import sft as stage
 
-    stage.run(read(config), out)
+    stage.run(read(config), name, out)
 
 
 @app.command()

@@ -125,7 +125,7 @@ def start(run: Run, policy: Path) -> None:
     if not (policy / "config.json").is_file():
         raise EarlError(
             f"{policy}: is not a model folder (it has no config.json); set model_path to a folder that "
-            "transformers can load, or to a stage such as stage:sft"
+            "transformers can load, or to a stage such as stage:sft/<name>"
         )
     first = run.iteration(0)
     first.path.mkdir(parents=True, exist_ok=True)

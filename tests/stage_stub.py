@@ -37,7 +37,8 @@ def main() -> None:
 
 def write_one(command: str, options: dict[str, str]) -> None:
     """Any stage of one output: its bytes are a digest of what went in."""
-    parts = [command, *(options.get(name, "") for name in ("--iteration", "--shard", "--evaluation", "--dataset"))]
+    words = ("--iteration", "--shard", "--evaluation", "--dataset", "--name")
+    parts = [command, *(options.get(word, "") for word in words)]
     for name in ("--policy", "--rollouts", "--raw", "--scores"):
         if name in options:
             path = Path(options[name])

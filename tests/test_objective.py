@@ -92,9 +92,9 @@ def test_loss_by_hand():
 
 
 def test_sft_loss_by_hand():
-    logits = torch.tensor([[1.0, 3.0], [1.0, 1.0]]).log()
-    found = objective.sft_loss(logits, torch.tensor([0, 1]), 2)
-    assert found.item() == pytest.approx((math.log(4) + math.log(2)) / 2, abs=1e-6)
+    """Probabilities 1/4 and 1/2, of two tokens out of five that count."""
+    found = objective.sft_loss(torch.tensor([0.25, 0.5]).log(), 5)
+    assert found.item() == pytest.approx((math.log(4) + math.log(2)) / 5, abs=1e-6)
 
 
 def _dense_loss(logits, targets, advantages, mask, reference, temperature, kl_coeff, denominator):

@@ -203,8 +203,8 @@ def shapes_experiment(place: Workplace, name: str, **fields: object) -> str:
         name,
         raw_datasets={"pairs": {"source": "shapes", "count": 8, "seed": 1}},
         train_paths_file=["stage:tokenise/pairs"],
-        model_path="stage:sft",
-        sft=sft,
+        model_path="stage:sft/s",
+        sft={"s": sft},
         num_iterations=1,
         **fields,
     )

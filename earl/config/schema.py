@@ -18,7 +18,7 @@ Coefficient = Annotated[float, Field(gt=0)]
 Path = Annotated[str, Field(min_length=1)]
 
 STAGE = "stage:"
-"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft``,
+"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft/<name>``,
 ``stage:shapes-policy``."""
 PACKAGE = "package:"
 """Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
@@ -80,9 +80,11 @@ class RawDataset(_Section):
 
 
 class Sft(_Section):
-    """Supervised fine-tuning that makes the starting policy of RL (`model_path: "stage:sft"`)."""
+    """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
-    base_model: Path = _fixed(..., "Folder of the model to start from, or `stage:shapes-policy`.")
+    base_model: Path = _fixed(
+        ..., "Model to start from: a folder, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a fine-tuning."
+    )
     train_paths_file: list[Path] = _fixed(
         ..., "Tokenised data sets to train on, as in the field of the same name outside.", min_length=1
     )
@@ -94,15 +96,11 @@ class Sft(_Section):
     learning_rate: float = _fixed(1e-4, "Peak learning rate of AdamW.", gt=0)
     warmup_steps: int = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
     reasoning: bool = _fixed(False, "Whether sequences hold the reasoning text before the edited image.")
-    random_seed: int = _fixed(
-        42, "Seed of the initial weights (`stage:shapes-policy`) and of the order of examples.", ge=0
-    )
+    random_seed: int = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
 
     @model_validator(mode="after")
     def _lists_match(self) -> Self:
         _check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
-        if self.base_model == "stage:sft":
-            raise _wrong("base_model", "is `stage:sft`, its own result; name a folder or `stage:shapes-policy`")
         return self
 
 
@@ -161,7 +159,7 @@ class Config(_Section):
     # Models
     model_path: Path = _fixed(
         "kazemnejad/Emu3-Base-SFT-got-Apr13_post_stochastic_256_lr1e-5-checkpoint-10800",
-        "Starting policy and frozen reference: a folder, a hub name, `stage:sft` or `stage:shapes-policy`.",
+        "Starting policy and frozen reference: a folder, a hub name, `stage:sft/<name>` or `stage:shapes-policy`.",
     )
     model_revision: str | None = _fixed(None, "Revision of `model_path` on the hub; null takes its main one.")
     tokenizer_path: Path = _fixed("BAAI/Emu3-Gen", "Tokenizer: a folder, a hub name or `stage:shapes-policy`.")
@@ -172,7 +170,11 @@ class Config(_Section):
     image_area: Positive = _fixed(
         65536, "Pixels that images are resized to before tokenising, keeping the aspect ratio: width x height."
     )
-    sft: Sft | None = _fixed(None, "Supervised fine-tuning before RL; null where `model_path` is a finished model.")
+    sft: dict[Name, Sft] = _fixed(
+        dict,
+        "Supervised fine-tunings by name. Made are those that `model_path` names as `stage:sft/<name>`, and those that "
+        "they start from.",
+    )
     assistant_prefill: str = _fixed(
         " Let's think step by step. <|start thinking|>",
         "Text that every completion starts from: this one forces reasoning, `<|image start|>` an image at once.",
@@ -234,7 +236,7 @@ class Config(_Section):
     packing: Literal["none", "groups"] = _fixed(
         "none",
         "`groups`: a micro-batch of the learner is one row without padding, in which the completions of a prompt share "
-        "it; `none`: one padded row an episode. The same loss and gradient within rounding.",
+        "it; `none`: one padded row an episode. The same loss and gradient within rounding, in RL and fine-tuning.",
     )
     train_text_tokens_only: bool = _fixed(
         False, "Train text tokens in the first `text_only_steps` iterations of each cycle, visual ones in the rest."
@@ -424,9 +426,9 @@ def path_fields(config: Config) -> dict[str, str]:
     """Return every path field that may hold a reference to a stage or the package, by dotted name."""
     fields = {name: getattr(config, name) for name in ("model_path", "tokenizer_path", "vision_tokenizer_path")}
     lists = {"train_paths_file": config.train_paths_file, "val_paths_file": config.val_paths_file}
-    if config.sft is not None:
-        fields["sft.base_model"] = config.sft.base_model
-        lists["sft.train_paths_file"] = config.sft.train_paths_file
+    for name, tuning in config.sft.items():
+        fields[f"sft.{name}.base_model"] = tuning.base_model
+        lists[f"sft.{name}.train_paths_file"] = tuning.train_paths_file
     for name, paths in lists.items():
         fields |= {f"{name}.{index}": path for index, path in enumerate(paths)}
     return fields
@@ -438,19 +440,37 @@ def _check_references(config: Config) -> None:
             continue
         stage, _, name = path.removeprefix(STAGE).partition("/")
         allowed = {"tokenise"} if "paths_file" in field else {"sft", "shapes-policy"}
-        if stage not in allowed or (stage == "tokenise") != bool(name):
+        if stage not in allowed or (stage == "shapes-policy") == bool(name):
             raise _wrong(field, f"is `{path}`, which is not one of: " + ", ".join(_references(config, allowed)))
-        if stage == "tokenise" and name not in config.raw_datasets:
-            raise _wrong(
-                field, f"is `{path}`, but raw_datasets has only: {', '.join(config.raw_datasets) or '(nothing)'}"
-            )
-        if stage == "sft" and config.sft is None:
-            raise _wrong(field, "is `stage:sft`, but the field sft is null; describe the fine-tuning there")
+        for described in ("raw_datasets", "sft"):
+            known = getattr(config, described)
+            if stage == _STAGE_OF[described] and name not in known:
+                raise _wrong(field, f"is `{path}`, but {described} has only: {', '.join(known) or '(nothing)'}")
+    _check_chains(config.sft)
+
+
+_STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}
+"""Fields whose entries `stage:<stage>/<name>` refers to."""
 
 
 def _references(config: Config, stages: set[str]) -> list[str]:
-    names = [f"tokenise/{name}" for name in config.raw_datasets] or ["tokenise/<raw dataset>"]
-    return [STAGE + name for name in (names if "tokenise" in stages else sorted(stages))]
+    if "tokenise" in stages:
+        return [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
+    tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"]
+    return [*tunings, f"{STAGE}shapes-policy"]
+
+
+def _check_chains(sft: dict[str, Sft]) -> None:
+    """Fine-tunings may follow one another, but none may come before itself."""
+    for first, tuning in sft.items():
+        seen = [first]
+        while tuning.base_model.startswith(f"{STAGE}sft/"):
+            name = tuning.base_model.removeprefix(f"{STAGE}sft/")
+            if name in seen:
+                chain = " from ".join([*seen, name])
+                raise _wrong(f"sft.{first}.base_model", f"leads in a circle: {chain}; let one start from a folder")
+            seen.append(name)
+            tuning = sft[name]
 
 
 def _check_iteration(config: Config) -> None:

@@ -210,16 +210,18 @@ class MicroBatch:
 
 
 def micro_batches(
-    episodes: Sequence[Episode], settings: Settings, device: torch.device, description: str
+    episodes: Sequence[Episode], settings: Settings, device: torch.device, description: str | None = None
 ) -> Iterator[MicroBatch]:
     """Yield the episodes `settings.micro_batch` at a time: those of a group together where they are packed, else those
     of like length, to pad little.
 
-    A micro-batch in which no token counts is skipped: its loss and gradient are 0.
+    A micro-batch in which no token counts is skipped: its loss and gradient are 0. Without a description no progress is
+    shown.
     """
     by_group = settings.packed
     ordered = sorted(episodes, key=lambda e: (e.group_id if by_group else -len(e), e.episode_id))
-    for start in tqdm(range(0, len(ordered), settings.micro_batch), desc=description, unit="batch", leave=False):
+    starts = range(0, len(ordered), settings.micro_batch)
+    for start in tqdm(starts, desc=description, unit="batch", leave=False, disable=description is None):
         batch = collate(ordered[start : start + settings.micro_batch], settings, device)
         if len(batch.targets):
             yield batch

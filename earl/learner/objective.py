@@ -302,9 +302,9 @@ def loss_denominator(normalization: str, episodes: int, completion_tokens: int, 
     return {"tokens": completion_tokens, "sequences": episodes, "constant": episodes * max_tokens}[normalization]
 
 
-def sft_loss(logits: Tensor, targets: Tensor, denominator: int) -> Tensor:
-    """Cross-entropy over the whole vocabulary, summed over the targets [T] and divided by `denominator`. Scalar."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / denominator
+def sft_loss(logp: Tensor, denominator: int) -> Tensor:
+    """Cross-entropy: minus the log-probs [T] of the targets, summed and divided by `denominator`. Scalar."""
+    return -logp.sum() / denominator
 
 
 def counted_tokens(iteration: int, text_only: tuple[int, int] | None, vision_only: tuple[int, int] | None) -> str:

@@ -101,6 +101,10 @@ def attention(
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     parts = []
     for prompt, completions in earl_groups:
+        if len(completions) == 1:
+            whole = slice(prompt.start, completions[0].stop)
+            parts.append(_attend(query, key, value, whole, [whole], scaling))
+            continue
         parts.append(_attend(query, key, value, prompt, [prompt], scaling))
         parts += [_attend(query, key, value, own, [prompt, own], scaling) for own in completions]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: a loop over steps that can be killed at any time and goes on to the same bytes.
 
-Reads top to bottom: `fine_tune` is the loop. What step s sees is a function of (seed, s) alone, so a checkpoint needs
-weights, optimizer moments and the step. Left out on purpose: packing and several ranks.
+Reads top to bottom: `fine_tune` is the loop. A step is that of `grpo` with another loss: its micro-batches, padded or
+packed, its log-probs by blocks, its clipping. What step s sees is a function of (seed, s) alone, so a checkpoint needs
+weights, optimizer moments and the step. Left out on purpose: several ranks.
 """
 
 import json
@@ -9,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from earl import seeds
@@ -47,14 +47,32 @@ class Settings:
     warmup_steps: int
     seed: int
     bfloat16: bool
+    packed: bool = False  # see packing; changes no result beyond rounding
+
+    @property
+    def objective(self) -> grpo.Settings:
+        """Log-probs of all tokens of a completion, over the whole vocabulary."""
+        return grpo.Settings(
+            kl_coeff=0.0,
+            temperature=1.0,
+            micro_batch=self.micro_batch,
+            visual_range=(0, 0),  # neither `counted` nor the support ask what is visual
+            split_vocab=False,
+            counted="all",
+            bfloat16=self.bfloat16,
+            packed=self.packed,
+        )
 
 
 @dataclass(frozen=True)
 class Example:
-    """Ids of one training sequence, int64 [S]; the loss counts those from `prompt_length` on."""
+    """Ids of one training sequence. The loss counts those of the completion."""
 
-    ids: np.ndarray
-    prompt_length: int
+    prompt: np.ndarray  # int64 [P]
+    completion: np.ndarray  # int64 [L]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
 
 
 @dataclass
@@ -95,7 +113,7 @@ def fine_tune(
             loss = train_step(policy, optimizer, batch, settings, progress.step)
             progress.losses.append(loss)
             progress.step += 1
-            tokens += sum(len(item.ids) for item in batch)
+            tokens += sum(map(len, batch))
             rate = tokens / (time.monotonic() - started)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             bar.update()
@@ -126,19 +144,17 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     optimizer.zero_grad(set_to_none=True)
-    denominator = sum(len(item.ids) - item.prompt_length for item in batch)
+    denominator = sum(len(example.completion) for example in batch)
     total = 0.0
-    for input_ids, rows, columns, targets in micro_batches(batch, settings.micro_batch, policy.device):
-        with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-            hidden = policy.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            logits = policy.lm_head(hidden[rows, columns])
-        loss = objective.sft_loss(logits, targets, denominator)
+    for part in grpo.micro_batches(as_episodes(batch), settings.objective, policy.device):
+        logp, _ = grpo.completion_logprobs(policy, part, settings.objective)
+        loss = objective.sft_loss(logp, denominator)
         loss.backward()
         total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grpo.MAX_GRADIENT_NORM).item()
-    if not math.isfinite(norm) or not math.isfinite(total):
-        raise EarlError(f"sft step {step}: loss {total} or gradient norm {norm} is not finite; lower sft.learning_rate")
-    optimizer.step()
+    try:
+        grpo.optimizer_step(policy, optimizer, total, denominator)
+    except EarlError as error:
+        raise EarlError(f"sft step {step}: {error}") from error
     return total
 
 
@@ -150,22 +166,20 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def micro_batches(
-    batch: Sequence[Example], size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield (input_ids [B, S] right-padded, rows [T], columns [T], targets [T]), T counted tokens, all int64."""
-    for start in range(0, len(batch), size):
-        part = batch[start : start + size]
-        # Any id pads: see grpo.collate.
-        input_ids = np.zeros((len(part), max(len(item.ids) for item in part)), dtype=np.int64)
-        rows, columns = [], []
-        for row, item in enumerate(part):
-            input_ids[row, : len(item.ids)] = item.ids
-            columns.append(np.arange(item.prompt_length - 1, len(item.ids) - 1))
-            rows.append(np.full(len(columns[-1]), row))
-        flat_rows, flat_columns = np.concatenate(rows), np.concatenate(columns)
-        arrays = (input_ids, flat_rows, flat_columns, input_ids[flat_rows, flat_columns + 1])
-        yield tuple(torch.from_numpy(array).to(device) for array in arrays)
+def as_episodes(batch: Sequence[Example]) -> list[grpo.Episode]:
+    """Training sequences as the learner of RL takes them: episodes that nobody sampled, of which every token counts."""
+    return [
+        grpo.Episode(
+            episode_id=f"{place:06d}",
+            group_id=f"{place:06d}",
+            prompt=example.prompt,
+            completion=example.completion,
+            forced=np.zeros(len(example.completion), dtype=bool),
+            behavior_logprobs=np.zeros(len(example.completion), dtype=np.float32),
+            advantage=1.0,
+        )
+        for place, example in enumerate(batch)
+    ]
 
 
 def save_checkpoint(

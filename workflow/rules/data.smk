@@ -25,7 +25,7 @@ rule shapes_policy:
     params:
         earl=EARL,
         out=subpath(output[0], parent=True),
-        seed=lambda w: paths.shapes_policy_seed(user_of(w, "policy").config),
+        seed=paths.SHAPES_POLICY_SEED,
     shell:
         "{params.earl} shapes policy --out {params.out} --seed {params.seed} 2>&1 | tee {log}"
 

@@ -1,4 +1,4 @@
-# Supervised fine-tuning: the policy that RL starts from.
+# Supervised fine-tuning: the policy that RL, or another fine-tuning, starts from.
 
 
 rule sft:
@@ -14,6 +14,7 @@ rule sft:
     params:
         earl=EARL,
         config=lambda w: user_of(w, "sft").run.config,
+        sft=lambda w: shared_stage(w, "sft").name,
         out=subpath(output[0], parent=True),
     shell:
-        "{params.earl} sft --config {params.config} --out {params.out} 2>&1 | tee {log}"
+        "{params.earl} sft --config {params.config} --name {params.sft} --out {params.out} 2>&1 | tee {log}"
