@@ -136,7 +136,7 @@ class TokenisedDataset:
             instruction=values["instruction"],
             reasoning=None if reasoning is None else [(item["key"], item["value"]) for item in reasoning],
             original_tokens=tokens("original_tokens"),
-            target_tokens=tokens("target_tokens"),
+            target_tokens=None if values["target_tokens"] is None else tokens("target_tokens"),
             original=image("original"),
             target=image("target"),
         )

@@ -24,14 +24,16 @@ def viescore(scores: Mapping[str, float]) -> float:
 
     SC = (edit_success, overedit; 10 = minimal overediting), PQ = (naturalness, artifacts; 10 = none).
     """
-    return math.sqrt(_semantic_consistency(scores) * _perceptual_quality(scores))
+    return math.sqrt(semantic_consistency(scores) * perceptual_quality(scores))
 
 
-def _semantic_consistency(scores: Mapping[str, float]) -> float:
+def semantic_consistency(scores: Mapping[str, float]) -> float:
+    """SC of VIEScore, 0..10: the worse of edit_success and overedit."""
     return min(scores["edit_success"], scores["overedit"])
 
 
-def _perceptual_quality(scores: Mapping[str, float]) -> float:
+def perceptual_quality(scores: Mapping[str, float]) -> float:
+    """PQ of VIEScore, 0..10: the worse of naturalness and artifacts."""
     return min(scores["naturalness"], scores["artifacts"])
 
 
@@ -53,7 +55,7 @@ def final_reward(scores: Mapping[str, Any], which: str) -> float:
         return viescore(scores)
     if which == "ground_score":
         return float(scores["ground_score"])
-    return math.sqrt(_perceptual_quality(scores) * scores["ground_score"])
+    return math.sqrt(perceptual_quality(scores) * scores["ground_score"])
 
 
 def _check_score(name: str, value: Any, which: str) -> None:

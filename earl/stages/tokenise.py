@@ -41,7 +41,8 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     Args:
         config: The run's resolved configuration: vision tokenizer and ``image_area``.
         dataset: The data set's name, which every row gets.
-        raw: Parquet file of schema `earl.files.tables.RAW` (``task`` and ``reasoning`` may be absent).
+        raw: Parquet file of schema `earl.files.tables.RAW` (``task`` and ``reasoning`` may be absent). A row may
+            have no edited image: it can be a prompt, but no example to fine-tune on.
         out: The folder to write: 0000.parquet, ... of schema `earl.files.tables.TOKENISED`, sealed.
 
     Raises:
@@ -134,20 +135,18 @@ def _tokenised(
     factor = 2 ** (len(model.config.channel_multiplier) - 1)
     columns: dict[str, list] = {name: [] for name in tables.TOKENISED.names}
     for start in range(0, len(rows), vision.BATCH):
-        pictures: list[np.ndarray] = []
+        pairs: list[tuple[np.ndarray, np.ndarray | None]] = []
         part = rows.slice(start, vision.BATCH).to_pylist()
         for offset, row in enumerate(part, start=first_row + start):
             original, target, scale = _pair(row, f"{where} {offset}", area, factor)
-            pictures += [original, target]
+            pairs.append((original, target))
             columns["reasoning"].append(_reasoning(row.get("reasoning"), scale, f"{where} {offset}"))
-        tokens = vision.encode(model, pictures)
-        columns["original_tokens"] += [grid.tolist() for grid in tokens[::2]]
-        columns["target_tokens"] += [grid.tolist() for grid in tokens[1::2]]
-        for name, these in (("original", pictures[::2]), ("target", pictures[1::2])):
-            columns[name] += [
-                images.struct(images.encode(pixels), f"{row['example_id']}-{name}.png")
-                for row, pixels in zip(part, these, strict=True)
-            ]
+        tokens = iter(vision.encode(model, [pixels for pair in pairs for pixels in pair if pixels is not None]))
+        for row, pair in zip(part, pairs, strict=True):
+            for name, pixels in zip(("original", "target"), pair, strict=True):
+                columns[f"{name}_tokens"].append(None if pixels is None else next(tokens).tolist())
+                data = None if pixels is None else images.encode(pixels)
+                columns[name].append(images.struct(data, f"{row['example_id']}-{name}.png"))
         progress.update(len(part))
     given = rows.to_pydict()
     columns["dataset"] = [dataset] * len(rows)
@@ -158,13 +157,14 @@ def _tokenised(
 
 def _pair(
     row: dict[str, Any], where: str, area: int, factor: int
-) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """Return original and edited image at the size to tokenise, and the scale of x and y."""
+) -> tuple[np.ndarray, np.ndarray | None, tuple[float, float]]:
+    """Return original and edited image (if there is one) at the size to tokenise, and the scale of x and y."""
     original = _decoded(row["original"], f"{where}, column 'original'")
-    edited = _decoded(row["edited"], f"{where}, column 'edited'")
+    edited = None if row.get("edited") is None else _decoded(row["edited"], f"{where}, column 'edited'")
     height, width = original.shape[:2]
     size = scaled_size(width, height, area, factor)
-    return _resized(original, size), _resized(edited, size), (size[0] / width, size[1] / height)
+    scale = (size[0] / width, size[1] / height)
+    return _resized(original, size), None if edited is None else _resized(edited, size), scale
 
 
 def _decoded(image: dict[str, Any], where: str) -> np.ndarray:
