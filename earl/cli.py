@@ -258,6 +258,24 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Option("--run", help="A run's folder, <folder>@<iteration> for another than its newest policy."),
+    ],
+    out: Output,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation; may be repeated.")
+    ] = None,
+    published: Annotated[bool, typer.Option(help="Show the published rows too, marked as such.")] = False,
+) -> None:
+    """Compare evaluations and training of several runs on one page; changes are from the first."""
+    from earl.stages import compare as stage
+
+    typer.echo(stage.run(runs, out, evaluations or (), published))
+
+
+@app.command()
 def report(run: RunFolder, out: Output) -> None:
     """Write the run's report, one self-contained HTML file."""
     from earl.stages import report as stage

@@ -52,6 +52,7 @@ def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Pat
         "evaluation": name,
         "iteration": iteration,
         **_sampling(config, name),
+        "judge": _judge(scores),
         "reward_final_reward": config.reward_final_reward,
         "policy_digest": metadata.get("policy_digest"),
         **summarise(_rows(columns)),
@@ -84,6 +85,14 @@ def joined(rollouts: Path, scores: Path) -> pa.Table:
         if column not in left.column_names:
             left = left.append_column(right.schema.field(column), right[column])
     return left
+
+
+def _judge(scores: Path) -> str:
+    """Return who scored: the judge's name, and its model where it asks one."""
+    with tables.open_table(scores) as source:
+        names = [name for name in ("judge", "judge_model") if name in source.schema_arrow.names]
+        columns = source.read(columns=names).to_pydict().values()
+    return ", ".join(sorted({" ".join(values) for values in zip(*columns, strict=True)}))
 
 
 def _with_rewards(episodes: pa.Table, which: str, scores: Path) -> dict[str, Any]:
