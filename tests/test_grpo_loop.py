@@ -8,7 +8,7 @@ import torch
 
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
-from earl.learner import grpo, head, objective
+from earl.learner import grpo, head, logprobs, objective
 
 GROUPS, SAMPLES = 4, 2
 
@@ -30,7 +30,8 @@ def _episode(group: int, sample: int, vocabulary) -> grpo.Episode:
 
 @pytest.fixture(scope="module")
 def settings(vocabulary):
-    return grpo.Settings(0.0, 1.0, 3, (vocabulary.first_visual, vocabulary.size), True, "all", False)
+    visual = (vocabulary.first_visual, vocabulary.size)
+    return grpo.Settings(0.0, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def with_learners_logprobs(episodes, policy_folder, settings, shift=0.0):
     for episode in episodes:
         batch = grpo.collate([replace(episode, forced=np.zeros_like(episode.forced))], settings, model.device)
         with torch.no_grad():
-            logp, _ = grpo.completion_logprobs(model, batch, settings)
+            logp, _, _ = grpo.completion_logprobs(model, batch, settings)
         found.append(replace(episode, behavior_logprobs=(logp - shift).numpy()))
     return found
 

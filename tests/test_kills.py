@@ -174,5 +174,5 @@ def assert_nothing_is_left_behind(place: Path, attempt: Attempt) -> None:
     assert attempt.processes() == []
     for path in place.rglob("*.lock"):
         processes.lock(path, patience=0).close()  # nobody holds it
-    for kind in ("locks", "incomplete"):
-        assert list((place / ".snakemake" / kind).glob("*")) == []
+    # Marks of incomplete files may stay: an iteration that had just become complete is not planned again.
+    assert list((place / ".snakemake" / "locks").glob("*")) == []

@@ -16,7 +16,7 @@ from earl.emu3 import checkpoint, grid, sequence
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
 from earl.layout import Run
-from earl.learner import objective
+from earl.learner import logprobs
 from earl.stages import restore, train
 
 GROUPS, SAMPLES = 4, 2
@@ -239,7 +239,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabular
     assert metrics["kl"] is None
     assert metrics["inputs"]["reference"] is None
     advantages = {row["episode_id"]: row["advantage"] for row in pq.read_table(run.iteration(1).episodes).to_pylist()}
-    visual = (vocabulary.first_visual, vocabulary.size)
+    support = logprobs.split_vocab((vocabulary.first_visual, vocabulary.size))
     weighted = []
     for index in (0, 1):
         model = checkpoint.load_policy(run.iteration(index).policy, torch.float32, "cpu")
@@ -249,7 +249,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabular
             start = len(row["prompt_token_ids"])
             with torch.no_grad():
                 logits = model(ids).logits[0, start - 1 : -1]
-            logp, _ = objective.token_logprobs(logits, ids[0, start:], config.temperature, visual, True)
+            logp, _ = logprobs.token_logprobs(logits, ids[0, start:], config.temperature, support)
             free = grid.kinds_of_completion(row["completion_token_ids"], SHAPE, vocabulary) < grid.FIRST_FORCED
             total += advantages[row["episode_id"]] * logp[torch.from_numpy(free)].sum().item()
         weighted.append(total)

@@ -221,6 +221,25 @@ def test_experiments_in_one_call_share_what_they_have_in_common(place):
     assert not policies[0].is_symlink()
 
 
+def test_a_fine_tuning_that_goes_on_from_another_shares_it(place):
+    common = {"train_paths_file": ["train.parquet"], "steps": 1}
+    first = {"s": common | {"base_model": "model"}}
+    then = first | {"sc": common | {"base_model": "stage:sft/s", "steps": 2}}
+    both = [
+        place.experiment("a", model_path="stage:sft/s", sft=first, num_iterations=1),
+        place.experiment("b", model_path="stage:sft/sc", sft=then, num_iterations=1),
+    ]
+    place.run(",".join(both))
+    assert [line.split()[3:5] for line in place.stages() if line.startswith("sft")] == [
+        ["--name", "s"],
+        ["--name", "sc"],
+    ]
+    first, then = (place.folder(name).iteration(0).policy.resolve() for name in "ab")
+    assert (first.name[:2], then.name[:3]) == ("s-", "sc-")
+    place.run(both[0])
+    assert place.stages() == []
+
+
 def test_experiments_of_one_run_folder_are_refused(place):
     both = [place.experiment("a"), place.experiment("b", run_name="a")]
     assert "two of the experiments have this run folder" in place.run(",".join(both), "-n", fails=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from earl.errors import EarlError
-from earl.learner import head, objective, packing
+from earl.learner import head, logprobs, objective, packing
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
@@ -38,7 +38,7 @@ class Settings:
     temperature: float
     micro_batch: int
     visual_range: tuple[int, int]
-    split_vocab: bool
+    support: logprobs.Support  # what log-probs are normalised over
     counted: str  # "all", "text" or "visual": see objective.counted_tokens
     bfloat16: bool
     options: objective.Options = objective.SPEC
@@ -161,11 +161,11 @@ def train_iteration(
         )
         before = totals.tokens
         for batch in micro_batches(part, settings, policy.device, description):
-            logp, entropy = completion_logprobs(policy, batch, settings)
+            logp, entropy, kept = completion_logprobs(policy, batch, settings)
             reference_logp = None
             if reference is not None:
                 with torch.no_grad():
-                    reference_logp, _ = completion_logprobs(reference, batch, settings)
+                    reference_logp, _, _ = completion_logprobs(reference, batch, settings, kept)
             loss = batch_loss(logp, reference_logp, batch, denominator, settings)
             loss.backward()
             add_to(totals, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
@@ -279,23 +279,27 @@ def counted_positions(episode: Episode, settings: Settings) -> np.ndarray:
     return mask.nonzero().squeeze(1).numpy()
 
 
-def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`."""
+def completion_logprobs(
+    model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings, kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+    """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`, and the ids they are
+    over (`head.kept_ids`).
+
+    Args:
+        kept: the ids to normalise over, of the policy: its reference has to be seen on the same ones; None finds them
+            by `model` itself.
+    """
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
         if batch.groups is None:
             hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         else:
             hidden = packing.hidden_states(model, batch.input_ids, batch.position_ids, batch.groups)
     # The head runs on counted tokens only: with a large vocabulary it is most of the work.
-    return head.token_logprobs(
-        hidden.flatten(0, 1)[batch.places],
-        model.lm_head.weight,
-        batch.targets,
-        settings.temperature,
-        settings.visual_range,
-        settings.split_vocab,
-        settings.bfloat16,
-    )
+    hidden, weight = hidden.flatten(0, 1)[batch.places], model.lm_head.weight
+    tokens = batch.targets, settings.temperature, settings.support, settings.bfloat16
+    if kept is None:
+        kept = head.kept_ids(hidden, weight, *tokens)
+    return *head.token_logprobs(hidden, weight, *tokens, kept, accumulate=True), kept
 
 
 def batch_loss(
@@ -386,8 +390,8 @@ def check_parity(totals: Totals, settings: Settings) -> None:
         f"before the first step the learner's log-probs differ from the sampler's by {mean:.4g} nats on average over "
         f"{totals.mismatch_tokens} counted tokens, more than parity_tolerance = {tolerance}; no step was done.\n"
         f"  episode, token of its completion, log-prob of sampler and of learner, where they differ most:\n{rows}\n"
-        "Check that both use the same weights, temperature and support: top_p 1, top_k -1, and "
-        "separate_language_and_vision_vocabs wherever emu3_use_logit_processor; or raise parity_tolerance (null: off)"
+        "Check that both use the same weights and temperature. Set logprob_support to `sampled` for the support that "
+        "the sampler drew from (emu3_use_logit_processor, top_k, top_p); or raise parity_tolerance (null: off)"
     )
 
 

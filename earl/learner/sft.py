@@ -23,7 +23,7 @@ from tqdm import tqdm
 from earl import seeds
 from earl.errors import EarlError
 from earl.files import atomic, manifest
-from earl.learner import grpo, objective, trainer_state
+from earl.learner import grpo, logprobs, objective, trainer_state
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
@@ -56,8 +56,8 @@ class Settings:
             kl_coeff=0.0,
             temperature=1.0,
             micro_batch=self.micro_batch,
-            visual_range=(0, 0),  # neither `counted` nor the support ask what is visual
-            split_vocab=False,
+            visual_range=(0, 0),  # neither what counts nor the support ask what is visual
+            support=logprobs.FULL,
             counted="all",
             bfloat16=self.bfloat16,
             packed=self.packed,
@@ -147,7 +147,7 @@ def train_step(
     denominator = sum(len(example.completion) for example in batch)
     total = 0.0
     for part in grpo.micro_batches(as_episodes(batch), settings.objective, policy.device):
-        logp, _ = grpo.completion_logprobs(policy, part, settings.objective)
+        logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
         loss = objective.sft_loss(logp, denominator)
         loss.backward()
         total += loss.item()

@@ -6,7 +6,7 @@ Writes ``000012.parquet`` (every column of both tables, ``reward``, ``viescore``
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from earl import code_version, statistics
 from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
-from earl.learner.rewards import SUB_SCORES, episode_reward, perceptual_quality, semantic_consistency
+from earl.learner.rewards import COMPONENTS, SUB_SCORES, component, episode_reward
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -105,13 +105,13 @@ def _with_rewards(episodes: pa.Table, which: str, scores: Path) -> dict[str, Any
     return {name: episodes[name] for name in episodes.column_names} | {
         "reward": rewards,
         "viescore": viescores,
-        "semantic_consistency": [_where_judged(row, semantic_consistency) for row in judged],
-        "perceptual_quality": [_where_judged(row, perceptual_quality) for row in judged],
+        "semantic_consistency": [_component(row, "semantic_consistency") for row in judged],
+        "perceptual_quality": [_component(row, "perceptual_quality") for row in judged],
     }
 
 
-def _where_judged(row: dict[str, Any], of: Callable[[dict[str, Any]], float]) -> float | None:
-    return None if any(row[name] is None for name in SUB_SCORES) else of(row)
+def _component(row: dict[str, Any], name: str) -> float | None:
+    return None if any(row[part] is None for part in COMPONENTS[name]) else component(row, name)
 
 
 def _viescore(row: dict[str, Any]) -> float | None:

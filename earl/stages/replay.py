@@ -30,7 +30,7 @@ LEARNER = (
     *("learning_rate", "advantage", "kl_coeff", "kl_estimator", "loss_normalization", "optimizer_steps_per_iteration"),
     *("importance_ratio", "clip_ratio_low", "clip_ratio_high", "parity_tolerance", "reward_final_reward"),
     *("sampler_correction", "sampler_correction_low", "sampler_correction_high"),
-    "separate_language_and_vision_vocabs",
+    *("separate_language_and_vision_vocabs", "logprob_support", "advantage_components"),
     *("per_device_batch_size", "packing", "dtype", "cpu_threads", "max_prompt_len", "max_completion_len"),
     *("train_text_tokens_only", "text_only_cycle_steps", "text_only_steps"),
     *("train_vision_tokens_only", "vision_only_cycle_steps", "vision_only_steps"),

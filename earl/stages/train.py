@@ -140,7 +140,7 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.
         temperature=config.temperature,
         micro_batch=config.per_device_batch_size,
         visual_range=(vocabulary.first_visual, vocabulary.size),
-        split_vocab=config.separate_language_and_vision_vocabs,
+        support=episodes.support(config, vocabulary),
         counted=objective.counted_tokens(
             iteration,
             (config.text_only_steps, config.text_only_cycle_steps) if text else None,
