@@ -30,7 +30,7 @@ def make_shared(config: Config) -> None:
             case "policy":
                 policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
             case "tokenise":
-                tokenise.run(config, stage.name, stage.inputs[0], output)
+                tokenise.run(config, stage.name, paths.raw_file(config, stage.name), output)
             case "sft":
                 sft.run(config, stage.name, output)
 

@@ -23,8 +23,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show and freeze configurations.", no_args_is_help=True)
 shapes_app = typer.Typer(help="The embedded synthetic world of shapes.", no_args_is_help=True)
+convert_app = typer.Typer(help="Models and data of other formats, turned into ours.", no_args_is_help=True)
 judge_app = typer.Typer(help="Judges: check one, start a server.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(convert_app, name="convert")
 app.add_typer(judge_app, name="judge")
 app.add_typer(shapes_app, name="shapes")
 
@@ -83,6 +85,23 @@ def shapes_policy(out: Output, seed: Annotated[int, typer.Option(help="Seed of t
     policy.write_policy(out, seed=seed)
 
 
+@convert_app.command("model")
+def convert_model(
+    source: Annotated[str, typer.Argument(help="Folder, or name on the hub: BAAI/Emu3-Gen, mair-lab/sft-simple, ...")],
+    out: Output,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the tokenizer, where the source has none.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the source on the hub.")] = None,
+    vision: Annotated[bool, typer.Option("--vision", help="Of a checkpoint with both, its vision tokenizer.")] = False,
+) -> None:
+    """Write a published Emu3 policy or vision tokenizer as a folder that every stage reads; runs no code of it."""
+    from earl.emu3 import published
+
+    tokenizer_from = published.located(tokenizer) if tokenizer else None
+    published.convert(published.located(source, revision), out, tokenizer_from, vision)
+
+
 @judge_app.command("check")
 def judge_check(
     config: ConfigFile,
@@ -138,7 +157,7 @@ def judge_serve(
 def tokenise(
     config: ConfigFile,
     dataset: Annotated[str, typer.Option(help="Name in the configuration's raw_datasets.")],
-    raw: Annotated[Path, typer.Option(help="Raw Parquet file with original and edited images.")],
+    raw: Annotated[Path, typer.Option(help="Raw pairs: a Parquet file, a folder of them, or a pattern.")],
     out: Output,
 ) -> None:
     """Turn raw image pairs into tokenised Parquet shards."""

@@ -1,10 +1,8 @@
-"""Tokenised data: written by the real stage, read row by row; whatever is wrong is named, and no pickle runs code."""
+"""Tokenised data, read row by row; whatever is wrong is named, and no pickle runs code."""
 
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,21 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from earl.config import freeze, load
-from earl.config.schema import Config
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
-from earl.shapes import dataset as shapes
-from earl.stages import tokenise
 
-ROOT = Path(__file__).parent.parent
 PICTURE = images.struct(images.encode(np.zeros((64, 64, 3), np.uint8)))
-
-
-def demo(**overrides: Any) -> Config:
-    return load.load(ROOT / "config" / "demo.jsonnet", overrides).config
 
 
 def tokenised_columns(rows: int) -> dict[str, list]:
@@ -47,22 +36,6 @@ def tokenised_columns(rows: int) -> dict[str, list]:
 
 def write_tokenised(path: Path, columns: dict[str, list], **metadata: str) -> Path:
     tables.write_table(path, tables.TOKENISED, columns, metadata, largest_token=255, rows_per_group=4)
-    return path
-
-
-def raw_columns(rows: int) -> dict[str, list]:
-    return {
-        "example_id": [f"e{i}" for i in range(rows)],
-        "task": ["remove"] * rows,
-        "instruction": ["remove the circle"] * rows,
-        "reasoning": [json.dumps({"where": "[0, 0, 32, 16]"})] * rows,
-        "original": [PICTURE] * rows,
-        "edited": [PICTURE] * rows,
-    }
-
-
-def write_raw(path: Path, columns: dict[str, list]) -> Path:
-    tables.write_table(path, tables.RAW, columns, {})
     return path
 
 
@@ -285,101 +258,3 @@ class TestReference:
         path.write_text('{"prefix": "", "path_list": []}')
         with pytest.raises(EarlError, match="empty"):
             ReferenceDataset(path)
-
-
-class TestSizesAndBoxes:
-    @pytest.mark.parametrize(
-        ("width", "height", "expected"),
-        [(64, 64, (64, 64)), (128, 128, (64, 64)), (128, 32, (128, 32)), (400, 100, (128, 32)), (9, 1000, (8, 672))],
-    )
-    def test_size(self, width: int, height: int, expected: tuple[int, int]) -> None:
-        assert tokenise.scaled_size(width, height, 64 * 64, 8) == expected
-
-    def test_boxes_scale_with_the_image(self) -> None:
-        text = "a cat at [10, 20, 30, 41], a dog at [1.5, 2.0,3.25, 4] and [1, 2, 3]"
-        scaled = tokenise.scale_boxes(text, 2, 0.5)
-        assert scaled == "a cat at [20, 10, 60, 21], a dog at [3.00, 1.00, 6.50, 2] and [1, 2, 3]"
-        assert tokenise.scale_boxes(text, 1, 1) == text
-
-
-class TestTokenise:
-    def test_shapes_become_examples_of_their_own_size(self, tmp_path: Path) -> None:
-        raw, out = tmp_path / "raw.parquet", tmp_path / "out"
-        shapes.write_raw(raw, count=20, seed=5)
-        tokenise.run(demo(), "shapes_rl", raw, out)
-        manifest.check(out, deep=True)
-        dataset = open_dataset(out, codebook_size=256)
-        source = pq.read_table(raw).to_pylist()
-        assert (len(dataset), dataset.name) == (20, "shapes_rl")
-        for row in (0, 19):
-            example = dataset[row]
-            for name in ("example_id", "task", "instruction"):
-                assert getattr(example, name) == source[row][name]
-            assert dict(example.reasoning) == json.loads(source[row]["reasoning"])
-            assert example.original_tokens.shape == (8, 8)
-            pixels = images.decode(source[row]["edited"]["bytes"], "")
-            assert (images.decode(example.target, "") == pixels).all()
-        stored = pq.read_schema(out / "0000.parquet").field("original_tokens").type
-        assert stored == pa.list_(pa.list_(pa.uint8()))
-        first = (out / "0000.parquet").read_bytes()
-        tokenise.run(demo(), "shapes_rl", raw, out)
-        assert (out / "0000.parquet").read_bytes() == first
-
-    def test_images_and_boxes_scale_together(self, tmp_path: Path) -> None:
-        columns = raw_columns(1)
-        big = images.struct(images.encode(np.full((64, 256, 3), 200, np.uint8)))
-        columns |= {"original": [big], "edited": [PICTURE]}
-        raw = tmp_path / "raw.parquet"
-        pq.write_table(pa.table(columns, schema=tables.RAW).drop_columns(["task"]), raw)
-        tokenise.run(demo(), "d", raw, tmp_path / "out")
-        example = open_dataset(tmp_path / "out")[0]
-        # 256 x 64 of 16,384 pixels becomes 128 x 32 of 4,096.
-        assert example.original_tokens.shape == example.target_tokens.shape == (4, 16)
-        assert images.decode(example.target, "").shape == (32, 128, 3)
-        assert example.reasoning == [("where", "[0, 0, 16, 8]")]
-        assert example.task is None
-
-    @pytest.mark.parametrize(
-        ("change", "part"),
-        [
-            ({"edited": [PICTURE, {"bytes": b"no image", "path": ""}, PICTURE]}, "row 1, column 'edited'"),
-            ({"original": [PICTURE, PICTURE, {"bytes": None, "path": "x"}]}, "row 2, column 'original'.*no bytes"),
-            ({"reasoning": [None, "{", None]}, "row 1, column 'reasoning'.*JSON"),
-            ({"reasoning": ['{"a": 1}', None, None]}, "row 0, column 'reasoning'.*text"),
-        ],
-    )
-    def test_a_bad_row_is_named_and_nothing_is_left(self, change: dict, part: str, tmp_path: Path) -> None:
-        raw = write_raw(tmp_path / "raw.parquet", raw_columns(3) | change)
-        with pytest.raises(EarlError, match=rf"raw\.parquet: {part}"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["raw.parquet"]
-
-    def test_a_bad_file_is_named(self, tmp_path: Path) -> None:
-        raw = write_raw(tmp_path / "raw.parquet", raw_columns(0))
-        with pytest.raises(EarlError, match=r"raw\.parquet: the data set is empty"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
-        write_raw(raw, raw_columns(9))
-        content = raw.read_bytes()
-        table = pq.read_table(raw)
-        pq.write_table(table.drop_columns(["edited"]), raw)
-        with pytest.raises(EarlError, match="column 'edited' is missing"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
-        raw.write_bytes(content[:-100])
-        with pytest.raises(EarlError, match=r"raw\.parquet: is not a complete Parquet file"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_the_command_keeps_an_older_result_when_it_fails(self, tmp_path: Path) -> None:
-        config = tmp_path / "config.json"
-        freeze.write(demo(), config)
-        raw, out = write_raw(tmp_path / "raw.parquet", raw_columns(2)), tmp_path / "out"
-        command = [sys.executable, "-m", "earl", "tokenise", "--config", str(config), "--dataset", "d"]
-        command += ["--raw", str(raw), "--out", str(out)]
-        assert subprocess.run(command, capture_output=True).returncode == 0
-        before = {path.name: path.read_bytes() for path in out.iterdir()}
-        write_raw(raw, raw_columns(2) | {"original": [PICTURE, {"bytes": b"GIF89a", "path": ""}]})
-        failed = subprocess.run(command, capture_output=True, text=True)
-        assert failed.returncode == 2
-        assert f"error: {raw}: row 1, column 'original'" in failed.stderr
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "out", "raw.parquet"]

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from earl.config.schema import PACKAGE, STAGE, Config, Sft
 from earl.errors import EarlError
+from earl.files import listing
 
 Stage = Literal["raw", "tokenise", "policy", "sft"]
 
@@ -65,7 +66,10 @@ def resolve(config: Config, reference: str) -> Path:
 
 
 def raw_file(config: Config, name: str) -> Path:
-    """Return the raw Parquet file of an entry of ``raw_datasets``: generated, or the user's own."""
+    """Return the raw Parquet file of an entry of ``raw_datasets``: generated, or the user's own.
+
+    The user's may be a folder or a pattern, too (`earl.files.listing`).
+    """
     raw = _raw(config, name)
     if raw.path is not None:
         return Path(raw.path)
@@ -119,7 +123,7 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     output = resolve(config, reference)
     stage, _, name = reference.removeprefix(STAGE).partition("/")
     if stage == "tokenise":
-        return SharedStage("tokenise", name, output, (raw_file(config, name),))
+        return SharedStage("tokenise", name, output, tuple(listing.parquet_files(raw_file(config, name))))
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
     needed = _read_by_sft(config, name)
@@ -155,7 +159,8 @@ def _shared(config: Config, kind: str) -> Path:
 
 
 def _raw_key(config: Config, name: str) -> Any:
-    return _raw(config, name).model_dump(mode="json")
+    # How many rows may be rejected does not change those that are kept.
+    return _raw(config, name).model_dump(mode="json", exclude={"max_rejected_fraction"})
 
 
 def _tokenised_key(config: Config, name: str) -> Any:

@@ -26,6 +26,11 @@ RewardComponent = Literal[
     "ground_score",
 ]
 
+COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited")
+"""Columns of a raw data set."""
+Place = Annotated[str, StringConstraints(pattern=r"^[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*$")]
+"""A place in a row of a raw data set: a column, then names of fields and numbers of items."""
+
 STAGE = "stage:"
 """Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft/<name>``,
 ``stage:shapes-policy``."""
@@ -66,7 +71,21 @@ class RawDataset(_Section):
         ..., "Where the pairs come from: `shapes` generates them, `parquet` reads them."
     )
     path: Path | None = _fixed(
-        None, "parquet: file with the columns example_id, instruction, original, edited and, if any, task, reasoning."
+        None, "parquet: a file, a folder of files, or a pattern such as `data/train-*.parquet` in a folder."
+    )
+    columns: dict[Literal[COLUMNS], Place | None] = _fixed(
+        dict,
+        "parquet: where instruction, original, edited (images), example_id, task and reasoning stand, by place in a "
+        "row: `src_img`, `prompts[0]`, `edit.text`; null: not there. What is left out has its own name; example_id, "
+        "task and reasoning may be missing. Without `edited`, rows are prompts to evaluate on, no examples to learn.",
+    )
+    keep_images: bool = _fixed(
+        True,
+        "Store the images, resized and lossless, beside their tokens; without, files take about a fiftieth of the room "
+        "and judges see the images that the tokens decode to.",
+    )
+    max_rejected_fraction: float = _fixed(
+        0.05, "parquet: share of the rows that may be unusable before tokenising stops.", ge=0, le=1
     )
     count: Positive | None = _fixed(None, "shapes: number of pairs.")
     seed: int | None = _fixed(None, "shapes: seed of the generator; give disjoint data sets different seeds.", ge=0)
@@ -77,14 +96,19 @@ class RawDataset(_Section):
     @model_validator(mode="after")
     def _source_has_its_fields(self) -> Self:
         needed, foreign = (
-            (("count", "seed"), ("path",)) if self.source == "shapes" else (("path",), ("count", "seed", "tasks"))
+            (("count", "seed"), ("path", "columns"))
+            if self.source == "shapes"
+            else (("path",), ("count", "seed", "tasks"))
         )
         for name in needed:
             if getattr(self, name) is None:
                 raise _wrong(name, f"is needed when source is `{self.source}`")
         for name in foreign:
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, {}):
                 raise _wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
+        for name in ("instruction", "original"):
+            if name in self.columns and self.columns[name] is None:
+                raise _wrong(f"columns.{name}", "is null, but every row needs one; name its place")
         return self
 
 

@@ -7,6 +7,9 @@ import numpy as np
 
 from earl.errors import EarlError
 
+CODEBOOK_SIZE = "codebook_size"
+"""Metadata of tokenised files: how many codes the vision tokenizer has."""
+
 
 @dataclass(frozen=True, eq=False)
 class Example:

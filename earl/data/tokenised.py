@@ -12,13 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from earl.data.example import Dataset, Example, grid
+from earl.data.example import CODEBOOK_SIZE, Dataset, Example, grid
 from earl.data.reference import ReferenceDataset
 from earl.errors import EarlError
 from earl.files import manifest, tables
 
-CODEBOOK_SIZE = "codebook_size"
-"""Metadata of tokenised files: how many codes the vision tokenizer has."""
 _HELD_BYTES = 64 * 2**20
 _IMAGES = ("original", "target")
 

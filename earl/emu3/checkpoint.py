@@ -49,8 +49,11 @@ def text_config(folder: Path | str) -> "Emu3TextConfig":
     """
     from earl.emu3.models import Emu3TextConfig
 
-    fields = _config(Path(folder))
-    config = Emu3TextConfig.from_dict(fields.get("text_config", fields))
+    fields = config_fields(Path(folder))
+    fields = dict(fields.get("text_config", fields))
+    # Where the code of a repository lies, which nothing here may run.
+    fields.pop("auto_map", None)
+    config = Emu3TextConfig.from_dict(fields)
     config.architectures = ["Emu3ForCausalLM"]
     return config
 
@@ -65,7 +68,7 @@ def check_policy(folder: Path | str) -> Vocabulary:
             configuration asks for, or a tokenizer that the model was not made for.
     """
     folder = _checked(folder)
-    fields = _config(folder)
+    fields = config_fields(folder)
     vocabulary = Vocabulary.from_folder(folder)
     _check_ids(folder, fields, vocabulary)
     _check_weights(folder, text_config(folder))
@@ -116,11 +119,33 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
     from earl.emu3.models import Emu3VQVAE
 
     folder = _checked(folder)
+    kind = config_fields(folder)["model_type"]
+    if kind != "emu3_vqgan":
+        raise EarlError(
+            f"{folder}: is of model_type {kind!r}, no Emu3VQVAE; `earl convert model` makes one from a published "
+            "checkpoint"
+        )
     try:
-        model = Emu3VQVAE.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        model, found = Emu3VQVAE.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise EarlError(f"{folder}: does not load as Emu3VQVAE ({error})") from error
+    # The library would give what is missing random values.
+    if found["missing_keys"]:
+        raise EarlError(f"{folder}: weight {min(found['missing_keys'])!r} is missing; copy the checkpoint again")
     return model.to(device).eval()
+
+
+def weights(folder: Path | str) -> Iterator[tuple[Path, str, "torch.Tensor"]]:
+    """Yield every weight of a checkpoint, one after the other: its file, its name, and itself.
+
+    Raises:
+        EarlError: when there are no safetensors, or a file is missing or damaged.
+    """
+    for path in _weight_files(Path(folder)):
+        for name, weight in _tensors(path):
+            yield path, name, weight
 
 
 def _checked(folder: Path | str) -> Path:
@@ -132,7 +157,12 @@ def _checked(folder: Path | str) -> Path:
     return folder
 
 
-def _config(folder: Path) -> dict:
+def config_fields(folder: Path) -> dict:
+    """Return the fields of a checkpoint's ``config.json``, of whatever Emu3 it holds.
+
+    Raises:
+        EarlError: when it cannot be read or is of another model.
+    """
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -174,16 +204,15 @@ def _check_weights(folder: Path, config: "Emu3TextConfig") -> None:
         wanted = {name: weight.shape for name, weight in Emu3ForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    for path in _weight_files(folder):
-        for name, weight in _tensors(path):
-            shape = wanted.pop(text_weight_name(name), weight.shape)
-            if shape != weight.shape:
-                raise EarlError(
-                    f"{path}: weight {name!r} has shape {list(weight.shape)} where {folder / 'config.json'} asks for "
-                    f"{list(shape)}; copy the checkpoint again"
-                )
-            if not weight.isfinite().all():
-                raise EarlError(f"{path}: weight {name!r} is not finite; go back to an earlier checkpoint")
+    for path, name, weight in weights(folder):
+        shape = wanted.pop(text_weight_name(name), weight.shape)
+        if shape != weight.shape:
+            raise EarlError(
+                f"{path}: weight {name!r} has shape {list(weight.shape)} where {folder / 'config.json'} asks for "
+                f"{list(shape)}; copy the checkpoint again"
+            )
+        if not weight.isfinite().all():
+            raise EarlError(f"{path}: weight {name!r} is not finite; go back to an earlier checkpoint")
     if wanted:
         raise EarlError(
             f"{folder}: weight {min(wanted)!r} is missing, {len(wanted)} of them in all; copy the checkpoint again"

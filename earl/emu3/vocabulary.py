@@ -1,5 +1,6 @@
 """The vocabulary: text ids, special ids and the block of visual ids, resolved from the tokenizer."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ class Vocabulary:
 
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise EarlError(f"{path}: does not exist; the folder needs the tokenizer of its policy beside the weights")
+            raise EarlError(
+                f"{path}: does not exist; the folder needs the tokenizer of its policy beside the weights. A published "
+                "checkpoint gets one by `earl convert model`"
+            )
         tokenizer = Tokenizer.from_file(str(path))
         roles = {role: tokenizer.token_to_id(name) for role, name in ROLES.items()}
         for role, token_id in roles.items():
@@ -87,6 +91,25 @@ class Vocabulary:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
         return self.text.decode(list(token_ids), skip_special_tokens=False)
+
+
+def write_tokenizer(tokenizer: "Tokenizer", folder: Path, longest: int) -> None:
+    """Write ``tokenizer.json``, and ``tokenizer_config.json`` with which transformers and vLLM load it.
+
+    Args:
+        tokenizer: Holds the tokens of `ROLES`.
+        folder: An existing folder.
+        longest: Longest sequence of its model, in tokens.
+    """
+    settings = {f"{role}_token": ROLES[role] for role in ("pad", "bos", "eos")}
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+        "clean_up_tokenization_spaces": False,
+    }
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _visual_block(tokenizer: "Tokenizer", path: Path) -> tuple[int, int]:

@@ -78,6 +78,36 @@ def folder(path: Path | str) -> Iterator[Path]:
         _replace_folder(temporary, Path(path))
 
 
+@contextmanager
+def resumable_folder(path: Path | str, made_from: str) -> Iterator[Path]:
+    """Yield a folder to fill that becomes ``path`` on success, and otherwise waits for the next writer of ``path``.
+
+    What an earlier writer left in it is kept only where it was made from the same; its files must appear atomically
+    themselves, so that each that is there is whole.
+
+    Args:
+        path: Where the folder appears once it is complete, replacing what was there.
+        made_from: Names all that the content depends on.
+
+    Raises:
+        EarlError: when the system refuses the write (disk full, no permission).
+    """
+    path = Path(path)
+    unfinished, note = (path.parent / f".{path.name}.{suffix}" for suffix in ("unfinished", "made-from"))
+    with _beside(path):
+        if not note.is_file() or note.read_text(encoding="utf-8") != made_from:
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            write_text(note, made_from)
+        unfinished.mkdir(exist_ok=True)
+        yield unfinished
+        for member in sorted(unfinished.rglob("*")):
+            _sync(member)
+        _sync(unfinished)
+        _replace_folder(unfinished, path)
+        note.unlink()
+
+
 def _replace_folder(source: Path, target: Path) -> None:
     if target.is_symlink() or target.is_file():
         target.unlink()

@@ -60,6 +60,15 @@ TOKENISED = _schema(
     pa.field("original", IMAGE),
     pa.field("target", IMAGE),
 )
+REJECTED = _schema(
+    "rejected rows",
+    _required("file", pa.string()),
+    _required("row", pa.int64()),
+    pa.field("example_id", pa.string()),
+    pa.field("column", pa.string()),
+    _required("reason", pa.string()),
+)
+"""Rows of a raw data set that could not be used: a few fixed words, then after a colon what was found there."""
 ROLLOUTS = _schema(
     "rollouts",
     _required("episode_id", pa.string()),

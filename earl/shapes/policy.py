@@ -6,7 +6,6 @@ so every stage reads it as it would read a published checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,6 @@ _SPECIAL = (
     "<|image start|>",
     "<|image end|>",
 )
-_ALIASES = {"pad_token": "pad", "bos_token": "bos", "eos_token": "eos"}
 
 
 def build_tokenizer() -> Tokenizer:
@@ -111,15 +109,7 @@ def write_policy(folder: Path | str, seed: int) -> None:
     """Write the starting policy: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, sealed."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
-    settings = {name: vocabulary.ROLES[role] for name, role in _ALIASES.items()}
-    settings |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": MAX_LENGTH,
-        "clean_up_tokenization_spaces": False,
-    }
     with atomic.folder(folder) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (temporary / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        vocabulary.write_tokenizer(tokenizer, temporary, MAX_LENGTH)
         manifest.seal(temporary)

@@ -1,28 +1,33 @@
 """Tokenise: raw image pairs to a folder of tokenised Parquet files, with the policy's vision tokenizer.
 
 Both images of a pair get the size of the original scaled to ``image_area``, so that the edit has the grid of the
-original; boxes in the reasoning text scale with it.
+original; boxes in the reasoning text scale with it. A row that cannot be used is written down with its reason, and a
+run that was killed goes on with the shards it has.
 """
 
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from earl import runtime
+from earl import code_version, runtime
 from earl.config.paths import resolve
-from earl.data.tokenised import CODEBOOK_SIZE
+from earl.data import pictures
+from earl.data.example import CODEBOOK_SIZE
+from earl.data.pictures import Rejected
+from earl.data.raw import RawRow, RawSource, Window
+from earl.data.shards import Reject, ShardWriter
 from earl.emu3 import checkpoint, vision
-from earl.errors import EarlError
 from earl.files import atomic, images, manifest, tables
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import Emu3VQVAE
 
     from earl.config.schema import Config
@@ -30,50 +35,82 @@ if TYPE_CHECKING:
 ROWS_PER_FILE = 1024
 # A reader of one row reads its group: few rows keep that cheap for images of 256 x 256 pixels.
 ROWS_PER_GROUP = 32
-_OPTIONAL = ("task", "reasoning")
+ROWS_AT_ONCE = 256
+"""Rows whose images are in memory together, from which batches of one shape are made."""
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A row that can be tokenised."""
+
+    row: RawRow
+    instruction: str
+    reasoning: list[dict[str, str]] | None
+    original: np.ndarray
+    edited: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a row cannot be, and the column that says so."""
+
+    column: str
+    reason: str
 
 
 def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     """Tokenise a raw data set.
 
     Args:
-        config: The run's resolved configuration: vision tokenizer and ``image_area``.
+        config: The run's resolved configuration: vision tokenizer, ``image_area``, and of the entry of this name in
+            ``raw_datasets`` where it has one: columns, whether images are kept, and how many rows may be rejected.
         dataset: The data set's name, which every row gets.
-        raw: Parquet file of schema `earl.files.tables.RAW` (``task`` and ``reasoning`` may be absent). A row may
-            have no edited image: it can be a prompt, but no example to fine-tune on.
-        out: The folder to write: 0000.parquet, ... of schema `earl.files.tables.TOKENISED`, sealed.
+        raw: Parquet file, folder of such files, or pattern (`earl.data.raw.RawSource`).
+        out: The folder to write (`earl.data.shards`).
 
     Raises:
-        EarlError: naming file, row and column, when the raw file is damaged or empty, an image does not decode, or
-            the reasoning is no JSON object of text; nothing is left behind then.
+        EarlError: naming file and column, when a raw file is damaged, lacks a column or is empty, or more rows are
+            rejected than may be. The shards that were written wait beside ``out`` then, for a run over the same
+            data with the same code and settings.
     """
     from tqdm import tqdm
 
-    total = _row_count(raw)
+    entry = config.raw_datasets.get(dataset)
+    source = RawSource(raw, entry.columns if entry else None)
+    keep_images = entry.keep_images if entry else True
     device = runtime.prepare(config)
     folder = resolve(config, config.vision_tokenizer_path)
     model = checkpoint.load_vision_tokenizer(folder, device)
-    codebook_size = model.config.codebook_size
     metadata = {
         "dataset": dataset,
-        CODEBOOK_SIZE: str(codebook_size),
+        CODEBOOK_SIZE: str(model.config.codebook_size),
         "image_area": str(config.image_area),
-        "raw_digest": manifest.digest_file(raw),
+        "raw_digest": source.digest,
         "vision_tokenizer_digest": manifest.digest_folder(folder),
     }
+    made_from = metadata | {
+        "code_version": code_version(),
+        "columns": source.places,
+        "cpu_threads": config.cpu_threads,
+        "device": str(device),
+        "keep_images": keep_images,
+    }
+    fraction = entry.max_rejected_fraction if entry else 0.0
     with (
-        atomic.folder(out) as temporary,
-        tqdm(total=total, desc=f"tokenise {dataset}", unit="pair", file=sys.stderr) as progress,
+        atomic.resumable_folder(out, json.dumps(made_from, sort_keys=True)) as unfinished,
+        tqdm(total=len(source), desc=f"tokenise {dataset}", unit="pair", file=sys.stderr) as progress,
+        ThreadPoolExecutor(config.cpu_threads) as pool,
     ):
-        for index, (first_row, rows) in enumerate(_read(raw)):
-            columns = _tokenised(rows, f"{raw}: row", first_row, dataset, config.image_area, model, progress)
-            file = temporary / f"{index:04d}.parquet"
-            tables.write_table(
-                file, tables.TOKENISED, columns, metadata, codebook_size - 1, rows_per_group=ROWS_PER_GROUP
-            )
-        manifest.seal(temporary)
+        writer = ShardWriter(unfinished, metadata, len(source), fraction, ROWS_PER_GROUP)
+        tokeniser = _Tokeniser(dataset, model, config.image_area, keep_images, pool)
+        for number, window in enumerate(source.windows(ROWS_PER_FILE)):
+            if not writer.is_done(number):
+                writer.write(number, *tokeniser.columns(source, window))
+            progress.update(window.rows)
+        writer.finish()
+    print(f"tokenise {dataset}: {writer.text()}", file=sys.stderr)
 
 
 def scaled_size(width: int, height: int, area: int, factor: int) -> tuple[int, int]:
@@ -100,77 +137,90 @@ def _scale_number(number: str, scale: float) -> str:
     return f"{value:.2f}" if "." in number else str(math.floor(value + 0.5))
 
 
-def _row_count(raw: Path) -> int:
-    with tables.open_table(raw) as source:
-        found = source.schema_arrow
-        wanted = [name for name in tables.RAW.names if name not in _OPTIONAL or name in found.names]
-        tables.check_columns(raw, found, tables.RAW, wanted)
-        if not source.metadata.num_rows:
-            raise EarlError(f"{raw}: the data set is empty; give a file with at least one row")
-        return source.metadata.num_rows
+class _Tokeniser:
+    """Makes the columns of a shard: threads decode images while the device encodes those before."""
+
+    def __init__(
+        self, dataset: str, model: "Emu3VQVAE", area: int, keep_images: bool, pool: ThreadPoolExecutor
+    ) -> None:
+        self._dataset = dataset
+        self._model = model
+        self._area = area
+        self._factor = 2 ** (len(model.config.channel_multiplier) - 1)
+        self._keep_images = keep_images
+        self._pool = pool
+
+    def columns(self, source: RawSource, window: Window) -> tuple[dict[str, list], list[Reject]]:
+        """Return the columns of a window's rows, and those of its rows that were rejected."""
+        columns: dict[str, list] = {name: [] for name in tables.TOKENISED.names}
+        rejects: list[Reject] = []
+        number = window.start
+        for part in _one_ahead(source.read(window, ROWS_AT_ONCE), self._submit):
+            pairs = []
+            for row, future in part:
+                found = future.result()
+                if isinstance(found, _Problem):
+                    rejects.append(Reject(window.file.name, number, row.example_id, found.column, found.reason))
+                else:
+                    pairs.append(found)
+                number += 1
+            self._add(columns, pairs)
+        return columns, rejects
+
+    def _submit(self, row: RawRow) -> "Future[_Pair | _Problem]":
+        return self._pool.submit(_prepared, row, self._area, self._factor)
+
+    def _add(self, columns: dict[str, list], pairs: list[_Pair]) -> None:
+        known = [pixels for pair in pairs for pixels in (pair.original, pair.edited) if pixels is not None]
+        tokens = iter(vision.encode(self._model, known))
+        for pair in pairs:
+            columns["original_tokens"].append(next(tokens).tolist())
+            columns["target_tokens"].append(None if pair.edited is None else next(tokens).tolist())
+        columns["dataset"] += [self._dataset] * len(pairs)
+        columns["example_id"] += [pair.row.example_id for pair in pairs]
+        columns["task"] += [pair.row.task for pair in pairs]
+        columns["instruction"] += [pair.instruction for pair in pairs]
+        columns["reasoning"] += [pair.reasoning for pair in pairs]
+        columns["original"] += [self._stored(pair, "original", pair.original) for pair in pairs]
+        columns["target"] += [self._stored(pair, "target", pair.edited) for pair in pairs]
+
+    def _stored(self, pair: _Pair, name: str, pixels: np.ndarray | None) -> dict[str, bytes | str] | None:
+        data = images.encode(pixels) if self._keep_images and pixels is not None else None
+        return images.struct(data, f"{pair.row.example_id}-{name}.png")
 
 
-def _read(raw: Path) -> Iterator[tuple[int, "pa.Table"]]:
-    """Yield the number of a first row and the rows from there on, as many as go into one file."""
-    import pyarrow as pa
-
-    with tables.open_table(raw) as source:
-        wanted = [name for name in tables.RAW.names if name in source.schema_arrow.names]
-        first_row = 0
-        try:
-            for batch in source.iter_batches(ROWS_PER_FILE, columns=wanted):
-                rows = pa.Table.from_batches([batch])
-                for name in wanted:
-                    tables.check_values(raw, tables.RAW.field(name), rows.column(name))
-                yield first_row, rows
-                first_row += len(rows)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise EarlError(f"{raw}: is damaged after row {first_row} ({error}); write or download it again") from error
+def _one_ahead(
+    parts: Iterator[list[RawRow]], submit: "Callable[[RawRow], Future]"
+) -> "Iterator[list[tuple[RawRow, Future]]]":
+    """Yield rows with what becomes of them, each part only when the one after it has been started."""
+    waiting: list[tuple[RawRow, Future]] = []
+    for part in parts:
+        started = [(row, submit(row)) for row in part]
+        yield waiting
+        waiting = started
+    yield waiting
 
 
-def _tokenised(
-    rows: "pa.Table", where: str, first_row: int, dataset: str, area: int, model: "Emu3VQVAE", progress: Any
-) -> dict[str, list]:
-    """Return the columns of one file."""
-    factor = 2 ** (len(model.config.channel_multiplier) - 1)
-    columns: dict[str, list] = {name: [] for name in tables.TOKENISED.names}
-    for start in range(0, len(rows), vision.BATCH):
-        pairs: list[tuple[np.ndarray, np.ndarray | None]] = []
-        part = rows.slice(start, vision.BATCH).to_pylist()
-        for offset, row in enumerate(part, start=first_row + start):
-            original, target, scale = _pair(row, f"{where} {offset}", area, factor)
-            pairs.append((original, target))
-            columns["reasoning"].append(_reasoning(row.get("reasoning"), scale, f"{where} {offset}"))
-        tokens = iter(vision.encode(model, [pixels for pair in pairs for pixels in pair if pixels is not None]))
-        for row, pair in zip(part, pairs, strict=True):
-            for name, pixels in zip(("original", "target"), pair, strict=True):
-                columns[f"{name}_tokens"].append(None if pixels is None else next(tokens).tolist())
-                data = None if pixels is None else images.encode(pixels)
-                columns[name].append(images.struct(data, f"{row['example_id']}-{name}.png"))
-        progress.update(len(part))
-    given = rows.to_pydict()
-    columns["dataset"] = [dataset] * len(rows)
-    columns["task"] = given.get("task", [None] * len(rows))
-    columns |= {name: given[name] for name in ("example_id", "instruction")}
-    return columns
-
-
-def _pair(
-    row: dict[str, Any], where: str, area: int, factor: int
-) -> tuple[np.ndarray, np.ndarray | None, tuple[float, float]]:
-    """Return original and edited image (if there is one) at the size to tokenise, and the scale of x and y."""
-    original = _decoded(row["original"], f"{where}, column 'original'")
-    edited = None if row.get("edited") is None else _decoded(row["edited"], f"{where}, column 'edited'")
+def _prepared(row: RawRow, area: int, factor: int) -> _Pair | _Problem:
+    """Decode, check and resize one row."""
+    column = "instruction"
+    try:
+        instruction = row.checked_instruction()
+        column = "reasoning"
+        reasoning = row.reasoning_pairs()
+        column = "original"
+        original = pictures.read(row.original)
+        column = "edited"
+        edited = pictures.read(row.edited) if row.has_edited else None
+    except Rejected as problem:
+        return _Problem(column, str(problem))
     height, width = original.shape[:2]
     size = scaled_size(width, height, area, factor)
     scale = (size[0] / width, size[1] / height)
-    return _resized(original, size), None if edited is None else _resized(edited, size), scale
-
-
-def _decoded(image: dict[str, Any], where: str) -> np.ndarray:
-    if image["bytes"] is None:
-        raise EarlError(f"{where}: the image has no bytes, only a path; write the bytes into the file")
-    return images.decode(image["bytes"], where)
+    if reasoning is not None:
+        reasoning = [{"key": key, "value": scale_boxes(text, *scale)} for key, text in reasoning]
+    edited = None if edited is None else _resized(edited, size)
+    return _Pair(row, instruction, reasoning, _resized(original, size), edited)
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -179,15 +229,3 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if pixels.shape[1::-1] == size:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-
-
-def _reasoning(text: str | None, scale: tuple[float, float], where: str) -> list[dict[str, str]] | None:
-    if text is None:
-        return None
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise EarlError(f"{where}, column 'reasoning': is not JSON ({error}); mend or remove the row") from error
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
-        raise EarlError(f"{where}, column 'reasoning': must be a JSON object of text; mend or remove the row")
-    return [{"key": key, "value": scale_boxes(value, *scale)} for key, value in values.items()]

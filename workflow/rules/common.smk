@@ -115,6 +115,12 @@ def shapes_options(w):
     return f"--count {raw.count} --seed {raw.seed}{tasks}"
 
 
+def raw_pairs(w):
+    """Return the raw file that is tokenised, or the user's folder or pattern of files."""
+    config = user_of(w, "tokenised").config
+    return paths.raw_file(config, shared_stage(w, "tokenised").name).as_posix()
+
+
 def datasets(run, references):
     """Return the files that stand for tokenised data sets."""
     return [

@@ -44,7 +44,8 @@ rule tokenise:
         earl=EARL,
         config=lambda w: user_of(w, "tokenised").run.config,
         dataset=lambda w: shared_stage(w, "tokenised").name,
+        raw=raw_pairs,
         out=subpath(output[0], parent=True),
     shell:
-        "{params.earl} tokenise --config {params.config} --dataset {params.dataset} --raw {input}"
+        "{params.earl} tokenise --config {params.config} --dataset {params.dataset} --raw {params.raw:q}"
         " --out {params.out} 2>&1 | tee {log}"

@@ -1,0 +1,270 @@
+"""Raw image pairs in Parquet files of any columns, as rows of one form.
+
+A mapping says where each of our columns stands: ``edited_prompt_list[0]`` is the first item of a list, ``a.b`` a field
+of a struct. Rows are counted through all files, in windows that never cross a file, so that a reader can begin
+anywhere.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from earl.data.pictures import Rejected
+from earl.errors import EarlError
+from earl.files import listing, tables
+
+COLUMNS = tuple(tables.RAW.names)
+OPTIONAL = ("example_id", "task", "reasoning")
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive rows of one file."""
+
+    file: Path
+    start: int
+    rows: int
+    row: int
+    """Number of the first row through all files."""
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One pair as it stands in the file; images are encoded, None where the file has no bytes."""
+
+    example_id: str
+    task: str | None
+    instruction: str | None
+    reasoning: str | dict | None
+    original: bytes | None
+    edited: bytes | None
+    has_edited: bool = True
+    """Whether the data set has edited images at all; one that has not can only be prompted with."""
+
+    def checked_instruction(self) -> str:
+        """Return the instruction.
+
+        Raises:
+            Rejected: when there is none.
+        """
+        if not self.instruction or not self.instruction.strip():
+            raise Rejected("no instruction")
+        return self.instruction
+
+    def reasoning_pairs(self) -> list[tuple[str, str]] | None:
+        """Return the (key, text) pairs of a JSON object or a struct.
+
+        Raises:
+            Rejected: when it is something else.
+        """
+        value = self.reasoning
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise Rejected(f"reasoning is not JSON: {error}") from error
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise Rejected("reasoning is no JSON object of text")
+        pairs = [(key, text) for key, text in value.items() if text is not None]
+        if not all(isinstance(text, str) for _, text in pairs):
+            raise Rejected("reasoning is no JSON object of text")
+        return pairs
+
+
+class RawSource:
+    """The files of a raw data set. Opening it reads their footers alone and checks their columns."""
+
+    def __init__(self, path: Path | str, columns: Mapping[str, str | None] | None = None) -> None:
+        """Check the files.
+
+        Args:
+            path: A Parquet file, a folder of them, or a pattern such as ``data/train-*.parquet``.
+            columns: Places of our columns; null for one that is not there. A column that is not named has its own
+                name, and of those only `OPTIONAL` ones may be missing.
+
+        Raises:
+            EarlError: naming file and column, when there is no file, one is damaged, or a column is missing or of a
+                type that cannot be what it should be.
+        """
+        self.path = Path(path)
+        self.files = listing.parquet_files(path)
+        self._given = dict(columns or {})
+        self._rows: list[int] = []
+        self.places: dict[str, str] = {}
+        for index, file in enumerate(self.files):
+            with tables.open_table(file) as source:
+                places = self._found(file, source.schema_arrow)
+                self._rows.append(source.metadata.num_rows)
+            if index and places != self.places:
+                raise EarlError(f"{file}: has other columns than {self.files[0]}; keep them in different data sets")
+            self.places = places
+        if not sum(self._rows):
+            raise EarlError(f"{path}: the data set is empty; give a file with at least one row")
+
+    def __len__(self) -> int:
+        return sum(self._rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the files' names, sizes and footers, where the size of everything in them stands."""
+        listing = [(file.name, file.stat().st_size, _footer_digest(file)) for file in self.files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+    def windows(self, rows: int) -> list[Window]:
+        """Cut the data set into windows of at most so many rows."""
+        cut, row = [], 0
+        for file, count in zip(self.files, self._rows, strict=True):
+            for start in range(0, count, rows):
+                cut.append(Window(file, start, min(rows, count - start), row + start))
+            row += count
+        return cut
+
+    def read(self, window: Window, rows: int) -> Iterator[list[RawRow]]:
+        """Yield the rows of a window in lists of at most so many.
+
+        Raises:
+            EarlError: when the file is damaged.
+        """
+        number = window.row
+        for table in _tables(window, sorted({_column(place) for place in self.places.values()}), rows):
+            part = [self._row(values, number + offset) for offset, values in enumerate(table.to_pylist())]
+            number += len(part)
+            yield part
+
+    def _found(self, file: Path, schema: pa.Schema) -> dict[str, str]:
+        """Return the places of the columns that a file has."""
+        places = {}
+        for name in COLUMNS:
+            place = self._given.get(name, name)
+            if place is None or (name in OPTIONAL and name not in self._given and name not in schema.names):
+                continue
+            kind = _type_at(schema, place)
+            if kind is None:
+                raise EarlError(f"{file}: column {place!r} ({name}) is missing; the file has {', '.join(schema.names)}")
+            if not _fits(name, kind):
+                raise EarlError(f"{file}: column {place!r} has type {kind}, which cannot be {name}")
+            places[name] = place
+        return places
+
+    def _row(self, values: dict[str, Any], number: int) -> RawRow:
+        found = {name: _value_at(values, place) for name, place in self.places.items()}
+        task, example_id = found.get("task"), found.get("example_id")
+        return RawRow(
+            example_id=str(number if example_id is None else example_id),
+            task=None if task is None else str(task),
+            instruction=found["instruction"],
+            reasoning=found.get("reasoning"),
+            original=_bytes(found["original"]),
+            edited=_bytes(found.get("edited")),
+            has_edited="edited" in found,
+        )
+
+
+def _footer_digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        stream.seek(-8, 2)
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(-8 - length, 2)
+        return hashlib.sha256(stream.read(length)).hexdigest()
+
+
+def _tables(window: Window, columns: list[str], rows: int) -> Iterator[pa.Table]:
+    """Yield the rows of a window as tables of ``rows`` rows, the last one of what is left."""
+    with tables.open_table(window.file) as source:
+        groups, skip = _groups_from(source, window.start)
+        held, left = [], window.rows
+        try:
+            for batch in source.iter_batches(rows, row_groups=groups, columns=columns):
+                if skip >= len(batch):
+                    skip -= len(batch)
+                    continue
+                held.append(batch.slice(skip))
+                skip = 0
+                while left and sum(map(len, held)) >= min(rows, left):
+                    table = pa.Table.from_batches(held)
+                    part = table.slice(0, min(rows, left))
+                    yield part
+                    left -= len(part)
+                    held = table.slice(len(part)).to_batches()
+                if not left:
+                    return
+        except (pa.ArrowInvalid, OSError) as error:
+            raise EarlError(
+                f"{window.file}: is damaged after row {window.start + window.rows - left} ({error}); download it again"
+            ) from error
+
+
+def _groups_from(source: pq.ParquetFile, row: int) -> tuple[list[int], int]:
+    """Return the row groups from the one on that holds a row, and how many rows in it come before."""
+    for index in range(source.num_row_groups):
+        rows = source.metadata.row_group(index).num_rows
+        if row < rows:
+            return list(range(index, source.num_row_groups)), row
+        row -= rows
+    return [], 0
+
+
+def _column(place: str) -> str:
+    return re.split(r"[.\[]", place, maxsplit=1)[0]
+
+
+def _steps(place: str) -> list[str | int]:
+    return [name or int(number) for name, number in _STEP.findall(place[len(_column(place)) :])]
+
+
+def _type_at(schema: pa.Schema, place: str) -> pa.DataType | None:
+    if _column(place) not in schema.names:
+        return None
+    kind = schema.field(_column(place)).type
+    for step in _steps(place):
+        if isinstance(step, int):
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                return None
+            kind = kind.value_type
+        else:
+            if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
+                return None
+            kind = kind.field(step).type
+    return kind
+
+
+def _fits(name: str, kind: pa.DataType) -> bool:
+    # A column in which every value is missing has no type of its own.
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    match name:
+        case "original" | "edited":
+            return binary or (pa.types.is_struct(kind) and _fits(name, _field_type(kind, "bytes")))
+        case "example_id" | "task":
+            return text or pa.types.is_integer(kind)
+        case "reasoning":
+            return text or (pa.types.is_struct(kind) and all(_fits("instruction", field.type) for field in kind))
+    return text
+
+
+def _field_type(kind: pa.StructType, name: str) -> pa.DataType:
+    return kind.field(name).type if kind.get_field_index(name) >= 0 else pa.null()
+
+
+def _value_at(values: dict[str, Any], place: str) -> Any:
+    value = values[_column(place)]
+    for step in _steps(place):
+        if value is None or (isinstance(step, int) and step >= len(value)):
+            return None
+        value = value[step]
+    return value
+
+
+def _bytes(value: Any) -> bytes | None:
+    return value.get("bytes") if isinstance(value, dict) else value
