@@ -18,6 +18,7 @@ from earl.files import atomic
 from earl.layout import Iteration, Run
 
 if TYPE_CHECKING:
+    from earl.config.schema import Config
     from earl.learner.episodes import Source
 
 
@@ -165,6 +166,20 @@ def _read(path: Path) -> dict[str, Any]:
         raise EarlError(f"{path}: is missing, so there is no such iteration to replay; replay fewer") from error
     except (OSError, ValueError) as error:
         raise EarlError(f"{path}: cannot be read ({error}); `earl verify` shows the state of the run") from error
+
+
+def check_support(config: "Config") -> None:
+    """Refuse an objective that needs to know what top_k and top_p had left to the policy that sampled.
+
+    Raises:
+        EarlError: log-probs are over what the sampler drew from, which another policy's logits do not tell.
+    """
+    truncated = config.top_k > 0 or config.top_p < 1
+    if truncated and config.resolved_logprob_support == "sampled":
+        raise EarlError(
+            "logprob_support is `sampled`, but what top_k and top_p had left is found from the policy that sampled, "
+            "and the replayed one is another; replay with --set logprob_support=split_vocab"
+        )
 
 
 def off_policy(run: Run, last: int) -> list[int]:

@@ -182,3 +182,11 @@ def test_curves_by_hand():
     ]
     titles = [(each["title"], [len(line.x) for line in each["lines"]]) for each in curves.drawn([a, b], palette=6)]
     assert titles == [("Training reward", [2, 1]), ("KL to the reference", [2, 1])]
+
+
+def test_what_only_the_sampler_knows_is_not_made_up(small_config):
+    truncated = {"top_k": 5, "logprob_support": "sampled"}
+    with pytest.raises(EarlError, match="replay with --set logprob_support=split_vocab"):
+        replays.check_support(small_config("x", **truncated))
+    replays.check_support(small_config("x", logprob_support="sampled"))
+    replays.check_support(small_config("x", **truncated | {"logprob_support": "split_vocab"}))

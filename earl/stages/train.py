@@ -63,6 +63,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     reference = _load_reference(config, files, device)
     settings = _settings(config, iteration, vocabulary)
     if stored.off_policy:
+        replays.check_support(config)
         log.info("train: iteration %d is of another policy's episodes, so parity_tolerance is not applied", iteration)
         settings = replace(settings, parity_tolerance=None)
     started = time.monotonic()
