@@ -96,7 +96,10 @@ def compare(entries: Sequence[Entry], published: bool = False) -> dict[str, Any]
     labels = [entry.label for entry in entries]
     if len(set(labels)) < len(labels):
         raise EarlError(f"--run: two runs have one name ({', '.join(labels)}); rename a folder, or leave one out")
-    columns = list(dict.fromkeys(name for entry in entries for name in entry.summaries))
+    told = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    ours = dict.fromkeys(name for entry in entries for name in entry.summaries)
+    # Those of the published table in its order, then the others.
+    columns = [*(name for name in told["columns"] if name in ours), *(n for n in ours if n not in told["columns"])]
     return {
         "measure": MAIN,
         "columns": columns,
@@ -104,7 +107,7 @@ def compare(entries: Sequence[Entry], published: bool = False) -> dict[str, Any]
         "baseline": labels[0],
         "changes": {entry.label: _changes(entries[0], entry) for entry in entries[1:]},
         "notes": _notes(entries, columns),
-        "published": json.loads(PUBLISHED.read_text(encoding="utf-8")) if published else None,
+        "published": told if published else None,
     }
 
 
