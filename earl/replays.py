@@ -8,6 +8,7 @@ come from the very policy that it trains: from the second iteration on, those of
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,15 @@ from earl import runs
 from earl.errors import EarlError
 from earl.files import atomic
 from earl.layout import Iteration, Run
+from earl.learner.rewards import SUB_SCORES
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
     from earl.learner.episodes import Source
+
+
+OF_EPISODES = ("reward_", "completion_length", "zero_std_", "failed_", "no_image_", *SUB_SCORES, "ground_score")
+"""What the names of metrics begin with that describe episodes, whatever policy is trained on them."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,19 @@ def check_support(config: "Config") -> None:
         )
 
 
+def is_on_policy(metrics: Mapping[str, Any]) -> bool:
+    """Return whether, as metrics.json says, the policy that was trained had sampled its episodes itself."""
+    inputs = metrics.get("inputs", {})
+    return inputs.get("sampled_by", inputs.get("policy")) == inputs.get("policy")
+
+
+def own(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics without those of episodes that another policy sampled than the one that was trained."""
+    if is_on_policy(metrics):
+        return dict(metrics)
+    return {name: value for name, value in metrics.items() if not name.startswith(OF_EPISODES)}
+
+
 def off_policy(run: Run, last: int) -> list[int]:
     """Return the iterations, up to ``last``, whose episodes other policies sampled, as `metrics.json` says."""
-    inputs = {index: _read(run.iteration(index).metrics)["inputs"] for index in range(1, last + 1)}
-    return [index for index, of in inputs.items() if of.get("sampled_by", of["policy"]) != of["policy"]]
+    return [index for index in range(1, last + 1) if not is_on_policy(_read(run.iteration(index).metrics))]

@@ -190,3 +190,9 @@ def test_what_only_the_sampler_knows_is_not_made_up(small_config):
         replays.check_support(small_config("x", **truncated))
     replays.check_support(small_config("x", logprob_support="sampled"))
     replays.check_support(small_config("x", **truncated | {"logprob_support": "split_vocab"}))
+
+
+def test_a_report_shows_no_rewards_of_other_policies():
+    row = {"iteration": 2, "kl": 0.1, "reward_mean": 3.0, "overedit_mean": 2.0, "failed_fraction": 0.0}
+    assert replays.own(row | {"inputs": {"policy": "p", "sampled_by": "p"}})["reward_mean"] == 3.0
+    assert set(replays.own(row | {"inputs": {"policy": "p", "sampled_by": "q"}})) == {"iteration", "kl", "inputs"}

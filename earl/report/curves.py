@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from earl import replays
 from earl.errors import EarlError
 from earl.layout import Run
 from earl.report import charts
@@ -23,8 +24,6 @@ MEASURES = {
     "effective_sample_size": ("Effective sample size", "of the importance ratios; 1 where policy and sampler agree"),
     "corrected_fraction": ("Corrected tokens", "fraction truncated or left out by sampler_correction"),
 }
-OF_ANY = frozenset(MEASURES) - {"reward_mean"}
-"""Measures that say something of the policy whoever sampled the episodes."""
 MOST_ROWS = 25
 """Iterations that the table for terminals shows, at most; the charts have all."""
 
@@ -38,18 +37,12 @@ class Curves:
 
     def values(self, measure: str) -> dict[int, float]:
         """Return the known values of a measure by iteration."""
-        known = {row["iteration"]: row.get(measure) for row in self.metrics if measure in OF_ANY or is_own(row)}
+        known = {row["iteration"]: replays.own(row).get(measure) for row in self.metrics}
         return {index: value for index, value in known.items() if value is not None}
 
     def until(self, last: int) -> "Curves":
         """Return the iterations up to ``last``."""
         return Curves(self.label, [row for row in self.metrics if row["iteration"] <= last])
-
-
-def is_own(metrics: dict[str, Any]) -> bool:
-    """Return whether the policy that was trained had sampled its episodes itself."""
-    inputs = metrics.get("inputs", {})
-    return inputs.get("sampled_by", inputs.get("policy")) == inputs.get("policy")
 
 
 def read(run: Path, label: str) -> Curves:
