@@ -102,6 +102,22 @@ def convert_model(
     published.convert(published.located(source, revision), out, tokenizer_from, vision)
 
 
+@convert_app.command("data")
+def convert_data(
+    listing: Annotated[Path, typer.Argument(help="The tokenized_datalist.json of a pre-tokenised data set.")],
+    out: Output,
+    codebook_size: Annotated[int, typer.Option(min=1, help="Codes of its vision tokenizer.")] = 32768,
+    dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default its folder's.")] = None,
+    max_rejected_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the archives that may be unusable.")
+    ] = 0.0,
+) -> None:
+    """Write pre-tokenised .pth archives as tokenised Parquet shards, every token id checked."""
+    from earl.stages import convert as stage
+
+    stage.run(listing, out, codebook_size, dataset, max_rejected_fraction)
+
+
 @judge_app.command("check")
 def judge_check(
     config: ConfigFile,

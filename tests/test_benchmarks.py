@@ -128,5 +128,5 @@ def test_without_training_there_need_be_no_training_data(config):
         load.changed(config, {"num_iterations": 1})
     with pytest.raises(EarlError, match=r"val_paths_file is empty, but evaluations draw .*: more"):
         load.changed(config, {"evaluations.more": {"prompts": 3}})
-    with pytest.raises(EarlError, match=r"columns\.original is null, but every row needs one"):
+    with pytest.raises(EarlError, match=r"columns says that there is no original, which every row needs"):
         load.changed(config, {"raw_datasets.emuedit.columns.original": None})

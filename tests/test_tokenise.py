@@ -177,9 +177,10 @@ class TestRejects:
         raw.write_bytes(content[:-100])
         with pytest.raises(EarlError, match=r"raw\.parquet: is not a complete Parquet file"):
             tokenise.run(demo(), "d", raw, tmp_path / "out")
-        column = pq.read_metadata(write_raw(raw, raw_columns(9))).row_group(0).column(4)
+        column = pq.read_metadata(write_raw(raw, raw_columns(9))).row_group(0).column(2)
         damaged = bytearray(raw.read_bytes())
-        damaged[column.dictionary_page_offset + column.total_compressed_size // 2] ^= 0xFF
+        # The end of the page that says which rows have which instruction.
+        damaged[column.dictionary_page_offset + column.total_compressed_size - 3] ^= 0xFF
         raw.write_bytes(damaged)
         with pytest.raises(EarlError, match=r"raw\.parquet: is damaged after row 0"):
             tokenise.run(demo(), "d", raw, tmp_path / "out")
@@ -353,6 +354,20 @@ def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
     assert left == right
     assert sorted(left) == [*(f"000{i}.parquet" for i in range(4)), "manifest.json", "summary.json"]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "part"),
+    [
+        ({"original": None}, "field raw_datasets.d.columns says that there is no original"),
+        ({"picture": "a"}, "raw_datasets.d.columns.picture"),
+        ({"original": "a[x]"}, "raw_datasets.d.columns.original"),
+    ],
+)
+def test_a_mapping_that_cannot_be_is_an_error_of_the_configuration(columns: dict, part: str) -> None:
+    with pytest.raises(EarlError) as error:
+        parquet(Path("a.parquet"), columns=columns)
+    assert part in str(error.value)
 
 
 def test_shards_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

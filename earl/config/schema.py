@@ -107,8 +107,8 @@ class RawDataset(_Section):
             if getattr(self, name) not in (None, {}):
                 raise _wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
         for name in ("instruction", "original"):
-            if name in self.columns and self.columns[name] is None:
-                raise _wrong(f"columns.{name}", "is null, but every row needs one; name its place")
+            if self.columns.get(name, name) is None:
+                raise _wrong("columns", f"says that there is no {name}, which every row needs; say where it stands")
         return self
 
 

@@ -41,6 +41,10 @@ class ReferenceDataset:
     def __len__(self) -> int:
         return len(self._names)
 
+    def file(self, row: int) -> Path:
+        """Return the file that holds a row."""
+        return self._folder / self._names[row]
+
     def __getitem__(self, row: int) -> Example:
         """Read one example.
 
@@ -51,7 +55,7 @@ class ReferenceDataset:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
-        path = self._folder / self._names[row]
+        path = self.file(row)
         values = load_pickled(path)
         tokens = {}
         for name in ("original_image", "edited_image"):

@@ -6,11 +6,12 @@ Rows are read by row group, and a few groups are held; so millions of rows with 
 import bisect
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from earl.data.example import CODEBOOK_SIZE, Dataset, Example, grid
 from earl.data.reference import ReferenceDataset
@@ -18,7 +19,10 @@ from earl.errors import EarlError
 from earl.files import manifest, tables
 
 _HELD_BYTES = 64 * 2**20
+_OPEN_FILES = 64
+_GRIDS = ("original_tokens", "target_tokens")
 _IMAGES = ("original", "target")
+_TEXTS = ("dataset", "example_id", "task", "instruction", "reasoning")
 
 __all__ = ["CODEBOOK_SIZE", "Example", "TokenisedDataset", "open_dataset"]
 
@@ -74,7 +78,9 @@ class TokenisedDataset:
         if not len(self):
             raise EarlError(f"{path}: the data set is empty; leave it out, or tokenise data with at least one row")
         self.name = metadata.get("dataset", path.stem)
-        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._held: OrderedDict[int, _Rows] = OrderedDict()
+        self._held_bytes = 0
+        self._open: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -89,10 +95,7 @@ class TokenisedDataset:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
         index = bisect.bisect_right(self._ends, row)
-        group = self._groups[index]
-        within = row - (self._ends[index] - group.rows)
-        values = self._table(index).slice(within, 1).to_pylist()[0]
-        return self._example(values, f"{group.file}: row {group.start + within}")
+        return self._rows(index).example(row - (self._ends[index] - self._groups[index].rows))
 
     def _check_codebook(self, file: Path, metadata: dict[str, str]) -> None:
         stated = metadata.get(CODEBOOK_SIZE)
@@ -108,36 +111,88 @@ class TokenisedDataset:
                 "tokenise the data with the vision tokenizer of the policy"
             )
 
-    def _table(self, index: int) -> pa.Table:
+    def _rows(self, index: int) -> "_Rows":
         """Return a row group, held from an earlier call or read."""
         if index in self._held:
             self._held.move_to_end(index)
             return self._held[index]
         group = self._groups[index]
-        self._held[index] = tables.read_group(group.file, tables.TOKENISED, self._columns, group.index)
-        while len(self._held) > 1 and sum(table.nbytes for table in self._held.values()) > _HELD_BYTES:
-            self._held.popitem(last=False)
+        table = tables.read_group(group.file, self._source(group.file), tables.TOKENISED, self._columns, group.index)
+        self._held[index] = _Rows(table, group, self._codebook_size)
+        self._held_bytes += self._held[index].nbytes
+        while len(self._held) > 1 and self._held_bytes > _HELD_BYTES:
+            self._held_bytes -= self._held.popitem(last=False)[1].nbytes
         return self._held[index]
 
-    def _example(self, values: dict[str, Any], where: str) -> Example:
-        def tokens(column: str) -> Any:
-            return grid(values[column], f"{where}, column {column!r}", self._codebook_size)
+    def _source(self, file: Path) -> pq.ParquetFile:
+        """Return an open file, whose footer takes longer to read than a row group."""
+        if file not in self._open:
+            self._open[file] = tables.open_table(file)
+        self._open.move_to_end(file)
+        while len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return self._open[file]
 
-        def image(column: str) -> bytes | None:
-            return (values.get(column) or {}).get("bytes")
 
-        reasoning = values["reasoning"]
-        return Example(
-            dataset=values["dataset"],
-            example_id=values["example_id"],
-            task=values["task"],
-            instruction=values["instruction"],
-            reasoning=None if reasoning is None else [(item["key"], item["value"]) for item in reasoning],
-            original_tokens=tokens("original_tokens"),
-            target_tokens=None if values["target_tokens"] is None else tokens("target_tokens"),
-            original=image("original"),
-            target=image("target"),
-        )
+class _Rows:
+    """A row group in the form that rows are handed out from."""
+
+    def __init__(self, table: pa.Table, group: _Group, codebook_size: int | None) -> None:
+        self.nbytes = table.nbytes
+        self._texts = [table.column(name).to_pylist() for name in _TEXTS]
+        self._grids = [_Grids(table.column(name).combine_chunks(), name, group, codebook_size) for name in _GRIDS]
+        present = [name in table.column_names and table.column(name).null_count < len(table) for name in _IMAGES]
+        self._images = [table.column(name) if here else None for name, here in zip(_IMAGES, present, strict=True)]
+
+    def example(self, row: int) -> Example:
+        dataset, example_id, task, instruction, reasoning = (column[row] for column in self._texts)
+        pairs = None if reasoning is None else [(item["key"], item["value"]) for item in reasoning]
+        tokens = (grids.row(row) for grids in self._grids)
+        pictures = (None if column is None else (column[row].as_py() or {}).get("bytes") for column in self._images)
+        return Example(dataset, example_id, task, instruction, pairs, *tokens, *pictures)
+
+
+class _Grids:
+    """A column of lists of rows of tokens. Where all have one shape, they are checked together."""
+
+    def __init__(self, column: pa.ListArray, name: str, group: _Group, codebook_size: int | None) -> None:
+        self._name = name
+        self._group = group
+        self._codebook_size = codebook_size
+        # A data set may know no targets.
+        self._known = column.is_valid().to_numpy(zero_copy_only=False)
+        lines = column.values
+        self._lines = column.offsets.to_numpy()
+        self._places = lines.offsets.to_numpy()
+        self._tokens = lines.values.to_numpy(zero_copy_only=False)
+        self._whole = self._stacked()
+        if self._whole is not None:
+            limit = np.inf if codebook_size is None else codebook_size
+            self._sound = (self._whole.min(axis=(1, 2)) >= 0) & (self._whole.max(axis=(1, 2)) < limit)
+
+    def row(self, index: int) -> np.ndarray | None:
+        if not self._known[index]:
+            return None
+        if self._whole is not None and self._sound[index]:
+            return self._whole[index].astype(np.int64)
+        where = f"{self._group.file}: row {self._group.start + index}, column {self._name!r}"
+        return grid(self._listed(index), where, self._codebook_size)
+
+    def _stacked(self) -> np.ndarray | None:
+        """Return the stored integers [rows, H, W], or None where shapes differ or there are no integers."""
+        heights = np.diff(self._lines)
+        widths = np.diff(self._places[self._lines[0] : self._lines[-1] + 1])
+        one_shape = len(widths) and widths[0] and (heights == heights[0]).all() and (widths == widths[0]).all()
+        if not one_shape or self._tokens.dtype.kind not in "iu":
+            return None
+        tokens = self._tokens[self._places[self._lines[0]] : self._places[self._lines[-1]]]
+        return tokens.reshape(len(heights), heights[0], widths[0])
+
+    def _listed(self, index: int) -> object:
+        """Return an array [H, W], or a list where lines differ in length."""
+        places = self._places[self._lines[index] : self._lines[index + 1] + 1]
+        lines = [self._tokens[start:end] for start, end in pairwise(places)]
+        return np.stack(lines) if len({len(line) for line in lines}) == 1 else lines
 
 
 def _members(path: Path) -> list[Path]:

@@ -113,7 +113,9 @@ def parse_completion(token_ids: Sequence[int], vocabulary: Vocabulary) -> np.nda
         return None
     rows = body.reshape(height, -1)
     visual, line_ends = rows[:, :-1], rows[:, -1]
-    if (line_ends != vocabulary.eol).any() or (visual < vocabulary.first_visual).any():
+    # A model may have more ids than its tokenizer; those are no image either.
+    is_visual = (visual >= vocabulary.first_visual) & (visual < vocabulary.size)
+    if (line_ends != vocabulary.eol).any() or not is_visual.all():
         return None
     return visual - vocabulary.first_visual
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ROWS_PER_FILE = 1024
 # A reader of one row reads its group: few rows keep that cheap for images of 256 x 256 pixels.
 ROWS_PER_GROUP = 32
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 128
 """Rows whose images are in memory together, from which batches of one shape are made."""
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
@@ -87,7 +87,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
         "dataset": dataset,
         CODEBOOK_SIZE: str(model.config.codebook_size),
         "image_area": str(config.image_area),
-        "raw_digest": source.digest,
+        "raw_footers_digest": source.footers_digest,
         "vision_tokenizer_digest": manifest.digest_folder(folder),
     }
     made_from = metadata | {
@@ -96,6 +96,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
         "cpu_threads": config.cpu_threads,
         "device": str(device),
         "keep_images": keep_images,
+        "raw_times": source.times,
     }
     fraction = entry.max_rejected_fraction if entry else 0.0
     with (
