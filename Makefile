@@ -1,4 +1,5 @@
 # make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch|vllm] [CONFIG=config/demo.jsonnet] [SET=field=value,...]
+# make matrix [ITERATIONS=n] [SET=field=value,...]: the ten experiments in the shapes world, and one page of them all
 # make test | make lint | make venv
 #
 # Needs Python 3.11 or newer with pip, make and git. The first target that needs it makes .venv and installs into it.
@@ -23,14 +24,27 @@ empty :=
 space := $(empty) $(empty)
 OVERRIDES = run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) $(if $(ENGINE),engine=$(ENGINE)) $(SET)
 
-.PHONY: demo test lint venv
+# In the order of the paper; changes in the comparison are from the first.
+MATRIX := sft_s__rl_s sft_s__rl_c sft_s__rl_sc sft_sc__rl_c sft_sc__rl_sc sft_sc2stage__rl_c sft_sc2stage__rl_sc \
+  sft_think_s__rl_s sft_think_s__rl_c sft_think_s__rl_sc
+# Small, for ten experiments on one machine: the demo's batches of 256 episodes would take four times as long.
+MATRIX_OVERRIDES = num_iterations=$(or $(ITERATIONS),3) episodes_per_iteration=64 rollout_shards=1 $(SET)
+listed = $(subst $(space),$(comma),$(strip $(1)))
+
+.PHONY: demo matrix test lint venv
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED) $(if $(filter vllm,$(ENGINE)),$(WITH_VLLM))
 	@$(BIN)/python -m snakemake --profile profiles/local --quiet host reason rules \
-	  --config experiment=$(CONFIG) 'set=$(subst $(space),$(comma),$(strip $(OVERRIDES)))'
+	  --config experiment=$(CONFIG) 'set=$(call listed,$(OVERRIDES))'
 	@$(BIN)/python -m earl status --run runs/$(RUN)
 	@echo "Report: $(CURDIR)/runs/$(RUN)/report.html"
+
+matrix: $(INSTALLED)
+	@$(BIN)/python -m snakemake --profile profiles/local --quiet host reason rules \
+	  --config experiment=$(call listed,$(MATRIX:%=config/shapes/%.jsonnet)) 'set=$(call listed,$(MATRIX_OVERRIDES))'
+	@$(BIN)/python -m earl compare $(MATRIX:%=--run runs/shapes_%) --published --out runs/matrix.html
+	@echo "Comparison: $(CURDIR)/runs/matrix.html"
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

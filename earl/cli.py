@@ -249,6 +249,41 @@ def restore(run: RunFolder, iteration: IterationIndex) -> None:
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Option("--run", help="The run whose rollouts and scores to train on.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new run, beside the other; its name is the run's.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train again over a run's stored rollouts and scores with another learner, and compare the curves."""
+    from earl.config.load import parse_overrides
+    from earl.report import curves
+    from earl.stages import replay as stage
+
+    replayed = stage.run(run, out, parse_overrides(overrides or []))
+    typer.echo("\n".join([curves.table(replayed.curves()), "", *replayed.notes(), f"charts: {replayed.page}"]))
+
+
+@app.command()
+def rescore(
+    run: RunFolder,
+    name: Annotated[str, typer.Option(help="Name of the results' folder, <run>/rescored/<name>.")],
+    overrides: Overrides = None,
+    iterations: Annotated[
+        list[int] | None, typer.Option("--iteration", min=0, help="Only this iteration; may be repeated.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation's rollouts; may be repeated.")
+    ] = None,
+) -> None:
+    """Ask another judge about a run's stored rollouts, and print how far the two agree."""
+    from earl.config.load import parse_overrides
+    from earl.stages import rescore as stage
+
+    found = stage.run(run, name, parse_overrides(overrides or []), iterations or (), evaluations or ())
+    typer.echo(stage.text(found))
+
+
+@app.command()
 def evaluate(
     config: ConfigFile,
     name: Annotated[str, typer.Option(help="Name of the evaluation.")],
@@ -262,6 +297,24 @@ def evaluate(
     from earl.stages import evaluate as stage
 
     stage.run(read(config), name, iteration, rollouts, scores, out)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Option("--run", help="A run's folder, <folder>@<iteration> for another than its newest policy."),
+    ],
+    out: Output,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation; may be repeated.")
+    ] = None,
+    published: Annotated[bool, typer.Option(help="Show the published rows too, marked as such.")] = False,
+) -> None:
+    """Compare evaluations and training of several runs on one page; changes are from the first."""
+    from earl.stages import compare as stage
+
+    typer.echo(stage.run(runs, out, evaluations or (), published))
 
 
 @app.command()

@@ -8,6 +8,7 @@
     <run>/iterations/000012/train/{episodes.parquet,metrics.json,performance.json}
     <run>/iterations/000012/{policy,trainer}/
     <run>/evaluations/<name>/000012{.rollouts,.scores,}.parquet and 000012.json
+    <run>/rescored/<name>/{iterations,evaluations}/... the same, and agreement.json
     <run>/report.html
 
 Iteration ``i`` samples from the policy of iteration ``i - 1`` and writes policy ``i``; iteration 0 holds the

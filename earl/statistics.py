@@ -4,8 +4,9 @@ The unit that is drawn again is the prompt, never the episode: several samples o
 because they share its difficulty and would make an interval too narrow.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 from statistics import fmean
 
 import numpy as np
@@ -55,6 +56,17 @@ def bootstrap(values: Iterable[float], resamples: int = RESAMPLES, confidence: f
     )
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(sample.mean()), float(low), float(high), len(sample))
+
+
+def expected_best(values: Sequence[float], count: int) -> float:
+    """Expected largest of ``count`` of the values, drawn without putting back: 1 <= count <= len(values).
+
+    Of n values in ascending order, the i-th (from 1) is the largest of a draw in C(i - 1, count - 1) of C(n, count)
+    cases.
+    """
+    ordered = sorted(values)
+    cases = [comb(place, count - 1) for place in range(len(ordered))]
+    return sum(case * value for case, value in zip(cases, ordered, strict=True)) / comb(len(ordered), count)
 
 
 def _portions(total: int, size: int) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import code_version, runs
+from earl import code_version, replays, runs
 from earl.config.freeze import config_digest
 from earl.config.load import read as read_config
 from earl.errors import EarlError
@@ -80,7 +80,7 @@ def verify(run: Run, deep: bool = False) -> Verification:
     _check_evaluations(run, current, trained, found)
     if deep:
         for index, metrics in trained.items():
-            _check_files(run.iteration(index), metrics, found)
+            _check_files(run, index, metrics, found)
     return found
 
 
@@ -202,14 +202,15 @@ def _check_summary(evaluation: Evaluation, digest: str, found: Verification) -> 
         )
 
 
-def _check_files(iteration: Iteration, metrics: dict[str, Any], found: Verification) -> None:
+def _check_files(run: Run, index: int, metrics: dict[str, Any], found: Verification) -> None:
     """Compare the files of an iteration with the digests that its training recorded."""
-    for kind, path_of in (("rollouts", iteration.rollouts), ("scores", iteration.scores)):
+    iteration, stored = run.iteration(index), replays.iteration_of(run, index)
+    for kind, path_of in (("rollouts", stored.rollouts), ("scores", stored.scores)):
         for shard, digest in enumerate(metrics["inputs"][kind]):
             _check_digest(path_of(shard), digest, iteration.index, found)
             found.files += 1
     for shard in range(len(metrics["inputs"]["rollouts"])):
-        _check_metadata(iteration.rollouts(shard), metrics, found)
+        _check_metadata(stored.rollouts(shard), metrics, found)
     for folder in (iteration.policy, iteration.trainer):
         if folder.is_dir():
             try:
@@ -238,7 +239,10 @@ def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) ->
     except EarlError as error:
         found.add(path, str(error))
         return
-    for key, expected in (("policy_digest", metrics["inputs"]["policy"]), ("config_digest", metrics["config_digest"])):
+    expectations = {"policy_digest": metrics["inputs"]["policy"], "config_digest": metrics["config_digest"]}
+    if "sampled_by" in metrics["inputs"]:  # a replay, by another configuration than the rollouts it is of
+        expectations = {"policy_digest": metrics["inputs"]["sampled_by"]}
+    for key, expected in expectations.items():
         if told.get(key) != expected:
             found.add(path, f"its {key} is {str(told.get(key))[:12]}, but training recorded {str(expected)[:12]}")
 

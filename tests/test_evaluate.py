@@ -150,3 +150,33 @@ def test_a_shift_of_all_values_shifts_the_interval(values, shift):
     assert plain.low <= plain.high
     for end in ("mean", "low", "high"):
         assert getattr(moved, end) == pytest.approx(getattr(plain, end) + shift)
+
+
+def test_the_two_parts_of_viescore_stand_beside_it(tmp_path, config):
+    rows, summary = run(tmp_path, EPISODES, config)
+    assert [row["semantic_consistency"] for row in rows] == [4.0, 8.0, None, None]
+    assert [row["perceptual_quality"] for row in rows] == [9.0, 8.0, None, None]
+    assert (summary["semantic_consistency"]["mean"], summary["semantic_consistency"]["std"]) == (6.0, 2.0)
+
+
+def test_expected_best_by_hand():
+    """Of 1, 3, 8 two can be drawn in three ways: best of them 3, 8, 8."""
+    assert statistics.expected_best([8, 1, 3], 1) == pytest.approx(4)
+    assert statistics.expected_best([8, 1, 3], 2) == pytest.approx(19 / 3)
+    assert statistics.expected_best([8, 1, 3], 3) == 8
+
+
+def test_best_of_n_by_hand(tmp_path, config):
+    """Rewards 1, 3, 8 of prompt 0; 2, 4 and a failed judgement of prompt 1, which has no best of three."""
+    rewards = [(0, 1.0), (0, 3.0), (0, 8.0), (1, 2.0), (1, 4.0), (1, None)]
+    rows = [
+        episode(prompt, reward, sample=i, status="ok" if reward else "failed")
+        for i, (prompt, reward) in enumerate(rewards)
+    ]
+    _, summary = run(tmp_path, rows, config)
+    best = summary["best_of"]
+    assert list(best) == ["1", "2", "3"]
+    assert [best[k]["n"] for k in best] == [2, 2, 1]
+    assert [best[k]["mean"] for k in best] == pytest.approx([(4 + 3) / 2, (19 / 3 + 4) / 2, 8])
+    _, summary = run(tmp_path, EPISODES[1:], config)
+    assert summary["best_of"] == {}, "one sample a prompt"

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import scipy.stats
 
 from earl.config import freeze
 from earl.config.schema import JudgeGate
@@ -97,12 +96,6 @@ def test_a_judge_that_scores_all_alike_is_half_right_and_has_no_correlation():
 def test_nothing_to_compare_is_an_error_with_the_reasons():
     with pytest.raises(EarlError, match=r"1 of 2 judgements failed\n  no words"):
         check.measure(ranked(0, 1), gave(1, None), "viescore")
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_spearman_is_scipys(seed):
-    a, b = np.random.default_rng(seed).integers(0, 5, (2, 12))
-    assert check.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
 
 
 def test_costs_count_what_is_shared_once():

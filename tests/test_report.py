@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from earl.errors import EarlError
 from earl.files import images
-from earl.report import charts, contents, gallery, page
+from earl.report import charts, contents, gallery, page, reasoning
 from earl.stages import report
 
 GREEDY, SAMPLED = "heldout_greedy", "heldout"
@@ -328,3 +328,35 @@ def test_points_without_a_value_are_left_out():
     drawn = charts.line("gaps", [(1, 2.0), (2, None), (3, 4.0)])
     assert (drawn.x, drawn.y) == ([1, 3], [2.0, 4.0])
     assert charts.line("nothing", [(1, None)]) is None
+
+
+def test_reasoning_is_cut_at_its_boxes():
+    """In an image of 64 x 32: two places, one of them named twice; one box is too wide, one is upside down."""
+    text = "scene: cat [0, 0, 16, 8], dog [10.5, 4, 64, 32], [0, 0, 65, 8] [0, 9, 16, 8] edit: [0, 0, 16, 8] goes"
+    found = reasoning.pieces(f"{text}<|end thinking|><|image start|>4*8", 64, 32)
+    assert "".join(piece.text for piece in found) == text
+    assert [(piece.text, piece.box.colour) for piece in found if piece.box] == [
+        ("[0, 0, 16, 8]", 0),
+        ("[10.5, 4, 64, 32]", 1),
+        ("[0, 0, 16, 8]", 0),
+    ]
+    assert reasoning.boxes(found) == [reasoning.Box(0, 0, 16, 8, 0), reasoning.Box(10.5, 4, 53.5, 28, 1)]
+    assert reasoning.pieces("8*8", 64, 32) == []
+    assert reasoning.pieces("cut off [0, 0, 16, 8]", 64, 32) == []
+
+
+def test_the_gallery_draws_the_boxes_that_the_policy_named(config, tmp_path):
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    text = "<b> [1, 0, 3, 2]<|end thinking|>4*4"
+    write_evaluation(tmp_path, GREEDY, 0, [episode(0, 3.0, completion_text=text)], config)
+    html = html_of(tmp_path)
+    assert '<rect class="c0" x="1" y="0" width="2" height="2"/>' in html
+    assert '&lt;b&gt; <mark class="c0">[1, 0, 3, 2]</mark>' in html
+    assert "<mark" not in html_of_plain(tmp_path / "plain", config)
+
+
+def html_of_plain(folder, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(config.model_dump_json())
+    write_evaluation(folder, GREEDY, 0, [episode(0, 3.0, completion_text="4*4")], config)
+    return html_of(folder)

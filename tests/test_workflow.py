@@ -153,6 +153,21 @@ def test_run_then_nothing_to_do_then_more_iterations(place):
     assert read(folder.config).num_iterations == 3
 
 
+def test_a_run_without_iterations_evaluates_a_policy_on_data_sets_of_their_own(place):
+    raw = {"source": "parquet", "path": "held_out.parquet"}
+    own = {"prompts": None, "paths_file": ["stage:tokenise/other"], "samples_per_prompt": 2}
+    fields = {"num_iterations": 0, "train_paths_file": [], "raw_datasets": {"other": raw}}
+    experiment = place.experiment("a", **fields, evaluations={"other": own, "usual": {"prompts": 4}})
+    place.run(experiment)
+    words = [line.split() for line in place.stages()]
+    assert sorted(line[0] for line in words) == ["evaluate"] * 2 + ["generate"] * 2 + ["score"] * 2 + [
+        "start",
+        "tokenise",
+    ]
+    assert place.folder("a").evaluation("other", 0).summary.is_file()
+    assert "Nothing to be done" in place.run(experiment)
+
+
 def test_windows_follow_each_other_and_end_in_the_same_policy(place, undisturbed):
     experiment = place.experiment("a", window_length=1)
     assert job_counts(place.run(experiment, "-n"))["window"] == 3

@@ -2,16 +2,16 @@
 //
 //   (import 'sft_sc2stage__rl_sc.jsonnet') + (import 'data/raw.libsonnet')
 //
-// A data set is then $APP__DATA_DIR/raw/<name>.parquet, images and text in the columns that it is published with; the
-// pipeline tokenises it. Held-out pairs (`validation`) have the columns of earl.files.tables.RAW.
-local names = [row[0] for row in (import 'mixing.libsonnet').both];
-local columns = (import 'columns.libsonnet') + { validation: { source: 'parquet' } };
+// A data set is then $APP__DATA_DIR/raw/<name>.parquet, images and text, with the columns that columns.libsonnet names;
+// the pipeline tokenises it.
+local columns = import 'columns.libsonnet';
+local names = [row[0] for row in (import 'mixing.libsonnet').both] + ['validation'];
 {
   make_sft_models:: true,
   dataset(name):: 'stage:tokenise/' + name,
   raw_datasets: {
-    [name]: columns[name] { path: std.extVar('APP__DATA_DIR') + '/raw/' + name + '.parquet' }
-    for name in names + ['validation']
+    [name]: std.get(columns, name, { source: 'parquet' }) + { path: std.extVar('APP__DATA_DIR') + '/raw/' + name + '.parquet' }
+    for name in names
   },
   val_paths_file: [$.dataset('validation')],
 }

@@ -13,11 +13,26 @@ demo + {
     ss2: { source: 'shapes', count: 190, seed: 14, tasks: complex },
     vismin: { source: 'shapes', count: 80, seed: 15, tasks: complex },
     'human-edit': { source: 'shapes', count: 27, seed: 16, tasks: complex },
+    heldout_simple: { source: 'shapes', count: $.heldout, seed: 20, tasks: simple },
+    heldout_complex: { source: 'shapes', count: $.heldout, seed: 21, tasks: complex },
+  },
+  heldout:: 120,
+  val_paths_file: [],
+  evaluations: {
+    [kind]: {
+      paths_file: ['stage:tokenise/heldout_' + kind],
+      prompts: null,
+      temperature: 0.1,
+      every_n_iterations: $.num_iterations + 1,  // the starting policy and the last one
+    }
+    for kind in ['simple', 'complex']
   },
 
   make_sft_models:: true,
   dataset(name):: 'stage:tokenise/' + name,
+  sft_steps:: demo.sft.shapes.steps,
   fine_tuning(mixing):: demo.sft.shapes + {
+    steps: $.sft_steps,
     train_paths_file: [$.dataset(row[0]) for row in mixing],
     coefficients: [row[1] for row in mixing],
   },

@@ -94,10 +94,16 @@ def sft_folder(config: Config, name: str) -> Path:
 def shared_stages(config: Config) -> dict[Path, SharedStage]:
     """Return the shared stages that a run needs, by output, each after those that it reads from."""
     found: dict[Path, SharedStage] = {}
-    references = [*config.train_paths_file, *(config.val_paths_file if config.evaluations else [])]
+    held_out = [path for name in config.evaluations for path in evaluation_paths(config, name)]
+    references = [*config.train_paths_file, *held_out]
     for reference in (*references, config.model_path, config.tokenizer_path):
         _collect(config, reference, found)
     return found
+
+
+def evaluation_paths(config: Config, name: str) -> list[str]:
+    """Return the data sets that an evaluation draws its prompts from."""
+    return config.evaluations[name].paths_file or config.val_paths_file
 
 
 def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> None:

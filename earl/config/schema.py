@@ -77,7 +77,7 @@ class RawDataset(_Section):
         dict,
         "parquet: where instruction, original, edited (images), example_id, task and reasoning stand, by place in a "
         "row: `src_img`, `prompts[0]`, `edit.text`; null: not there. What is left out has its own name; example_id, "
-        "task and reasoning may be missing.",
+        "task and reasoning may be missing. Without `edited`, rows are prompts to evaluate on, no examples to learn.",
     )
     keep_images: bool = _fixed(
         True,
@@ -106,9 +106,9 @@ class RawDataset(_Section):
         for name in foreign:
             if getattr(self, name) not in (None, {}):
                 raise _wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
-        for name in ("instruction", "original", "edited"):
+        for name in ("instruction", "original"):
             if self.columns.get(name, name) is None:
-                raise _wrong("columns", f"says that there is no {name}, which every pair needs; say where it stands")
+                raise _wrong("columns", f"says that there is no {name}, which every row needs; say where it stands")
         return self
 
 
@@ -138,9 +138,12 @@ class Sft(_Section):
 
 
 class Evaluation(_Section):
-    """How policies are sampled on the held-out prompts of `val_paths_file`."""
+    """How policies are sampled on held-out prompts."""
 
-    prompts: Positive = _fixed(..., "Prompts to draw; the same ones for every iteration.")
+    prompts: Positive | None = _fixed(..., "Prompts to draw, the same ones for every iteration; null: all there are.")
+    paths_file: list[Path] = _fixed(
+        list, "Tokenised data sets to draw prompts from, each taken once; empty: those of `val_paths_file`."
+    )
     samples_per_prompt: Positive = _fixed(1, "Completions for each prompt.")
     temperature: float = _fixed(1.0, "Sampling temperature; 0.1 is near-greedy.", gt=0)
     top_p: float = _fixed(1.0, "Nucleus sampling; 1 turns it off.", gt=0, le=1)
@@ -511,19 +514,20 @@ def _check_top_k(top_k: int) -> None:
 
 
 def _check_data(config: Config) -> None:
-    if not config.train_paths_file:
-        raise _wrong("train_paths_file", "is empty; name at least one tokenised data set")
+    if not config.train_paths_file and config.num_iterations:
+        raise _wrong("train_paths_file", "is empty; name at least one tokenised data set, or set num_iterations to 0")
     _check_coefficients("coefficients", config.coefficients, "train_paths_file", config.train_paths_file)
     if config.val_paths_file:
         _check_coefficients("val_coefficients", config.val_coefficients, "val_paths_file", config.val_paths_file)
-    elif config.evaluations:
-        raise _wrong("val_paths_file", "is empty, but evaluations draw their prompts from it")
+    elif without := [name for name, one in config.evaluations.items() if not one.paths_file]:
+        raise _wrong("val_paths_file", f"is empty, but evaluations draw their prompts from it: {', '.join(without)}")
 
 
 def path_fields(config: Config) -> dict[str, str]:
     """Return every path field that may hold a reference to a stage or the package, by dotted name."""
     fields = {name: getattr(config, name) for name in ("model_path", "tokenizer_path", "vision_tokenizer_path")}
     lists = {"train_paths_file": config.train_paths_file, "val_paths_file": config.val_paths_file}
+    lists |= {f"evaluations.{name}.paths_file": one.paths_file for name, one in config.evaluations.items()}
     for name, tuning in config.sft.items():
         fields[f"sft.{name}.base_model"] = tuning.base_model
         lists[f"sft.{name}.train_paths_file"] = tuning.train_paths_file

@@ -23,8 +23,8 @@ class Example:
     """(key, text) pairs in their order; boxes in the text are in pixels of the images here."""
     original_tokens: np.ndarray
     """int64 [H, W], codebook indices."""
-    target_tokens: np.ndarray
-    """int64 [H, W], codebook indices of the ground-truth edit."""
+    target_tokens: np.ndarray | None
+    """int64 [H, W], codebook indices of the ground-truth edit; None where the data set knows none."""
     original: bytes | None
     """Encoded image, None where the data set holds tokens alone."""
     target: bytes | None

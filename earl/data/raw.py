@@ -47,6 +47,8 @@ class RawRow:
     reasoning: str | dict | None
     original: bytes | None
     edited: bytes | None
+    has_edited: bool = True
+    """Whether the data set has edited images at all; one that has not can only be prompted with."""
 
     def checked_instruction(self) -> str:
         """Return the instruction.
@@ -172,7 +174,8 @@ class RawSource:
             instruction=found["instruction"],
             reasoning=found.get("reasoning"),
             original=_bytes(found["original"]),
-            edited=_bytes(found["edited"]),
+            edited=_bytes(found.get("edited")),
+            has_edited="edited" in found,
         )
 
 

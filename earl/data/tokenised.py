@@ -159,6 +159,8 @@ class _Grids:
         self._name = name
         self._group = group
         self._codebook_size = codebook_size
+        # A data set may know no targets.
+        self._known = column.is_valid().to_numpy(zero_copy_only=False)
         lines = column.values
         self._lines = column.offsets.to_numpy()
         self._places = lines.offsets.to_numpy()
@@ -168,7 +170,9 @@ class _Grids:
             limit = np.inf if codebook_size is None else codebook_size
             self._sound = (self._whole.min(axis=(1, 2)) >= 0) & (self._whole.max(axis=(1, 2)) < limit)
 
-    def row(self, index: int) -> np.ndarray:
+    def row(self, index: int) -> np.ndarray | None:
+        if not self._known[index]:
+            return None
         if self._whole is not None and self._sound[index]:
             return self._whole[index].astype(np.int64)
         where = f"{self._group.file}: row {self._group.start + index}, column {self._name!r}"

@@ -47,7 +47,7 @@ RAW = _schema(
     _required("instruction", pa.string()),
     pa.field("reasoning", pa.string()),
     _required("original", IMAGE),
-    _required("edited", IMAGE),
+    pa.field("edited", IMAGE),
 )
 TOKENISED = _schema(
     "tokenised examples",
@@ -57,7 +57,7 @@ TOKENISED = _schema(
     _required("instruction", pa.string()),
     pa.field("reasoning", REASONING),
     _required("original_tokens", TOKEN_GRID),
-    _required("target_tokens", TOKEN_GRID),
+    pa.field("target_tokens", TOKEN_GRID),
     pa.field("original", IMAGE),
     pa.field("target", IMAGE),
 )

@@ -1,7 +1,7 @@
 """Check a judge before RL starts: does it put images in the order that is known, and at what cost?
 
 Pairwise accuracy and correlation are means over examples, and compare rewards, since that is what RL is driven by: a
-judge that scores everything alike is right in half of the pairs and has no correlation.
+judge that scores everything alike is right in half of the pairs and counts as having no correlation, 0.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from earl import code_version, judges, statistics
+from earl.agreement import spearman
 from earl.errors import EarlError
 from earl.files import atomic
 from earl.judges import Verdict, known_order
@@ -95,7 +96,7 @@ def measure(ranked: Sequence[Ranked], verdicts: Sequence[Verdict], which: str) -
         if rights:
             pairs += len(rights)
             accuracies.append(float(np.mean(rights)))
-            correlations.append(spearman([image[0] for image in images], [image[1] for image in images]))
+            correlations.append(spearman([image[0] for image in images], [image[1] for image in images]) or 0.0)
     if not accuracies:
         reasons = {verdict.failure or verdict.raw for verdict in verdicts if verdict.status == "failed"}
         raise EarlError(
@@ -112,18 +113,6 @@ def measure(ranked: Sequence[Ranked], verdicts: Sequence[Verdict], which: str) -
         "failed": failed,
         "failed_fraction": failed / len(verdicts),
     }
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the rank correlation of two sequences, equal values sharing their mean rank; 0 where one is constant."""
-    x, y = (_ranks(np.asarray(values, dtype=np.float64)) for values in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum()) / norm if norm else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
 
 
 def costs(verdicts: Sequence[Verdict], prices: Prices | None) -> dict[str, Any]:

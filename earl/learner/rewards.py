@@ -31,10 +31,11 @@ def viescore(scores: Mapping[str, float]) -> float:
 
     SC = (edit_success, overedit; 10 = minimal overediting), PQ = (naturalness, artifacts; 10 = none).
     """
-    return math.sqrt(_component(scores, "semantic_consistency") * _component(scores, "perceptual_quality"))
+    return math.sqrt(component(scores, "semantic_consistency") * component(scores, "perceptual_quality"))
 
 
-def _component(scores: Mapping[str, float], name: str) -> float:
+def component(scores: Mapping[str, float], name: str) -> float:
+    """One of `COMPONENTS`, 0..10: the least of the scores that it is made of."""
     return float(min(scores[part] for part in COMPONENTS[name]))
 
 
@@ -57,8 +58,8 @@ def final_reward(scores: Mapping[str, Any], which: str) -> float:
     if which == "viescore":
         return viescore(scores)
     if which in COMPONENTS:
-        return _component(scores, which)
-    return math.sqrt(_component(scores, "perceptual_quality") * scores["ground_score"])
+        return component(scores, which)
+    return math.sqrt(component(scores, "perceptual_quality") * scores["ground_score"])
 
 
 def _check_score(name: str, value: Any, which: str) -> None:

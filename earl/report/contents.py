@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from earl import statistics
+from earl import replays, statistics
 from earl.config import load, paths
 from earl.errors import EarlError
 from earl.files import tables
@@ -66,7 +66,7 @@ def read(path: Path) -> Contents:
     run = Run(path)
     if not run.config.is_file():
         raise EarlError(f"{run.config}: is missing, so {path} is not a run folder; give <base_exp_dir>/<run_name>")
-    metrics = [_json(file) for file in sorted(path.glob("iterations/*/train/metrics.json"))]
+    metrics = [replays.own(_json(file)) for file in sorted(path.glob("iterations/*/train/metrics.json"))]
     return Contents(
         run=run,
         config=_json(run.config),

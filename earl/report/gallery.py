@@ -15,6 +15,7 @@ from PIL import Image
 from earl import seeds
 from earl.files import images
 from earl.layout import Run
+from earl.report import reasoning
 from earl.report.contents import Series
 from earl.stages.evaluate import prompt_of
 
@@ -105,7 +106,12 @@ def _card(pair: Pair, first: pa.Table, last: pa.Table | None) -> dict[str, Any]:
     if last is not None:
         rows.append(last.slice(pair.last, 1).to_pylist()[0])
     where = f"{pair.prompt[0]}/{pair.prompt[1]}"
+    height, width = images.decode(rows[0]["original"]["bytes"], where).shape[:2]
+    thought = reasoning.pieces(rows[-1]["completion_text"], width, height)
     return {
+        "size": (width, height),
+        "reasoning": thought,
+        "boxes": reasoning.boxes(thought),
         "instruction": rows[0]["instruction"],
         "task": pair.task,
         "example": where,

@@ -36,8 +36,8 @@ KEY_SETTINGS = {
 Chart = dict[str, Any]
 
 
-def render(found: Contents) -> str:
-    """Return the page's HTML."""
+def rendered(template: str, **values: Any) -> str:
+    """Return the HTML of one of this folder's templates, with the style sheet inside."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -45,12 +45,15 @@ def render(found: Contents) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["number"] = charts.number
-    environment.filters["score"] = score
-    environment.filters["change"] = change
-    environment.filters["duration"] = duration
-    return environment.get_template("template.html.j2").render(
-        style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+    environment.filters.update(number=charts.number, score=score, change=change, duration=duration)
+    style = Markup((FOLDER / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
+
+
+def render(found: Contents) -> str:
+    """Return the page's HTML."""
+    return rendered(
+        "template.html.j2",
         **header(found),
         headlines=headlines(found),
         held_out=held_out(found.evaluations),
@@ -145,7 +148,8 @@ def _with_bar(result: Comparison, reach: float) -> dict[str, Any]:
     return {"result": result, "bar": bar}
 
 
-def _chart(title: str, note: str, lines: list[charts.Line | None], **options: Any) -> Chart | None:
+def chart(title: str, note: str, lines: list[charts.Line | None], **options: Any) -> Chart | None:
+    """Return a chart with its legend for the template; None where no line has a point."""
     kept = [each for each in lines if each is not None]
     if not kept:
         return None
@@ -164,9 +168,9 @@ def held_out(evaluations: list[Series]) -> list[Chart]:
             for colour, series in enumerate(evaluations)
         ]
 
-    drawn = [_chart("Reward", "over iterations; shaded: 95% interval", lines("reward"), width=520, height=356)]
-    drawn += [_chart(label, "", lines(measure), width=280, height=150) for measure, label in SCORE_LABELS.items()]
-    return [chart for chart in drawn if chart]
+    drawn = [chart("Reward", "over iterations; shaded: 95% interval", lines("reward"), width=520, height=356)]
+    drawn += [chart(label, "", lines(measure), width=280, height=150) for measure, label in SCORE_LABELS.items()]
+    return [each for each in drawn if each]
 
 
 def _point(measure: str) -> Any:
@@ -193,23 +197,23 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
 
     scores = [of(f"{key}_mean", SCORE_LABELS[key], colour) for colour, key in enumerate(list(SCORE_LABELS)[:4])]
     drawn = [
-        _chart("Training reward", "shaded: ± one standard deviation", [charts.line("mean", map(spread, metrics))]),
-        _chart("Training sub-scores", "means of the judged episodes", scores),
-        _chart("KL to the reference", "nats per token, k3 estimate", [of("kl", "KL")], floor=0.0),
-        _chart("Entropy", "nats per token", [of("entropy", "entropy")]),
-        _chart(
+        chart("Training reward", "shaded: ± one standard deviation", [charts.line("mean", map(spread, metrics))]),
+        chart("Training sub-scores", "means of the judged episodes", scores),
+        chart("KL to the reference", "nats per token, k3 estimate", [of("kl", "KL")], floor=0.0),
+        chart("Entropy", "nats per token", [of("entropy", "entropy")]),
+        chart(
             "Completion length",
             "tokens",
             [of("completion_length_mean", "mean"), of("completion_length_max", "longest", 1)],
         ),
-        _chart("Gradient norm", "before clipping at 1", [of("gradient_norm", "norm")], floor=0.0),
-        _chart(
+        chart("Gradient norm", "before clipping at 1", [of("gradient_norm", "norm")], floor=0.0),
+        chart(
             "Log-prob mismatch",
             "between learner and sampler, nats",
             [of("logprob_mismatch_mean", "mean"), of("logprob_mismatch_max", "largest", 1)],
             floor=0.0,
         ),
-        _chart(
+        chart(
             "Without a learning signal",
             "fractions",
             [
@@ -219,9 +223,9 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
             ],
             floor=0.0,
         ),
-        _chart("Loss", "its gradient teaches, its value says little", [of("loss", "loss")]),
+        chart("Loss", "its gradient teaches, its value says little", [of("loss", "loss")]),
     ]
-    return [chart for chart in drawn if chart]
+    return [each for each in drawn if each]
 
 
 def tasks(found: Contents) -> list[dict[str, Any]]:

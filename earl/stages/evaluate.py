@@ -1,7 +1,7 @@
 """Evaluate: join the rollouts and scores of one evaluation, add rewards, and sum them up.
 
-Writes ``000012.parquet`` (every column of both tables, ``reward`` and ``viescore``) and, last, ``000012.json``. No
-policy and no judge is asked: rerunning it after a change of ``reward_final_reward`` costs nothing.
+Writes ``000012.parquet`` (every column of both tables, ``reward``, ``viescore`` and its two parts) and, last,
+``000012.json``. No policy and no judge is asked: rerunning it after a change of ``reward_final_reward`` costs nothing.
 """
 
 import json
@@ -16,7 +16,7 @@ import pyarrow as pa
 from earl import code_version, statistics
 from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
-from earl.learner.rewards import SUB_SCORES, episode_reward
+from earl.learner.rewards import COMPONENTS, SUB_SCORES, component, episode_reward
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -27,11 +27,13 @@ EVALUATION = pa.schema(
         *[field for field in tables.SCORES if field.name not in ("episode_id", "group_id")],
         pa.field("reward", pa.float32()),
         pa.field("viescore", pa.float32()),
+        pa.field("semantic_consistency", pa.float32()),
+        pa.field("perceptual_quality", pa.float32()),
     ],
     metadata={"earl_table": "evaluation"},
 )
-# What the summary averages. Rewards: every episode whose judgement did not fail. Sub-scores: every image judged.
-MEASURES = ("reward", "viescore", *SUB_SCORES, "ground_score")
+# What the summary averages. Rewards, VIEScore: every episode whose judgement did not fail. Others: every image judged.
+MEASURES = ("reward", "viescore", "semantic_consistency", "perceptual_quality", *SUB_SCORES, "ground_score")
 
 
 def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Path, out: Path) -> None:
@@ -50,6 +52,7 @@ def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Pat
         "evaluation": name,
         "iteration": iteration,
         **_sampling(config, name),
+        "judge": _judge(scores),
         "reward_final_reward": config.reward_final_reward,
         "policy_digest": metadata.get("policy_digest"),
         **summarise(_rows(columns)),
@@ -84,6 +87,14 @@ def joined(rollouts: Path, scores: Path) -> pa.Table:
     return left
 
 
+def _judge(scores: Path) -> str:
+    """Return who scored: the judge's name, and its model where it asks one."""
+    with tables.open_table(scores) as source:
+        names = [name for name in ("judge", "judge_model") if name in source.schema_arrow.names]
+        columns = source.read(columns=names).to_pydict().values()
+    return ", ".join(sorted({" ".join(values) for values in zip(*columns, strict=True)}))
+
+
 def _with_rewards(episodes: pa.Table, which: str, scores: Path) -> dict[str, Any]:
     judged = episodes.select(["finish_reason", "status", *SUB_SCORES, "ground_score"]).to_pylist()
     try:
@@ -91,7 +102,16 @@ def _with_rewards(episodes: pa.Table, which: str, scores: Path) -> dict[str, Any
         viescores = [_viescore(row) for row in judged]
     except EarlError as error:
         raise EarlError(f"{scores}: {error}") from error
-    return {name: episodes[name] for name in episodes.column_names} | {"reward": rewards, "viescore": viescores}
+    return {name: episodes[name] for name in episodes.column_names} | {
+        "reward": rewards,
+        "viescore": viescores,
+        "semantic_consistency": [_component(row, "semantic_consistency") for row in judged],
+        "perceptual_quality": [_component(row, "perceptual_quality") for row in judged],
+    }
+
+
+def _component(row: dict[str, Any], name: str) -> float | None:
+    return None if any(row[part] is None for part in COMPONENTS[name]) else component(row, name)
 
 
 def _viescore(row: dict[str, Any]) -> float | None:
@@ -144,7 +164,29 @@ def _part(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "finish_reason": {reason: stops[reason] / len(rows) for reason in sorted(stops)},
         "completion_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths)},
         **{measure: _spread(rows, measure) for measure in MEASURES},
+        "best_of": _best_of(rows),
     }
+
+
+def _best_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
+    """The reward of the best of k samples, by k = 1, 2, 4, ... and all; nothing where each prompt has one sample.
+
+    For each prompt it is the expectation over k of its samples, drawn without putting back; a prompt with fewer known
+    rewards than k, since judgements failed, is left out of that k.
+    """
+    known: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        known.setdefault(prompt_of(row), []).extend([] if row["reward"] is None else [row["reward"]])
+    most = max(Counter(map(prompt_of, rows)).values())
+    sizes = sorted({2**power for power in range(most.bit_length())} | {most}) if most > 1 else []
+    found = {}
+    for size in sizes:
+        interval = statistics.bootstrap(
+            statistics.expected_best(rewards, size) for rewards in known.values() if len(rewards) >= size
+        )
+        if interval is not None:
+            found[str(size)] = vars(interval)
+    return found
 
 
 def prompt_of(row: dict[str, Any]) -> tuple[str, str]:

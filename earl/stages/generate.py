@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from earl import code_version, engines, layout, runtime, seeds
 from earl.config.freeze import config_digest
-from earl.config.paths import resolve
+from earl.config.paths import evaluation_paths, resolve
 from earl.data import mixing
 from earl.data.tokenised import Example, open_dataset
 from earl.emu3 import checkpoint, sequence, vision
@@ -69,11 +69,11 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
             f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}"
         )
     wanted = config.evaluations[name]
+    paths = evaluation_paths(config, name)
+    coefficients = [1.0] * len(paths) if wanted.paths_file else config.val_coefficients
     plan = Plan(
         name=name,
-        examples=_draw(
-            config, policy, config.val_paths_file, config.val_coefficients, 0, wanted.prompts, range(wanted.prompts)
-        ),
+        examples=_draw(config, policy, paths, coefficients, 0, wanted.prompts),
         samples=wanted.samples_per_prompt,
         params=engines.SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, config.max_response_tokens),
     )
@@ -86,15 +86,18 @@ def _draw(
     paths: Sequence[str],
     coefficients: Sequence[float],
     iteration: int,
-    count: int,
-    wanted: range,
+    count: int | None,
+    wanted: range | None = None,
 ) -> list[tuple[int, Example]]:
-    """Draw ``count`` prompts for an iteration and read those that are ``wanted``."""
+    """Draw ``count`` prompts for an iteration, None: all, and read those that are ``wanted``, None: all of them."""
     codebook_size = Vocabulary.from_folder(policy).num_visual
     datasets = [open_dataset(resolve(config, path), codebook_size) for path in paths]
     mixture = mixing.mixture([len(dataset) for dataset in datasets], coefficients, config.random_seed)
-    drawn = mixing.prompts(mixture, config.random_seed, iteration, count)
-    return [(index, datasets[drawn[index][0]][drawn[index][1]]) for index in wanted]
+    drawn = mixing.prompts(mixture, config.random_seed, iteration, mixture.distinct if count is None else count)
+    return [
+        (index, datasets[drawn[index][0]][drawn[index][1]])
+        for index in (range(len(drawn)) if wanted is None else wanted)
+    ]
 
 
 def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:
@@ -188,7 +191,7 @@ def _image_columns(
     def decoded(grids: list) -> list[bytes | None]:
         known = [index for index, grid in enumerate(grids) if grid is not None]
         pixels = vision.decode(vision_tokenizer, [grids[index] for index in known])
-        found: list[bytes | None] = [None] * len(grids)
+        found: list[bytes | None] = [None] * len(grids)  # a target may be unknown, an edit may hold no image
         for index, image in zip(known, pixels, strict=True):
             found[index] = images.encode(image)
         return found

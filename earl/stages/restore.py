@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import code_version, runs
+from earl import code_version, replays, runs
 from earl.config import freeze
 from earl.config.load import read
 from earl.errors import EarlError
@@ -48,10 +48,11 @@ def run(run_path: Path, iteration: int) -> None:
     start = _nearest_kept(files, iteration)
     log.info("restore: replaying iterations %d to %d from %s", start + 1, iteration, files.iteration(start).policy)
     for index in range(start + 1, iteration + 1):
-        _check_inputs(files.iteration(index))
+        _check_inputs(files, index)
     scratch = Run(files.path / SCRATCH)
     shutil.rmtree(scratch.path, ignore_errors=True)
     try:
+        _link_record(files, scratch)
         for index in sorted({0, start}):
             _link(files.iteration(index), scratch.iteration(index), ("policy", "trainer"))
         for index in range(start + 1, iteration + 1):
@@ -90,16 +91,16 @@ def _recorded(iteration: Iteration) -> dict[str, Any]:
         ) from error
 
 
-def _check_inputs(iteration: Iteration) -> None:
+def _check_inputs(files: Run, index: int) -> None:
     """The stored rollouts and scores must be those that the iteration was trained on."""
-    inputs = _recorded(iteration)["inputs"]
+    inputs = _recorded(files.iteration(index))["inputs"]
     for name in ("rollouts", "scores"):
         for shard, expected in enumerate(inputs[name]):
-            path = getattr(iteration, name)(shard)
+            path = getattr(replays.iteration_of(files, index), name)(shard)
             found = manifest.digest_file(path)
             if found != expected:
                 raise EarlError(
-                    f"{path}: its digest is {found}, but iteration {iteration.index} was trained on {expected}; "
+                    f"{path}: its digest is {found}, but iteration {index} was trained on {expected}; "
                     "put the old file back, or run the iterations from here again"
                 )
 
@@ -135,6 +136,14 @@ def _link(source: Iteration, target: Iteration, names: tuple[str, ...]) -> None:
     for name in names:
         if (source.path / name).exists():
             (target.path / name).symlink_to((source.path / name).resolve())
+
+
+def _link_record(files: Run, scratch: Run) -> None:
+    """A replay says in a file where the rollouts and scores lie that it is trained on."""
+    record = replays.record_file(files)
+    if record.is_file():
+        scratch.path.mkdir()
+        replays.record_file(scratch).symlink_to(record.resolve())
 
 
 def _drop(iteration: Iteration) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _READ = ("episode_id", "group_id", "task", "instruction", "finish_reason", "original", "target", "edited")
 
 
-def run(config: "Config", rollouts: Path, out: Path) -> None:
+def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None = None) -> None:
     """Write the scores of one file of rollouts, in its order.
 
     An episode that did not finish or holds no image is not shown to the judge: its status is ``no_image``.
@@ -27,9 +27,10 @@ def run(config: "Config", rollouts: Path, out: Path) -> None:
         rollouts: Schema `earl.files.tables.ROLLOUTS`.
         out: The Parquet file to write, schema `earl.files.tables.SCORES`, or `MODEL_SCORES` where the judge asks a
             model.
+        judge: The configured judge, where it is at hand already.
     """
     table = tables.read_table(rollouts, tables.ROLLOUTS, _READ)
-    judge = judges.get(config)
+    judge = judge or judges.get(config)
     rows = table.to_pylist()
     asked = [i for i, row in enumerate(rows) if row["finish_reason"] == "stop" and row["edited"] is not None]
     verdicts = judge.score([_judgement(rows[index], rollouts, index) for index in asked])

@@ -73,6 +73,8 @@ def _sequences(
         where = f"{example.dataset}: example {example.example_id}"
         if reasoning and example.reasoning is None:
             raise EarlError(f"{where}: column 'reasoning' is empty, but reasoning is true; fine-tune without reasoning")
+        if example.target_tokens is None:
+            raise EarlError(f"{where}: column 'target_tokens' is empty: there is no edit to learn from; leave it out")
         try:
             ids, prompt_length = grammar.sft_ids(
                 example.original_tokens,

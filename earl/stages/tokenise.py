@@ -49,7 +49,7 @@ class _Pair:
     instruction: str
     reasoning: list[dict[str, str]] | None
     original: np.ndarray
-    edited: np.ndarray
+    edited: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,11 @@ class _Tokeniser:
         return self._pool.submit(_prepared, row, self._area, self._factor)
 
     def _add(self, columns: dict[str, list], pairs: list[_Pair]) -> None:
-        tokens = vision.encode(self._model, [pixels for pair in pairs for pixels in (pair.original, pair.edited)])
-        columns["original_tokens"] += [grid.tolist() for grid in tokens[::2]]
-        columns["target_tokens"] += [grid.tolist() for grid in tokens[1::2]]
+        known = [pixels for pair in pairs for pixels in (pair.original, pair.edited) if pixels is not None]
+        tokens = iter(vision.encode(self._model, known))
+        for pair in pairs:
+            columns["original_tokens"].append(next(tokens).tolist())
+            columns["target_tokens"].append(None if pair.edited is None else next(tokens).tolist())
         columns["dataset"] += [self._dataset] * len(pairs)
         columns["example_id"] += [pair.row.example_id for pair in pairs]
         columns["task"] += [pair.row.task for pair in pairs]
@@ -183,8 +185,8 @@ class _Tokeniser:
         columns["original"] += [self._stored(pair, "original", pair.original) for pair in pairs]
         columns["target"] += [self._stored(pair, "target", pair.edited) for pair in pairs]
 
-    def _stored(self, pair: _Pair, name: str, pixels: np.ndarray) -> dict[str, bytes | str] | None:
-        data = images.encode(pixels) if self._keep_images else None
+    def _stored(self, pair: _Pair, name: str, pixels: np.ndarray | None) -> dict[str, bytes | str] | None:
+        data = images.encode(pixels) if self._keep_images and pixels is not None else None
         return images.struct(data, f"{pair.row.example_id}-{name}.png")
 
 
@@ -210,7 +212,7 @@ def _prepared(row: RawRow, area: int, factor: int) -> _Pair | _Problem:
         column = "original"
         original = pictures.read(row.original)
         column = "edited"
-        edited = pictures.read(row.edited)
+        edited = pictures.read(row.edited) if row.has_edited else None
     except Rejected as problem:
         return _Problem(column, str(problem))
     height, width = original.shape[:2]
@@ -218,7 +220,8 @@ def _prepared(row: RawRow, area: int, factor: int) -> _Pair | _Problem:
     scale = (size[0] / width, size[1] / height)
     if reasoning is not None:
         reasoning = [{"key": key, "value": scale_boxes(text, *scale)} for key, text in reasoning]
-    return _Pair(row, instruction, reasoning, _resized(original, size), _resized(edited, size))
+    edited = None if edited is None else _resized(edited, size)
+    return _Pair(row, instruction, reasoning, _resized(original, size), edited)
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

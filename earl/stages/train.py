@@ -4,13 +4,13 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earl import code_version, residents, runtime
+from earl import code_version, replays, residents, runtime
 from earl.config.freeze import config_digest
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
@@ -39,7 +39,8 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
 
     Args:
         run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the starting
-            policy in iteration 0 as reference, and the rollouts and scores of this iteration.
+            policy in iteration 0 as reference, and the rollouts and scores of this iteration (of a replay: its source
+            does, see `earl.replays`).
         iteration: 1 is the first.
         shards: number of rollout shards on disk, `rollout_shards` by default.
 
@@ -58,11 +59,17 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
     current, previous = files.iteration(iteration), files.iteration(iteration - 1)
     with clock.phase("read"):
         policy_digest = manifest.digest_folder(previous.policy)
-        source = episodes.read(current, shards, policy_digest, config.episodes_per_iteration)
+        stored = replays.stored(files, iteration, policy_digest, shards)
+        source = episodes.read(stored.files, stored.shards, stored.sampled_by, config.episodes_per_iteration)
+        stored.check(source)
         outcomes = episodes.reward_all(source, config, str(current.path))
         vocabulary = Vocabulary.from_folder(previous.policy)
         used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, str(current.path))
         settings = _settings(config, iteration, vocabulary, team)
+    if stored.off_policy:
+        replays.check_support(config)
+        log.info("train: iteration %d is of another policy's episodes, so parity_tolerance is not applied", iteration)
+        settings = replace(settings, parity_tolerance=None)
     with clock.phase("load"):
         learner, steps = _learner(config, previous, policy_digest, team)
         reference_digest, reference = _reference(config, files.iteration(0).policy, team)
@@ -78,6 +85,7 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
         "reference": reference_digest,
         "rollouts": source.rollouts,
         "scores": source.scores,
+        **stored.inputs(),
     }
     metrics = {
         **episodes.metrics(outcomes),
@@ -206,7 +214,7 @@ def _write(
     metrics = {"iteration": current.index, **metrics, "policy_digest": policy_digest, **origin}
     peaks = team.gather(performance.peak_memory(team.device))
     if team.first:
-        sampled_by = metrics["inputs"]["policy"]
+        sampled_by = metrics["inputs"].get("sampled_by", metrics["inputs"]["policy"])
         described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
         episodes.write(current.episodes, outcomes, described)
         _write_json(current.performance, _performance(clock, peaks, outcomes, team))

@@ -4,7 +4,9 @@
 rule evaluate_generate:
     input:
         policy=policy,
-        prompts=lambda w: datasets(w.run, PLANS[w.run].config.val_paths_file),
+        prompts=lambda w: datasets(
+            w.run, paths.evaluation_paths(PLANS[w.run].config, w.evaluation)
+        ),
     output:
         "{run}/evaluations/{evaluation}/{step}.rollouts.parquet",
     log:

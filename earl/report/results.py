@@ -1,0 +1,214 @@
+"""Evaluations of several runs side by side: means with intervals, changes from the first run on the same prompts.
+
+Everything is read from the runs' ``evaluations/``; the published rows come from ``published.json`` and are figures of
+others, for other models and by another judge.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from earl import statistics
+from earl.errors import EarlError
+from earl.files import tables
+from earl.layout import Run
+from earl.learner.rewards import SUB_SCORES
+from earl.report.contents import SUMMARY_NAME
+from earl.stages.evaluate import EVALUATION, prompt_of
+
+MAIN = "viescore"
+MEASURES = (MAIN, "semantic_consistency", "perceptual_quality", *SUB_SCORES, "ground_score")
+SAMPLING = ("temperature", "top_p", "top_k", "samples_per_prompt")
+COUNTS = ("n", "prompts", "failed", "no_image")
+PUBLISHED = Path(__file__).parent / "published.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One policy of a run: its evaluations by name, each a summary and where its table lies."""
+
+    label: str
+    run: Run
+    iteration: int
+    summaries: dict[str, dict[str, Any]]
+
+    def rewards(self, name: str, task: str | None) -> dict[Any, float]:
+        """Return the mean VIEScore of each prompt of an evaluation, of one task or (None) of all."""
+        table = self.run.evaluation(name, self.summaries[name]["iteration"]).table
+        rows = tables.read_table(table, EVALUATION, ["dataset", "example_id", "task", MAIN]).to_pylist()
+        chosen = (row for row in rows if task is None or (row["task"] or "") == task)
+        return statistics.mean_by_prompt((prompt_of(row), row[MAIN]) for row in chosen)
+
+
+def read(spec: str, wanted: Sequence[str] = ()) -> Entry:
+    """Read the evaluations of one policy.
+
+    Args:
+        spec: A run's folder, for the newest policy that every evaluation has, or ``<folder>@<iteration>``.
+        wanted: Names of evaluations; none: all that there are.
+
+    Raises:
+        EarlError: the run has no such evaluation, or its evaluations have no iteration in common.
+    """
+    path, at, number = spec.rpartition("@")
+    folder = Path(path if at and number.isdigit() else spec)
+    found = {place.name: _indices(place) for place in sorted((folder / "evaluations").glob("*/"))}
+    found = {name: indices for name, indices in found.items() if indices and (not wanted or name in wanted)}
+    missing = [name for name in wanted if name not in found]
+    if missing or not found:
+        raise EarlError(f"{folder}/evaluations: has no summary of {', '.join(missing) or 'any evaluation'}")
+    common = set.intersection(*(set(indices) for indices in found.values()))
+    iteration = int(number) if folder != Path(spec) else max(common, default=None)
+    if iteration not in common:
+        raise EarlError(
+            f"{folder}/evaluations: {', '.join(found)} have no policy in common"
+            + ("" if iteration is None else f" of iteration {iteration}")
+            + "; name evaluations with --evaluation"
+        )
+    run, label = Run(folder), folder.resolve().name + (f"@{number}" if folder != Path(spec) else "")
+    return Entry(label, run, iteration, {name: _summary(run.evaluation(name, iteration).summary) for name in found})
+
+
+def _indices(place: Path) -> list[int]:
+    return [int(file.stem) for file in place.iterdir() if SUMMARY_NAME.fullmatch(file.name)]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if MAIN in summary and "tasks" in summary:
+            return summary
+        problem = f"has no {MAIN}"
+    except (OSError, ValueError) as error:
+        problem = f"is not readable JSON ({error})"
+    raise EarlError(f"{path}: {problem}; run the evaluate stage again")
+
+
+def compare(entries: Sequence[Entry], published: bool = False) -> dict[str, Any]:
+    """Return everything that the page, the table for terminals and the JSON file show.
+
+    Raises:
+        EarlError: two entries have the same label, or a table cannot be read.
+    """
+    labels = [entry.label for entry in entries]
+    if len(set(labels)) < len(labels):
+        raise EarlError(f"--run: two runs have one name ({', '.join(labels)}); rename a folder, or leave one out")
+    told = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    ours = dict.fromkeys(name for entry in entries for name in entry.summaries)
+    # Those of the published table in its order, then the others.
+    columns = [*(name for name in told["columns"] if name in ours), *(n for n in ours if n not in told["columns"])]
+    return {
+        "measure": MAIN,
+        "columns": columns,
+        "entries": [_entry(entry, columns) for entry in entries],
+        "baseline": labels[0],
+        "changes": {entry.label: _changes(entries[0], entry) for entry in entries[1:]},
+        "notes": _notes(entries, columns),
+        "published": told if published else None,
+    }
+
+
+def _entry(entry: Entry, columns: Sequence[str]) -> dict[str, Any]:
+    means = [(entry.summaries[name][MAIN] or {}).get("mean") for name in columns if name in entry.summaries]
+    whole = len(means) == len(columns) and None not in means
+    return {
+        "label": entry.label,
+        "iteration": entry.iteration,
+        # Every evaluation counts alike, whatever its size.
+        "mean": fmean(means) if whole else None,
+        "evaluations": {
+            name: _part(summary) | {"tasks": {task: _part(part) for task, part in summary["tasks"].items()}}
+            for name, summary in entry.summaries.items()
+        },
+    }
+
+
+def _part(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: summary.get(key) for key in (*COUNTS, *MEASURES, "best_of")}
+
+
+def _changes(baseline: Entry, entry: Entry) -> dict[str, Any]:
+    """Change of the mean VIEScore with its paired bootstrap interval, by evaluation and by task of it."""
+    found = {}
+    for name in entry.summaries:
+        if name not in baseline.summaries:
+            continue
+        tasks = [None, *entry.summaries[name]["tasks"]]
+        before, after = ({task: each.rewards(name, task) for task in tasks} for each in (baseline, entry))
+        all_, *rest = (statistics.paired_bootstrap(before[task], after[task]) for task in tasks)
+        by_task = {task: vars(change) for task, change in zip(tasks[1:], rest, strict=True) if change}
+        found[name] = {"all": vars(all_) if all_ else None, "tasks": by_task}
+    return found
+
+
+def _notes(entries: Sequence[Entry], columns: Sequence[str]) -> list[str]:
+    """Say what makes figures of one column hard to compare."""
+    notes = []
+    for name in columns:
+        those = {entry.label: entry.summaries[name] for entry in entries if name in entry.summaries}
+        for what, keys in (("sampling", SAMPLING), ("judge", ("judge",))):
+            ways: dict[tuple, list[str]] = {}
+            for label, summary in those.items():
+                ways.setdefault(tuple(summary.get(key) for key in keys), []).append(label)
+            if len(ways) > 1:
+                parts = (f"{', '.join(map(str, way))} ({', '.join(labels)})" for way, labels in ways.items())
+                notes.append(f"{name}: the entries differ in {what}: {'; '.join(parts)}.")
+    return notes
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Return the table of means, and that of changes, as Markdown."""
+    columns = all_columns(found)
+    rows = [["", *columns, "mean", "failed"]]
+    rows += [
+        [f"{entry['label']}", *(_cell(entry, name) for name in columns), _score(entry["mean"]), str(failures(entry))]
+        for entry in found["entries"]
+    ]
+    for row in (found["published"] or {"rows": []})["rows"]:
+        known = dict(zip(found["published"]["columns"], row["values"], strict=True))
+        head = f"{row['label']} (published, {found['published']['judge']})"
+        rows.append([head, *(_score(known.get(name)) for name in columns), _score(row["mean"]), ""])
+    lines = [f"VIEScore, mean ± std [95% interval of the mean]; changes are paired, from {found['baseline']}."]
+    lines += ["", *_pipes(rows)]
+    if found["changes"]:
+        changed = [["change", *found["columns"]]]
+        for label, changes in found["changes"].items():
+            changed.append([label, *(_change((changes.get(name) or {}).get("all")) for name in found["columns"])])
+        lines += ["", *_pipes(changed)]
+    return "\n".join([*lines, *(["", *found["notes"]] if found["notes"] else [])])
+
+
+def all_columns(found: dict[str, Any]) -> list[str]:
+    """Return the names of evaluations: those of the runs, then those that only published rows have."""
+    return list(dict.fromkeys([*found["columns"], *(found["published"] or {"columns": []})["columns"]]))
+
+
+def failures(entry: dict[str, Any]) -> int:
+    """Return how many judgements of an entry failed, in all evaluations."""
+    return sum(part["failed"] or 0 for part in entry["evaluations"].values())
+
+
+def _cell(entry: dict[str, Any], name: str) -> str:
+    value = entry["evaluations"].get(name, {}).get(MAIN)
+    return (
+        "-" if value is None else f"{value['mean']:.2f} ± {value['std']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+    )
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _change(value: dict[str, float] | None) -> str:
+    return "-" if value is None else f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+
+
+def _pipes(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

@@ -1,0 +1,179 @@
+"""Replay: train again over the stored rollouts and scores of a run, with another learner, into a new run folder.
+
+Neither a policy is sampled nor a judge asked. The first iteration is trained exactly as if the run had been made with
+the other learner. Every later one meets episodes that the source's policies sampled, not the replayed one: it is
+*off-policy*. Then the ratio of the two policies is part of what `importance_ratio` and `sampler_correction` correct
+for, nothing corrects for it where both are off, and `parity_tolerance`, which looks for errors, is not applied. Rewards
+are those of the source's episodes; what the replayed policy earns, an evaluation has to tell.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from earl import replays, runs
+from earl.config import freeze
+from earl.config.load import changed, leaves, read
+from earl.config.schema import is_free
+from earl.errors import EarlError
+from earl.files import atomic, manifest
+from earl.layout import Run
+from earl.report import comparison, curves
+from earl.stages import train
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+LEARNER = (
+    *("learning_rate", "advantage", "kl_coeff", "kl_estimator", "loss_normalization", "optimizer_steps_per_iteration"),
+    *("importance_ratio", "clip_ratio_low", "clip_ratio_high", "parity_tolerance", "reward_final_reward"),
+    *("sampler_correction", "sampler_correction_low", "sampler_correction_high"),
+    *("separate_language_and_vision_vocabs", "logprob_support", "advantage_components"),
+    *(
+        "per_device_batch_size",
+        "packing",
+        "dtype",
+        "policy_dtype",
+        "cpu_threads",
+        "max_prompt_len",
+        "max_completion_len",
+    ),
+    *("train_text_tokens_only", "text_only_cycle_steps", "text_only_steps"),
+    *("train_vision_tokens_only", "vision_only_cycle_steps", "vision_only_steps"),
+)
+"""Fields of the learner; where they have a part in sampling too (`dtype`), it may be another than the learner's."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay has come to: of its iterations, those whose episodes another policy sampled."""
+
+    source: Run
+    run: Run
+    config: "Config"
+    iterations: int
+    off_policy: Sequence[int]
+
+    @property
+    def page(self) -> Path:
+        """Both runs side by side."""
+        return self.run.path / "replay.html"
+
+    def curves(self) -> list[curves.Curves]:
+        """Return the metrics of the source, as far as it was replayed, and of the replay."""
+        found = [curves.read(run.path, run.path.resolve().name) for run in (self.source, self.run)]
+        return [each.until(self.iterations) for each in found]
+
+    def notes(self) -> list[str]:
+        """Return, in words, what the figures of the replay mean."""
+        head = f"{self.iterations} iterations of {self.source.path.resolve().name}, replayed"
+        if not self.off_policy:
+            return [f"{head}: every one trains the very policy that had sampled its episodes."]
+        return [
+            f"{head}. Off-policy: {_spans(self.off_policy)}. Their episodes were sampled by other policies than the "
+            f"replayed one. {corrections(self.config)} parity_tolerance was not applied there.",
+            "Rewards there are those of the source's episodes and say nothing of the replayed policy; evaluate it.",
+        ]
+
+
+def corrections(config: "Config") -> str:
+    """Say what in the objective corrects for episodes of other policies."""
+    names = [f"{n} = {getattr(config, n)}" for n in ("importance_ratio", "sampler_correction") if _is_on(config, n)]
+    if names:
+        return f"For that the objective has {' and '.join(names)}."
+    return "Nothing in the objective corrects for that (importance_ratio and sampler_correction are `none`)."
+
+
+def _is_on(config: "Config", name: str) -> bool:
+    return getattr(config, name) != "none"
+
+
+def run(source_path: Path, out: Path, overrides: Mapping[str, Any]) -> Replayed:
+    """Replay a run, or go on with a replay that was stopped; equal inputs give equal bytes.
+
+    Args:
+        source_path: The run whose rollouts and scores are trained on.
+        out: The new run's folder; its name becomes the `run_name`.
+        overrides: Values of fields of the learner by dotted name. `num_iterations` is how many iterations to replay,
+            by default all that the source has.
+
+    Raises:
+        EarlError: a field decides how rollouts or scores are made; the source is no chain of iterations, or its files
+            have changed; ``out`` holds another run.
+    """
+    source, target = Run(Path(source_path)), Run(Path(out))
+    if source.path.resolve() == target.path.resolve():
+        raise EarlError(f"{out}: is the run itself; give the replay a folder of its own")
+    config = _config(source, target, overrides)
+    record = replays.new_record(target, source, config.num_iterations)
+    if target.config.is_file() and replays.record_of(target) is None:
+        raise EarlError(f"{out}: holds a run that is no replay; give a folder of its own")
+    target.path.mkdir(parents=True, exist_ok=True)
+    with runs.exclusive(target):
+        replays.write(target, record)
+        freeze.write(config, target.config)
+        _start(source, target)
+        for index in range(runs.newest_complete(target) + 1, config.num_iterations + 1):
+            log.info("replay: iteration %d of %d", index, config.num_iterations)
+            train.run(config, target.path, index)
+            runs.prune(target, runs.Retention.of(config), after=index)
+        off_policy = replays.off_policy(target, config.num_iterations)
+        replayed = Replayed(source, target, config, config.num_iterations, off_policy)
+        atomic.write_text(replayed.page, _page(replayed))
+    return replayed
+
+
+def _config(source: Run, target: Run, overrides: Mapping[str, Any]) -> "Config":
+    own = read(source.config)
+    count = overrides.get("num_iterations", runs.newest_complete(source))
+    if not isinstance(count, int) or count < 1:
+        raise EarlError(f"{source.path}: has no iteration to replay, or num_iterations is {count!r}")
+    config = changed(own, {**overrides, "num_iterations": count, "run_name": target.path.name})
+    for name in overrides:
+        field = name.split(".")[0]
+        if field not in LEARNER and not is_free(field):
+            raise EarlError(
+                f"--set {name}: decides how rollouts or scores are made, and a replay takes those of {source.path}; "
+                f"it can change {', '.join(LEARNER)}"
+            )
+    return config
+
+
+def changes(source: Run, target: Run) -> list[tuple[str, Any, Any]]:
+    """Return the fields in which a replay's configuration differs from its source's: name, value there, value here."""
+    before, after = (dict(leaves(read(run.config).model_dump(mode="json"))) for run in (source, target))
+    names = sorted(name for name in before if name in after and before[name] != after[name])
+    return [(name, before[name], after[name]) for name in names if name not in ("run_name", "push_to_hub_repo_id")]
+
+
+def _start(source: Run, target: Run) -> None:
+    """Start from the policy that the source started from."""
+    policy = source.iteration(0).policy
+    recorded = replays.record_of(target)["iterations"][0]["policy"]
+    if manifest.digest_folder(policy) != recorded:
+        raise EarlError(
+            f"{policy}: is another policy ({manifest.digest_folder(policy)[:12]}) than the one that the run started "
+            f"from ({recorded[:12]}); put that one back"
+        )
+    if not runs.has_checkpoint(target.iteration(0)):
+        runs.start(target, policy)
+
+
+def _page(replayed: Replayed) -> str:
+    changed = changes(replayed.source, replayed.run)
+    return comparison.replay_page(*replayed.curves(), changed, replayed.notes())
+
+
+def _spans(indices: Sequence[int]) -> str:
+    """Return numbers in ascending order as text, consecutive ones as `first to last`."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and index == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], index]
+        else:
+            spans.append([index, index])
+    return ", ".join(f"{first} to {last}" if last > first else f"{first}" for first, last in spans)

@@ -1,0 +1,123 @@
+"""Runs side by side: means, paired changes, failures and published rows, as a page, a table and JSON."""
+
+import json
+
+import pytest
+from evaluation_files import demo_config, episode, write_evaluation
+from test_report import Page, text_of
+
+from earl.errors import EarlError
+from earl.layout import Run
+from earl.report import dots, results
+from earl.stages import compare
+
+GREEDY, SAMPLED = "heldout_greedy", "heldout"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return demo_config()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, config):
+    """Runs `a` and `b`: b gains 1 and 3 on the two prompts of one evaluation, and has a failure in the other."""
+    base = tmp_path_factory.mktemp("runs")
+    for name, gains in (("a", (0.0, 0.0)), ("b", (1.0, 3.0))):
+        tasks = ("add", "swap")
+        rows = [episode(i, 4.0 + i + gain, task=tasks[i]) for i, gain in enumerate(gains)]
+        write_evaluation(base / name, GREEDY, 2, rows, config)
+        rows = [episode(0, 2.0, sample=s) for s in range(2)] + [episode(1, 6.0)]
+        if name == "b":
+            rows[2] |= {"status": "failed", **dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"))}
+        write_evaluation(base / name, SAMPLED, 2, rows, config)
+    write_evaluation(base / "b", GREEDY, 0, [episode(0, 1.0), episode(1, 1.0)], config)
+    metrics = base / "b" / "iterations" / "000001" / "train" / "metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"iteration": 1, "reward_mean": 3.0, "inputs": {"policy": "p"}}))
+    return base
+
+
+def entries(folder, *specs, wanted=()):
+    return [results.read(str(folder / spec), wanted) for spec in specs]
+
+
+def test_means_changes_and_failures_by_hand(folder):
+    found = results.compare(entries(folder, "a", "b"))
+    assert found["columns"] == [SAMPLED, GREEDY]
+    a, b = found["entries"]
+    assert [part["viescore"]["mean"] for part in a["evaluations"].values()] == [pytest.approx(10 / 3), 4.5]
+    assert a["mean"] == pytest.approx((10 / 3 + 4.5) / 2)
+    assert b["mean"] == pytest.approx((2 + 6.5) / 2)
+    assert (results.failures(a), results.failures(b)) == (0, 1)
+    assert b["evaluations"][SAMPLED]["best_of"]["2"]["mean"] == 2
+    change = found["changes"]["b"]
+    assert (change[GREEDY]["all"]["mean"], change[GREEDY]["all"]["n"]) == (2.0, 2)
+    assert (change[GREEDY]["all"]["low"], change[GREEDY]["all"]["high"]) == (1.0, 3.0)
+    assert {task: one["mean"] for task, one in change[GREEDY]["tasks"].items()} == {"add": 1.0, "swap": 3.0}
+    assert change[SAMPLED]["all"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}, "the failed prompt is no pair"
+
+
+def test_an_entry_is_the_newest_policy_that_all_its_evaluations_have(folder):
+    assert [entry.iteration for entry in entries(folder, "b", "b@2")] == [2, 2]
+    first = results.read(str(folder / "b@0"), [GREEDY])
+    assert (first.label, first.iteration, list(first.summaries)) == ("b@0", 0, [GREEDY])
+    with pytest.raises(EarlError, match="have no policy in common of iteration 0"):
+        results.read(str(folder / "b@0"))
+    with pytest.raises(EarlError, match="has no summary of nothing"):
+        results.read(str(folder / "a"), ["nothing"])
+    with pytest.raises(EarlError, match="has no summary of any evaluation"):
+        results.read(str(folder))
+    with pytest.raises(EarlError, match="two runs have one name"):
+        results.compare(entries(folder, "a", "a"))
+
+
+def test_published_rows_are_marked_and_are_the_papers(folder):
+    found = results.compare(entries(folder, "a"), published=True)
+    rows = found["published"]["rows"]
+    for row in rows:
+        assert sum(row["values"]) / 6 == pytest.approx(row["mean"], abs=0.011), "as printed, to two decimals"
+    assert rows[-1]["values"] == [6.39, 4.47, 4.27, 4.52, 4.93, 4.19]
+    lines = [line for line in results.markdown(found).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert sum("(published, GPT-4o-mini)" in line for line in lines) == 5
+    assert "magicbrush" in lines[0]
+
+
+def test_the_page_shows_all_of_it_and_needs_nothing_else(folder, tmp_path):
+    out = tmp_path / "c.html"
+    text = compare.run([str(folder / "a"), str(folder / "b")], out, published=True)
+    assert "| b " in text
+    html = out.read_text()
+    parsed = Page(html)
+    assert parsed.open == []
+    assert all(
+        tag not in {"script", "iframe", "link"} or attributes.get("rel") == "icon"
+        for tag, attributes in parsed.elements
+    )
+    words = text_of(html)
+    for part in ("+2.00 [+1.00, +3.00]", "published", "GPT-4o-mini", "Best of 2", "4.50 ± 0.50", "swap", "Training"):
+        assert part in words, part
+    again = out.read_bytes()
+    compare.run([str(folder / "a"), str(folder / "b")], out, published=True)
+    assert out.read_bytes() == again
+    assert json.loads(out.with_suffix(".json").read_text())["baseline"] == "a"
+
+
+def test_what_differs_in_sampling_or_judge_is_said(folder):
+    a, b = entries(folder, "a", "b", wanted=[GREEDY])
+    changed = b.summaries[GREEDY] | {"temperature": 0.7, "judge": "openai some-model"}
+    found = results.compare([a, results.Entry("b", Run(folder / "b"), 2, {GREEDY: changed})])
+    assert found["notes"] == [
+        f"{GREEDY}: the entries differ in sampling: 0.1, 1.0, -1, 1 (a); 0.7, 1.0, -1, 1 (b).",
+        f"{GREEDY}: the entries differ in judge: program (a); openai some-model (b).",
+    ]
+
+
+def test_a_dot_stands_where_its_value_is():
+    """The axis runs from 2 to 6 over 300 - 16 - left pixels, left = 12 + 6.3 x 2 letters."""
+    drawn = dots.dot_chart("t", [dots.Dot("ab", 3.0, 2.0, 6.0), dots.Dot("c", 6.0, other=True)], width=300)
+    left = 12 + 2 * dots.LETTER
+    assert f'cx="{round(left + (284 - left) / 4, 1)}"' in drawn
+    assert f'd="M{left:.1f} 15.0H284.0"' in drawn
+    assert 'class="ring c5" cx="284.0"' in drawn
