@@ -28,11 +28,11 @@ def make_shared(config: Config) -> None:
                 raw = config.raw_datasets[stage.name]
                 dataset.write_raw(output, count=raw.count, seed=raw.seed, tasks=raw.tasks or world.TASKS)
             case "policy":
-                policy.write_policy(output, seed=paths.shapes_policy_seed(config))
+                policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
             case "tokenise":
                 tokenise.run(config, stage.name, paths.raw_file(config, stage.name), output)
             case "sft":
-                sft.run(config, output)
+                sft.run(config, stage.name, output)
 
 
 def run_iteration(config: Config, run: Run, index: int) -> None:

@@ -24,7 +24,8 @@ import torch
 from earl.emu3 import checkpoint, grid, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Request, SamplingParams, vllm_engine
-from earl.learner import grpo
+from earl.learner import batches, grpo, logprobs
+from earl.learner.ranks import alone
 from tests import policies
 
 BATCHES = (16, 32, 64, 128, 256)
@@ -121,7 +122,7 @@ def agreement(policy: Path, dtype: str) -> str:
     pairs = [(a, b) for one, other in zip(groups, again, strict=True) for a, b in zip(one, other, strict=True)]
     differing = np.mean([a.token_ids != b.token_ids for a, b in pairs])
     episodes = [
-        grpo.Episode(
+        batches.Episode(
             episode_id=f"{index:04d}",
             prompt=np.array(request.prompt_token_ids),
             completion=np.array(completion.token_ids),
@@ -137,7 +138,7 @@ def agreement(policy: Path, dtype: str) -> str:
         temperature=1.0,
         micro_batch=16,
         visual_range=(vocabulary.first_visual, vocabulary.size),
-        split_vocab=True,
+        support=logprobs.split_vocab((vocabulary.first_visual, vocabulary.size)),
         counted="all",
         bfloat16=dtype == "bfloat16",
     )
@@ -146,7 +147,7 @@ def agreement(policy: Path, dtype: str) -> str:
         differences = torch.cat(
             [
                 (grpo.completion_logprobs(learner, batch, settings)[0] - batch.behavior_logprobs).abs()
-                for batch in grpo.micro_batches(episodes, settings, torch.device("cpu"), dtype)
+                for batch, _ in batches.micro_batches(episodes, settings, alone(torch.device("cpu")), dtype)
             ]
         )
     return f"| {dtype} | {differences.mean():.1e} | {differences.max():.1e} | {differing:.1%} of {len(pairs)} |"

@@ -7,6 +7,22 @@
   ],
   val_coefficients: [1.0],
 
+  // Hidden fields, which other files use and --set can change: whether to make SFT models instead of taking published
+  // ones, where a data set of data/mixing.libsonnet lies, and what the fine-tunings in models/ have in common.
+  make_sft_models:: false,
+  dataset(name):: std.extVar('APP__DATA_DIR') + '/earl-datasets/' + name + '/train/list/tokenized_datalist.json',
+
+  fine_tuning(mixing):: {
+    base_model: 'BAAI/Emu3-Stage1',
+    train_paths_file: [$.dataset(row[0]) for row in mixing],
+    coefficients: [row[1] for row in mixing],
+    // Rate and steps are those in the name of a published model, batch and warm-up are ours.
+    steps: 10800,
+    batch_size: 64,
+    learning_rate: 1e-5,
+    warmup_steps: 100,
+  },
+
   tokenizer_path: 'BAAI/Emu3-Gen',
   vision_tokenizer_path: 'BAAI/Emu3-VisionTokenizer',
   assistant_prefill: '<|image start|>',
@@ -36,9 +52,11 @@
   reward_compute_ground_score: false,
   reward_final_reward: 'viescore',
 
+  wandb_mode: 'offline',
   log_episodes_every_n_iterations: 5,
   keep_checkpoints_every_n_iterations: 100,
   save_checkpoints_every_n_iterations: 100,
+  // `push_to_hub: true` turns it on.
   push_to_hub_every_n_iterations: 100,
   push_to_hub_repo_id: 'imged_rl__' + $.run_name,
 }

@@ -15,21 +15,23 @@
   val_paths_file: ['stage:tokenise/shapes_heldout'],
   val_coefficients: [1.0],
 
-  model_path: 'stage:sft',
+  model_path: 'stage:sft/shapes',
   tokenizer_path: 'package:shapes/base_policy',
   vision_tokenizer_path: 'package:shapes/vision_tokenizer',
   image_area: 64 * 64,
   assistant_prefill: '<|image start|>',
   sft: {
-    // Trained for half an hour by shapes_base.jsonnet; `stage:shapes-policy` would start from random weights.
-    base_model: 'package:shapes/base_policy',
-    train_paths_file: ['stage:tokenise/shapes_sft'],
-    coefficients: [1.0],
-    steps: 250,
-    batch_size: 8,
-    learning_rate: 5e-4,
-    warmup_steps: 20,
-    random_seed: 42,
+    shapes: {
+      // Trained for half an hour by shapes_base.jsonnet; `stage:shapes-policy` would start from random weights.
+      base_model: 'package:shapes/base_policy',
+      train_paths_file: ['stage:tokenise/shapes_sft'],
+      coefficients: [1.0],
+      steps: 250,
+      batch_size: 8,
+      learning_rate: 5e-4,
+      warmup_steps: 20,
+      random_seed: 42,
+    },
   },
 
   num_iterations: 20,
@@ -37,6 +39,8 @@
   generations_per_sample: 8,
   per_device_batch_size: 8,
   packing: 'groups',
+  // A tiny model's activations fit; computing them twice would cost a quarter more.
+  gradient_checkpointing: false,
   learning_rate: 4e-4,
   // Divided by their spread, rewards that hardly differ would teach as much as a right edit beside a wrong one.
   advantage: 'mean',

@@ -1,2 +1,2 @@
 // SFT (S) -> RL (C)
-(import 'models/s.libsonnet') + (import 'data/complex.libsonnet')
+(import 'base.libsonnet') + (import 'models/s.libsonnet') + (import 'data/complex.libsonnet')

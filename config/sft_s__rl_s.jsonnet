@@ -1,2 +1,2 @@
 // SFT (S) -> RL (S)
-(import 'models/s.libsonnet') + (import 'data/simple.libsonnet')
+(import 'base.libsonnet') + (import 'models/s.libsonnet') + (import 'data/simple.libsonnet')

@@ -1,2 +1,2 @@
 // SFT (S) -> RL (S+C)
-(import 'models/s.libsonnet') + (import 'data/both.libsonnet')
+(import 'base.libsonnet') + (import 'models/s.libsonnet') + (import 'data/both.libsonnet')

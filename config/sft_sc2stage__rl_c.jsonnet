@@ -1,2 +1,2 @@
 // SFT (S, then S+C) -> RL (C)
-(import 'models/sc2stage.libsonnet') + (import 'data/complex.libsonnet')
+(import 'base.libsonnet') + (import 'models/sc2stage.libsonnet') + (import 'data/complex.libsonnet')

@@ -1,2 +1,2 @@
 // SFT (S, then S+C) -> RL (S+C)
-(import 'models/sc2stage.libsonnet') + (import 'data/both.libsonnet')
+(import 'base.libsonnet') + (import 'models/sc2stage.libsonnet') + (import 'data/both.libsonnet')

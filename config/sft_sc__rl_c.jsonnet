@@ -1,2 +1,2 @@
 // SFT (S+C) -> RL (C)
-(import 'models/sc.libsonnet') + (import 'data/complex.libsonnet')
+(import 'base.libsonnet') + (import 'models/sc.libsonnet') + (import 'data/complex.libsonnet')

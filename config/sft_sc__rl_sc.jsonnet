@@ -1,2 +1,2 @@
 // SFT (S+C) -> RL (S+C)
-(import 'models/sc.libsonnet') + (import 'data/both.libsonnet')
+(import 'base.libsonnet') + (import 'models/sc.libsonnet') + (import 'data/both.libsonnet')

@@ -1,2 +1,2 @@
 // SFT with reasoning (S) -> RL (C)
-(import 'models/think_s.libsonnet') + (import 'data/complex.libsonnet')
+(import 'base.libsonnet') + (import 'models/think_s.libsonnet') + (import 'data/complex.libsonnet')

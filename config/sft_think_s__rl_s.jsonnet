@@ -1,2 +1,2 @@
 // SFT with reasoning (S) -> RL (S)
-(import 'models/think_s.libsonnet') + (import 'data/simple.libsonnet')
+(import 'base.libsonnet') + (import 'models/think_s.libsonnet') + (import 'data/simple.libsonnet')

@@ -1,2 +1,2 @@
 // SFT with reasoning (S) -> RL (S+C)
-(import 'models/think_s.libsonnet') + (import 'data/both.libsonnet')
+(import 'base.libsonnet') + (import 'models/think_s.libsonnet') + (import 'data/both.libsonnet')

@@ -5,10 +5,12 @@
   raw_datasets+: { shapes_sft: { source: 'shapes', count: 24000, seed: 5 } },
   tokenizer_path: 'stage:shapes-policy',
   sft+: {
-    base_model: 'stage:shapes-policy',
-    steps: 4000,
-    batch_size: 16,
-    learning_rate: 3e-3,
-    warmup_steps: 100,
+    shapes+: {
+      base_model: 'stage:shapes-policy',
+      steps: 4000,
+      batch_size: 16,
+      learning_rate: 3e-3,
+      warmup_steps: 100,
+    },
   },
 }

@@ -184,12 +184,14 @@ def tokenise(
 
 
 @app.command()
-def sft(config: ConfigFile, out: Output) -> None:
+def sft(
+    config: ConfigFile, name: Annotated[str, typer.Option(help="Name in the configuration's sft.")], out: Output
+) -> None:
     """Warm-start a policy by supervised fine-tuning."""
     from earl.config.load import read
     from earl.stages import sft as stage
 
-    stage.run(read(config), out)
+    stage.run(read(config), name, out)
 
 
 @app.command()
@@ -224,11 +226,17 @@ def score(config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollo
 
 @app.command()
 def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None:
-    """Derive rewards and advantages from the scores and take one optimizer step."""
+    """Derive rewards and advantages from the scores and train; by `train_processes` ranks, or those of torchrun."""
     from earl.config.load import read
+    from earl.learner import ranks
+
+    settings = read(config)
+    if settings.train_processes > 1 and not ranks.is_launched():
+        arguments = ["train", "--config", config, "--iteration", iteration, "--run", run]
+        raise typer.Exit(ranks.launch(settings, [str(argument) for argument in arguments], settings.train_processes))
     from earl.stages import train as stage
 
-    stage.run(read(config), run, iteration)
+    stage.run(settings, run, iteration)
 
 
 @app.command()
@@ -261,6 +269,43 @@ def report(run: RunFolder, out: Output) -> None:
     from earl.stages import report as stage
 
     stage.run(run, out)
+
+
+BestEffort = Annotated[
+    bool, typer.Option("--best-effort", help="Warn instead of failing; the next call sends what is missing.")
+]
+Record = Annotated[Path | None, typer.Option("--out", help="Also write what was done as JSON.")]
+
+
+@app.command()
+def track(
+    run: RunFolder,
+    best_effort: BestEffort = False,
+    online: Annotated[bool, typer.Option("--online", help="Send now, whatever wandb_mode says.")] = False,
+    out: Record = None,
+) -> None:
+    """Show the run's figures and episodes on Weights & Biases, as far as the configuration says and it is not done."""
+    from earl import tracking
+    from earl.config.load import read
+    from earl.layout import Run
+    from earl.tracking import page
+
+    folder = Run(run)
+    config = read(folder.config)
+    config = config.model_copy(update={"wandb_mode": "online"}) if online else config
+    tracking.attempt(lambda: page.send(folder, config), best_effort, out)
+
+
+@app.command()
+def push(run: RunFolder, best_effort: BestEffort = False, out: Record = None) -> None:
+    """Push the run's policies to the Hugging Face hub, as far as the configuration says and it is not done."""
+    from earl import tracking
+    from earl.config.load import read
+    from earl.layout import Run
+    from earl.tracking import hub
+
+    folder = Run(run)
+    tracking.attempt(lambda: hub.push(folder, read(folder.config)), best_effort, out)
 
 
 @app.command()
@@ -330,12 +375,58 @@ def status(run: RunFolder) -> None:
     typer.echo(runs.status(folder, read(folder.config).num_iterations).text())
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="A run's <run>/config.json: says the judge and the folder.")
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="Folder for the files of runs.")] = None,
+    judge: Annotated[str | None, typer.Option(help="The judge's address, or the file that holds it.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that are to be visible.")] = None,
+    minimum_free: Annotated[float, typer.Option(min=0, help="GiB that are to be free.")] = 10.0,
+) -> None:
+    """Check this node, or all nodes of several ranks, as a stage would find it."""
+    from earl import doctor as checks
+
+    if config is not None:
+        from earl.config.load import read
+
+        settings = read(config)
+        path = path or Path(settings.base_exp_dir)
+        judge = judge or (str(settings.reward_function_api_base) if settings.judge == "openai" else None)
+    wanted = checks.Wanted(path or Path("runs"), gpus, judge, int(minimum_free * 2**30))
+    found = checks.examine(wanted)
+    has_failed = any(finding.passed is False for _, finding in found)
+    if has_failed or os.environ.get("RANK", "0") == "0":
+        typer.echo(checks.table(found))
+    raise typer.Exit(has_failed)
+
+
+@app.command()
+def launch(
+    command: Annotated[list[str], typer.Argument(help="The command, after `--`.")],
+    launcher: Annotated[str, typer.Option(help="local, debug or slurm.")],
+    name: Annotated[str, typer.Option(help="Short name of the job.")],
+    folder: Annotated[Path, typer.Option(help="The job's own folder, for its record and logs.")],
+    output: Annotated[list[Path] | None, typer.Option(help="A file that it makes; may be repeated.")] = None,
+    resource: Annotated[list[str] | None, typer.Option(help="name=value; may be repeated.")] = None,
+) -> None:
+    """Run a command somewhere else, a stage's as a rule, or wait for it where it already runs."""
+    from earl import launchers
+    from earl.launchers.job import Job, Resources
+
+    job = Job(name, command, folder, output or [], Resources.parse(resource or []))
+    raise typer.Exit(launchers.create(launcher).run(job))
+
+
 def main() -> None:
     """Run the command line; mistakes that a user can mend end in one line and status 2."""
     # OpenMP reads this when torch is imported. Threads that spin while they wait starve each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processes.end_with_workflow()
+    if "LOCAL_RANK" in os.environ:
+        processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
     try:
         app()
     except EarlError as error:

@@ -5,7 +5,7 @@
     <run>/config.json
     <run>/judge_check.json
     <run>/iterations/000012/{rollouts,scores}/0003.parquet
-    <run>/iterations/000012/train/{episodes.parquet,metrics.json}
+    <run>/iterations/000012/train/{episodes.parquet,metrics.json,performance.json}
     <run>/iterations/000012/{policy,trainer}/
     <run>/evaluations/<name>/000012{.rollouts,.scores,}.parquet and 000012.json
     <run>/report.html
@@ -51,6 +51,11 @@ class Iteration:
     def metrics(self) -> Path:
         """Written last: an iteration is complete when this file and ``policy`` exist."""
         return self.path / "train" / "metrics.json"
+
+    @property
+    def performance(self) -> Path:
+        """Seconds, tokens per second, memory: unlike every other file, not the same when it is made again."""
+        return self.path / "train" / "performance.json"
 
     def rollouts(self, shard: int) -> Path:
         return self.path / "rollouts" / f"{shard:04d}.parquet"

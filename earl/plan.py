@@ -51,9 +51,14 @@ class Plan:
 
     @cached_property
     def windows(self) -> list[range]:
-        """The planned iterations cut into windows of ``config.window_length``."""
-        length, end = self.config.window_length, self.stop + 1
-        return [range(first, min(first + length, end)) for first in range(self.start + 1, end, length)]
+        """The planned iterations, cut after every multiple of ``config.window_length``, wherever the plan starts.
+
+        So a window that a stop left half done is the same one, with the same end, for a workflow that starts anew.
+        """
+        length = self.config.window_length
+        cuts = [*range(self.start - self.start % length + length, self.stop, length), self.stop]
+        starts = [self.start, *cuts[:-1]]
+        return [range(first + 1, last + 1) for first, last in zip(starts, cuts, strict=True) if first < last]
 
     @cached_property
     def evaluations(self) -> dict[int, list[str]]:
@@ -70,6 +75,23 @@ class Plan:
                 if index <= self.stop and (index > self.start or self._is_pending(name, index)):
                     planned.setdefault(index, []).append(name)
         return planned
+
+    def sends(self, whole: bool, chain: bool) -> list[tuple[str, int]]:
+        """Return what is sent elsewhere, and after which iterations: (``wandb`` or ``hub``, iteration).
+
+        Args:
+            whole: the plan ends the run, so the last send belongs to it.
+            chain: nothing is sent between iterations: windows make them, and send what is theirs if they can.
+        """
+        if self.single is not None or not self.stop:
+            return []
+        config = self.config
+        every = {"wandb": config.wandb_every_n_iterations if config.wandb_mode == "online" else None}
+        every |= {"hub": config.push_to_hub_every_n_iterations if config.push_to_hub else None}
+        wanted = {"wandb": config.wandb_mode != "disabled", "hub": config.push_to_hub}
+        between = [] if chain else [index for index in self.iterations if index < config.num_iterations]
+        sends = [(kind, index) for index in between for kind, n in every.items() if n and index % n == 0]
+        return sends + [(kind, self.stop) for kind, on in wanted.items() if on and whole]
 
     def _is_pending(self, name: str, index: int) -> bool:
         if self.run.evaluation(name, index).summary.is_file():
@@ -91,12 +113,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: "Config", window: tuple[int, int] | None = None, single: int | None = None) -> Plan:
-    """Return what is left to do of a run, or the part of it that ``window`` or ``single`` names.
+def plan(config: "Config", last: int | None = None, single: int | None = None) -> Plan:
+    """Return what is left to do of a run, or the part of it that ``last`` or ``single`` names.
 
     Args:
         config: the run's resolved configuration.
-        window: first and last iteration to plan, both included; the one before the first must be complete.
+        last: plan one window, from the newest complete iteration to this one.
         single: plan this one iteration, whatever comes after it.
 
     Raises:
@@ -108,10 +130,9 @@ def plan(config: "Config", window: tuple[int, int] | None = None, single: int | 
         if not 0 <= single <= newest:
             raise EarlError(f"iteration={single}: {run.path} has complete iterations 1 to {newest}; choose one of them")
         return Plan(run, config, max(single - 1, 0), single, single)
-    if window is not None:
-        first, last = window
-        return Plan(run, config, first - 1, last)
     start = runs.newest_complete(run)
+    if last is not None:
+        return Plan(run, config, min(start, last), last)
     return Plan(run, config, start, max(start, config.num_iterations))
 
 

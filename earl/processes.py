@@ -5,9 +5,12 @@ open file: the system gives it up with the process, however that ends. A killed 
 it had started; :func:`end_with` ends those, so that a workflow started again meets no second writer.
 """
 
+import ctypes
 import fcntl
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -82,6 +85,13 @@ def end_with(pid: int, interval: float = 0.25) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-workflow", daemon=True).start()
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Between fork and exec: have Linux send this process a signal when the one that started it is gone, however."""
+    set_parent_death_signal = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
 
 
 def end_stages_with_this_process() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from earl import processes
 from earl.errors import EarlError
 from earl.files import atomic, manifest
+from earl.launchers import record
 from earl.layout import Iteration, Run, iteration_name
 
 if TYPE_CHECKING:
@@ -66,12 +67,14 @@ def exclusive(run: Run) -> Iterator[None]:
     A stage is started by the workflow that holds the lock, and goes on under it.
 
     Raises:
-        EarlError: when a workflow is working on the run.
+        EarlError: when a workflow is working on the run, or jobs that an earlier one has left behind.
     """
     if processes.in_workflow():
         yield
         return
     with processes.lock(lock_file(run)):
+        for job in record.running(run.path / "logs" / "jobs"):
+            raise EarlError(f"{run.path}: Slurm job {job.job_id} ({job.name}) still runs; wait for it, or scancel it")
         yield
 
 
@@ -125,7 +128,7 @@ def start(run: Run, policy: Path) -> None:
     if not (policy / "config.json").is_file():
         raise EarlError(
             f"{policy}: is not a model folder (it has no config.json); set model_path to a folder that "
-            "transformers can load, or to a stage such as stage:sft"
+            "transformers can load, or to a stage such as stage:sft/<name>"
         )
     first = run.iteration(0)
     first.path.mkdir(parents=True, exist_ok=True)

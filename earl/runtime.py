@@ -38,3 +38,10 @@ def dtype(config: "Config") -> "torch.dtype":
     import torch
 
     return getattr(torch, config.dtype)
+
+
+def policy_dtype(config: "Config") -> "torch.dtype":
+    """Return the torch type of ``config.policy_dtype``."""
+    import torch
+
+    return getattr(torch, config.policy_dtype)

@@ -12,7 +12,7 @@ import pytest
 
 from earl import torch_extensions
 from earl.emu3.vocabulary import Vocabulary
-from tests import policies
+from tests import policies, slurm_cluster
 
 
 def pytest_configure():
@@ -59,8 +59,8 @@ SMALL = {
     "raw_datasets.shapes_sft.count": 32,
     "raw_datasets.shapes_rl.count": 24,
     "raw_datasets.shapes_heldout.count": 8,
-    "sft.steps": 40,
-    "sft.batch_size": 8,
+    "sft.shapes.steps": 40,
+    "sft.shapes.batch_size": 8,
     "episodes_per_iteration": 16,
     "generations_per_sample": 4,
     "per_device_batch_size": 8,
@@ -88,3 +88,16 @@ def small_config(tmp_path_factory):
         return load.load(demo, {**SMALL, "base_exp_dir": str(base), "run_name": run_name, **changes}).config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A Slurm cluster of two nodes on this machine; see `tests/slurm_cluster.py`."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    cluster = slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

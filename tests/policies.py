@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.emu3 import checkpoint
+from earl.emu3 import checkpoint, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import atomic
 from earl.shapes import policy
@@ -36,3 +36,11 @@ def teach(model: "Emu3ForCausalLM", ids: Sequence[int], strength: float) -> None
     embedding = model.model.embed_tokens.weight - model.model.embed_tokens.weight.mean(0)
     for before, after in itertools.pairwise(ids):
         model.lm_head.weight[after] += strength * torch.nn.functional.normalize(embedding[before], dim=0)
+
+
+def be_picky(model: "Emu3ForCausalLM", vocabulary: Vocabulary) -> None:
+    """Prefer some visual tokens a lot, so that truncation leaves few, and begin an image after a few words or none."""
+    end = vocabulary.encode(sequence.END_THINKING)
+    size_and_img = [vocabulary.boi, *vocabulary.encode("8*8"), vocabulary.img]
+    teach(model, [vocabulary.encode(sequence.START_THINKING)[-1], *end, *size_and_img], strength=9)
+    model.lm_head.weight[vocabulary.first_visual :] *= 3

@@ -2,15 +2,19 @@
 
 The content of an output is a function of the inputs' contents, so that equal histories give equal bytes. Only the
 light commands (start, prune, verify) are the real ones. ``STUB_DELAY`` seconds pass in each stage, ``STUB_LOG`` names
-a file that gets a line for each command, ``STUB_FAIL`` a text in the command at which it fails.
+a file that gets a line for each command, and one that begins with ``clash`` where another process is at work on the
+same command, ``STUB_FAIL`` a text in the command at which it fails. ``STUB_HOLD`` names a file: a command with the text
+that the file holds waits until it no longer does.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from earl import processes
 from earl.files import atomic, manifest
@@ -29,15 +33,38 @@ def main() -> None:
 
         sys.exit(cli.main())
     processes.end_with_workflow()
+    alone = note_clash() if os.environ.get("STUB_LOG") else None
     time.sleep(float(os.environ.get("STUB_DELAY", "0")))
+    while is_held(" ".join(sys.argv[1:])):
+        time.sleep(0.1)
     if os.environ.get("STUB_FAIL") and os.environ["STUB_FAIL"] in " ".join(sys.argv[1:]):
         sys.exit("this stage was told to fail")
     STAGES.get(command, write_one)(command, options)
+    del alone
+
+
+def is_held(command: str) -> bool:
+    try:
+        return Path(os.environ["STUB_HOLD"]).read_text() in command
+    except (KeyError, FileNotFoundError):
+        return False
+
+
+def note_clash() -> IO[str]:
+    """Return a lock of this very command's; say so in the log when another process holds it."""
+    held = open(f"{os.environ['STUB_LOG']}.{digest(*sys.argv[1:])[:16]}", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with open(os.environ["STUB_LOG"], "a") as log:
+            log.write("clash " + " ".join(sys.argv[1:]) + "\n")
+    return held
 
 
 def write_one(command: str, options: dict[str, str]) -> None:
     """Any stage of one output: its bytes are a digest of what went in."""
-    parts = [command, *(options.get(name, "") for name in ("--iteration", "--shard", "--evaluation", "--dataset"))]
+    words = ("--iteration", "--shard", "--evaluation", "--dataset", "--name")
+    parts = [command, *(options.get(word, "") for word in words)]
     for name in ("--policy", "--rollouts", "--raw", "--scores"):
         if name in options:
             path = Path(options[name])
@@ -97,6 +124,11 @@ def evaluate(command: str, options: dict[str, str]) -> None:
     atomic.write_text(evaluation.summary, json.dumps({"policy_digest": policy}))
 
 
+def send(command: str, options: dict[str, str]) -> None:
+    # An option without a value, --best-effort, shifts the pairs.
+    atomic.write_text(sys.argv[sys.argv.index("--out") + 1], "{}")
+
+
 def report(command: str, options: dict[str, str]) -> None:
     atomic.write_text(options["--out"], "report\n")
 
@@ -111,7 +143,7 @@ def write_folder(path: Path, text: str) -> None:
         manifest.seal(folder)
 
 
-STAGES = {"train": train, "restore": restore, "evaluate": evaluate, "report": report}
+STAGES = {"train": train, "restore": restore, "evaluate": evaluate, "report": report, "track": send, "push": send}
 
 if __name__ == "__main__":
     main()

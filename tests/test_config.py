@@ -18,8 +18,6 @@ VARIABLES = {
     "APP__BASE_EXP_DIR": "/experiments",
     "APP__RUN_NAME": "trial",
     "APP__REWARD_FUNCTION_API_BASE": "http://judge:4877",
-    "APP__SFT_SC_PATH": "/models/sc",
-    "APP__SFT_SC2STAGE_PATH": "/models/sc2stage",
 }
 SIMPLE = {"omniedit": 1.0}
 COMPLEX = {"magic_brush": 6, "aurora_ag": 6, "aurora_kubric": 0.7, "ss2": 1.55, "vismin": 3.7, "human-edit": 11}
@@ -30,14 +28,22 @@ TABLE = {
     "sft_s__rl_s": ("mair-lab/sft-simple", AT_ONCE, SIMPLE),
     "sft_s__rl_c": ("mair-lab/sft-simple", AT_ONCE, COMPLEX),
     "sft_s__rl_sc": ("mair-lab/sft-simple", AT_ONCE, BOTH),
-    "sft_sc__rl_c": ("/models/sc", AT_ONCE, COMPLEX),
-    "sft_sc__rl_sc": ("/models/sc", AT_ONCE, BOTH),
-    "sft_sc2stage__rl_c": ("/models/sc2stage", AT_ONCE, COMPLEX),
-    "sft_sc2stage__rl_sc": ("/models/sc2stage", AT_ONCE, BOTH),
+    "sft_sc__rl_c": ("stage:sft/sc", AT_ONCE, COMPLEX),
+    "sft_sc__rl_sc": ("stage:sft/sc", AT_ONCE, BOTH),
+    "sft_sc2stage__rl_c": ("stage:sft/sc2stage", AT_ONCE, COMPLEX),
+    "sft_sc2stage__rl_sc": ("stage:sft/sc2stage", AT_ONCE, BOTH),
     "sft_think_s__rl_s": ("mair-lab/thinking-sft-simple", THINKING, SIMPLE),
     "sft_think_s__rl_c": ("mair-lab/thinking-sft-simple", THINKING, COMPLEX),
     "sft_think_s__rl_sc": ("mair-lab/thinking-sft-simple", THINKING, BOTH),
 }
+BASE = "BAAI/Emu3-Stage1"
+RECIPES = {
+    "sft_s": {"s": (BASE, SIMPLE, False)},
+    "sft_sc": {"sc": (BASE, BOTH, False)},
+    "sft_sc2stage": {"s": (BASE, SIMPLE, False), "sc2stage": ("stage:sft/s", BOTH, False)},
+    "sft_think_s": {"think_s": (BASE, SIMPLE, True)},
+}
+"""Base, data and whether with reasoning, of each fine-tuning that an experiment describes."""
 SHARED = {
     "run_name": "trial",
     "base_exp_dir": "/experiments",
@@ -82,10 +88,10 @@ SHARED = {
     "model_revision": None,
     "engine": "vllm",
     "judge": "openai",
-    "sft": None,
     "raw_datasets": {},
 }
 MINIMAL = {"run_name": "a", "base_exp_dir": "runs", "train_paths_file": ["x"], "val_paths_file": [], "judge": "program"}
+TUNING = {"base_model": "model", "train_paths_file": ["x"], "steps": 1}
 
 
 @pytest.fixture
@@ -119,7 +125,59 @@ def test_each_experiment_resolves_to_the_papers_table(name: str, variables: None
 
 
 def test_the_table_covers_every_experiment_file() -> None:
-    assert {path.stem for path in (ROOT / "config").glob("sft_*.jsonnet")} == set(TABLE)
+    for folder in ("config", "config/shapes"):
+        assert {path.stem for path in (ROOT / folder).glob("sft_*.jsonnet")} == set(TABLE)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_each_model_describes_its_fine_tunings(kind: str, variables: None) -> None:
+    name = next(name for name in TABLE if name.startswith(f"{kind}__"))
+    config = load.load(ROOT / "config" / f"{name}.jsonnet").config
+    for tuning, (base, data, reasoning) in RECIPES[kind].items():
+        found = config.sft[tuning]
+        assert (found.base_model, found.reasoning) == (base, reasoning)
+        names = [f"/data/earl-datasets/{name}/train/list/tokenized_datalist.json" for name in data]
+        assert (found.train_paths_file, found.coefficients) == (names, list(data.values()))
+    assert config.sft.keys() == RECIPES[kind].keys()
+    own = load.load(ROOT / "config" / f"{name}.jsonnet", {"make_sft_models": True}).config
+    assert own.model_path == f"stage:{kind.replace('_', '/', 1)}"
+    assert own.sft == config.sft
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_experiment_has_its_like_in_the_shapes_world(name: str) -> None:
+    _, prefill, data = TABLE[name]
+    kind = name.partition("__")[0]
+    config = load.load(ROOT / "config" / "shapes" / f"{name}.jsonnet").config
+    assert config.run_name == f"shapes_{name}"
+    assert config.train_paths_file == [f"stage:tokenise/{dataset}" for dataset in data]
+    assert (config.coefficients, config.assistant_prefill) == (list(data.values()), prefill)
+    assert config.model_path == f"stage:{kind.replace('_', '/', 1)}"
+    recipe = {tuning: (list(data), reasoning) for tuning, (_, data, reasoning) in RECIPES[kind].items()}
+    assert recipe == {
+        tuning: ([path.removeprefix("stage:tokenise/") for path in found.train_paths_file], found.reasoning)
+        for tuning, found in config.sft.items()
+    }
+    assert not set(config.raw_datasets["omniedit"].tasks) & set(config.raw_datasets["vismin"].tasks)
+
+
+def test_the_ten_in_the_shapes_world_share_what_comes_before_rl() -> None:
+    configs = [load.load(path).config for path in (ROOT / "config" / "shapes").glob("sft_*.jsonnet")]
+    stages = {output: stage.stage for config in configs for output, stage in paths.shared_stages(config).items()}
+    # Seven data sets and the held-out one; s, sc, sc2stage (which starts from s) and think_s.
+    assert {kind: list(stages.values()).count(kind) for kind in stages.values()} == {"raw": 8, "tokenise": 8, "sft": 4}
+
+
+def test_from_raw_data_to_rl_in_one_plan(tmp_path: Path, variables: None) -> None:
+    path = tmp_path / "x.jsonnet"
+    parts = [ROOT / "config" / part for part in ("sft_sc2stage__rl_c.jsonnet", "data/raw.libsonnet")]
+    path.write_text(" + ".join(f"(import '{part}')" for part in parts))
+    config = load.load(path, {"run_name": "raw"}).config
+    stages = list(paths.shared_stages(config).values())
+    assert [stage.name for stage in stages] == [*COMPLEX, "omniedit", "s", "sc2stage"]
+    assert stages[0].inputs == (Path("/data/raw/magic_brush.parquet"),)
+    outputs = {stage.name: stage.output for stage in stages}
+    assert stages[-1].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
 
 
 def test_demo_needs_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +237,7 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
     ("fields", "parts"),
     [
         ({"learning_rat": 1e-6}, ["learning_rat ", "unknown", "learning_rate"]),
-        ({"sft": {"step": 1}}, ["sft.step ", "nearest known name is steps"]),
+        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "nearest known name is steps"]),
         ({"raw_datasets": {"a": {"source": "shapes", "conut": 1}}}, ["raw_datasets.a.conut", "count"]),
         ({"evaluations": {"prompts": {"prompts": 1, "top_kk": 1}}}, ["evaluations.prompts.top_kk", "top_k"]),
         ({"learning_rate": "3e-6"}, ['learning_rate is "3e-6"', "valid number"]),
@@ -201,8 +259,18 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"judge": "openai"}, ["reward_function_api_base"]),
         ({"max_response_tokens": 4096}, ["max_response_tokens", "model_context_size"]),
         ({"train_paths_file": ["stage:tokenise/no"]}, ["train_paths_file.0", "raw_datasets"]),
-        ({"model_path": "stage:stf"}, ["model_path", "stage:sft"]),
-        ({"model_path": "stage:sft"}, ["model_path", "sft is null"]),
+        ({"model_path": "stage:stf"}, ["model_path", "stage:sft/<name>", "stage:shapes-policy"]),
+        ({"model_path": "stage:sft"}, ["model_path", "stage:sft/<name>"]),
+        ({"model_path": "stage:shapes-policy/a"}, ["model_path", "stage:shapes-policy"]),
+        ({"model_path": "stage:sft/a"}, ["model_path", "sft has only: (nothing)"]),
+        ({"model_path": "stage:sft/a", "sft": {"s": TUNING}}, ["model_path", "sft has only: s"]),
+        ({"sft": {"s": TUNING | {"base_model": "stage:tokenise/x"}}}, ["sft.s.base_model", "stage:sft/s"]),
+        ({"sft": {"s": TUNING | {"coefficients": [1, 2]}}}, ["sft.s.coefficients has 2 values for 1 data sets"]),
+        ({"sft": {"s": TUNING | {"base_model": "stage:sft/s"}}}, ["sft.s.base_model", "circle: s from s"]),
+        (
+            {"sft": {"s": TUNING | {"base_model": "stage:sft/t"}, "t": TUNING | {"base_model": "stage:sft/s"}}},
+            ["sft.s.base_model", "circle: s from t from s"],
+        ),
         ({"raw_datasets": {"a": {"source": "parquet"}}}, ["raw_datasets.a.path"]),
     ],
 )
@@ -231,13 +299,13 @@ def test_a_file_that_is_no_experiment_is_named(text: str, part: str, tmp_path: P
 
 
 def test_overrides_are_json_or_text() -> None:
-    text = "run_name=7,engine=torch,num_iterations=2,coefficients=[1,2],sft.steps=3,model_revision=null"
+    text = "run_name=7,engine=torch,num_iterations=2,coefficients=[1,2],sft.s.steps=3,model_revision=null"
     assert load.parse_overrides(text) == {
         "run_name": "7",
         "engine": "torch",
         "num_iterations": 2,
         "coefficients": [1, 2],
-        "sft.steps": 3,
+        "sft.s.steps": 3,
         "model_revision": None,
     }
     with pytest.raises(EarlError, match="field=value"):
@@ -246,10 +314,10 @@ def test_overrides_are_json_or_text() -> None:
 
 def test_a_dotted_override_changes_one_field_of_a_section() -> None:
     demo = load.load(ROOT / "config" / "demo.jsonnet").config
-    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.steps": 3})
-    assert changed.config.sft == demo.sft.model_copy(update={"steps": 3})
-    assert changed.origins["sft.steps"] == "--set"
-    assert changed.origins["sft.batch_size"] != "--set"
+    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.shapes.steps": 3})
+    assert changed.config.sft == {"shapes": demo.sft["shapes"].model_copy(update={"steps": 3})}
+    assert changed.origins["sft.shapes.steps"] == "--set"
+    assert changed.origins["sft.shapes.batch_size"] != "--set"
 
 
 class TestFrozen:
@@ -263,12 +331,12 @@ class TestFrozen:
         path = tmp_path / "config.json"
         freeze.write(load.load(ROOT / "config" / "demo.jsonnet").config, path)
         before = path.read_bytes()
-        other = load.load(ROOT / "config" / "demo.jsonnet", {"kl_coeff": 0.5, "sft.steps": 3}).config
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"kl_coeff": 0.5, "sft.shapes.steps": 3}).config
         with pytest.raises(EarlError) as caught:
             freeze.write(other, path)
         rows = [line.split() for line in str(caught.value).splitlines()]
         assert ["kl_coeff", "0.025", "0.5"] in rows
-        assert any(row[0] == "sft.steps" and row[2] == "3" for row in rows if len(row) == 3)
+        assert any(row[0] == "sft.shapes.steps" and row[2] == "3" for row in rows if len(row) == 3)
         assert "run_name" in str(caught.value)
         assert "--accept-changes" in str(caught.value)
         assert path.read_bytes() == before
@@ -328,7 +396,7 @@ class TestSharedStages:
             assert seen.issuperset(path for path in stage.inputs if path in stages)
             seen.add(output)
         assert sorted(stage.stage for stage in stages.values()) == [*policy, *["raw"] * 3, "sft", *["tokenise"] * 3]
-        assert paths.resolve(config, "stage:sft") in stages
+        assert paths.resolve(config, "stage:sft/shapes") in stages
 
     def test_what_a_stage_does_not_depend_on_shares_it(self) -> None:
         other = self.demo(run_name="b", random_seed=7, kl_coeff=0.5, num_iterations=3, temperature=0.5)
@@ -340,11 +408,12 @@ class TestSharedStages:
             return {f"{stage.stage} {stage.name}" for path, stage in other.items() if path not in first}
 
         first = paths.shared_stages(self.demo())
-        assert moved(**{"sft.steps": 3}) == {"sft sft"}
-        assert moved(**{"sft.random_seed": 3}) == {"sft sft"}
-        assert moved(**{"sft.base_model": "stage:shapes-policy"}) == {"sft sft", "policy shapes"}
+        assert moved(**{"sft.shapes.steps": 3}) == {"sft shapes"}
+        assert moved(**{"sft.shapes.random_seed": 3}) == {"sft shapes"}
+        assert moved(**{"sft.shapes.base_model": "stage:shapes-policy"}) == {"sft shapes", "policy shapes"}
+        assert moved(packing="none") == {"sft shapes"}
         assert moved(**{"raw_datasets.shapes_rl.count": 3}) == {"raw shapes_rl", "tokenise shapes_rl"}
-        assert moved(**{"raw_datasets.shapes_sft.count": 3}) == {"raw shapes_sft", "tokenise shapes_sft", "sft sft"}
+        assert moved(**{"raw_datasets.shapes_sft.count": 3}) == {"raw shapes_sft", "tokenise shapes_sft", "sft shapes"}
         assert len(moved(image_area=1024)) == 4
 
     def test_other_paths_mean_themselves(self) -> None:
@@ -405,6 +474,34 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
         ({"sampler_correction": "truncate"}, "sampler_correction_high.*needs it"),
         ({"sampler_correction_high": 2.0}, "sampler_correction_high.*no use"),
         ({"sampler_correction": "filter", "sampler_correction_high": 2.0}, "sampler_correction_low.*needs it"),
+        (
+            {"kl_estimator": "weighted_k3", "sampler_correction": "truncate", "sampler_correction_high": 2.0},
+            "kl_estimator.*set one of the two to `k3\\+` or `none`",
+        ),
+        (
+            {"logprob_support": "full"},
+            "logprob_support.*_language_and_vision_vocabs is true; set that to false",
+        ),
+        (
+            {"logprob_support": "split_vocab", "separate_language_and_vision_vocabs": False},
+            "logprob_support is `split_vocab`, which keeps text and visual ids apart.*set that to true",
+        ),
+        (
+            {"logprob_support": "sampled", "emu3_use_logit_processor": False},
+            "logprob_support is `sampled`, which without emu3_use_logit_processor does not keep.*set that to false",
+        ),
+        (
+            {
+                "logprob_support": "sampled",
+                "top_p": 0.9,
+                "optimizer_steps_per_iteration": 2,
+                "importance_ratio": "behavior",
+            },
+            "logprob_support.*the first step only; set optimizer_steps_per_iteration to 1",
+        ),
+        ({"advantage_components": {"ground_score": 1.0}}, "reward_compute_ground_score.*advantage_components"),
+        ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
+        ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
     ],
 )
 def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, message):
@@ -422,6 +519,10 @@ def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, mes
             "sampler_correction_high": 1.1,
         },
         {"sampler_correction": "truncate", "sampler_correction_high": 2.0, "optimizer_steps_per_iteration": 2},
+        {"logprob_support": "sampled", "top_p": 0.9, "top_k": 50, "kl_estimator": "weighted_k3"},
+        {"logprob_support": "sampled", "optimizer_steps_per_iteration": 2, "importance_ratio": "behavior"},
+        {"logprob_support": "full", "separate_language_and_vision_vocabs": False},
+        {"advantage_components": {"semantic_consistency": 1.0, "perceptual_quality": 0.5}},
     ],
 )
 def test_objectives_that_go_together_are_accepted(tmp_path, fields):

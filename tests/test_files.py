@@ -185,6 +185,21 @@ def test_a_flipped_byte_names_the_column(tmp_path):
         tables.read_table(path, tables.ROLLOUTS)
 
 
+@pytest.mark.parametrize(("umask", "files", "folders"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770)])
+def test_what_a_library_wrote_for_its_owner_alone_is_shared_as_the_umask_says(tmp_path, umask, files, folders):
+    old = os.umask(umask)
+    try:
+        with atomic.folder(tmp_path / "policy") as temporary:
+            (temporary / "part").mkdir()
+            (temporary / "part" / "model.safetensors").touch(0o600)
+        with atomic.file(tmp_path / "table") as temporary:
+            temporary.touch(0o600)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"policy": folders, "part": folders, "model.safetensors": files, "table": files}
+
+
 def test_a_sealed_folder_tells_missing_cut_and_changed_files(tmp_path):
     folder = tmp_path / "policy"
     with atomic.folder(folder) as temporary:

@@ -1,6 +1,9 @@
 """The learning loop on episodes in memory: what changes the step, and what must not."""
 
+import shutil
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
-from earl.learner import grpo, head, objective
+from earl.learner import attention, batches, grpo, head, logprobs, objective, sharding
 
 GROUPS, SAMPLES = 4, 2
 
@@ -19,18 +22,19 @@ def episodes(vocabulary):
     return [_episode(group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
 
 
-def _episode(group: int, sample: int, vocabulary) -> grpo.Episode:
+def _episode(group: int, sample: int, vocabulary) -> batches.Episode:
     prompt = np.random.default_rng(group).integers(0, vocabulary.size, 9 + group)
     completion = np.random.default_rng([group, sample]).integers(0, vocabulary.size, 5 + 2 * sample + group)
     forced = np.arange(len(completion)) == 2
     behavior = np.full(len(completion), -2.0, dtype=np.float32)
     names = f"{group:04d}-{sample:02d}", f"{group:04d}"
-    return grpo.Episode(*names, prompt, completion, forced, behavior, (-1.0) ** sample * (1 + group))
+    return batches.Episode(*names, prompt, completion, forced, behavior, (-1.0) ** sample * (1 + group))
 
 
 @pytest.fixture(scope="module")
 def settings(vocabulary):
-    return grpo.Settings(0.0, 1.0, 3, (vocabulary.first_visual, vocabulary.size), True, "all", False)
+    visual = (vocabulary.first_visual, vocabulary.size)
+    return grpo.Settings(0.0, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
 
 
 @pytest.fixture
@@ -52,9 +56,9 @@ def with_learners_logprobs(episodes, policy_folder, settings, shift=0.0):
     model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
     found = []
     for episode in episodes:
-        batch = grpo.collate([replace(episode, forced=np.zeros_like(episode.forced))], settings, model.device)
+        batch = batches.collate([replace(episode, forced=np.zeros_like(episode.forced))], settings, model.device)
         with torch.no_grad():
-            logp, _ = grpo.completion_logprobs(model, batch, settings)
+            logp, _, _ = grpo.completion_logprobs(model, batch, settings)
         found.append(replace(episode, behavior_logprobs=(logp - shift).numpy()))
     return found
 
@@ -181,7 +185,7 @@ def test_packed_groups_change_the_step_by_rounding_alone(episodes, settings, lea
 
 
 def test_a_packed_row_holds_each_prompt_once_and_no_padding(episodes, settings):
-    batch = grpo.collate(episodes, replace(settings, packed=True), torch.device("cpu"))
+    batch = batches.collate(episodes, replace(settings, packed=True), torch.device("cpu"))
     prompts = {episode.group_id: len(episode.prompt) for episode in episodes}
     assert batch.input_ids.shape == (1, sum(prompts.values()) + sum(len(e.completion) for e in episodes))
     own = batch.groups[1].completions[1]
@@ -193,6 +197,73 @@ def test_packing_leaves_the_model_as_it_was(episodes, settings, policy_folder):
     model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
     usual = model.config._attn_implementation
     for packed in (True, False):
-        batch = grpo.collate(episodes[:2], replace(settings, packed=packed), model.device)
+        batch = batches.collate(episodes[:2], replace(settings, packed=packed), model.device)
         grpo.completion_logprobs(model, batch, settings)
         assert model.config._attn_implementation == usual
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_recomputed_layers_give_the_same_bits(episodes, settings, learn, packed):
+    settings = replace(settings, packed=packed)
+    metrics, gradient = learn(episodes, settings)
+    again, found = learn(episodes, replace(settings, gradient_checkpointing=True))
+    assert again == metrics
+    assert torch.equal(found, gradient)
+
+
+def test_recomputing_runs_each_layer_twice_and_turns_no_dropout_on(episodes, settings, policy_folder):
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    runs = []
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_pre_hook(lambda *_: runs.append([m for m in model.modules() if m.training]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    grpo.train_iteration(model, None, optimizer, episodes, replace(settings, gradient_checkpointing=True))
+    assert len(runs) == 2 * len(batches.cut_episodes(episodes, settings, 1))
+    assert all(training == list(model.model.layers) for training in runs)
+
+
+def exact_attention(query, key, value, softmax_scale, causal, deterministic):
+    """flash-attn's function as documented: [B, L, H, D], perhaps fewer key heads, causal from the last place on."""
+    assert causal
+    assert deterministic
+    heads = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(heads, dim=2) for x in (key, value))
+    weights = torch.einsum("blhd,bmhd->bhlm", query, key).float() * softmax_scale
+    hidden = torch.ones(weights.shape[-2:], dtype=torch.bool).triu(weights.shape[-1] - weights.shape[-2] + 1)
+    return torch.einsum("bhlm,bmhd->blhd", weights.masked_fill(hidden, -torch.inf).softmax(-1).to(value.dtype), value)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_flash_attention_is_asked_for_the_same(episodes, settings, policy_folder, monkeypatch, packed):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=exact_attention))
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    settings = replace(settings, packed=packed, bfloat16=True)
+    batch = batches.collate(episodes, settings, model.device)
+    expected, _, _ = grpo.completion_logprobs(model, batch, settings)
+    found, _, _ = grpo.completion_logprobs(model, batch, replace(settings, attention="flash"))
+    assert not torch.equal(found, expected), "another kernel"
+    assert (found - expected).abs().mean() < 0.02
+
+
+def test_the_kernel_is_chosen_by_what_is_there():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert attention.choose("auto", cpu, True) == attention.choose("sdpa", gpu, True) == "sdpa"
+    with pytest.raises(EarlError, match="attention is 'flash', which needs a GPU, dtype bfloat16"):
+        attention.choose("flash", cpu, False)
+    assert "flash_attn" not in sys.modules
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_the_step_by_rounding_alone(episodes, settings, policy_folder, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    gradients = []
+    for compiled in (False, True):
+        model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+        if compiled:
+            sharding.compile_layers(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        grpo.train_iteration(model, None, optimizer, episodes, replace(settings, packed=True))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert_same_gradient(gradients[1], gradients[0])

@@ -150,7 +150,7 @@ def test_equal_files_give_equal_bytes_wherever_they_lie(finished, copied, tmp_pa
 def test_time_of_shared_stages_counts_where_the_run_uses_them(copied, config):
     from earl.config import paths
 
-    sft = paths.sft_folder(config).name
+    sft = paths.sft_folder(config, "shapes").name
     write_benchmark(copied.parent / "shared" / "benchmarks" / "sft" / f"{sft}.tsv", 180.0)
     write_benchmark(copied.parent / "shared" / "benchmarks" / "sft" / "of-another-run.tsv", 999.0)
     words = text_of(html_of(copied))

@@ -282,7 +282,7 @@ class TestColumns:
 class TestPresets:
     """The shipped mappings read files of the columns that they name."""
 
-    PRESETS = evaluate.evaluate(ROOT / "config" / "data" / "raw.libsonnet", {}).value
+    PRESETS = evaluate.evaluate(ROOT / "config" / "data" / "columns.libsonnet", {}).value
 
     def test_there_is_one_for_each_data_set_of_the_paper(self) -> None:
         assert set(self.PRESETS) == {

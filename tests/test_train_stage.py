@@ -1,12 +1,8 @@
-"""The train, SFT and restore stages on files: a tiny random policy and hand-written rollouts and scores."""
+"""The train and restore stages on files: a tiny random policy and hand-written rollouts and scores."""
 
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +16,8 @@ from earl.emu3 import checkpoint, grid, sequence
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
 from earl.layout import Run
-from earl.learner import objective
-from earl.stages import restore, sft, train
+from earl.learner import logprobs
+from earl.stages import restore, train
 
 GROUPS, SAMPLES = 4, 2
 SHAPE = (2, 3)
@@ -243,7 +239,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabular
     assert metrics["kl"] is None
     assert metrics["inputs"]["reference"] is None
     advantages = {row["episode_id"]: row["advantage"] for row in pq.read_table(run.iteration(1).episodes).to_pylist()}
-    visual = (vocabulary.first_visual, vocabulary.size)
+    support = logprobs.split_vocab((vocabulary.first_visual, vocabulary.size))
     weighted = []
     for index in (0, 1):
         model = checkpoint.load_policy(run.iteration(index).policy, torch.float32, "cpu")
@@ -253,7 +249,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabular
             start = len(row["prompt_token_ids"])
             with torch.no_grad():
                 logits = model(ids).logits[0, start - 1 : -1]
-            logp, _ = objective.token_logprobs(logits, ids[0, start:], config.temperature, visual, True)
+            logp, _ = logprobs.token_logprobs(logits, ids[0, start:], config.temperature, support)
             free = grid.kinds_of_completion(row["completion_token_ids"], SHAPE, vocabulary) < grid.FIRST_FORCED
             total += advantages[row["episode_id"]] * logp[torch.from_numpy(free)].sum().item()
         weighted.append(total)
@@ -395,6 +391,21 @@ def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, 
     assert metrics["corrected_fraction"] is None
 
 
+def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary):
+    config, run = new_run()
+    metrics = [train_iterations(config, run, vocabulary, 1) or run.iteration(1).metrics.read_bytes() for _ in range(2)]
+    assert metrics[0] == metrics[1]
+    found = json.loads(run.iteration(1).performance.read_text())
+    phases = ("read", "load", "forward", "reference", "backward", "step", "save")
+    assert set(found["seconds"]) == set(phases)
+    assert all(found["seconds"][phase] > 0 for phase in phases)
+    rows = pq.read_table(run.iteration(1).rollouts(0)).to_pylist()
+    assert found["tokens"] == sum(len(row["prompt_token_ids"]) + len(row["completion_token_ids"]) for row in rows)
+    learning = sum(found["seconds"][phase] for phase in phases[2:6])
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / learning, rel=0.01)
+    assert 50 * 2**20 < found["peak_memory_bytes"][0] < 50 * 2**30
+
+
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):
     config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1)
     train_iterations(config, run, vocabulary, 2)
@@ -440,91 +451,3 @@ def test_restore_names_what_differs(new_run, vocabulary):
         restore.run(run.path, 2)
     assert not run.iteration(2).policy.exists()
     assert not (run.path / "restore.partial").exists()
-
-
-# SFT
-
-
-@pytest.fixture
-def sft_config(tmp_path, policy_folder, vocabulary):
-    """Return a function that gives a configuration of SFT on ten made-up pairs."""
-    data = tmp_path / "data" / "0000.parquet"
-    rng = np.random.default_rng(0)
-    grids = rng.integers(0, vocabulary.num_visual, (10, 2, *SHAPE)).tolist()
-    columns = {
-        "dataset": ["made up"] * 10,
-        "example_id": [str(i) for i in range(10)],
-        "task": [None] * 10,
-        "instruction": [INSTRUCTIONS[i % 4] for i in range(10)],
-        "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] for i in range(10)],
-        "original_tokens": [pair[0] for pair in grids],
-        "target_tokens": [pair[1] for pair in grids],
-        "original": [None] * 10,
-        "target": [None] * 10,
-    }
-    tables.write_table(data, tables.TOKENISED, columns, {}, vocabulary.size - 1)
-    manifest.seal(data.parent)
-
-    def make(**changes) -> Config:
-        fields = {"steps": 16, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3, "random_seed": 1}
-        paths = {"base_model": str(policy_folder), "train_paths_file": [str(data.parent)]}
-        return make_config(tmp_path, sft={**fields, **paths, **changes})
-
-    return make
-
-
-def losses_of(policy: Path) -> list[float]:
-    return json.loads((policy / "sft.json").read_text())["loss"]
-
-
-def test_sft_learns_and_repeats_its_bytes(sft_config, tmp_path):
-    config = sft_config()
-    sft.run(config, tmp_path / "one")
-    sft.run(config, tmp_path / "two")
-    losses = losses_of(tmp_path / "one")
-    assert len(losses) == 16
-    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
-    assert manifest.digest_folder(tmp_path / "one") == manifest.digest_folder(tmp_path / "two")
-    assert not list(tmp_path.glob("*.partial"))
-    checkpoint.load_policy(tmp_path / "one", torch.float32, "cpu")
-
-
-def test_sft_with_reasoning_trains_on_more_tokens(sft_config, tmp_path):
-    sft.run(sft_config(steps=1), tmp_path / "plain")
-    sft.run(sft_config(steps=1, reasoning=True), tmp_path / "thinking")
-    assert losses_of(tmp_path / "plain") != losses_of(tmp_path / "thinking")
-
-
-def test_sft_killed_and_started_again_ends_in_the_same_bytes(sft_config, tmp_path):
-    config = sft_config(steps=24)
-    sft.run(config, tmp_path / "undisturbed")
-    freeze.write(config, tmp_path / "config.json")
-    out, partial = tmp_path / "killed", tmp_path / "killed.partial"
-    command = [sys.executable, "-m", "earl", "sft", "--config", str(tmp_path / "config.json"), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(partial.glob("step-*")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not out.exists()
-    finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert "resumed at step" in finished.stderr
-    assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")
-    assert not partial.exists()
-
-
-def test_sft_does_not_resume_what_another_configuration_left(sft_config, tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr("earl.stages.sft.checkpoint.save_policy", stop)
-        with pytest.raises(KeyboardInterrupt):
-            sft.run(sft_config(learning_rate=1e-3, steps=4), out)
-    assert list((tmp_path / "out.partial").glob("step-*"))
-    sft.run(sft_config(steps=4), out)
-    sft.run(sft_config(steps=4), tmp_path / "undisturbed")
-    assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")

@@ -40,6 +40,8 @@ EXPERIMENT = {
 class Workplace:
     """A folder with a model, data and experiments, and Snakemake to run in it."""
 
+    profile = "local"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "model").mkdir()
@@ -56,7 +58,13 @@ class Workplace:
     ) -> subprocess.Popen:
         """Start Snakemake; its commands go to ``log.txt``."""
         settings = {"experiment": experiment, "earl_command": STUB} | config
-        command = [*SNAKEMAKE, "--snakefile", ROOT / "workflow" / "Snakefile", "--profile", ROOT / "profiles" / "local"]
+        command = [
+            *SNAKEMAKE,
+            "--snakefile",
+            ROOT / "workflow" / "Snakefile",
+            "--profile",
+            ROOT / "profiles" / self.profile,
+        ]
         command += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
         inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
         inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
@@ -75,7 +83,7 @@ class Workplace:
     def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:
         (self.path / "log.txt").unlink(missing_ok=True)
         started = self.start(experiment, *options, **config)
-        output, _ = started.communicate(timeout=120)
+        output, _ = started.communicate(timeout=180)
         assert (started.returncode != 0) == fails, output
         return output
 
@@ -203,8 +211,8 @@ def shapes_experiment(place: Workplace, name: str, **fields: object) -> str:
         name,
         raw_datasets={"pairs": {"source": "shapes", "count": 8, "seed": 1}},
         train_paths_file=["stage:tokenise/pairs"],
-        model_path="stage:sft",
-        sft=sft,
+        model_path="stage:sft/s",
+        sft={"s": sft},
         num_iterations=1,
         **fields,
     )
@@ -219,6 +227,25 @@ def test_experiments_in_one_call_share_what_they_have_in_common(place):
     policies = [place.folder(name).iteration(0).policy.resolve() for name in "ab"]
     assert policies[0] == policies[1]
     assert not policies[0].is_symlink()
+
+
+def test_a_fine_tuning_that_goes_on_from_another_shares_it(place):
+    common = {"train_paths_file": ["train.parquet"], "steps": 1}
+    first = {"s": common | {"base_model": "model"}}
+    then = first | {"sc": common | {"base_model": "stage:sft/s", "steps": 2}}
+    both = [
+        place.experiment("a", model_path="stage:sft/s", sft=first, num_iterations=1),
+        place.experiment("b", model_path="stage:sft/sc", sft=then, num_iterations=1),
+    ]
+    place.run(",".join(both))
+    assert [line.split()[3:5] for line in place.stages() if line.startswith("sft")] == [
+        ["--name", "s"],
+        ["--name", "sc"],
+    ]
+    first, then = (place.folder(name).iteration(0).policy.resolve() for name in "ab")
+    assert (first.name[:2], then.name[:3]) == ("s-", "sc-")
+    place.run(both[0])
+    assert place.stages() == []
 
 
 def test_experiments_of_one_run_folder_are_refused(place):
@@ -277,6 +304,36 @@ def test_runs_of_one_plan_have_windows_of_their_own(place):
     assert sorted(line.split("--run ")[1] for line in place.stages() if line.startswith("train")) == [
         "runs/a", "runs/b", "runs/b", "runs/b"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("window_length", [50, 1])
+def test_what_is_sent_elsewhere_waits_for_the_run_and_not_the_run_for_it(place, window_length, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    sending = {"wandb_mode": "online", "wandb_every_n_iterations": 1, "push_to_hub": True}
+    sending |= {"push_to_hub_every_n_iterations": 2, "keep_checkpoints_every_n_iterations": 2}
+    experiment = place.experiment("a", window_length=window_length, **sending)
+    last = "track --run runs/a --out runs/a/tracking/wandb-000003.json"
+    started = place.start(experiment, env={"STUB_FAIL": last})
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert "this stage was told to fail" in output
+    commands = place.commands()
+    assert sorted(line for line in commands if "--best-effort" in line) == [
+        "push --run runs/a --best-effort --out runs/a/tracking/hub-000002.json",
+        "track --run runs/a --best-effort --out runs/a/tracking/wandb-000001.json",
+        "track --run runs/a --best-effort --out runs/a/tracking/wandb-000002.json",
+    ]
+    assert place.folder("a").report.is_file(), "what fails to be sent keeps nothing from being made"
+    assert commands.index(last) > next(i for i, line in enumerate(commands) if line.startswith("report"))
+    place.run(experiment)
+    assert last in place.stages()
+    assert {line.split()[0] for line in place.stages()} <= {"track", "push"}
+    assert "Nothing to be done" in place.run(experiment)
+
+
+def test_offline_is_written_once_at_the_end(place):
+    counts = job_counts(place.run(place.experiment("a", wandb_mode="offline"), "-n"))
+    assert (counts["track"], "push" in counts) == (1, False)
 
 
 def test_lint_and_format():

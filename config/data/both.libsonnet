@@ -1,7 +1,6 @@
-// Simple and complex edits; OmniEdit is cut down to the size of one of the others.
-local simple = import 'simple.libsonnet';
-local complex = import 'complex.libsonnet';
+// Simple and complex edits.
+local mixing = (import 'mixing.libsonnet').both;
 {
-  train_paths_file: simple.train_paths_file + complex.train_paths_file,
-  coefficients: [0.13] + complex.coefficients,
+  train_paths_file: [$.dataset(row[0]) for row in mixing],
+  coefficients: [row[1] for row in mixing],
 }

@@ -1,7 +1,6 @@
 // Simple edits: OmniEdit.
+local mixing = (import 'mixing.libsonnet').simple;
 {
-  train_paths_file: [
-    std.extVar('APP__DATA_DIR') + '/earl-datasets/omniedit/train/list/tokenized_datalist.json',
-  ],
-  coefficients: [1.0],
+  train_paths_file: [$.dataset(row[0]) for row in mixing],
+  coefficients: [row[1] for row in mixing],
 }

@@ -1,4 +1,6 @@
-// SFT on simple and complex edits. No checkpoint of it is published: APP__SFT_SC_PATH names your own.
-(import '../base.libsonnet') + {
-  model_path: std.extVar('APP__SFT_SC_PATH'),
+// SFT on simple and complex edits. No model of it is published: the pipeline makes one, or model_path names your own.
+local mixing = import '../data/mixing.libsonnet';
+{
+  model_path: 'stage:sft/sc',
+  sft: { sc: $.fine_tuning(mixing.both) },
 }

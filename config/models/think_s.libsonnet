@@ -1,5 +1,8 @@
-// SFT with reasoning on simple edits: every completion is made to think first.
-(import '../base.libsonnet') + {
-  model_path: 'mair-lab/thinking-sft-simple',
+// SFT with reasoning on simple edits: the published model, or with make_sft_models one that the pipeline makes. Every
+// completion is made to think first.
+local mixing = import '../data/mixing.libsonnet';
+{
+  model_path: if $.make_sft_models then 'stage:sft/think_s' else 'mair-lab/thinking-sft-simple',
   assistant_prefill: " Let's think step by step. <|start thinking|>",
+  sft: { think_s: $.fine_tuning(mixing.simple) + { reasoning: true } },
 }

@@ -5,7 +5,7 @@
     <base_exp_dir>/shared/raw/<dataset>-<key>.parquet      pairs of the shapes world
     <base_exp_dir>/shared/tokenised/<dataset>-<key>/       `stage:tokenise/<dataset>`
     <base_exp_dir>/shared/policy/shapes-<key>/             `stage:shapes-policy`
-    <base_exp_dir>/shared/sft/sft-<key>/                   `stage:sft`
+    <base_exp_dir>/shared/sft/<name>-<key>/                `stage:sft/<name>`
 
 A key is twelve hexadecimal digits over exactly the fields that the stage's result depends on, those of the stages
 before it included. So runs that agree in these fields use the same folder, and runs that do not never meet.
@@ -17,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from earl.config.schema import PACKAGE, STAGE, Config
+from earl.config.schema import PACKAGE, STAGE, Config, Sft
 from earl.errors import EarlError
 from earl.files import listing
 
 Stage = Literal["raw", "tokenise", "policy", "sft"]
+
+SHAPES_POLICY_SEED = 42
+"""Seed of the weights of `stage:shapes-policy`, the ones that the shipped base policy was trained from."""
+SFT_USES = ("dtype", "cpu_threads", "per_device_batch_size", "packing", "model_context_size")
+"""Fields of the run that a fine-tuning depends on beside its own."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class SharedStage:
 
     stage: Stage
     name: str
-    """Name in ``raw_datasets`` for `raw` and `tokenise`; ``shapes`` or ``sft`` otherwise."""
+    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`; ``shapes`` for `policy`."""
     output: Path
     """A file for `raw`, a sealed folder for the others."""
     inputs: tuple[Path, ...]
@@ -54,8 +59,10 @@ def resolve(config: Config, reference: str) -> Path:
         case "shapes-policy":
             return shapes_policy_folder(config)
         case "sft":
-            return sft_folder(config)
-    raise EarlError(f"{reference}: is no stage; there are stage:tokenise/<raw dataset>, stage:sft, stage:shapes-policy")
+            return sft_folder(config, name)
+    raise EarlError(
+        f"{reference}: is no stage; there are stage:tokenise/<raw dataset>, stage:sft/<name>, stage:shapes-policy"
+    )
 
 
 def raw_file(config: Config, name: str) -> Path:
@@ -76,17 +83,12 @@ def tokenised_folder(config: Config, name: str) -> Path:
 
 def shapes_policy_folder(config: Config) -> Path:
     """Return the folder of the shapes world's policy with random weights."""
-    return _shared(config, "policy") / f"shapes-{_digest(_shapes_policy_key(config))}"
+    return _shared(config, "policy") / f"shapes-{_digest(_shapes_policy_key())}"
 
 
-def shapes_policy_seed(config: Config) -> int:
-    """Return the seed of those weights: fine-tuning's, so that runs with other seeds share what it makes."""
-    return config.random_seed if config.sft is None else config.sft.random_seed
-
-
-def sft_folder(config: Config) -> Path:
-    """Return the folder of the fine-tuned policy."""
-    return _shared(config, "sft") / f"sft-{_digest(_sft_key(config))}"
+def sft_folder(config: Config, name: str) -> Path:
+    """Return the folder of the policy that an entry of ``sft`` makes."""
+    return _shared(config, "sft") / f"{name}-{_digest(_sft_key(config, name))}"
 
 
 def shared_stages(config: Config) -> dict[Path, SharedStage]:
@@ -106,7 +108,7 @@ def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> 
         raw = raw_file(config, stage.name)
         found[raw] = SharedStage("raw", stage.name, raw, ())
     if stage.stage == "sft":
-        for needed in (*config.sft.train_paths_file, config.sft.base_model):
+        for needed in _read_by_sft(config, stage.name):
             _collect(config, needed, found)
     found[stage.output] = stage
 
@@ -118,8 +120,13 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
         return SharedStage("tokenise", name, output, tuple(listing.parquet_files(raw_file(config, name))))
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
-    needed = [*config.sft.train_paths_file, config.sft.base_model]
-    return SharedStage("sft", "sft", output, tuple(path for one in needed if (path := _on_disk(config, one))))
+    needed = _read_by_sft(config, name)
+    return SharedStage("sft", name, output, tuple(path for one in needed if (path := _on_disk(config, one))))
+
+
+def _read_by_sft(config: Config, name: str) -> list[str]:
+    tuning = fine_tuning(config, name)
+    return [*tuning.train_paths_file, tuning.base_model]
 
 
 def _on_disk(config: Config, reference: str) -> Path | None:
@@ -132,6 +139,13 @@ def _raw(config: Config, name: str) -> Any:
     if name not in config.raw_datasets:
         raise EarlError(f"raw_datasets has no entry {name!r}; it has {', '.join(config.raw_datasets) or 'none'}")
     return config.raw_datasets[name]
+
+
+def fine_tuning(config: Config, name: str) -> Sft:
+    """Return the entry of ``sft`` with this name; EarlError where there is none."""
+    if name not in config.sft:
+        raise EarlError(f"sft has no entry {name!r}; it has {', '.join(config.sft) or 'none'}")
+    return config.sft[name]
 
 
 def _shared(config: Config, kind: str) -> Path:
@@ -154,26 +168,26 @@ def _tokenised_key(config: Config, name: str) -> Any:
     }
 
 
-def _shapes_policy_key(config: Config) -> Any:
-    return {"seed": shapes_policy_seed(config)}
+def _shapes_policy_key() -> Any:
+    return {"seed": SHAPES_POLICY_SEED}
 
 
-def _sft_key(config: Config) -> Any:
-    if config.sft is None:
-        raise EarlError("sft is null, so there is no stage:sft; describe the fine-tuning in the field sft")
-    settings = config.sft.model_dump(mode="json")
-    settings["train_paths_file"] = [_key(config, path) for path in config.sft.train_paths_file]
-    settings["base_model"] = _key(config, config.sft.base_model)
-    names = ("dtype", "cpu_threads", "per_device_batch_size", "model_context_size")
-    return {"sft": settings} | {name: getattr(config, name) for name in names}
+def _sft_key(config: Config, name: str) -> Any:
+    tuning = fine_tuning(config, name)
+    settings = tuning.model_dump(mode="json")
+    settings["train_paths_file"] = [_key(config, path) for path in tuning.train_paths_file]
+    settings["base_model"] = _key(config, tuning.base_model)
+    return {"sft": settings} | {name: getattr(config, name) for name in SFT_USES}
 
 
 def _key(config: Config, reference: str) -> Any:
     """Return what identifies the content behind a path field."""
     if reference.startswith(f"{STAGE}tokenise/"):
         return _tokenised_key(config, reference.removeprefix(f"{STAGE}tokenise/"))
+    if reference.startswith(f"{STAGE}sft/"):
+        return _sft_key(config, reference.removeprefix(f"{STAGE}sft/"))
     if reference == f"{STAGE}shapes-policy":
-        return _shapes_policy_key(config)
+        return _shapes_policy_key()
     return reference
 
 

@@ -16,6 +16,15 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(gt=0)]
 Path = Annotated[str, Field(min_length=1)]
+RewardComponent = Literal[
+    "semantic_consistency",
+    "perceptual_quality",
+    "edit_success",
+    "overedit",
+    "naturalness",
+    "artifacts",
+    "ground_score",
+]
 
 COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited")
 """Columns of a raw data set."""
@@ -23,7 +32,7 @@ Place = Annotated[str, StringConstraints(pattern=r"^[^.\[\]]+(\.[^.\[\]]+|\[\d+\
 """A place in a row of a raw data set: a column, then names of fields and numbers of items."""
 
 STAGE = "stage:"
-"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft``,
+"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft/<name>``,
 ``stage:shapes-policy``."""
 PACKAGE = "package:"
 """Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
@@ -104,9 +113,11 @@ class RawDataset(_Section):
 
 
 class Sft(_Section):
-    """Supervised fine-tuning that makes the starting policy of RL (`model_path: "stage:sft"`)."""
+    """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
-    base_model: Path = _fixed(..., "Folder of the model to start from, or `stage:shapes-policy`.")
+    base_model: Path = _fixed(
+        ..., "Model to start from: a folder, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a fine-tuning."
+    )
     train_paths_file: list[Path] = _fixed(
         ..., "Tokenised data sets to train on, as in the field of the same name outside.", min_length=1
     )
@@ -118,15 +129,11 @@ class Sft(_Section):
     learning_rate: float = _fixed(1e-4, "Peak learning rate of AdamW.", gt=0)
     warmup_steps: int = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
     reasoning: bool = _fixed(False, "Whether sequences hold the reasoning text before the edited image.")
-    random_seed: int = _fixed(
-        42, "Seed of the initial weights (`stage:shapes-policy`) and of the order of examples.", ge=0
-    )
+    random_seed: int = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
 
     @model_validator(mode="after")
     def _lists_match(self) -> Self:
         _check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
-        if self.base_model == "stage:sft":
-            raise _wrong("base_model", "is `stage:sft`, its own result; name a folder or `stage:shapes-policy`")
         return self
 
 
@@ -185,7 +192,7 @@ class Config(_Section):
     # Models
     model_path: Path = _fixed(
         "kazemnejad/Emu3-Base-SFT-got-Apr13_post_stochastic_256_lr1e-5-checkpoint-10800",
-        "Starting policy and frozen reference: a folder, a hub name, `stage:sft` or `stage:shapes-policy`.",
+        "Starting policy and frozen reference: a folder, a hub name, `stage:sft/<name>` or `stage:shapes-policy`.",
     )
     model_revision: str | None = _fixed(None, "Revision of `model_path` on the hub; null takes its main one.")
     tokenizer_path: Path = _fixed("BAAI/Emu3-Gen", "Tokenizer: a folder, a hub name or `stage:shapes-policy`.")
@@ -196,7 +203,11 @@ class Config(_Section):
     image_area: Positive = _fixed(
         65536, "Pixels that images are resized to before tokenising, keeping the aspect ratio: width x height."
     )
-    sft: Sft | None = _fixed(None, "Supervised fine-tuning before RL; null where `model_path` is a finished model.")
+    sft: dict[Name, Sft] = _fixed(
+        dict,
+        "Supervised fine-tunings by name. Made are those that `model_path` names as `stage:sft/<name>`, and those that "
+        "they start from.",
+    )
     assistant_prefill: str = _fixed(
         " Let's think step by step. <|start thinking|>",
         "Text that every completion starts from: this one forces reasoning, `<|image start|>` an image at once.",
@@ -210,13 +221,22 @@ class Config(_Section):
         "Advantage within a group: `mean_std` is (reward - mean) / std (GRPO), `mean` is reward - mean (Dr. GRPO), so "
         "that groups count by how much their rewards differ, `leave_one_out` is reward - mean of the others (RLOO).",
     )
+    advantage_components: dict[RewardComponent, Coefficient] = _fixed(
+        dict,
+        "Components of the reward, with a weight each, whose `advantage` is computed one by one, weighed, summed and "
+        "divided by the iteration's standard deviation (GDPO, Liu et al. 2026); none: that of the reward. "
+        "`semantic_consistency` is min(edit_success, overedit), `perceptual_quality` min(naturalness, artifacts), the "
+        "others are sub-scores; all are 0 where there is no finished image.",
+    )
     kl_coeff: float = _fixed(
         0.0003, "Weight of the estimate of KL(policy || reference) in the loss; 0: none, no reference is loaded.", ge=0
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = _fixed(
+    kl_estimator: Literal["k1", "k2", "k3", "k3+", "weighted_k3"] = _fixed(
         "k3",
         "Estimate of the KL by d = reference - policy log-prob (Schulman 2020): `k1` is -d, which has no gradient on "
-        "average, `k2` is d^2 / 2, `k3` is exp(d) - 1 - d (GRPO).",
+        "average, `k2` is d^2 / 2, `k3` is exp(d) - 1 - d (GRPO). With an unbiased gradient: `k3+` has the value of k3 "
+        "and the gradient of k2 (verl); `weighted_k3` is k3 times the ratio of policy to sampler, and unbiased for an "
+        "older policy's episodes too (DeepSeek-V3.2).",
     )
     loss_normalization: Literal["tokens", "sequences", "constant"] = _fixed(
         "tokens",
@@ -254,11 +274,35 @@ class Config(_Section):
         gt=0,
     )
     temperature: float = _fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
-    per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner.")
+    per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner, on each of its processes.")
+    train_processes: Positive = _free(
+        1,
+        "Processes that the policy is trained by, which split it, each on a GPU of its own: torchrun starts them. The "
+        "same step within rounding; metrics.json says how many there were.",
+    )
+    reference_offload: bool = _free(
+        False, "Keep the reference model in main memory, and take a layer at a time to the GPU."
+    )
+    gradient_checkpointing: bool = _free(
+        True,
+        "Keep the input of each layer alone, and compute the layer again in the backward pass: less memory, more work, "
+        "the same step.",
+    )
+    attention: Literal["auto", "sdpa", "flash"] = _free(
+        "auto",
+        "Kernel of the learner's attention: torch's own, or the package flash-attn on a GPU in bfloat16, which `auto` "
+        "takes where it is installed.",
+    )
+    compile: bool = _free(False, "Compile norms and MLPs of the learner's layers (torch.compile); needs a compiler.")
+    policy_dtype: Literal["float32", "bfloat16"] = _fixed(
+        "float32",
+        "Type of the weights in `policy/`, which engines sample from. The learner updates float32 weights in any case: "
+        "with `bfloat16`, half the size, they stand in `trainer/`.",
+    )
     packing: Literal["none", "groups"] = _fixed(
         "none",
         "`groups`: a micro-batch of the learner is one row without padding, in which the completions of a prompt share "
-        "it; `none`: one padded row an episode. The same loss and gradient within rounding.",
+        "it; `none`: one padded row an episode. The same loss and gradient within rounding, in RL and fine-tuning.",
     )
     train_text_tokens_only: bool = _fixed(
         False, "Train text tokens in the first `text_only_steps` iterations of each cycle, visual ones in the rest."
@@ -293,6 +337,13 @@ class Config(_Section):
         True,
         "Normalise the log-probability of a visual token over visual ids, of any other over the ids below the first "
         "visual one.",
+    )
+    logprob_support: Literal["sampled", "split_vocab", "full"] | None = _fixed(
+        None,
+        "Ids that the learner normalises log-probabilities over. `split_vocab`: as "
+        "`separate_language_and_vision_vocabs` says; `full`: all of the model's; `sampled`: those that the sampler "
+        "drew from, by `emu3_use_logit_processor`, `top_k` and `top_p`, the latter two found again from the learner's "
+        "own logits; null: `split_vocab` or `full` by `separate_language_and_vision_vocabs`.",
     )
     engine: Literal["vllm", "torch"] = _fixed("vllm", "Rollout engine.")
     engine_batch_size: Positive = _fixed(
@@ -389,7 +440,7 @@ class Config(_Section):
     evaluations: dict[Name, Evaluation] = _free(dict, "Held-out evaluations by name.")
     window_length: Positive = _free(50, "Iterations that one workflow plan covers; going on past it needs no hand.")
     log_episodes_every_n_iterations: Positive = _free(
-        5, "Accepted for the reference's configurations; every episode of every iteration is on disk."
+        5, "Iterations whose episodes, with their pictures, `earl track` shows; all of them are on disk."
     )
     keep_checkpoints_every_n_iterations: Positive | None = _free(
         100, "Checkpoints of every n-th iteration stay for good; null: of the last alone."
@@ -397,13 +448,23 @@ class Config(_Section):
     save_checkpoints_every_n_iterations: Positive | None = _free(
         100, "Of every n-th iteration, the newest checkpoint stays to go back to; null: none."
     )
+    wandb_mode: Literal["disabled", "offline", "online"] = _free(
+        "disabled",
+        "Weights & Biases: `online` sends as the run goes on, `offline` writes a folder for `wandb sync` at the end; "
+        "both need earl[tracking].",
+    )
+    wandb_project: Name = _free("earl", "Project of the run's page on Weights & Biases.")
+    wandb_entity: str | None = _free(None, "User or team whose project it is; null: wandb's own default.", min_length=1)
+    wandb_every_n_iterations: Positive = _free(10, "online: iterations between two sends while the run goes on.")
+    push_to_hub: bool = _free(False, "Push policies to the Hugging Face hub; needs a token.")
     push_to_hub_every_n_iterations: Positive | None = _free(
-        100, "Accepted for the reference's configurations; no stage pushes to a hub."
+        100, "Policies of every n-th iteration and of the last are pushed; null: of the last alone."
     )
-    push_to_hub_repo_id: str = _free(
+    push_to_hub_repo_id: Path = _free(
         lambda data: f"imged_rl__{data.get('run_name', '')}",
-        "Accepted for the reference's configurations; no stage pushes to a hub.",
+        "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing.",
     )
+    push_to_hub_private: bool = _free(True, "Whether a repository that is made is private.")
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -412,8 +473,15 @@ class Config(_Section):
         _check_iteration(self)
         _check_engine(self)
         _check_objective(self)
+        _check_support(self)
+        _check_learner(self)
         _check_reward(self)
+        _check_hub(self)
         return self
+
+    @property
+    def resolved_logprob_support(self) -> str:
+        return self.logprob_support or ("split_vocab" if self.separate_language_and_vision_vocabs else "full")
 
     @property
     def prompts_per_iteration(self) -> int:
@@ -448,9 +516,9 @@ def path_fields(config: Config) -> dict[str, str]:
     """Return every path field that may hold a reference to a stage or the package, by dotted name."""
     fields = {name: getattr(config, name) for name in ("model_path", "tokenizer_path", "vision_tokenizer_path")}
     lists = {"train_paths_file": config.train_paths_file, "val_paths_file": config.val_paths_file}
-    if config.sft is not None:
-        fields["sft.base_model"] = config.sft.base_model
-        lists["sft.train_paths_file"] = config.sft.train_paths_file
+    for name, tuning in config.sft.items():
+        fields[f"sft.{name}.base_model"] = tuning.base_model
+        lists[f"sft.{name}.train_paths_file"] = tuning.train_paths_file
     for name, paths in lists.items():
         fields |= {f"{name}.{index}": path for index, path in enumerate(paths)}
     return fields
@@ -462,19 +530,37 @@ def _check_references(config: Config) -> None:
             continue
         stage, _, name = path.removeprefix(STAGE).partition("/")
         allowed = {"tokenise"} if "paths_file" in field else {"sft", "shapes-policy"}
-        if stage not in allowed or (stage == "tokenise") != bool(name):
+        if stage not in allowed or (stage == "shapes-policy") == bool(name):
             raise _wrong(field, f"is `{path}`, which is not one of: " + ", ".join(_references(config, allowed)))
-        if stage == "tokenise" and name not in config.raw_datasets:
-            raise _wrong(
-                field, f"is `{path}`, but raw_datasets has only: {', '.join(config.raw_datasets) or '(nothing)'}"
-            )
-        if stage == "sft" and config.sft is None:
-            raise _wrong(field, "is `stage:sft`, but the field sft is null; describe the fine-tuning there")
+        for described in ("raw_datasets", "sft"):
+            known = getattr(config, described)
+            if stage == _STAGE_OF[described] and name not in known:
+                raise _wrong(field, f"is `{path}`, but {described} has only: {', '.join(known) or '(nothing)'}")
+    _check_chains(config.sft)
+
+
+_STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}
+"""Fields whose entries `stage:<stage>/<name>` refers to."""
 
 
 def _references(config: Config, stages: set[str]) -> list[str]:
-    names = [f"tokenise/{name}" for name in config.raw_datasets] or ["tokenise/<raw dataset>"]
-    return [STAGE + name for name in (names if "tokenise" in stages else sorted(stages))]
+    if "tokenise" in stages:
+        return [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
+    tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"]
+    return [*tunings, f"{STAGE}shapes-policy"]
+
+
+def _check_chains(sft: dict[str, Sft]) -> None:
+    """Fine-tunings may follow one another, but none may come before itself."""
+    for first, tuning in sft.items():
+        seen = [first]
+        while tuning.base_model.startswith(f"{STAGE}sft/"):
+            name = tuning.base_model.removeprefix(f"{STAGE}sft/")
+            if name in seen:
+                chain = " from ".join([*seen, name])
+                raise _wrong(f"sft.{first}.base_model", f"leads in a circle: {chain}; let one start from a folder")
+            seen.append(name)
+            tuning = sft[name]
 
 
 def _check_iteration(config: Config) -> None:
@@ -530,6 +616,12 @@ def _check_objective(config: Config) -> None:
             "is `truncate`, but importance_ratio is `behavior`, which corrects for the sampler already: tokens would "
             "be weighed by the square of their ratio; turn one of the two off",
         )
+    if config.kl_estimator == "weighted_k3" and config.kl_coeff > 0 and correction != "none":
+        raise _wrong(
+            "kl_estimator",
+            f"is `weighted_k3`, which weighs the KL term by ratios as they are, but sampler_correction is "
+            f"`{correction}`, which does not trust them; set one of the two to `k3+` or `none`",
+        )
     steps = config.optimizer_steps_per_iteration
     if steps > config.prompts_per_iteration:
         raise _wrong(
@@ -553,6 +645,38 @@ def _check_objective(config: Config) -> None:
             raise _wrong(name, f"is {getattr(config, name)}, but sampler_correction `{correction}` {verb}")
 
 
+def _check_support(config: Config) -> None:
+    """Which ids log-probs are over is said in one way only, and known where it is needed."""
+    support, splits = config.resolved_logprob_support, config.separate_language_and_vision_vocabs
+    apart = {"split_vocab": True, "full": False, "sampled": config.emu3_use_logit_processor}[support]
+    if splits != apart:
+        because = " without emu3_use_logit_processor" if support == "sampled" and not apart else ""
+        raise _wrong(
+            "logprob_support",
+            f"is `{support}`, which{because} {'keeps' if apart else 'does not keep'} text and visual ids apart, but "
+            f"separate_language_and_vision_vocabs is {str(splits).lower()}; set that to {str(apart).lower()}",
+        )
+    if support == "sampled" and _truncates(config) and config.optimizer_steps_per_iteration > 1:
+        raise _wrong(
+            "logprob_support",
+            "is `sampled`, and what top_k and top_p had left is found from the policy that sampled, which is there for "
+            "the first step only; set optimizer_steps_per_iteration to 1, or top_k to -1 and top_p to 1",
+        )
+
+
+def _truncates(config: Config) -> bool:
+    return config.top_k > 0 or config.top_p < 1
+
+
+def _check_learner(config: Config) -> None:
+    if config.policy_dtype == "bfloat16" and config.dtype != "bfloat16":
+        raise _wrong(
+            "policy_dtype",
+            f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
+            "computes with; set both to `bfloat16`",
+        )
+
+
 def _check_reward(config: Config) -> None:
     uses = {
         "viescore": ["reward_compute_viescore"],
@@ -562,8 +686,23 @@ def _check_reward(config: Config) -> None:
     for name in uses[config.reward_final_reward]:
         if not getattr(config, name):
             raise _wrong(name, f"is false, but reward_final_reward `{config.reward_final_reward}` is made of it")
+    for component in config.advantage_components:
+        name = "reward_compute_ground_score" if component == "ground_score" else "reward_compute_viescore"
+        if not getattr(config, name):
+            raise _wrong(name, f"is false, but advantage_components has `{component}`")
     if config.judge == "openai" and config.reward_function_api_base is None:
         raise _wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
+
+
+def _check_hub(config: Config) -> None:
+    """A policy that is to be pushed stays on disk until it is, however long the hub is out of reach."""
+    push, keep = config.push_to_hub_every_n_iterations, config.keep_checkpoints_every_n_iterations
+    if config.push_to_hub and push is not None and (keep is None or push % keep):
+        raise _wrong(
+            "push_to_hub_every_n_iterations",
+            f"is {push}, but keep_checkpoints_every_n_iterations ({keep}) does not keep these policies until they are "
+            "pushed; make the former a multiple of the latter",
+        )
 
 
 def is_free(field: str, model: type[BaseModel] = Config) -> bool:

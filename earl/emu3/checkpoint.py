@@ -7,6 +7,8 @@ A policy folder holds the text model alone (`Emu3ForCausalLM`) or text model and
 (`Emu3ForConditionalGeneration`), of which only the text model is taken.
 """
 
+import copy
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+INDEX = "model.safetensors.index.json"
+FILE_SIZE = 4 * 2**30
+"""Bytes of weights in a file, which whoever writes it holds at once."""
 
 _PREFIXES = {
     "text_model.lm_head.": "lm_head.",
@@ -95,17 +101,73 @@ def load_policy(folder: Path | str, dtype: "torch.dtype", device: "torch.device 
     return model.to(device).eval()
 
 
-def save_policy(model: "Emu3ForCausalLM", folder: Path | str, tokenizer_from: Path | str) -> str:
+def read_weights(folder: Path | str, weights: "dict[str, torch.Tensor]") -> None:
+    """Fill the weights of an `Emu3ForCausalLM` by name from a checked policy folder.
+
+    Of weights that are split over ranks, all of which must call this, each reads its own part alone.
+    """
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    stored = {text_weight_name(name): name for path in _weight_files(Path(folder)) for name in _names(path)}
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    alone = not dist.is_initialized()
+    dcp.load({stored[name]: weight for name, weight in weights.items()}, storage_reader=reader, no_dist=alone)
+
+
+def whole_weights(model: "Emu3ForCausalLM", dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Yield the weights one by one, by name, whole and in main memory, as `dtype` or as they are.
+
+    All ranks of a model that is split over them must go through this together.
+    """
+    for name, weight in model.named_parameters():
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        yield name, whole.detach().to(device="cpu", dtype=dtype or whole.dtype).contiguous()
+
+
+def save_policy(
+    model: "Emu3ForCausalLM", folder: Path | str, tokenizer_from: Path | str, dtype: "torch.dtype | None" = None
+) -> str:
     """Write a policy into an existing folder, beside a copy of another policy's tokenizer; return its digest.
 
-    The caller gives a folder that `earl.files.atomic.folder` made, so that a policy appears complete or not at all.
+    The caller gives a folder that `earl.files.atomic.folder` made, so that a policy appears complete or not at all. Of
+    a model that is split, one rank calls this while the others go through `whole_weights`; beyond its part of the
+    model it holds one file's weights.
+
+    Args:
+        dtype: of the weights in the files; by default that of the model.
     """
+    from safetensors.torch import save_file
+
     folder, tokenizer_from = Path(folder), Path(tokenizer_from)
-    model.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = ["Emu3ForCausalLM"]
+    config.dtype = dtype or next(model.parameters()).dtype
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in model.named_parameters()}
+    files = _file_names(sizes)
+    for file, weights in itertools.groupby(whole_weights(model, dtype), key=lambda pair: files[pair[0]]):
+        save_file(dict(weights), folder / file, metadata={"format": "pt"})
+    if len(set(files.values())) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file() and not (folder / name).exists():
             shutil.copyfile(tokenizer_from / name, folder / name)
     return manifest.seal(folder)
+
+
+def _file_names(sizes: dict[str, int]) -> dict[str, str]:
+    """Return the file that each weight goes to: a new one where the weights before, in bytes, fill FILE_SIZE."""
+    numbers, number, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > FILE_SIZE:
+            number, filled = number + 1, 0
+        numbers[name], filled = number, filled + size
+    if number == 1:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{own:05d}-of-{number:05d}.safetensors" for name, own in numbers.items()}
 
 
 def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "Emu3VQVAE":
@@ -221,7 +283,7 @@ def _check_weights(folder: Path, config: "Emu3TextConfig") -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a policy, all of which exist."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     names = {"model.safetensors"}
     if index.is_file():
         try:
@@ -232,6 +294,13 @@ def _weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise EarlError(f"{folder / name}: is missing, so the policy is incomplete; copy the checkpoint again")
     return [folder / name for name in sorted(names)]
+
+
+def _names(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as weights:
+        return list(weights.keys())
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:

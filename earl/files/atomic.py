@@ -29,6 +29,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _share(path: Path, mode: int) -> None:
+    """Give a file or folder the permissions that anything new gets here, those of ``mode``.
+
+    Libraries that write by way of a temporary file of their own leave it to its owner alone.
+    """
+    if not path.is_symlink():
+        path.chmod(mode & (0o777 if path.is_dir() else 0o666))
+
+
+def _usual_mode(path: Path) -> int:
+    """Return the permissions of a file made anew at ``path``, as umask and folder have them; nothing stays there."""
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o666))
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when anything fails, nothing of it is left."""
@@ -57,7 +74,9 @@ def file(path: Path | str) -> Iterator[Path]:
         EarlError: when the system refuses the write (disk full, no permission).
     """
     with _beside(Path(path)) as temporary:
+        mode = _usual_mode(temporary)
         yield temporary
+        _share(temporary, mode)
         _sync(temporary)
         os.replace(temporary, path)
 
@@ -71,8 +90,10 @@ def folder(path: Path | str) -> Iterator[Path]:
     """
     with _beside(Path(path)) as temporary:
         temporary.mkdir()
+        mode = temporary.stat().st_mode
         yield temporary
         for member in sorted(temporary.rglob("*")):
+            _share(member, mode)
             _sync(member)
         _sync(temporary)
         _replace_folder(temporary, Path(path))

@@ -5,7 +5,6 @@ it ends; so a run can be started before its server, on another machine, without 
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -127,7 +126,7 @@ def serve(arguments: list[str], host: str, port: int, host_file: Path | None, pa
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
     url = f"http://{shown}:{port}"
     # A group of its own: vLLM's workers end with it, and an interrupt from the keyboard reaches it through us alone.
-    server = subprocess.Popen(arguments, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+    server = subprocess.Popen(arguments, env=environment, start_new_session=True, preexec_fn=processes.end_with_parent)
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -144,13 +143,6 @@ def serve(arguments: list[str], host: str, port: int, host_file: Path | None, pa
         if host_file is not None and host_file.is_file() and host_file.read_text(encoding="utf-8").strip() == url:
             host_file.unlink()
         _stop(server)
-
-
-def _end_with_parent() -> None:
-    """Between fork and exec: have Linux end this process when the one that started it is gone, however that ended."""
-    set_parent_death_signal = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def is_cpu_build() -> bool:

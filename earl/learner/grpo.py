@@ -3,23 +3,27 @@
 Reads top to bottom: `train_iteration` is the loop, what it calls stands below it in the order of the calls. The
 formulas are in `objective`, the log-probs in `head`, the rewards in `rewards`, files in `earl.stages.train`.
 
-Left out on purpose: gradient checkpointing and several ranks. Nothing here is random: dropout is off,
-mini-batches are cut in the order of the group ids (their prompts were drawn at random), and the order of the episodes
-is that of their lengths and ids.
+Each of several ranks (see `ranks`) runs this loop over its share of the micro-batches. The denominator of the loss is
+that of all of them, gradients are summed, and so are the totals: the step is the same for any number of ranks.
+
+Nothing here is random: dropout is off, mini-batches are cut in the order of the group ids (their prompts were drawn at
+random), and the order of the episodes is that of their lengths and ids.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from earl.errors import EarlError
-from earl.learner import head, objective, packing
+from earl.learner import attention, head, logprobs, objective, sharding
+from earl.learner.batches import Episode, MicroBatch, micro_batches, mini_batches
+from earl.learner.performance import Clock
+from earl.learner.ranks import Ranks, alone
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
@@ -38,7 +42,7 @@ class Settings:
     temperature: float
     micro_batch: int
     visual_range: tuple[int, int]
-    split_vocab: bool
+    support: logprobs.Support  # what log-probs are normalised over
     counted: str  # "all", "text" or "visual": see objective.counted_tokens
     bfloat16: bool
     options: objective.Options = objective.SPEC
@@ -47,22 +51,8 @@ class Settings:
     optimizer_steps: int = 1  # mini-batches that the episodes are cut into
     parity_tolerance: float | None = None  # see check_parity
     packed: bool = False  # see packing
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One used episode. P prompt tokens, L completion tokens."""
-
-    episode_id: str
-    group_id: str
-    prompt: np.ndarray  # int64 [P]
-    completion: np.ndarray  # int64 [L]
-    forced: np.ndarray  # bool [L], the sampler had no choice
-    behavior_logprobs: np.ndarray  # float32 [L]
-    advantage: float
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
+    attention: str = "sdpa"  # see attention.choose
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping what they need
 
 
 class TokenPair(NamedTuple):
@@ -125,6 +115,17 @@ class Totals:
         }
 
 
+def total_of(parts: Sequence[Totals]) -> Totals:
+    """Return the sums over the tokens of all parts, of ranks or of optimizer steps."""
+    total = Totals()
+    for part in parts:
+        for name, value in vars(part).items():
+            setattr(total, name, getattr(total, name) + value)  # numbers add up, lists follow one another
+    total.mismatch_max = max(part.mismatch_max for part in parts)
+    total.widest = sorted(total.widest, reverse=True)[:SHOWN]
+    return total
+
+
 def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float) -> torch.optim.AdamW:
     """AdamW over all parameters, betas (0.9, 0.999), eps 1e-8, no weight decay."""
     return torch.optim.AdamW(policy.parameters(), lr=learning_rate, **ADAMW)
@@ -137,163 +138,102 @@ def train_iteration(
     episodes: Sequence[Episode],
     settings: Settings,
     description: str = "train",
+    team: Ranks | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, float | int | None]:
     """Do the optimizer steps of an iteration; change `policy` and `optimizer`, return the metrics of `Totals`.
 
     Args:
         policy: float32 weights; computes in bfloat16 where the settings say so.
         reference: the frozen initial model; None when kl_coeff is 0.
-        episodes: the used episodes of the whole iteration; each takes part in one step.
+        episodes: the used episodes of the whole iteration, the same on all ranks; each takes part in one step.
+        team: the ranks, each of which calls this and gets the same metrics; None: this process alone.
+        clock: takes the seconds of each phase.
 
     Raises:
         EarlError: no token counts in a step, its loss or gradient is not finite, or the learner's log-probs are not the
             sampler's (see check_parity); nothing must be kept then.
     """
-    policy.eval()  # no dropout: the learner must compute the log-probs that the sampler sampled from
+    team, clock = team or alone(policy.device), clock or Clock(policy.device)
     totals = Totals()
-    for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
-        optimizer.zero_grad(set_to_none=True)
-        denominator = objective.loss_denominator(
-            settings.normalization,
-            len(part),
-            sum(len(episode.completion) for episode in part),
-            settings.max_completion_tokens,
-        )
-        before = totals.tokens
-        for batch in micro_batches(part, settings, policy.device, description):
-            logp, entropy = completion_logprobs(policy, batch, settings)
-            reference_logp = None
-            if reference is not None:
-                with torch.no_grad():
-                    reference_logp, _ = completion_logprobs(reference, batch, settings)
-            loss = batch_loss(logp, reference_logp, batch, denominator, settings)
-            loss.backward()
-            add_to(totals, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
+    with ready_to_learn(policy, settings):
+        for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
+            optimizer.zero_grad(set_to_none=True)
+            denominator = objective.loss_denominator(
+                settings.normalization,
+                len(part),
+                sum(len(episode.completion) for episode in part),
+                settings.max_completion_tokens,
+            )
+            seen = Totals()
+            for batch, counts in micro_batches(part, settings, team, description):
+                with clock.phase("forward"):
+                    logp, entropy, kept = completion_logprobs(policy, batch, settings)
+                reference_logp = None
+                if reference is not None:
+                    with clock.phase("reference"), torch.no_grad():
+                        reference_logp, _, _ = completion_logprobs(reference, batch, settings, kept)
+                loss = batch_loss(logp, reference_logp, batch, denominator, settings)
+                with clock.phase("backward"):
+                    (loss if counts else 0 * loss).backward()
+                if counts:
+                    add_to(seen, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
+                    if step == 0:
+                        add_mismatch(seen, batch, logp.detach())
+            step_totals = total_of(team.gather(seen))
             if step == 0:
-                add_mismatch(totals, batch, logp.detach())
-        if step == 0:
-            check_parity(totals, settings)
-        totals.gradient_norms.append(optimizer_step(policy, optimizer, totals.loss, totals.tokens - before))
+                check_parity(step_totals, settings)
+            with clock.phase("step"):
+                step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals))
+            totals = total_of([totals, step_totals])
     return totals.metrics(settings, with_kl=reference is not None)
 
 
-def mini_batches(episodes: Sequence[Episode], steps: int) -> list[list[Episode]]:
-    """Cut the episodes into `steps` parts of whole groups, as even as can be; fewer where there are fewer groups."""
-    groups: dict[str, list[Episode]] = {}
-    for episode in sorted(episodes, key=lambda episode: episode.episode_id):
-        groups.setdefault(episode.group_id, []).append(episode)
-    names, steps = sorted(groups), min(steps, len(groups))
-    bounds = [len(names) * step // steps for step in range(steps + 1)]
-    return [
-        [episode for name in names[start:end] for episode in groups[name]] for start, end in itertools.pairwise(bounds)
-    ]
+@contextmanager
+def ready_to_learn(policy: "Emu3ForCausalLM", settings: Settings) -> Iterator[None]:
+    """Have the policy compute what the sampler sampled from, without dropout, and as the settings say.
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Some episodes, and their T counted completion tokens as flat tensors.
-
-    Their ids are B right-padded rows of S, or with `groups` one packed row.
+    The kernel must stay in place between forward and backward pass, in which layers may be computed again.
     """
-
-    episode_ids: list[str]
-    groups: list[packing.Group] | None
-    input_ids: Tensor  # int64 [B, S]
-    position_ids: Tensor  # int64 [B, S]
-    sequences: Tensor  # int64 [T], episode of each counted token
-    places: Tensor  # int64 [T], place among the B * S whose logits predict it
-    positions: Tensor  # int64 [T], place in its completion
-    targets: Tensor  # int64 [T]
-    advantages: Tensor  # float32 [T]
-    lengths: Tensor  # float32 [T], completion tokens of the token's episode
-    behavior_logprobs: Tensor  # float32 [T]
+    policy.eval()
+    if settings.gradient_checkpointing:
+        sharding.recompute_layers(policy)
+    with attention.used_by(policy, settings.attention):
+        yield
+    policy.eval()
 
 
-def micro_batches(
-    episodes: Sequence[Episode], settings: Settings, device: torch.device, description: str
-) -> Iterator[MicroBatch]:
-    """Yield the episodes `settings.micro_batch` at a time: those of a group together where they are packed, else those
-    of like length, to pad little.
+Logprobs = tuple[Tensor, Tensor, list[Tensor] | None]
+"""Log-probability and entropy, float32 [T] each in nats, of the counted tokens, and the ids that they are over
+(`head.kept_ids`)."""
 
-    A micro-batch in which no token counts is skipped: its loss and gradient are 0.
+
+def completion_logprobs(
+    model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings, kept: list[Tensor] | None = None
+) -> Logprobs:
+    """What `model` makes of the counted tokens.
+
+    Args:
+        kept: the ids to normalise over, of the policy: its reference has to be seen on the same ones; None finds them
+            by `model` itself.
     """
-    by_group = settings.packed
-    ordered = sorted(episodes, key=lambda e: (e.group_id if by_group else -len(e), e.episode_id))
-    for start in tqdm(range(0, len(ordered), settings.micro_batch), desc=description, unit="batch", leave=False):
-        batch = collate(ordered[start : start + settings.micro_batch], settings, device)
-        if len(batch.targets):
-            yield batch
+    with attention.used_by(model, settings.attention):
+        return sharding.forward(model, _completion_logprobs, batch, settings, kept)
 
 
-def collate(episodes: Sequence[Episode], settings: Settings, device: torch.device) -> MicroBatch:
-    input_ids, position_ids, groups, starts = (packed_rows if settings.packed else padded_rows)(episodes)
-    parts = []
-    for index, (episode, (prompt_end, completion_start)) in enumerate(zip(episodes, starts, strict=True)):
-        counts = counted_positions(episode, settings)
-        parts.append(
-            (
-                np.full(len(counts), index),
-                # The prompt's last token predicts the completion's first, each other one its successor.
-                np.where(counts == 0, prompt_end, completion_start + counts) - 1,
-                counts,
-                episode.completion[counts],
-                np.full(len(counts), episode.advantage, dtype=np.float32),
-                np.full(len(counts), len(episode.completion), dtype=np.float32),
-                episode.behavior_logprobs[counts],
-            )
-        )
-    flat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    tensors = (torch.from_numpy(array).to(device) for array in (input_ids, position_ids, *flat))
-    return MicroBatch([episode.episode_id for episode in episodes], groups, *tensors)
-
-
-Rows = tuple[np.ndarray, np.ndarray, list[packing.Group] | None, list[tuple[int, int]]]
-"""input_ids and position_ids [B, S], the groups, and for each episode where, among the B * S places, its prompt ends
-and its completion starts."""
-
-
-def padded_rows(episodes: Sequence[Episode]) -> Rows:
-    # Any id pads: under the causal mask nothing to the left sees the right end, and no logits are taken there.
-    length = max(len(episode) for episode in episodes)
-    input_ids = np.zeros((len(episodes), length), dtype=np.int64)
-    ends = []
-    for row, episode in enumerate(episodes):
-        input_ids[row, : len(episode)] = np.concatenate([episode.prompt, episode.completion])
-        ends.append(row * length + len(episode.prompt))
-    return input_ids, np.arange(length)[None], None, [(end, end) for end in ends]
-
-
-def packed_rows(episodes: Sequence[Episode]) -> Rows:
-    packed = packing.pack([(episode.prompt, episode.completion) for episode in episodes])
-    starts = [(group.prompt.stop, own.start) for group in packed.groups for own in group.completions]
-    return packed.input_ids[None], packed.position_ids[None], packed.groups, starts
-
-
-def counted_positions(episode: Episode, settings: Settings) -> np.ndarray:
-    """int64: the positions of the completion whose tokens count in the loss."""
-    mask = objective.token_mask(
-        torch.from_numpy(episode.completion), torch.from_numpy(episode.forced), settings.visual_range, settings.counted
-    )
-    return mask.nonzero().squeeze(1).numpy()
-
-
-def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`."""
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-        if batch.groups is None:
-            hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        else:
-            hidden = packing.hidden_states(model, batch.input_ids, batch.position_ids, batch.groups)
+def _completion_logprobs(
+    model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings, kept: list[Tensor] | None
+) -> Logprobs:
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
+        hidden = model.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, earl_groups=batch.groups
+        ).last_hidden_state
     # The head runs on counted tokens only: with a large vocabulary it is most of the work.
-    return head.token_logprobs(
-        hidden.flatten(0, 1)[batch.places],
-        model.lm_head.weight,
-        batch.targets,
-        settings.temperature,
-        settings.visual_range,
-        settings.split_vocab,
-        settings.bfloat16,
-    )
+    hidden, weight = hidden.flatten(0, 1)[batch.places], model.lm_head.weight
+    tokens = batch.targets, settings.temperature, settings.support, settings.bfloat16
+    if kept is None:
+        kept = head.kept_ids(hidden, weight, *tokens)
+    return *head.token_logprobs(hidden, weight, *tokens, kept, accumulate=True), kept
 
 
 def batch_loss(
@@ -384,21 +324,23 @@ def check_parity(totals: Totals, settings: Settings) -> None:
         f"before the first step the learner's log-probs differ from the sampler's by {mean:.4g} nats on average over "
         f"{totals.mismatch_tokens} counted tokens, more than parity_tolerance = {tolerance}; no step was done.\n"
         f"  episode, token of its completion, log-prob of sampler and of learner, where they differ most:\n{rows}\n"
-        "Check that both use the same weights, temperature and support: top_p 1, top_k -1, and "
-        "separate_language_and_vision_vocabs wherever emu3_use_logit_processor; or raise parity_tolerance (null: off)"
+        "Check that both use the same weights and temperature. Set logprob_support to `sampled` for the support that "
+        "the sampler drew from (emu3_use_logit_processor, top_k, top_p); or raise parity_tolerance (null: off)"
     )
 
 
-def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, loss: float, tokens: int) -> float:
-    """Clip the gradient to norm 1 and step; return the norm before clipping."""
-    if not tokens:
+def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, totals: Totals) -> float:
+    """Clip the gradient to norm 1 and step; return the norm before clipping. `totals` are those of this step."""
+    if not totals.tokens:
         raise EarlError(
             "no completion token counts in the loss; check train_text_tokens_only, train_vision_tokens_only"
         )
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM).item()
-    if not np.isfinite(norm) or not np.isfinite(loss):
+    total_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM)
+    # A DTensor, where weights are split over ranks: what each knows of it is its own part.
+    norm = (total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm).item()
+    if not np.isfinite(norm) or not np.isfinite(totals.loss):
         raise EarlError(
-            f"loss {loss} or gradient norm {norm} is not finite, so no step was done; "
+            f"loss {totals.loss} or gradient norm {norm} is not finite, so no step was done; "
             "look for scores or log-probs out of range, or lower learning_rate"
         )
     optimizer.step()

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: a loop over steps that can be killed at any time and goes on to the same bytes.
 
-Reads top to bottom: `fine_tune` is the loop. What step s sees is a function of (seed, s) alone, so a checkpoint needs
-weights, optimizer moments and the step. Left out on purpose: packing and several ranks.
+Reads top to bottom: `fine_tune` is the loop. A step is that of `grpo` with another loss: its micro-batches, padded or
+packed, its log-probs by blocks, its clipping. What step s sees is a function of (seed, s) alone, so a checkpoint needs
+weights, optimizer moments and the step. Left out on purpose: several ranks.
 """
 
 import json
@@ -9,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from earl import seeds
 from earl.errors import EarlError
 from earl.files import atomic, manifest
-from earl.learner import grpo, objective, trainer_state
+from earl.learner import batches, grpo, logprobs, objective, trainer_state
+from earl.learner.batches import Episode
+from earl.learner.ranks import alone
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
@@ -47,14 +49,36 @@ class Settings:
     warmup_steps: int
     seed: int
     bfloat16: bool
+    packed: bool = False  # see packing; changes no result beyond rounding
+    attention: str = "sdpa"  # see attention.choose
+    gradient_checkpointing: bool = False  # see grpo.Settings
+
+    @property
+    def objective(self) -> grpo.Settings:
+        """Log-probs of all tokens of a completion, over the whole vocabulary."""
+        return grpo.Settings(
+            kl_coeff=0.0,
+            temperature=1.0,
+            micro_batch=self.micro_batch,
+            visual_range=(0, 0),  # neither what counts nor the support ask what is visual
+            support=logprobs.FULL,
+            counted="all",
+            bfloat16=self.bfloat16,
+            packed=self.packed,
+            attention=self.attention,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
 
 
 @dataclass(frozen=True)
 class Example:
-    """Ids of one training sequence, int64 [S]; the loss counts those from `prompt_length` on."""
+    """Ids of one training sequence. The loss counts those of the completion."""
 
-    ids: np.ndarray
-    prompt_length: int
+    prompt: np.ndarray  # int64 [P]
+    completion: np.ndarray  # int64 [L]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
 
 
 @dataclass
@@ -83,11 +107,13 @@ def fine_tune(
     Raises:
         EarlError: loss or gradient is not finite, a checkpoint is damaged or cannot be written.
     """
-    policy.eval()  # no dropout
     optimizer = grpo.new_optimizer(policy, settings.learning_rate)
     progress = resume(checkpoints, policy, optimizer, identity)
     every = math.ceil(settings.steps / CHECKPOINTS)
-    with tqdm(total=settings.steps, initial=progress.step, desc="sft", unit="step", mininterval=1) as bar:
+    with (
+        grpo.ready_to_learn(policy, settings.objective),
+        tqdm(total=settings.steps, initial=progress.step, desc="sft", unit="step", mininterval=1) as bar,
+    ):
         started, tokens = time.monotonic(), 0
         while progress.step < settings.steps:
             indices = batch_indices(settings.seed, progress.step, settings.batch_size, count)
@@ -95,7 +121,7 @@ def fine_tune(
             loss = train_step(policy, optimizer, batch, settings, progress.step)
             progress.losses.append(loss)
             progress.step += 1
-            tokens += sum(len(item.ids) for item in batch)
+            tokens += sum(map(len, batch))
             rate = tokens / (time.monotonic() - started)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             bar.update()
@@ -126,19 +152,17 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     optimizer.zero_grad(set_to_none=True)
-    denominator = sum(len(item.ids) - item.prompt_length for item in batch)
+    denominator = sum(len(example.completion) for example in batch)
     total = 0.0
-    for input_ids, rows, columns, targets in micro_batches(batch, settings.micro_batch, policy.device):
-        with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-            hidden = policy.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            logits = policy.lm_head(hidden[rows, columns])
-        loss = objective.sft_loss(logits, targets, denominator)
+    for part, _ in batches.micro_batches(as_episodes(batch), settings.objective, alone(policy.device)):
+        logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
+        loss = objective.sft_loss(logp, denominator)
         loss.backward()
         total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grpo.MAX_GRADIENT_NORM).item()
-    if not math.isfinite(norm) or not math.isfinite(total):
-        raise EarlError(f"sft step {step}: loss {total} or gradient norm {norm} is not finite; lower sft.learning_rate")
-    optimizer.step()
+    try:
+        grpo.optimizer_step(policy, optimizer, grpo.Totals(loss=total, tokens=denominator))
+    except EarlError as error:
+        raise EarlError(f"sft step {step}: {error}") from error
     return total
 
 
@@ -150,22 +174,20 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def micro_batches(
-    batch: Sequence[Example], size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield (input_ids [B, S] right-padded, rows [T], columns [T], targets [T]), T counted tokens, all int64."""
-    for start in range(0, len(batch), size):
-        part = batch[start : start + size]
-        # Any id pads: see grpo.collate.
-        input_ids = np.zeros((len(part), max(len(item.ids) for item in part)), dtype=np.int64)
-        rows, columns = [], []
-        for row, item in enumerate(part):
-            input_ids[row, : len(item.ids)] = item.ids
-            columns.append(np.arange(item.prompt_length - 1, len(item.ids) - 1))
-            rows.append(np.full(len(columns[-1]), row))
-        flat_rows, flat_columns = np.concatenate(rows), np.concatenate(columns)
-        arrays = (input_ids, flat_rows, flat_columns, input_ids[flat_rows, flat_columns + 1])
-        yield tuple(torch.from_numpy(array).to(device) for array in arrays)
+def as_episodes(batch: Sequence[Example]) -> list[Episode]:
+    """Training sequences as the learner of RL takes them: episodes that nobody sampled, of which every token counts."""
+    return [
+        Episode(
+            episode_id=f"{place:06d}",
+            group_id=f"{place:06d}",
+            prompt=example.prompt,
+            completion=example.completion,
+            forced=np.zeros(len(example.completion), dtype=bool),
+            behavior_logprobs=np.zeros(len(example.completion), dtype=np.float32),
+            advantage=1.0,
+        )
+        for place, example in enumerate(batch)
+    ]
 
 
 def save_checkpoint(

@@ -1,20 +1,28 @@
 """The `trainer/` folder of an iteration: what the learner needs beside the policy to go on.
 
-    optimizer.safetensors   exp_avg.<parameter> and exp_avg_sq.<parameter>, float32
-    state.json              counters, and digests that bind the state to its policy and configuration
-    manifest.json           seals the folder
+    optimizer-00001-of-00002.safetensors   exp_avg.<parameter> and exp_avg_sq.<parameter>, float32, a file a rank; and
+                                           weight.<parameter>, float32, where the policy's files are bfloat16
+    state.json                             counters, and digests that bind the state to its policy and configuration
+    manifest.json                          seals the folder
+
+Each rank writes the parts that it holds, and reads those that it needs, by `torch.distributed.checkpoint`: any number
+of ranks goes on from what any other number wrote. The files are those that its HuggingFaceStorageReader reads. Its
+writer of them is not used, since the entries of its headers come in another order in every process: equal states would
+have unequal bytes. Its default format keeps a pickle.
 
 No generator state is kept: every draw of a run is a function of (seed, place), see `earl.seeds`.
 """
 
 import json
 import logging
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.errors import EarlError
 from earl.files import manifest
+from earl.learner.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
 
 log = logging.getLogger(__name__)
 
@@ -80,25 +89,58 @@ def put_optimizer_tensors(
 _REMEDY = "restore the iteration (earl restore) or train it again"
 
 
-def save(folder: Path, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", state: TrainerState) -> None:
-    """Fill and seal an existing (temporary) folder."""
-    from safetensors.torch import save_file
+def save(
+    folder: Path,
+    model: "torch.nn.Module",
+    optimizer: "torch.optim.Optimizer",
+    state: TrainerState,
+    team: Ranks,
+    with_weights: bool = False,
+) -> None:
+    """Fill and seal an existing (temporary) folder; all ranks call this, each writes its part.
 
-    save_file(optimizer_tensors(model, optimizer), folder / OPTIMIZER)
-    (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    manifest.seal(folder)
+    Args:
+        with_weights: also write the weights themselves, where the policy's files hold them rounded.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    from earl.learner.parts import PartWriter
+
+    tensors = _tensors(model, optimizer, with_weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
+    team.of_first(None)  # all have written
+    if team.first:
+        (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        manifest.seal(folder)
+
+
+def _tensors(
+    model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", with_weights: bool
+) -> dict[str, "torch.Tensor"]:
+    """What a folder holds, by name, whole or as this rank's part."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        if with_weights:
+            tensors[f"{WEIGHT}.{name}"] = parameter.detach()
+    return tensors
 
 
 def load(
     folder: Path,
     model: "torch.nn.Module",
     optimizer: "torch.optim.Optimizer",
+    team: Ranks,
     *,
     iteration: int,
     policy_digest: str,
     config_digest: str,
 ) -> TrainerState:
-    """Put the state of `folder` into `optimizer` and say what was loaded.
+    """Put the state of `folder` into `optimizer` and say what was loaded; all ranks call this.
+
+    Where the folder holds weights, `model` has them rounded to bfloat16 and gets them as they were.
 
     Args:
         iteration: the iteration that the folder must belong to.
@@ -109,20 +151,73 @@ def load(
     Raises:
         EarlError: the folder is missing, incomplete or damaged, or belongs to another iteration, policy or model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    import torch
 
     manifest.check(folder)
     state = read_state(folder)
     _check_binding(folder, state, iteration, policy_digest, config_digest)
-    path = folder / OPTIMIZER
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise EarlError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
-    put_optimizer_tensors(model, optimizer, tensors, state.optimizer_steps, path)
-    log.info("trainer: loaded iteration %d (%d optimizer steps) from %s", iteration, state.optimizer_steps, folder)
+    with_weights = _check_names(folder, model)
+    for parameter in model.parameters():
+        moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(state.optimizer_steps)), **moments}
+    rounded = [_local(p).bfloat16() for p in model.parameters()] if with_weights else []
+    tensors = _tensors(model, optimizer, with_weights)
+    _read(folder, tensors, team)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(_local(tensor)).all():
+            raise EarlError(f"{folder}: tensor {name!r} is not finite; {_REMEDY}")
+    for (name, parameter), before in zip(model.named_parameters(), rounded, strict=False):
+        if not torch.equal(_local(parameter).bfloat16(), before):
+            raise EarlError(f"{folder}: tensor '{WEIGHT}.{name}' is not what the policy rounds; {_REMEDY}")
+    log.info(
+        "trainer: loaded iteration %d (%d optimizer steps%s) from %s",
+        iteration,
+        state.optimizer_steps,
+        ", float32 weights" if with_weights else "",
+        folder,
+    )
     return state
+
+
+def _check_names(folder: Path, model: "torch.nn.Module") -> bool:
+    """Compare names and shapes of what is stored with the model; return whether weights are among it."""
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    try:
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise EarlError(f"{folder}: cannot be read ({error}); {_REMEDY}") from error
+    with_weights = any(name.startswith(f"{WEIGHT}.") for name in stored)
+    kinds = (*MOMENTS, WEIGHT) if with_weights else MOMENTS
+    expected = {f"{kind}.{name}": p.shape for name, p in model.named_parameters() for kind in kinds}
+    if unlike := sorted(expected.keys() ^ stored.keys()):
+        raise EarlError(f"{folder}: tensor {unlike[0]!r} is missing or belongs to another model; {_REMEDY}")
+    for name, shape in expected.items():
+        if stored[name].size != shape:
+            raise EarlError(
+                f"{folder}: tensor {name!r} has shape {tuple(stored[name].size)} where the policy has {tuple(shape)}; "
+                f"{_REMEDY}"
+            )
+    return with_weights
+
+
+def _read(folder: Path, tensors: dict[str, "torch.Tensor"], team: Ranks) -> None:
+    import torch.distributed.checkpoint as dcp
+    from safetensors import SafetensorError
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, no_dist=not team.splits)
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        raise EarlError(f"{folder}: cannot be read ({error}); {_REMEDY}") from error
+
+
+def _local(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A tensor, or this rank's part of one that is split."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl import code_version, runs
+from earl.config import freeze
 from earl.config.load import read
 from earl.errors import EarlError
 from earl.files import manifest
 from earl.layout import Iteration, Run
+from earl.learner import ranks
 from earl.stages import train
 
 if TYPE_CHECKING:
@@ -105,7 +107,8 @@ def _check_inputs(iteration: Iteration) -> None:
 def _replay(config: "Config", files: Run, scratch: Run, index: int) -> None:
     recorded = _recorded(files.iteration(index))
     _link(files.iteration(index), scratch.iteration(index), ("rollouts", "scores"))
-    replayed = train.run(config, scratch.path, index, shards=len(recorded["inputs"]["rollouts"]))
+    _train(config, scratch, index, len(recorded["inputs"]["rollouts"]), recorded.get("ranks", 1))
+    replayed = _recorded(scratch.iteration(index))
     if replayed["policy_digest"] != recorded["policy_digest"]:
         raise EarlError(
             f"{files.iteration(index).metrics}: replaying iteration {index} gave policy "
@@ -114,6 +117,17 @@ def _replay(config: "Config", files: Run, scratch: Run, index: int) -> None:
             f"Configuration: {replayed['config_digest']} now, {recorded['config_digest']} then. "
             "Replay with the code and configuration of then"
         )
+
+
+def _train(config: "Config", scratch: Run, index: int, shards: int, processes: int) -> None:
+    """Train by as many ranks as then: sums over another number of them differ in the last bits."""
+    if processes == 1:
+        train.run(config, scratch.path, index, shards)
+        return
+    freeze.write(config.model_copy(update={"rollout_shards": shards}), scratch.config, accept_changes=True)
+    arguments = ["train", "--config", scratch.config, "--iteration", index, "--run", scratch.path]
+    if ranks.launch(config, [str(argument) for argument in arguments], processes):
+        raise EarlError(f"{scratch.iteration(index).path}: training again by {processes} ranks failed, see above")
 
 
 def _link(source: Iteration, target: Iteration, names: tuple[str, ...]) -> None:

@@ -2,9 +2,9 @@
 
 import json
 import logging
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,9 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
 from earl.files import atomic, manifest
 from earl.layout import Iteration, Run
-from earl.learner import episodes, grpo, objective, trainer_state
+from earl.learner import attention, episodes, grpo, objective, performance, ranks, sharding, trainer_state
+from earl.learner.performance import Clock
+from earl.learner.ranks import Ranks
 from earl.learner.trainer_state import TrainerState
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     """Train iteration `iteration` of a run and write its `trainer/`, `policy/` and `train/`; return the metrics.
 
     Everything cheap is checked before a model is loaded. `train/metrics.json` is written last: where it is, the
-    iteration is complete. Rerunning writes the same bytes.
+    iteration is complete. Rerunning writes the same bytes, `train/performance.json` apart. Under torchrun every rank
+    calls this, and gets the same metrics.
 
     Args:
         run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the starting
@@ -44,23 +47,29 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     """
     if iteration < 1:
         raise EarlError(f"iteration is {iteration}; the first that can be trained is 1")
-    files = Run(Path(run_path))
-    current, previous = files.iteration(iteration), files.iteration(iteration - 1)
-    device = runtime.prepare(config)
-    policy_digest = manifest.digest_folder(previous.policy)
-    source = episodes.read(current, shards or config.rollout_shards, policy_digest, config.episodes_per_iteration)
-    outcomes = episodes.reward_all(source, config, str(current.path))
-    vocabulary = Vocabulary.from_folder(previous.policy)
-    used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, str(current.path))
+    splits_alone = config.dtype == "bfloat16" or config.reference_offload
+    with ranks.joined(runtime.prepare(config), splits_alone) as team:
+        return _run(config, Run(Path(run_path)), iteration, shards or config.rollout_shards, team)
 
-    policy = checkpoint.load_policy(previous.policy, torch.float32, device)
-    optimizer = grpo.new_optimizer(policy, config.learning_rate)
-    state = _load_state(config, previous, policy, optimizer, policy_digest)
-    reference = _load_reference(config, files, device)
-    settings = _settings(config, iteration, vocabulary)
-    started = time.monotonic()
-    learned = grpo.train_iteration(policy, reference, optimizer, used, settings, f"train {iteration}")
-    _log_speed(used, time.monotonic() - started, device)
+
+def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks) -> dict[str, Any]:
+    clock = Clock(team.device)
+    current, previous = files.iteration(iteration), files.iteration(iteration - 1)
+    with clock.phase("read"):
+        policy_digest = manifest.digest_folder(previous.policy)
+        source = episodes.read(current, shards, policy_digest, config.episodes_per_iteration)
+        outcomes = episodes.reward_all(source, config, str(current.path))
+        vocabulary = Vocabulary.from_folder(previous.policy)
+        used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, str(current.path))
+        settings = _settings(config, iteration, vocabulary, team)
+    with clock.phase("load"):
+        policy = sharding.load(previous.policy, team, settings.bfloat16)
+        optimizer = grpo.new_optimizer(policy, config.learning_rate)
+        state = _load_state(config, previous, policy, optimizer, policy_digest, team)
+        reference = _load_reference(config, files, team)
+        if config.compile:
+            sharding.compile_layers(policy)
+    learned = grpo.train_iteration(policy, reference, optimizer, used, settings, f"train {iteration}", team, clock)
 
     inputs = {
         "policy": policy_digest,
@@ -77,24 +86,10 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         "learning_rate": config.learning_rate,
         "optimizer_steps": steps,
         "rubrics_digest": source.rubrics,
+        "ranks": team.size,
         "inputs": inputs,
     }
-    return _write(config, current, previous, policy, optimizer, outcomes, metrics)
-
-
-def _log_speed(used: list[grpo.Episode], seconds: float, device: torch.device) -> None:
-    """To the log, not to metrics.json, which holds nothing that differs between two runs over the same files."""
-    tokens = sum(map(len, used))
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-    log.info(
-        "train: %d tokens in %.1f s, %.0f tokens/s; peak %s memory %.0f MiB",
-        tokens,
-        seconds,
-        tokens / seconds,
-        "GPU" if on_gpu else "process",
-        peak / 2**20,
-    )
+    return _write(config, current, previous, policy, optimizer, outcomes, metrics, team, clock)
 
 
 def _load_state(
@@ -103,6 +98,7 @@ def _load_state(
     policy: "Emu3ForCausalLM",
     optimizer: torch.optim.Optimizer,
     policy_digest: str,
+    team: Ranks,
 ) -> TrainerState | None:
     """Load the previous iteration's optimizer state; the first iteration has none and starts afresh."""
     if previous.index == 0:
@@ -112,27 +108,29 @@ def _load_state(
         previous.trainer,
         policy,
         optimizer,
+        team,
         iteration=previous.index,
         policy_digest=policy_digest,
         config_digest=config_digest(config),
     )
 
 
-def _load_reference(config: "Config", files: Run, device: torch.device) -> "Emu3ForCausalLM | None":
+def _load_reference(config: "Config", files: Run, team: Ranks) -> "Emu3ForCausalLM | None":
     """The frozen starting policy; where no KL term is wanted it is not loaded."""
     if config.kl_coeff == 0:
         return None
-    return checkpoint.load_policy(files.iteration(0).policy, torch.float32, device).requires_grad_(False)
+    bfloat16 = config.dtype == "bfloat16"
+    return sharding.load(files.iteration(0).policy, team, bfloat16, frozen=True, offload=config.reference_offload)
 
 
-def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.Settings:
+def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ranks) -> grpo.Settings:
     text, vision = config.train_text_tokens_only, config.train_vision_tokens_only
     return grpo.Settings(
         kl_coeff=config.kl_coeff,
         temperature=config.temperature,
         micro_batch=config.per_device_batch_size,
         visual_range=(vocabulary.first_visual, vocabulary.size),
-        split_vocab=config.separate_language_and_vision_vocabs,
+        support=episodes.support(config, vocabulary),
         counted=objective.counted_tokens(
             iteration,
             (config.text_only_steps, config.text_only_cycle_steps) if text else None,
@@ -153,6 +151,8 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary) -> grpo.
         optimizer_steps=config.optimizer_steps_per_iteration,
         parity_tolerance=config.parity_tolerance,
         packed=config.packing == "groups",
+        attention=attention.choose(config.attention, team.device, config.dtype == "bfloat16"),
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
@@ -164,18 +164,68 @@ def _write(
     optimizer: torch.optim.Optimizer,
     outcomes: list[episodes.Outcome],
     metrics: dict[str, Any],
+    team: Ranks,
+    clock: Clock,
 ) -> dict[str, Any]:
+    """Write everything; weights and moments by all ranks, the rest by the first. `train/metrics.json` comes last."""
     origin = {"config_digest": config_digest(config), "code_version": code_version()}
-    # What stands there from before is not of the policy that is about to be written.
-    current.metrics.unlink(missing_ok=True)
-    with atomic.folder(current.policy) as folder:
-        policy_digest = checkpoint.save_policy(policy, folder, previous.policy)
-    state = TrainerState(current.index, metrics["optimizer_steps"], policy_digest, **origin)
-    with atomic.folder(current.trainer) as folder:
-        trainer_state.save(folder, policy, optimizer, state)
-    sampled_by = metrics["inputs"]["policy"]
-    described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
-    episodes.write(current.episodes, outcomes, described)
+    if team.first:
+        # What stands there from before is not of the policy that is about to be written.
+        current.metrics.unlink(missing_ok=True)
+    with clock.phase("save"):
+        policy_digest = _save_policy(policy, current.policy, previous.policy, runtime.policy_dtype(config), team)
+        state = TrainerState(current.index, metrics["optimizer_steps"], policy_digest, **origin)
+        with _folder_of_all(current.trainer, team) as folder:
+            trainer_state.save(folder, policy, optimizer, state, team, config.policy_dtype == "bfloat16")
     metrics = {"iteration": current.index, **metrics, "policy_digest": policy_digest, **origin}
-    atomic.write_text(current.metrics, json.dumps(metrics, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    peaks = team.gather(performance.peak_memory(team.device))
+    if team.first:
+        sampled_by = metrics["inputs"]["policy"]
+        described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
+        episodes.write(current.episodes, outcomes, described)
+        _write_json(current.performance, _performance(clock, peaks, outcomes, team))
+        _write_json(current.metrics, metrics)
     return metrics
+
+
+def _save_policy(policy: "Emu3ForCausalLM", path: Path, tokenizer_from: Path, dtype: torch.dtype, team: Ranks) -> str:
+    """Write the policy's folder from the first rank; return its digest on all."""
+    digest = ""
+    if team.first:
+        with atomic.folder(path) as folder:
+            digest = checkpoint.save_policy(policy, folder, tokenizer_from, dtype)
+    else:
+        for _ in checkpoint.whole_weights(policy, dtype):
+            pass
+    return team.of_first(digest)
+
+
+@contextmanager
+def _folder_of_all(path: Path, team: Ranks) -> Iterator[Path]:
+    """Yield a temporary folder, the same on all ranks, that becomes `path` when all have left the block."""
+    if team.first:
+        with atomic.folder(path) as folder:
+            team.of_first(folder)
+            yield folder
+            team.of_first(None)
+    else:
+        yield team.of_first(path)
+        team.of_first(None)
+
+
+def _performance(clock: Clock, peaks: list[int], outcomes: list[episodes.Outcome], team: Ranks) -> dict[str, Any]:
+    columns = ("prompt_token_ids", "completion_token_ids")
+    tokens = sum(len(outcome.row[column]) for outcome in outcomes if outcome.used for column in columns)
+    found = performance.summary(clock.seconds, peaks, tokens, team.device)
+    log.info(
+        "train: %d tokens at %.0f a second; peak memory of a rank %.0f MiB; seconds: %s",
+        tokens,
+        found["tokens_per_second"],
+        max(peaks) / 2**20,
+        ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["seconds"].items()),
+    )
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    atomic.write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")

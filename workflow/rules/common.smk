@@ -10,10 +10,21 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
-from earl import plan, processes, runs
+from earl import plan, processes, runs, tracking
 from earl.config import freeze, load, paths
 from earl.errors import EarlError
+from earl.launchers import job as jobs
+from earl.launchers import record
 from earl.layout import Run
+
+BY_ITERATION = {
+    "generate",
+    "score",
+    "train",
+    "restore",
+    "evaluate_generate",
+    "evaluate_score",
+}
 
 
 def settings_list(value):
@@ -38,10 +49,9 @@ def make_plans():
             "--config experiment=config/demo.jsonnet"
         )
     overrides = load.parse_overrides(config.get("set", []))
-    window_of, window = None, None
+    window_of, last = None, None
     if "window" in config:
-        window_of, first, last = str(config["window"]).rsplit(":", 2)
-        window = int(first), int(last)
+        window_of, last = str(config["window"]).rsplit(":", 1)
     single = int(config["iteration"]) if "iteration" in config else None
     plans = []
     try:
@@ -51,7 +61,8 @@ def make_plans():
             if window_of in (None, run.path.as_posix()):
                 if not ACCEPT_CHANGES:
                     freeze.check(resolved, run.config)
-                plans.append(plan.plan(resolved, window, single))
+                tracking.check(resolved)
+                plans.append(plan.plan(resolved, last and int(last), single))
         return plan.choose(plans)
     except EarlError as error:
         raise WorkflowError(str(error)) from None
@@ -63,11 +74,30 @@ def open_runs():
         for output in SHARED:
             if not os.path.exists(stands_for(output)):
                 LOCKS.append(processes.lock(output.parent / f".{output.name}.lock"))
+                refuse_other_writers(output.parent.parent)
         for item in PLANS.values():
             LOCKS.append(processes.lock(runs.lock_file(item.run)))
+            refuse_other_writers(item.run.path)
             freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)
     except EarlError as error:
         raise WorkflowError(str(error)) from None
+
+
+def refuse_other_writers(folder):
+    """Stop where jobs of an earlier workflow go on that this one would not find again, but write beside."""
+    finds_jobs = profile_setting("launcher", "local") == "slurm"
+    as_windows = SEGMENTS and CHAIN
+    for job in record.running(folder / "logs" / "jobs"):
+        stage = job.name.split("-")[0]
+        if (
+            not finds_jobs
+            or (stage == "window" or stage in BY_ITERATION)
+            and ((stage == "window") != as_windows)
+        ):
+            raise EarlError(
+                f"{folder}: Slurm job {job.job_id} ({job.name}) of an earlier workflow still runs; go on with the same "
+                "profile and granularity, or wait for it, or scancel it"
+            )
 
 
 def make_shared():
@@ -133,6 +163,55 @@ def starting_policy(w):
     return paths.resolve(PLANS[w.run].config, PLANS[w.run].config.model_path)
 
 
+def profile_setting(name, default):
+    """Return a setting of --config, or of the profile's default-resources, where a profile can leave it."""
+    resource = (workflow.resource_settings.default_resources or {}).get(name)
+    return config.get(name, getattr(resource, "raw", None) or default)
+
+
+def launched(stage):
+    """Return the function for a rule's parameter `earl`: the command, with what has it run where the profile says.
+
+    The resource `launcher` chooses; without one, and where a stage wants neither a GPU for itself nor several ranks,
+    the command runs as it stands. Inside a segment everything runs in the allocation that the segment has.
+    """
+
+    def command(wildcards, output, threads, resources):
+        known = dict(wildcards.items())
+        folder = known.pop("run", None) or known.pop("shared")
+        job = "-".join([stage, *known.values()])
+        return f"{launcher(job, folder, output, threads, resources)}{EARL}"
+
+    return command
+
+
+def launcher(job, folder, output, threads, resources):
+    """Return the words that go before a command to have it run where the profile says; see `launched`.
+
+    ``folder`` is that of the run or of what runs share, ``job`` a name that is the command's alone in there.
+    """
+    name = "local" if IN_SEGMENT else resources.get("launcher", "local")
+    wanted = {
+        name: resources.get(name)
+        for name in jobs.Resources.names()
+        if name in resources.keys()
+    }
+    wanted["cpus_per_task"] = max(threads, wanted.get("cpus_per_task", 1))
+    if (
+        name == "local"
+        and not wanted.get("gpu")
+        and wanted.get("tasks_per_node", 1) == 1
+    ):
+        return ""
+    words = [sys.executable, "-m", "earl", "launch", "--launcher", name, "--name", job]
+    words += ["--folder", f"{folder}/logs/jobs/{job}"]
+    for file in output:
+        words += ["--output", file]
+    for key, value in wanted.items():
+        words += ["--resource", f"{key}={value}"]
+    return shlex.join(map(str, [*words, "--"])) + " "
+
+
 def judge_gpus(w):
     """Return how many GPUs a stage that asks the judge needs: none where it asks a server or a program."""
     settings = PLANS[w.run].config
@@ -186,18 +265,26 @@ def previous_trainer(w):
     return given(previous(w), "trainer", w)
 
 
-def restore(w, item):
-    """Return the commands, to go before a stage's own, that bring back a checkpoint which has been dropped.
+def restore(which):
+    """Return the function for the commands, to go before a stage's own, that bring back a dropped checkpoint.
 
-    It gets the age of what was recorded with it: what was made from it since is not out of date.
+    ``which`` gives the iteration: this one or the one before. The checkpoint gets the age of what was recorded with
+    it: what was made from it since is not out of date.
     """
-    if PLANS[w.run].single is None or runs.has_checkpoint(item):
-        return ""
-    files = " ".join(checkpoint_files(item).values())
-    return (
-        f"{EARL} restore --run {w.run} --iteration {item.index}"
-        f" && touch -r {item.metrics} {files} && "
-    )
+
+    def commands(wildcards, output, threads, resources):
+        item = which(wildcards)
+        if PLANS[wildcards.run].single is None or runs.has_checkpoint(item):
+            return ""
+        files = list(checkpoint_files(item).values())
+        job = f"restore-{item.index:06d}"
+        launch = launcher(job, wildcards.run, files, threads, resources)
+        return (
+            f"{launch}{EARL} restore --run {wildcards.run} --iteration {item.index}"
+            f" && touch -r {item.metrics} {' '.join(files)} && "
+        )
+
+    return commands
 
 
 def shards(kind):
@@ -252,22 +339,59 @@ def targets():
         files += finished_files(run)
         if WHOLE:
             files.append(item.run.report.as_posix())
+        files += [
+            (tracking.folder(item.run) / f"{kind}-{index:06d}.json").as_posix()
+            # Inside a segment a compute node would have to send.
+            for kind, index in item.sends(WHOLE, CHAIN or IN_SEGMENT)
+        ]
     return files
 
 
+def is_last_send(w):
+    return WHOLE and int(w.step) == PLANS[w.run].stop
+
+
+def sent_after(w):
+    """Return what a send waits for: its iteration, or for the last one, all there is of the run."""
+    if is_last_send(w):
+        return [*finished(w), PLANS[w.run].run.report.as_posix()]
+    return iteration(w).metrics.as_posix()
+
+
+def best_effort(w):
+    return "" if is_last_send(w) else "--best-effort"
+
+
 def before_window(w):
-    """Return the files of the iteration that a window starts from."""
+    """Return the files of the iteration that a window starts from, and the data that it has in common with others."""
     item = PLANS[w.run]
     first = next(window[0] for window in item.windows if window[-1] == int(w.step))
-    return list(checkpoint_files(item.run.iteration(first - 1)).values())
+    held_out = item.config.val_paths_file if item.config.evaluations else []
+    data = [*item.config.train_paths_file, *held_out]
+    before = checkpoint_files(item.run.iteration(first - 1)).values()
+    return [*before, *datasets(w.run, data)]
 
 
-def window_command(w):
+def window_launcher(w, output, threads, resources):
+    """Return the words that have a whole window run as one job, where windows are segments.
+
+    A window is named after its place, not its end: where a run has been given more iterations meanwhile, it still is
+    the job that works on these.
+    """
+    if not SEGMENTS:
+        return ""
+    place = (int(w.step) - 1) // PLANS[w.run].config.window_length
+    return launcher(f"window-{place:06d}", w.run, output, 1, resources)
+
+
+def window_command(w, resources):
     """Return the command that plans and runs one window: this Snakemake again, with the same settings."""
-    window = next(
-        window for window in PLANS[w.run].windows if window[-1] == int(w.step)
-    )
-    settings = {**config, "window": f"{w.run}:{window[0]}:{window[-1]}"}
+    settings = {**config, "window": f"{w.run}:{int(w.step)}"}
+    cores, gpus = workflow.cores, []
+    if SEGMENTS:
+        settings["granularity"] = "segment"
+        cores = resources.get("cpus_per_task", 1)
+        gpus = ["--resources", f"gpu={resources.gpu}"] if resources.get("gpu") else []
     command = [
         sys.executable,
         "-m",
@@ -275,7 +399,7 @@ def window_command(w):
         "--snakefile",
         workflow.main_snakefile,
         "--cores",
-        workflow.cores,
+        cores,
     ]
     command += [
         "--nolock",
@@ -285,7 +409,7 @@ def window_command(w):
         "--scheduler",
         "greedy",
     ]
-    command += passed_on(sys.argv[1:])
+    command += [*passed_on(sys.argv[1:]), *gpus]
     command += [
         "--config",
         *(f"{key}={json.dumps(value)}" for key, value in settings.items()),

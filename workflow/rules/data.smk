@@ -9,7 +9,7 @@ rule raw:
     benchmark:
         "{shared}/benchmarks/raw/{name}.tsv"
     params:
-        earl=EARL,
+        earl=launched("raw"),
         options=shapes_options,
     shell:
         "{params.earl} shapes raw --out {output} {params.options} 2>&1 | tee {log}"
@@ -23,9 +23,9 @@ rule shapes_policy:
     benchmark:
         "{shared}/benchmarks/policy/{name}.tsv"
     params:
-        earl=EARL,
+        earl=launched("shapes_policy"),
         out=subpath(output[0], parent=True),
-        seed=lambda w: paths.shapes_policy_seed(user_of(w, "policy").config),
+        seed=paths.SHAPES_POLICY_SEED,
     shell:
         "{params.earl} shapes policy --out {params.out} --seed {params.seed} 2>&1 | tee {log}"
 
@@ -41,7 +41,7 @@ rule tokenise:
         "{shared}/benchmarks/tokenise/{name}.tsv"
     threads: lambda w: user_of(w, "tokenised").config.cpu_threads
     params:
-        earl=EARL,
+        earl=launched("tokenise"),
         config=lambda w: user_of(w, "tokenised").run.config,
         dataset=lambda w: shared_stage(w, "tokenised").name,
         raw=raw_pairs,

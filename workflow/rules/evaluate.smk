@@ -15,8 +15,8 @@ rule evaluate_generate:
         run=EVALUATED,
     threads: lambda w: PLANS[w.run].config.cpu_threads
     params:
-        earl=EARL,
-        restore=lambda w: restore(w, iteration(w)),
+        earl=launched("evaluate_generate"),
+        restore=restore(iteration),
         policy=lambda w: iteration(w).policy,
     shell:
         "({params.restore}{params.earl} generate --config {wildcards.run}/config.json --iteration {wildcards.step}"
@@ -38,7 +38,7 @@ rule evaluate_score:
     resources:
         gpu=judge_gpus,
     params:
-        earl=EARL,
+        earl=launched("evaluate_score"),
     shell:
         "{params.earl} score --config {wildcards.run}/config.json --rollouts {input} --out {output} 2>&1 | tee {log}"
 

@@ -15,8 +15,8 @@ rule generate:
         run=IN_WINDOW,
     threads: lambda w: PLANS[w.run].config.cpu_threads
     params:
-        earl=EARL,
-        restore=lambda w: restore(w, previous(w)),
+        earl=launched("generate"),
+        restore=restore(previous),
         policy=lambda w: previous(w).policy,
     shell:
         "({params.restore}{params.earl} generate --config {wildcards.run}/config.json --iteration {wildcards.step}"
@@ -38,6 +38,6 @@ rule score:
     resources:
         gpu=judge_gpus,
     params:
-        earl=EARL,
+        earl=launched("score"),
     shell:
         "{params.earl} score --config {wildcards.run}/config.json --rollouts {input} --out {output} 2>&1 | tee {log}"

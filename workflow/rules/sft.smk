@@ -1,4 +1,4 @@
-# Supervised fine-tuning: the policy that RL starts from.
+# Supervised fine-tuning: the policy that RL, or another fine-tuning, starts from.
 
 
 rule sft:
@@ -12,8 +12,9 @@ rule sft:
         "{shared}/benchmarks/sft/{name}.tsv"
     threads: lambda w: user_of(w, "sft").config.cpu_threads
     params:
-        earl=EARL,
+        earl=launched("sft"),
         config=lambda w: user_of(w, "sft").run.config,
+        sft=lambda w: shared_stage(w, "sft").name,
         out=subpath(output[0], parent=True),
     shell:
-        "{params.earl} sft --config {params.config} --out {params.out} 2>&1 | tee {log}"
+        "{params.earl} sft --config {params.config} --name {params.sft} --out {params.out} 2>&1 | tee {log}"

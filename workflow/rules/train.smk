@@ -13,7 +13,7 @@ rule judge_gate:
     resources:
         gpu=judge_gpus,
     params:
-        earl=EARL,
+        earl=launched("judge_gate"),
     shell:
         "{params.earl} judge check --config {wildcards.run}/config.json --out {output} 2>&1 | tee {log}"
 
@@ -55,10 +55,11 @@ rule train:
         "{run}/benchmarks/train/{step}.tsv"
     wildcard_constraints:
         run=IN_WINDOW,
-    threads: lambda w: PLANS[w.run].config.cpu_threads
+    threads: lambda w: PLANS[w.run].config.cpu_threads * PLANS[w.run].config.train_processes
     params:
-        earl=EARL,
-        restore=lambda w: restore(w, previous(w)),
+        here=EARL,
+        earl=launched("train"),
+        restore=restore(previous),
     shell:
         "({params.restore}{params.earl} train --config {wildcards.run}/config.json --iteration {wildcards.step} --run {wildcards.run}"
-        " && {params.earl} prune --run {wildcards.run} --after {wildcards.step}) 2>&1 | tee {log}"
+        " && {params.here} prune --run {wildcards.run} --after {wildcards.step}) 2>&1 | tee {log}"

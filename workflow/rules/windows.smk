@@ -13,8 +13,9 @@ rule window:
         "{run}/logs/window/{step}.log",
     wildcard_constraints:
         run=WINDOW_ENDS,
-    threads: workflow.cores
+    threads: 1 if SEGMENTS else workflow.cores
     params:
+        launch=window_launcher,
         snakemake=window_command,
     shell:
-        "{params.snakemake} 2>&1 | tee {log}"
+        "{params.launch}{params.snakemake} 2>&1 | tee {log}"

@@ -1,0 +1,3 @@
+(import 'world.libsonnet') + (import '../models/think_s.libsonnet') + (import '../data/both.libsonnet') + {
+  run_name: 'shapes_sft_think_s__rl_sc',
+}

@@ -1,0 +1,55 @@
+"""Where a stage's command runs: one small interface, and what stands behind it.
+
+| launcher | where | GPUs | ranks |
+|---|---|---|---|
+| ``local`` | here | that many of the visible ones for itself | processes of this machine |
+| ``debug`` | here, in the foreground of this terminal, after saying what was asked for | all | one |
+| ``slurm`` | a Slurm job, through submitit | what Slurm gives | tasks on one or more nodes |
+
+A stage knows nothing of this: it is a command that reads files and writes files. One that was asked to run as several
+ranks finds ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` in its
+environment, as under torchrun.
+"""
+
+import importlib.util
+from typing import Protocol
+
+from earl.errors import EarlError
+from earl.launchers.job import Job
+
+NAMES = ("local", "debug", "slurm")
+
+
+class Launcher(Protocol):
+    """Runs commands somewhere."""
+
+    def run(self, job: Job) -> int:
+        """Run a job to its end and return the exit status: 0 only when every rank succeeded.
+
+        What the job prints appears on this process's standard output. A job that already runs for the same folder and
+        command is waited for instead of started a second time, where the launcher's jobs can outlive it.
+
+        Raises:
+            EarlError: when the job cannot be started as asked.
+        """
+        ...
+
+
+def create(name: str) -> Launcher:
+    """Return the launcher ``name``, one of :data:`NAMES`."""
+    match name:
+        case "local":
+            from earl.launchers.local import LocalLauncher
+
+            return LocalLauncher()
+        case "debug":
+            from earl.launchers.local import DebugLauncher
+
+            return DebugLauncher()
+        case "slurm":
+            if importlib.util.find_spec("submitit") is None:
+                raise EarlError("launcher 'slurm': needs submitit; install earl[slurm]")
+            from earl.launchers.slurm import SlurmLauncher
+
+            return SlurmLauncher()
+    raise EarlError(f"launcher '{name}': is not known; choose one of {', '.join(NAMES)}")

@@ -1,0 +1,123 @@
+"""The learner's models in memory: whole on one process, split over several by FSDP (`torch.distributed.fsdp`).
+
+Each decoder layer is a unit whose weights are gathered when it computes and let go afterwards; embedding, last norm and
+head are one more. Of everything else, the master weights, their gradients and Adam's moments, a rank holds its part
+alone. Gradients are summed over ranks, not averaged: the loss is divided by the whole step's denominator already.
+
+To compute in bfloat16 one process uses it too: a layer's weights are gathered as bfloat16 copies of the float32 ones,
+gradients are summed in float32. Then everything is bfloat16 that is in the engines, hidden states between layers too,
+which autocast would keep in float32: sampler and learner differ less, and ranks not at all.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from earl.emu3 import checkpoint
+from earl.errors import EarlError
+from earl.learner.ranks import Ranks
+
+if TYPE_CHECKING:
+    from transformers import Emu3ForCausalLM
+
+Result = TypeVar("Result")
+
+
+def load(
+    folder: Path, team: Ranks, bfloat16: bool, *, frozen: bool = False, offload: bool = False
+) -> "Emu3ForCausalLM":
+    """Return the policy of a folder in float32, in evaluation mode, split where `team` says so.
+
+    Args:
+        bfloat16: what it will compute in.
+        frozen: it will not be trained.
+        offload: keep its weights in main memory, and take each layer's to the GPU when it computes.
+
+    Raises:
+        EarlError: see `checkpoint.check_policy`.
+    """
+    if not team.splits:
+        return checkpoint.load_policy(folder, torch.float32, team.device).requires_grad_(not frozen)
+    if team.first:
+        checkpoint.check_policy(folder)
+    team.of_first(None)  # nobody reads on before that
+    model = _empty(folder).requires_grad_(not frozen)
+    split(model, team, bfloat16, frozen, offload)
+    model.to_empty(device="cpu" if offload else team.device)
+    # Its buffers are no weights: they are computed where the module is made.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(team.device)
+    with torch.no_grad():
+        checkpoint.read_weights(folder, dict(model.named_parameters()))
+    return model.eval()
+
+
+def _empty(folder: Path) -> "Emu3ForCausalLM":
+    from earl.emu3.models import Emu3ForCausalLM
+
+    config = checkpoint.text_config(folder)
+    if config.tie_word_embeddings:
+        raise EarlError(
+            f"{folder}: embedding and head share their weight (tie_word_embeddings), which cannot be split; "
+            "train in one process, with dtype float32, train_processes 1 and reference_offload false"
+        )
+    with torch.device("meta"):
+        return Emu3ForCausalLM(config).float()
+
+
+def split(model: "Emu3ForCausalLM", team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False) -> None:
+    """Split the weights of a model, which may be empty yet, over the ranks; its functions then run by `forward`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(team.device.type, (team.size,)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=team.device.type == "cuda") if offload else OffloadPolicy(),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    # Of a frozen model no backward pass follows, in which the head would be needed again.
+    fully_shard(model, **options, reshard_after_forward=frozen)
+    for unit in (*model.model.layers, model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    model.call = MethodType(_call, model)
+    register_fsdp_forward_method(model, "call")
+
+
+def _call(model: "Emu3ForCausalLM", function: Callable[..., Result], *arguments: Any) -> Result:
+    return function(model, *arguments)
+
+
+def forward(model: "Emu3ForCausalLM", function: Callable[..., Result], *arguments: Any) -> Result:
+    """Return `function(model, *arguments)`, a forward pass, for which the weights of a split model are gathered.
+
+    Of a split model, weights that belong to no layer are whole inside `function` alone: the head's among them.
+    """
+    call = getattr(model, "call", None)
+    return function(model, *arguments) if call is None else call(function, *arguments)
+
+
+def recompute_layers(model: "Emu3ForCausalLM") -> None:
+    """Let layers keep their input alone, and compute again in the backward pass what else it needs."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        layer.training = True  # which it asks for; what is inside, dropout among it, stays in evaluation mode
+
+
+def compile_layers(model: "Emu3ForCausalLM") -> None:
+    """Compile those parts of the layers that take a tensor alone; attention is a kernel already."""
+    for layer in model.model.layers:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile(dynamic=True)

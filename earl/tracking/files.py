@@ -1,0 +1,122 @@
+"""What is to be shown of a run, read from its files alone: a row of figures an iteration, and tables of episodes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from earl import runs
+from earl.errors import EarlError
+from earl.files import tables
+from earl.layout import Iteration, Run
+from earl.stages.evaluate import joined
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+NOT_FIGURES = {"iteration", "inputs"}
+PICTURES = ("original", "edited")
+FACTS = ("episode_id", "dataset", "example_id", "task", "instruction", "finish_reason", "completion_text", "status")
+OUTCOME = ("reward", "advantage", "viescore", "used", "reason")
+COLUMNS = ("iteration", *FACTS, *PICTURES, *tables.SUB_SCORES, "raw", *OUTCOME)
+"""Columns of a table of episodes; ``raw`` is what the judge said, in its own words."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an iteration came to.
+
+    Attributes:
+        iteration: its number; 0 is the starting policy, of which there is nothing but evaluations.
+        policy_digest: of the policy that it made: tells whether an iteration is the one that was sent.
+        figures: numbers by name: ``train/<metric>``, ``performance/<figure>``, ``evaluation/<name>/<measure>``.
+    """
+
+    iteration: int
+    policy_digest: str
+    figures: dict[str, float]
+
+
+def rows(run: Run, config: "Config") -> list[Row]:
+    """Return the rows that are final, in order: up to the first iteration of which an evaluation is still to come.
+
+    Raises:
+        EarlError: when a file is damaged or lacks a field.
+    """
+    found = []
+    for index in range(runs.newest_complete(run) + 1):
+        row = _row(run, config, index)
+        if row is None:
+            break
+        # Of a starting policy that nobody evaluated there is nothing to show.
+        if row.figures:
+            found.append(row)
+    return found
+
+
+def _row(run: Run, config: "Config", index: int) -> Row | None:
+    iteration = run.iteration(index)
+    source = iteration.metrics if index else runs.start_record(iteration)
+    metrics = _read(source)
+    if "policy_digest" not in metrics:
+        raise EarlError(f"{source}: field 'policy_digest' is missing; run the stage that writes it again")
+    figures = dict(_flat("train", metrics, NOT_FIGURES)) if index else {}
+    performance = iteration.metrics.with_name("performance.json")
+    if performance.is_file():
+        figures |= _flat("performance", _read(performance), NOT_FIGURES)
+    for name, evaluation in config.evaluations.items():
+        summary = run.evaluation(name, index).summary
+        if summary.is_file():
+            figures |= _flat(f"evaluation/{name}", _read(summary), NOT_FIGURES)
+        elif index % evaluation.every_n_iterations == 0 and runs.has_checkpoint(iteration):
+            return None
+    return Row(index, metrics["policy_digest"], figures)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EarlError(f"{path}: is not readable JSON ({error}); run the stage that writes it again") from error
+    if not isinstance(content, dict):
+        raise EarlError(f"{path}: holds no JSON object; run the stage that writes it again")
+    return content
+
+
+def _flat(prefix: str, content: dict[str, Any], without: set[str]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of nested objects, their keys joined by slashes; texts, lists and nulls are no figures."""
+    for key, value in content.items():
+        if key in without:
+            continue
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}/{key}", value, set())
+        elif isinstance(value, int | float):
+            yield f"{prefix}/{key}", value
+
+
+def has_table(config: "Config", row: Row) -> bool:
+    """Return whether the episodes of this iteration are to be shown one by one."""
+    return row.iteration > 0 and row.iteration % config.log_episodes_every_n_iterations == 0
+
+
+def episodes(run: Run, index: int) -> Iterator[dict[str, Any]]:
+    """Yield the episodes of an iteration by `COLUMNS`; pictures are encoded images, or None where there is none.
+
+    Raises:
+        EarlError: when a file is missing or damaged, or the files do not belong together.
+    """
+    iteration = run.iteration(index)
+    outcomes = {row["episode_id"]: row for row in tables.read_table(iteration.episodes, tables.EPISODES).to_pylist()}
+    for row in _judged(iteration):
+        if row["episode_id"] not in outcomes:
+            raise EarlError(f"{iteration.episodes}: has no episode {row['episode_id']!r}; run the train stage again")
+        row |= {name: outcomes[row["episode_id"]][name] for name in OUTCOME}
+        row |= {name: (row[name] or {}).get("bytes") for name in PICTURES}
+        yield {"iteration": index} | {name: row[name] for name in COLUMNS[1:]}
+
+
+def _judged(iteration: Iteration) -> Iterator[dict[str, Any]]:
+    wanted = [*FACTS, *PICTURES, *tables.SUB_SCORES, "raw"]
+    for rollouts in sorted((iteration.path / "rollouts").glob("[0-9]*.parquet")):
+        yield from joined(rollouts, iteration.path / "scores" / rollouts.name).select(wanted).to_pylist()

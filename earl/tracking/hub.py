@@ -1,0 +1,119 @@
+"""The Hugging Face hub: one repository a run, one commit and one tag an iteration, each pushed once.
+
+A commit's title names the policy's digest, so the hub itself says what it has: what a killed process had committed is
+only tagged by the next one.
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+from earl import runs, tracking
+from earl.errors import EarlError
+from earl.files import manifest
+from earl.layout import Iteration, Run, iteration_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from earl.config.schema import Config
+
+POLICY = ", policy "
+"""What stands between number and digest in a commit's title."""
+
+log = logging.getLogger(__name__)
+
+
+def push(run: Run, config: "Config") -> tracking.Sent:
+    """Push the policies that are due and that the hub does not have, in order; the newest becomes the main revision.
+
+    Raises:
+        EarlError: when there is no token, the hub is not reached or refuses, or it holds another policy under the name
+            of one of this run's iterations.
+    """
+    if not config.push_to_hub:
+        return tracking.Sent([], "the hub (push_to_hub is false)")
+    tracking.check_hub(config)
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    with tracking.lock(run, "hub"):
+        state = tracking.folder(run) / "hub.json"
+        # By iteration: what was pushed, and as which commit.
+        pushed: dict[str, dict[str, str]] = tracking.read_json(state)
+        new = []
+        try:
+            repository = None
+            for index in due(run, config):
+                iteration = run.iteration(index)
+                digest = manifest.digest_folder(iteration.policy)
+                if pushed.get(str(index), {}).get("policy_digest") == digest:
+                    continue
+                repository = repository or _Repository(HfApi(), config)
+                commit = repository.push(iteration, digest)
+                pushed[str(index)] = {"policy_digest": digest, "commit": commit, "repository": repository.id}
+                tracking.write_json(state, pushed)
+                new.append(index)
+        except (httpx2.HTTPError, HFValidationError, OSError) as error:
+            raise EarlError(
+                f"hub, repository {config.push_to_hub_repo_id}: {' '.join(str(error).split())}; "
+                "check the network, the token (`hf auth whoami`) and push_to_hub_repo_id"
+            ) from error
+        return tracking.Sent(new, f"{config.push_to_hub_repo_id} on the hub")
+
+
+def due(run: Run, config: "Config") -> list[int]:
+    """Return the iterations whose policies belong on the hub: every n-th one, and the last of the run."""
+    every = config.push_to_hub_every_n_iterations
+    newest = runs.newest_complete(run)
+    wanted = set(range(every, newest + 1, every)) if every else set()
+    wanted |= {newest} if newest and newest >= config.num_iterations else set()
+    return sorted(index for index in wanted if runs.has_checkpoint(run.iteration(index)))
+
+
+class _Repository:
+    """A repository on the hub; made where there is none yet."""
+
+    def __init__(self, api: "HfApi", config: "Config") -> None:
+        self.api = api
+        made = api.create_repo(config.push_to_hub_repo_id, private=config.push_to_hub_private, exist_ok=True)
+        self.id = made.repo_id
+        self.tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.id).tags}
+        # Newest first, so that of several commits of one policy the newest stands last.
+        history = [(commit.title.rpartition(POLICY)[2], commit.commit_id) for commit in api.list_repo_commits(self.id)]
+        self.commits = dict(reversed(history))
+        self.policies = {commit: policy for policy, commit in history}
+
+    def push(self, iteration: Iteration, digest: str) -> str:
+        """Commit and tag a policy where that is not done yet; return the commit."""
+        tag, policy = f"iteration-{iteration_name(iteration.index)}", digest[:16]
+        if tag in self.tags:
+            if self.policies.get(self.tags[tag]) != policy:
+                raise EarlError(
+                    f"hub, repository {self.id}: tag {tag} is another policy than {iteration.policy}; the run was "
+                    "trained again since: set push_to_hub_repo_id to another name, or delete the tag"
+                )
+            return self.tags[tag]
+        commit = self.commits.get(policy)
+        if commit is None:
+            commit = self._commit(iteration, f"Iteration {iteration.index}{POLICY}{policy}")
+        self.api.create_tag(self.id, tag=tag, revision=commit)
+        log.info("pushed %s as %s of %s", iteration.policy, tag, self.id)
+        return commit
+
+    def _commit(self, iteration: Iteration, title: str) -> str:
+        """Commit the files of a policy; what another policy had beside them goes."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        head = self.api.repo_info(self.id).sha
+        manifest.check(iteration.policy)
+        members = {
+            path.relative_to(iteration.policy).as_posix(): path
+            for path in sorted(iteration.policy.rglob("*"))
+            if path.is_file()
+        }
+        foreign = set(self.api.list_repo_files(self.id)) - members.keys() - {".gitattributes", "README.md"}
+        operations = [CommitOperationAdd(name, path) for name, path in members.items()]
+        operations += [CommitOperationDelete(name) for name in sorted(foreign)]
+        # Refused where someone else has committed in between.
+        return self.api.create_commit(self.id, operations, commit_message=title, parent_commit=head).oid

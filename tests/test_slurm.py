@@ -1,0 +1,224 @@
+"""The workflow on a real Slurm, by stage and by segment: whatever comes in its way, the same policy, nothing twice."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks import one_process
+from earl import runs
+from earl.files import manifest
+from earl.layout import Run
+from tests.conftest import SMALL
+from tests.slurm_cluster import Cluster
+from tests.test_workflow import Workplace, undisturbed, wait_until  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+# What the profile asks for, on nodes as small as these.
+RESOURCES = ["launcher=slurm", "slurm_partition=gpu", "cpus_per_task=1", "mem_mb=500", "disk_mb=0", "runtime=5"]
+LARGE = ("generate", "score", "train", "sft", "evaluate_generate", "evaluate_score", "window")
+
+
+TRAIN_2 = "train --config runs/a/config.json --iteration 000002"
+
+
+def sized(granularity: str) -> list[str]:
+    options = ["--default-resources", *RESOURCES, f"granularity={granularity}"]
+    options += ["--set-resources", *(f"{rule}:mem_mb=500" for rule in LARGE), "window:cpus_per_task=2", "window:gpu=2"]
+    return [*options, "generate:gpu=1", "--latency-wait", "2"]
+
+
+class SlurmPlace(Workplace):
+    """A workplace whose stages are jobs of a cluster."""
+
+    profile = "slurm"
+
+    def __init__(self, path: Path, cluster: Cluster) -> None:
+        super().__init__(path)
+        self.cluster = cluster
+
+    def begin(self, experiment: str, granularity: str) -> subprocess.Popen:
+        env = {"STUB_HOLD": str(self.path / "hold")} | self.cluster.env
+        return self.start(experiment, *sized(granularity), env=env)
+
+    def hold(self, command: str) -> None:
+        """Have stages whose command holds this text wait until :meth:`release`."""
+        (self.path / "next").write_text(command)
+        (self.path / "next").rename(self.path / "hold")
+
+    def release(self) -> None:
+        (self.path / "hold").unlink()
+
+    def hold_at(self, command: str) -> None:
+        """Have a stage wait, and return once it does."""
+        self.hold(command)
+        wait_until(lambda: any(command in line for line in self.commands()))
+
+    def finish(self, started: subprocess.Popen, fails: bool = False) -> str:
+        output, _ = started.communicate(timeout=180)
+        assert (started.returncode != 0) == fails, output
+        return output
+
+    def job_of(self, stage: str) -> str:
+        """Wait until a job of this stage runs, and return its number."""
+        found: list[str] = []
+
+        def is_running() -> bool:
+            lines = self.cluster.call("squeue", "--noheader", "--states=RUNNING", "--format=%A %j").splitlines()
+            found[:] = [line.split()[0] for line in lines if line.split()[1].startswith(f"earl-{stage}")]
+            return bool(found)
+
+        wait_until(is_running)
+        return found[0]
+
+    def log_says(self, name: str, text: str) -> None:
+        """Wait until a rule's log holds a text."""
+        log = self.path / "runs" / "a" / "logs" / f"{name}.log"
+        wait_until(lambda: log.is_file() and text in log.read_text())
+
+    def check(self, expected: str, again: tuple[str, ...] = ()) -> None:
+        """See that the run ended as it should, that nothing ran twice but ``again``, and that nothing is left."""
+        assert self.policy("a", 3) == expected
+        assert self.folder("a").report.is_file()
+        stages = [line for line in self.stages() if line.split()[0] not in ("start",)]
+        assert not [line for line in stages if line.startswith("clash")]
+        repeated = [line.split()[0] for line, count in Counter(stages).items() if count > 1]
+        assert sorted(repeated) == sorted(again), stages
+        wait_until(lambda: not self.cluster.jobs())
+        assert not [*self.path.glob("runs/a/logs/jobs/*/job.json"), *self.path.glob("runs/a/logs/jobs/*/*.pkl")]
+        runs.exclusive(self.folder("a"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, slurm: Cluster) -> SlurmPlace:
+    return SlurmPlace(tmp_path, slurm)
+
+
+def kill(started: subprocess.Popen) -> None:
+    started.send_signal(signal.SIGKILL)
+    started.communicate(timeout=60)
+
+
+def test_by_stage_the_driver_is_killed_and_jobs_go_on(place, undisturbed):  # noqa: F811
+    experiment = place.experiment("a", evaluations={"held_out": {"prompts": 4, "every_n_iterations": 3}})
+    for stage in ("generate --config runs/a/config.json --iteration 000001", TRAIN_2):
+        started = place.begin(experiment, "stage")
+        place.hold_at(stage)
+        kill(started)
+    started = place.begin(experiment, "stage")
+    place.log_says("train/000002", "found running")
+    place.release()
+    place.finish(started)
+    place.check(undisturbed)
+
+
+def test_by_segment_the_driver_is_killed_and_the_window_goes_on(place, undisturbed):  # noqa: F811
+    experiment = place.experiment("a", window_length=2)
+    started = place.begin(experiment, "segment")
+    place.hold_at(TRAIN_2)
+    job = place.job_of("window-000000")
+    kill(started)
+    started = place.begin(experiment, "segment")
+    place.log_says("window/000002", f"job {job} (window-000000): found running")
+    place.release()
+    place.finish(started)
+    place.check(undisturbed)
+
+
+def test_another_granularity_does_not_write_beside_running_jobs(place, undisturbed):  # noqa: F811
+    experiment = place.experiment("a")
+    started = place.begin(experiment, "stage")
+    place.hold_at("generate --config runs/a/config.json --iteration 000001")
+    job = place.job_of("generate-000001")
+    kill(started)
+    output = place.finish(place.begin(experiment, "segment"), fails=True)
+    assert f"Slurm job {job} (generate-000001-0000) of an earlier workflow still runs" in output
+    place.release()
+    place.finish(place.begin(experiment, "stage"))
+    place.check(undisturbed)
+
+
+def test_a_window_whose_job_is_preempted_keeps_the_iterations_before(place, undisturbed):  # noqa: F811
+    experiment = place.experiment("a")
+    started = place.begin(experiment, "segment")
+    place.hold_at(TRAIN_2)
+    node = place.cluster.call("squeue", "--noheader", "--format=%N")
+    place.cluster.call("srun", "--partition=urgent", "--gres=gpu:4", f"--nodelist={node}", "true")
+    place.release()
+    place.finish(started)
+    place.check(undisturbed, again=("train",))
+
+
+def test_a_cancelled_stage_is_tried_again_and_a_drained_node_left_out(place, undisturbed):  # noqa: F811
+    experiment = place.experiment("a")
+    started = place.begin(experiment, "stage")
+    place.hold_at("generate --config runs/a/config.json --iteration 000001")
+    node = place.cluster.call("squeue", "--noheader", "--format=%N")
+    place.cluster.call("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+    try:
+        place.hold_at(TRAIN_2)
+        job = place.job_of("train-000002")
+        assert place.cluster.call("squeue", "--noheader", "--format=%N") != node
+        place.cluster.call("scancel", job)
+        place.release()
+        place.finish(started)
+    finally:
+        place.cluster.call("scontrol", "update", f"nodename={node}", "state=resume")
+    place.check(undisturbed, again=("train",))
+
+
+def test_a_full_disk_fails_and_with_space_it_goes_on(place, undisturbed):  # noqa: F811
+    (place.path / "runs").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place.path / "runs")]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        experiment = place.experiment("a")
+        started = place.begin(experiment, "stage")
+        place.hold_at(TRAIN_2)
+        fill(place.path / "runs" / "full")
+        place.release()
+        output = place.finish(started, fails=True)
+        assert "No space left on device" in output
+        assert runs.newest_complete(place.folder("a")) == 1
+        assert not list((place.path / "runs" / "a" / "iterations").rglob(".*.tmp-*"))
+        (place.path / "runs" / "full").unlink()
+        place.finish(place.begin(experiment, "stage"))
+        place.check(undisturbed, again=("train",))
+    finally:
+        subprocess.run(["umount", "--lazy", str(place.path / "runs")], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write a file until the disk is full."""
+    with open(path, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(b"x" * 4096):
+            pass
+
+
+def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(small_config, slurm, tmp_path):
+    changes = {"evaluations": "{}", "raw_datasets.shapes_heldout.count": 4, "num_iterations": 2, "window_length": 2}
+    expected = one_process.run_all(small_config("one-process", **{k.replace(".", "__"): v for k, v in changes.items()}))
+    for granularity in ("stage", "segment"):
+        settings = {**SMALL, **changes, "base_exp_dir": tmp_path, "run_name": granularity}
+        settings = {key: value for key, value in settings.items() if not key.startswith("evaluations.")}
+        command = [one_process.sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", *sized(granularity)]
+        command += [
+            "--config",
+            "experiment=config/demo.jsonnet",
+            f"set={','.join(f'{k}={v}' for k, v in settings.items())}",
+        ]
+        ended = subprocess.run(
+            command, cwd=Path(__file__).parent.parent, env=os.environ | slurm.env, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        run = Run(tmp_path / granularity)
+        for index in (0, 1, 2):
+            policies = [manifest.digest_folder(r.iteration(index).policy) for r in (run, expected)]
+            assert policies[0] == policies[1]
+    assert slurm.jobs() == {}
