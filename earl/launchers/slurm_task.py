@@ -77,6 +77,8 @@ class StageTask(Checkpointable):
 
     def _superseded(self) -> None:
         print("a later start of this job has taken over; this one ends", flush=True)
+        # The main thread, which waits for the child, must not take its end for a failure of the job.
+        self._is_ending = True
         if self._child is not None:
             children.end(self._child)
         os._exit(1)
