@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from earl import processes
+from earl import processes, runs
 from earl.errors import EarlError
 from earl.launchers import record
 from earl.launchers.job import Job, Resources
+from earl.layout import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -184,6 +185,43 @@ def test_only_the_recorded_job_writes_and_a_later_start_takes_over(tmp_path, mon
     assert first.closed
     assert not second.closed
     assert record.Record.read(tmp_path) == record.Record("stage", "digest", "7")
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """A `squeue` that knows of one job, 7, and answers nothing where ``down`` is there."""
+    script = tmp_path / "bin" / "squeue"
+    script.parent.mkdir()
+    script.write_text(
+        f"""#!/bin/sh
+test -e {tmp_path}/down && echo 'squeue: error: Unable to contact slurm controller' >&2 && exit 1
+case "$*" in *--jobs=7*) echo RUNNING; exit 0;; esac
+echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    return script
+
+
+def test_folders_of_jobs_that_ended_unseen_are_cleared_away(tmp_path, squeue):
+    for number in ("7", "8"):
+        folder = tmp_path / "jobs" / f"stage-{number}"
+        folder.mkdir(parents=True)
+        record.Record(folder.name, "digest", number).write(folder)
+    (tmp_path / "down").touch()
+    assert len(record.running(tmp_path / "jobs")) == 2, "where Slurm does not answer, nothing is taken for ended"
+    (tmp_path / "down").unlink()
+    assert [job.job_id for job in record.running(tmp_path / "jobs")] == ["7"]
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["stage-7"]
+
+
+def test_nobody_changes_a_run_while_a_job_of_it_runs(tmp_path, squeue):
+    folder = tmp_path / "logs" / "jobs" / "train-000003"
+    folder.mkdir(parents=True)
+    record.Record(folder.name, "digest", "7").write(folder)
+    with pytest.raises(EarlError, match=r"Slurm job 7 \(train-000003\) still runs"), runs.exclusive(Run(tmp_path)):
+        pass
 
 
 @pytest.mark.slow

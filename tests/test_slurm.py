@@ -1,21 +1,24 @@
 """The workflow on a real Slurm, by stage and by segment: whatever comes in its way, the same policy, nothing twice."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from benchmarks import one_process
-from earl import runs
+from earl import processes, runs
+from earl.config import load
 from earl.files import manifest
 from earl.layout import Run
 from tests.conftest import SMALL
 from tests.slurm_cluster import Cluster
-from tests.test_workflow import Workplace, undisturbed, wait_until  # noqa: F401
+from tests.test_workflow import ROOT, Workplace, undisturbed, wait_until  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -201,24 +204,21 @@ def fill(path: Path) -> None:
             pass
 
 
-def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(small_config, slurm, tmp_path):
-    changes = {"evaluations": "{}", "raw_datasets.shapes_heldout.count": 4, "num_iterations": 2, "window_length": 2}
-    expected = one_process.run_all(small_config("one-process", **{k.replace(".", "__"): v for k, v in changes.items()}))
+def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(slurm, tmp_path):
+    settings = {name: value for name, value in SMALL.items() if not name.startswith("evaluations.")}
+    settings |= {"evaluations": {}, "sft.steps": 4, "num_iterations": 2, "base_exp_dir": str(tmp_path / "one-process")}
+    expected = one_process.run_all(load.load(ROOT / "config" / "demo.jsonnet", settings).config)
     for granularity in ("stage", "segment"):
-        settings = {**SMALL, **changes, "base_exp_dir": tmp_path, "run_name": granularity}
-        settings = {key: value for key, value in settings.items() if not key.startswith("evaluations.")}
-        command = [one_process.sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", *sized(granularity)]
-        command += [
-            "--config",
-            "experiment=config/demo.jsonnet",
-            f"set={','.join(f'{k}={v}' for k, v in settings.items())}",
-        ]
-        ended = subprocess.run(
-            command, cwd=Path(__file__).parent.parent, env=os.environ | slurm.env, capture_output=True, text=True
-        )
+        # Data and SFT model are made by stages once, and found by the segment.
+        changed = settings | {"base_exp_dir": str(tmp_path / "cluster"), "run_name": granularity}
+        command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", *sized(granularity), "--config"]
+        overrides = json.dumps([f"{name}={json.dumps(value)}" for name, value in changed.items()])
+        command += ["experiment=config/demo.jsonnet", f"set={overrides}"]
+        env = {name: value for name, value in os.environ.items() if name != processes.WATCHED} | slurm.env
+        ended = subprocess.run(command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stdout + ended.stderr
-        run = Run(tmp_path / granularity)
+        run = Run(tmp_path / "cluster" / granularity)
         for index in (0, 1, 2):
-            policies = [manifest.digest_folder(r.iteration(index).policy) for r in (run, expected)]
-            assert policies[0] == policies[1]
-    assert slurm.jobs() == {}
+            found, wanted = (manifest.digest_folder(r.iteration(index).policy) for r in (run, expected))
+            assert found == wanted
+    wait_until(lambda: not slurm.jobs())

@@ -95,7 +95,9 @@ def submit(job: Job) -> str:
         executor = submitit.SlurmExecutor(job.folder, max_num_timeout=job.resources.timeouts)
         executor.update_parameters(**parameters(job.resources, job.slurm_name))
         with _outside_of_jobs():
-            submitted = executor.submit(StageTask(job.command, str(job.folder.absolute())))
+            # Half of the time until the limit is the command's, the rest is for queueing the job again.
+            task = StageTask(job.command, str(job.folder.absolute()), job.resources.warn_seconds / 2)
+            submitted = executor.submit(task)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         (job.folder / record.RECORD).unlink(missing_ok=True)
         raise EarlError(

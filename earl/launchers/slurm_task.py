@@ -19,23 +19,28 @@ from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributed
 from earl.launchers import child as children
 from earl.launchers import record
 
-GRACE = 20.0
-"""Seconds that a stage has to end by itself when its time is over."""
 UNTIL_KILLED = 900.0
 """Seconds to wait for the end that Slurm announced; preempted jobs may be given some minutes."""
 
 
 class StageTask(Checkpointable):
-    """A stage's command, one rank of it."""
+    """A stage's command, one rank of it.
 
-    def __init__(self, command: list[str], folder: str) -> None:
+    Args:
+        command: the command and its arguments.
+        folder: the job's folder.
+        grace: seconds that the command has to end by itself when its time is over.
+    """
+
+    def __init__(self, command: list[str], folder: str, grace: float) -> None:
         self.command = command
         self.folder = folder
+        self.grace = grace
         self._child: subprocess.Popen | None = None
         self._is_ending = False
 
     def __getstate__(self) -> dict[str, object]:
-        return {"command": self.command, "folder": self.folder, "_child": None, "_is_ending": False}
+        return self.__dict__ | {"_child": None, "_is_ending": False}
 
     def __call__(self) -> None:
         """Run the command.
@@ -49,8 +54,10 @@ class StageTask(Checkpointable):
             start = os.environ.get("SLURM_RESTART_COUNT", "0")
             lock = record.become_writer(Path(self.folder), os.environ["SLURM_JOB_ID"], start, self._superseded)
             keep_open.append(lock.fileno())
-        self._child = children.start(self.command, rank_variables(), keep_open)
-        status = self._child.wait()
+        status = None
+        if not self._is_ending:
+            self._child = children.start(self.command, rank_variables(), keep_open)
+            status = self._child.wait()
         if self._is_ending:
             time.sleep(UNTIL_KILLED)
             sys.exit(1)
@@ -60,7 +67,7 @@ class StageTask(Checkpointable):
     def checkpoint(self) -> DelayedSubmission:
         """End the command; it is started again, and goes on from what it has left on disk."""
         if self._child is not None:
-            children.end(self._child, GRACE)
+            children.end(self._child, self.grace)
         return DelayedSubmission(self)
 
     def _ending(self, signum: int, frame: FrameType | None) -> None:
@@ -70,6 +77,8 @@ class StageTask(Checkpointable):
 
     def _superseded(self) -> None:
         print("a later start of this job has taken over; this one ends", flush=True)
+        # The main thread, which waits for the child, must not take its end for a failure of the job.
+        self._is_ending = True
         if self._child is not None:
             children.end(self._child)
         os._exit(1)
