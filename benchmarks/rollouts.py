@@ -24,7 +24,7 @@ import torch
 from earl.emu3 import checkpoint, grid, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Request, SamplingParams, vllm_engine
-from earl.learner import batches, grpo
+from earl.learner import batches, grpo, logprobs
 from earl.learner.ranks import alone
 from tests import policies
 
@@ -138,7 +138,7 @@ def agreement(policy: Path, dtype: str) -> str:
         temperature=1.0,
         micro_batch=16,
         visual_range=(vocabulary.first_visual, vocabulary.size),
-        split_vocab=True,
+        support=logprobs.split_vocab((vocabulary.first_visual, vocabulary.size)),
         counted="all",
         bfloat16=dtype == "bfloat16",
     )

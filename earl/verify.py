@@ -76,7 +76,7 @@ def verify(run: Run, deep: bool = False) -> Verification:
     """
     found = Verification()
     current = read_config(run.config)
-    trained = _check_iterations(run, config_digest(current), found)
+    trained = _check_iterations(run, current, found)
     _check_evaluations(run, current, trained, found)
     if deep:
         for index, metrics in trained.items():
@@ -89,7 +89,7 @@ def write(found: Verification, out: Path) -> None:
     atomic.write_text(out, found.json())
 
 
-def _check_iterations(run: Run, digest_now: str, found: Verification) -> dict[int, dict[str, Any]]:
+def _check_iterations(run: Run, current: "Config", found: Verification) -> dict[int, dict[str, Any]]:
     """Check that each iteration was trained from the policy of the one before it; return the readable metrics."""
     trained: dict[int, dict[str, Any]] = {}
     newest = runs.newest_complete(run)
@@ -110,8 +110,9 @@ def _check_iterations(run: Run, digest_now: str, found: Verification) -> dict[in
             )
         policy = metrics["policy_digest"]
     found.iterations = len(trained)
-    _check_changes(run, trained, "config_digest", digest_now, "configuration", found)
+    _check_changes(run, trained, "config_digest", config_digest(current), "configuration", found)
     _check_changes(run, trained, "code_version", code_version(), "code", found)
+    _check_changes(run, trained, "rubrics_digest", _rubrics_digest(current), "set of rubrics", found)
     found.code_versions = len({metrics["code_version"] for metrics in trained.values()})
     return trained
 
@@ -141,19 +142,31 @@ def _read(path: Path, found: Verification, keys: tuple[str, ...] = METRICS_KEYS)
 
 
 def _check_changes(
-    run: Run, trained: dict[int, dict[str, Any]], key: str, now: str, what: str, found: Verification
+    run: Run, trained: dict[int, dict[str, Any]], key: str, now: str | None, what: str, found: Verification
 ) -> None:
-    """Report stretches of iterations that another configuration or code made, one line a stretch."""
-    for first, last, value in _stretches({index: metrics[key] for index, metrics in trained.items()}):
+    """Report stretches of iterations that another configuration, code or rubrics made, one line a stretch."""
+    for first, last, value in _stretches({index: metrics.get(key) for index, metrics in trained.items()}):
         if value != now:
             found.add(
                 run.iteration(first).metrics,
-                f"iterations {first} to {last} were made by another {what} ({value[-12:]}) than the present one "
-                f"({now[-12:]})",
+                f"iterations {first} to {last} were made by another {what} ({_short(value)}) than the present one "
+                f"({_short(now)})",
             )
 
 
-def _stretches(values: dict[int, str]) -> Iterator[tuple[int, int, str]]:
+def _short(value: str | None) -> str:
+    return "none" if value is None else value[-12:]
+
+
+def _rubrics_digest(current: "Config") -> str | None:
+    if current.judge == "program":
+        return None
+    from earl.judges import model_judge, rubric
+
+    return rubric.digest_all(model_judge.rubrics_of(current))
+
+
+def _stretches(values: dict[int, str | None]) -> Iterator[tuple[int, int, str | None]]:
     """Yield (first, last, value) for consecutive iterations of one value."""
     first = last = None
     for index, value in values.items():

@@ -14,14 +14,16 @@ def config(folder: Path, model: str, **changes) -> Config:
     return demo_config(**(asked | changes))
 
 
-def write_rollouts(path: Path, examples: int) -> list[dict]:
-    """Write four edits of each example, best last, and an episode without an image; return the rows."""
+def write_rollouts(path: Path, examples: int, *more: dict) -> list[dict]:
+    """Write four edits of each example, best last, an episode without an image, and the first one changed as `more`
+    says; return the rows."""
     rows = []
     for index, ranked in enumerate(known_order.of_shapes(examples, seed=5)):
         asked = ranked.judgement
         pictures = {name: _struct(getattr(asked, name)) for name in ("original", "target", "edited")}
         rows.append(episode(index // 4, None, index % 4, instruction=asked.instruction, **pictures))
     rows.append(rows[0] | {"episode_id": "p-cut", "finish_reason": "length", "edited": None})
+    rows += [rows[0] | changes for changes in more]
     columns = {name: [row[name] for row in rows] for name in tables.ROLLOUTS.names}
     tables.write_table(path, tables.ROLLOUTS, columns, {"run": "r", "policy_digest": "ab12"}, largest_token=300)
     return rows

@@ -16,7 +16,7 @@ import torch
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import atomic
-from earl.learner import grpo, head, objective, ranks, sharding
+from earl.learner import grpo, head, logprobs, objective, ranks, sharding
 from earl.learner.batches import Episode
 from earl.learner.ranks import Ranks
 
@@ -48,7 +48,8 @@ def _episode(group: int, sample: int, vocabulary: Vocabulary) -> Episode:
 
 
 def settings(vocabulary: Vocabulary, **changes) -> grpo.Settings:
-    plain = grpo.Settings(0.05, 1.0, 3, (vocabulary.first_visual, vocabulary.size), True, "all", False)
+    visual = vocabulary.first_visual, vocabulary.size
+    plain = grpo.Settings(0.05, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
     return replace(plain, options=objective.Options(ratio=True, clip_low=0.2, clip_high=0.2), **changes)
 
 

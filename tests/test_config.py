@@ -405,6 +405,34 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
         ({"sampler_correction": "truncate"}, "sampler_correction_high.*needs it"),
         ({"sampler_correction_high": 2.0}, "sampler_correction_high.*no use"),
         ({"sampler_correction": "filter", "sampler_correction_high": 2.0}, "sampler_correction_low.*needs it"),
+        (
+            {"kl_estimator": "weighted_k3", "sampler_correction": "truncate", "sampler_correction_high": 2.0},
+            "kl_estimator.*set one of the two to `k3\\+` or `none`",
+        ),
+        (
+            {"logprob_support": "full"},
+            "logprob_support.*_language_and_vision_vocabs is true; set that to false",
+        ),
+        (
+            {"logprob_support": "split_vocab", "separate_language_and_vision_vocabs": False},
+            "logprob_support is `split_vocab`, which keeps text and visual ids apart.*set that to true",
+        ),
+        (
+            {"logprob_support": "sampled", "emu3_use_logit_processor": False},
+            "logprob_support is `sampled`, which without emu3_use_logit_processor does not keep.*set that to false",
+        ),
+        (
+            {
+                "logprob_support": "sampled",
+                "top_p": 0.9,
+                "optimizer_steps_per_iteration": 2,
+                "importance_ratio": "behavior",
+            },
+            "logprob_support.*the first step only; set optimizer_steps_per_iteration to 1",
+        ),
+        ({"advantage_components": {"ground_score": 1.0}}, "reward_compute_ground_score.*advantage_components"),
+        ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
+        ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
     ],
 )
 def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, message):
@@ -422,6 +450,10 @@ def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, mes
             "sampler_correction_high": 1.1,
         },
         {"sampler_correction": "truncate", "sampler_correction_high": 2.0, "optimizer_steps_per_iteration": 2},
+        {"logprob_support": "sampled", "top_p": 0.9, "top_k": 50, "kl_estimator": "weighted_k3"},
+        {"logprob_support": "sampled", "optimizer_steps_per_iteration": 2, "importance_ratio": "behavior"},
+        {"logprob_support": "full", "separate_language_and_vision_vocabs": False},
+        {"advantage_components": {"semantic_consistency": 1.0, "perceptual_quality": 0.5}},
     ],
 )
 def test_objectives_that_go_together_are_accepted(tmp_path, fields):

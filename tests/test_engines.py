@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from earl.emu3 import checkpoint, grid, sequence
 from earl.engines import Request, SamplingParams
 from earl.errors import EarlError
-from earl.learner import objective
+from earl.learner import logprobs
 from tests import policies
 from tests.distributions import truncated_softmax
 
@@ -118,14 +118,14 @@ def test_a_completion_depends_on_its_seed_alone(loaded, requests, record_propert
 def test_log_probs_are_those_that_the_learner_computes(loaded, requests, policy_folder, vocabulary):
     policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
     params = dataclasses.replace(FREE, temperature=0.7)
-    visual = (vocabulary.first_visual, vocabulary.size)
+    support = logprobs.split_vocab((vocabulary.first_visual, vocabulary.size))
     differences = []
     for request, group in zip(requests, loaded.generate(requests, params), strict=True):
         for completion in group:
             ids = torch.tensor([[*request.prompt_token_ids, *completion.token_ids]])
             with torch.no_grad():
                 logits = policy(ids).logits[0, len(request.prompt_token_ids) - 1 : -1]
-            expected, _ = objective.token_logprobs(logits, ids[0, -len(completion.token_ids) :], 0.7, visual, True)
+            expected, _ = logprobs.token_logprobs(logits, ids[0, -len(completion.token_ids) :], 0.7, support)
             forced = grid.kinds_of_completion(completion.token_ids, request.grid, vocabulary) >= grid.FIRST_FORCED
             found = np.array(completion.logprobs)
             assert (found[forced] == 0).all()

@@ -11,7 +11,7 @@ import torch
 
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
-from earl.learner import attention, batches, grpo, head, objective, sharding
+from earl.learner import attention, batches, grpo, head, logprobs, objective, sharding
 
 GROUPS, SAMPLES = 4, 2
 
@@ -33,7 +33,8 @@ def _episode(group: int, sample: int, vocabulary) -> grpo.Episode:
 
 @pytest.fixture(scope="module")
 def settings(vocabulary):
-    return grpo.Settings(0.0, 1.0, 3, (vocabulary.first_visual, vocabulary.size), True, "all", False)
+    visual = (vocabulary.first_visual, vocabulary.size)
+    return grpo.Settings(0.0, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def with_learners_logprobs(episodes, policy_folder, settings, shift=0.0):
     for episode in episodes:
         batch = batches.collate([replace(episode, forced=np.zeros_like(episode.forced))], settings, model.device)
         with torch.no_grad():
-            logp, _ = grpo.completion_logprobs(model, batch, settings)
+            logp, _, _ = grpo.completion_logprobs(model, batch, settings)
         found.append(replace(episode, behavior_logprobs=(logp - shift).numpy()))
     return found
 
@@ -238,8 +239,8 @@ def test_flash_attention_is_asked_for_the_same(episodes, settings, policy_folder
     model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
     settings = replace(settings, packed=packed, bfloat16=True)
     batch = batches.collate(episodes, settings, model.device)
-    expected, _ = grpo.completion_logprobs(model, batch, settings)
-    found, _ = grpo.completion_logprobs(model, batch, replace(settings, attention="flash"))
+    expected, _, _ = grpo.completion_logprobs(model, batch, settings)
+    found, _, _ = grpo.completion_logprobs(model, batch, replace(settings, attention="flash"))
     assert not torch.equal(found, expected), "another kernel"
     assert (found - expected).abs().mean() < 0.02
 

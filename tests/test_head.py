@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from earl.learner import head, objective
+from earl.learner import head, logprobs, objective
+from earl.learner.logprobs import FULL
 
 TOKENS, IDS, WIDTH, VOCABULARY = 23, 61, 8, 200
 VISUAL = (130, 190)
+SPLIT = logprobs.split_vocab(VISUAL)
+SUPPORTS = pytest.mark.parametrize("support", [SPLIT, FULL], ids=["split", "full"])
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +36,21 @@ def make(dtype, width=WIDTH, scale=1.0):
     )
 
 
-def plain(hidden, weight, targets, temperature, split_vocab):
-    return objective.token_logprobs(hidden @ weight.T, targets, temperature, VISUAL, split_vocab)
+def plain(hidden, weight, targets, temperature, support):
+    return logprobs.token_logprobs(hidden @ weight.T, targets, temperature, support)
 
 
-@pytest.mark.parametrize("split_vocab", [True, False])
+@SUPPORTS
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
-def test_values_and_gradients_equal_the_plain_head(split_vocab, temperature, dtype, tolerance):
+def test_values_and_gradients_equal_the_plain_head(support, temperature, dtype, tolerance):
     found, expected = [], []
     for function, into in ((head.token_logprobs, found), (plain, expected)):
         hidden, weight, targets, advantages = make(dtype)
         if function is plain:
-            logp, entropy = plain(hidden, weight, targets, temperature, split_vocab)
+            logp, entropy = plain(hidden, weight, targets, temperature, support)
         else:
-            logp, entropy = head.token_logprobs(hidden, weight, targets, temperature, VISUAL, split_vocab)
+            logp, entropy = head.token_logprobs(hidden, weight, targets, temperature, support)
         objective.grpo_loss(logp, advantages, TOKENS, logp.detach() - 0.3, kl_coeff=0.5).backward()
         into += [logp.detach(), entropy, hidden.grad, weight.grad]
     for ours, theirs in zip(found, expected, strict=True):
@@ -58,15 +61,13 @@ def test_values_and_gradients_equal_the_plain_head(split_vocab, temperature, dty
 
 def test_gradcheck():
     hidden, weight, targets, _ = make(torch.float64)
-    torch.autograd.gradcheck(
-        lambda h, w: head.token_logprobs(h, w, targets[:6], 0.9, VISUAL, True)[0], (hidden[:6], weight)
-    )
+    torch.autograd.gradcheck(lambda h, w: head.token_logprobs(h, w, targets[:6], 0.9, SPLIT)[0], (hidden[:6], weight))
 
 
 def test_large_logits_do_not_overflow():
     hidden, weight, targets, advantages = make(torch.float32, scale=300.0)
-    logp, entropy = head.token_logprobs(hidden, weight, targets, 1.0, VISUAL, False)
-    expected, expected_entropy = plain(hidden, weight, targets, 1.0, False)
+    logp, entropy = head.token_logprobs(hidden, weight, targets, 1.0, FULL)
+    expected, expected_entropy = plain(hidden, weight, targets, 1.0, FULL)
     assert expected.min() < -1000
     torch.testing.assert_close(logp, expected, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(entropy, expected_entropy, atol=1e-3, rtol=1e-4)
@@ -77,7 +78,7 @@ def test_large_logits_do_not_overflow():
 def test_ids_outside_the_support_get_no_gradient():
     hidden, weight, targets, _ = make(torch.float32)
     targets = targets.clamp(min=VISUAL[0])
-    head.token_logprobs(hidden, weight, targets, 1.0, VISUAL, True)[0].sum().backward()
+    head.token_logprobs(hidden, weight, targets, 1.0, SPLIT)[0].sum().backward()
     assert weight.grad[slice(*VISUAL)].abs().sum(1).min() > 0
     assert not weight.grad[: VISUAL[0]].any()
     assert not weight.grad[VISUAL[1] :].any()
@@ -85,7 +86,7 @@ def test_ids_outside_the_support_get_no_gradient():
 
 def test_a_uniform_head_by_hand():
     hidden, targets = torch.zeros(TOKENS, WIDTH), torch.full((TOKENS,), 3)
-    logp, entropy = head.token_logprobs(hidden, torch.randn(VOCABULARY, WIDTH), targets, 1.0, VISUAL, True)
+    logp, entropy = head.token_logprobs(hidden, torch.randn(VOCABULARY, WIDTH), targets, 1.0, SPLIT)
     assert logp.tolist() == pytest.approx([-math.log(130)] * TOKENS, abs=1e-6)
     assert entropy.tolist() == pytest.approx([math.log(130)] * TOKENS, abs=1e-6)
 
@@ -93,18 +94,18 @@ def test_a_uniform_head_by_hand():
 def test_an_id_in_no_support_is_refused():
     hidden, weight, targets, _ = make(torch.float32)
     with pytest.raises(ValueError, match="195"):
-        head.token_logprobs(hidden, weight, targets.clone().fill_(195), 1.0, VISUAL, True)
+        head.token_logprobs(hidden, weight, targets.clone().fill_(195), 1.0, SPLIT)
 
 
 def test_bfloat16_factors_agree_with_autocast_within_its_precision():
     hidden, weight, targets, advantages = make(torch.float32)
-    logp, _ = head.token_logprobs(hidden, weight, targets, 1.0, VISUAL, True, bfloat16=True)
+    logp, _ = head.token_logprobs(hidden, weight, targets, 1.0, SPLIT, bfloat16=True)
     (logp * advantages).sum().backward()
     ours = weight.grad.clone()
     other_hidden, other_weight, *_ = make(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = other_hidden @ other_weight.T
-    expected, _ = objective.token_logprobs(logits, targets, 1.0, VISUAL, True)
+    expected, _ = logprobs.token_logprobs(logits, targets, 1.0, SPLIT)
     (expected * advantages).sum().backward()
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
     assert (ours - other_weight.grad).norm() < 1e-2 * ours.norm()
@@ -124,10 +125,62 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("split_vocab", [True, False])
-def test_no_tensor_of_tokens_by_vocabulary_exists(split_vocab):
+def gradients(weight, before=None, accumulate=True):
+    """Those of hidden states and weight, the latter by way of `accumulate`."""
+    hidden, _, targets, advantages = make(torch.float32)
+    weight.grad = before
+    logp, _ = head.token_logprobs(hidden, weight, targets, 0.8, FULL, accumulate=accumulate)
+    (logp * advantages).sum().backward()
+    return hidden.grad, weight.grad
+
+
+def test_accumulating_in_place_gives_the_same_gradients():
+    weight, before = make(torch.float32)[1], torch.randn(VOCABULARY, WIDTH)
+    expected_hidden, expected = gradients(weight, accumulate=False)
+    hidden, fresh = gradients(weight)
+    assert torch.equal(hidden, expected_hidden)
+    assert torch.equal(fresh, expected)
+    old = before.clone()
+    _, added = gradients(weight, old)
+    assert added is old
+    torch.testing.assert_close(added, before + expected)
+
+
+def test_accumulating_in_place_needs_no_second_gradient():
     found = []
-    for function in (lambda h, w, t: head.token_logprobs(h, w, t, 1.0, VISUAL, split_vocab), _plain(split_vocab)):
+    for accumulate in (True, False):
+        hidden, weight, targets, advantages = make(torch.float32)
+        weight.grad = torch.zeros_like(weight)
+        with Largest() as largest:
+            logp, _ = head.token_logprobs(hidden, weight, targets, 0.8, FULL, accumulate=accumulate)
+            (logp * advantages).sum().backward()
+        found.append(largest.elements)
+    assert found[0] <= max(TOKENS * WIDTH, head.IDS * WIDTH)
+    assert found[1] == VOCABULARY * WIDTH
+
+
+def test_what_is_not_a_plain_leaf_gets_its_gradient_the_usual_way():
+    """A weight that was computed (gathered, cast), one that is frozen, and one whose gradient others wait for."""
+    leaf = make(torch.float32)[1]
+    _, expected = gradients(leaf)
+    hidden, _, targets, advantages = make(torch.float32)
+    other = leaf.detach().clone().requires_grad_()
+    logp, _ = head.token_logprobs(hidden, other * 1.0, targets, 0.8, FULL, accumulate=True)
+    (logp * advantages).sum().backward()
+    assert torch.equal(other.grad, expected)
+    _, frozen = gradients(leaf.detach().clone())
+    assert frozen is None
+    seen = []
+    watched = leaf.detach().clone().requires_grad_()
+    watched.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
+    gradients(watched)
+    assert torch.equal(seen[0], expected)
+
+
+@SUPPORTS
+def test_no_tensor_of_tokens_by_vocabulary_exists(support):
+    found = []
+    for function in (lambda h, w, t: head.token_logprobs(h, w, t, 1.0, support), _plain(support)):
         hidden, weight, targets, advantages = make(torch.float32, width=3)
         with Largest() as largest:
             (function(hidden, weight, targets)[0] * advantages).sum().backward()
@@ -136,13 +189,13 @@ def test_no_tensor_of_tokens_by_vocabulary_exists(split_vocab):
     assert found == [VOCABULARY * 3, TOKENS * VOCABULARY]
 
 
-def _plain(split_vocab):
-    return lambda h, w, t: plain(h, w, t, 1.0, split_vocab)
+def _plain(support):
+    return lambda h, w, t: plain(h, w, t, 1.0, support)
 
 
 def test_what_fits_in_a_block_is_computed_whole_to_the_same_bits(monkeypatch):
     monkeypatch.setattr(head, "IDS", VOCABULARY)
     monkeypatch.setattr(head, "TOKENS", TOKENS)
     hidden, weight, targets, _ = make(torch.float32)
-    found, _ = head.token_logprobs(hidden, weight, targets, 0.8, VISUAL, True)
-    assert torch.equal(found, plain(hidden, weight, targets, 0.8, True)[0])
+    found, _ = head.token_logprobs(hidden, weight, targets, 0.8, SPLIT)
+    assert torch.equal(found, plain(hidden, weight, targets, 0.8, SPLIT)[0])

@@ -57,7 +57,7 @@ def tiny_judge(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory):
     path = tmp_path_factory.mktemp("rollouts") / "0000.parquet"
-    judge_files.write_rollouts(path, EXAMPLES)
+    judge_files.write_rollouts(path, EXAMPLES, {"episode_id": "p-endless", "instruction": "and so on " * 9000})
     return path
 
 
@@ -132,7 +132,7 @@ def rows(request):
 
 def test_every_image_is_scored_with_every_pass(rows):
     for name, readout in READOUTS.items():
-        judged, cut = rows[name][:-1], rows[name][-1]
+        judged, cut = rows[name][:IMAGES], rows[name][IMAGES]
         assert [row["status"] for row in judged] == ["ok"] * IMAGES, [row["failure"] for row in judged]
         assert (cut["status"], cut["requests"]) == ("no_image", [])
         for row in judged:
@@ -146,8 +146,16 @@ def test_every_image_is_scored_with_every_pass(rows):
                 assert len({one["raw"] for one in usable}) > 1, "passes draw from seeds of their own"
 
 
+def test_a_question_that_does_not_fit_fails_alone(rows):
+    for name in READOUTS:
+        endless = rows[name][IMAGES + 1]
+        assert (endless["status"], endless["edit_success"]) == ("failed", None)
+        assert "maximum context length" in endless["failure"]
+        assert any(one["scores"] for request in endless["requests"] for one in request["passes"]), "PQ fits"
+
+
 def test_sampled_scores_are_the_numbers_in_the_answers(rows):
-    for row in rows["sampled"][:-1]:
+    for row in rows["sampled"][:IMAGES]:
         for request in row["requests"]:
             for one in request["passes"]:
                 if one["scores"]:
@@ -162,7 +170,7 @@ def test_sampled_scores_are_the_numbers_in_the_answers(rows):
 def test_expected_scores_lie_between_the_numbers_and_not_on_them(rows):
     values = [
         score["value"]
-        for row in rows["expected"][:-1]
+        for row in rows["expected"][:IMAGES]
         for request in row["requests"]
         for one in request["passes"]
         for score in one["scores"]
@@ -171,11 +179,11 @@ def test_expected_scores_lie_between_the_numbers_and_not_on_them(rows):
     assert len(values) == IMAGES * 2 * 2 * 2
     assert all(2 < value < 8 for value in values)
     assert all(value != round(value) for value in values)
-    assert any(request["continues"] for row in rows["expected"][:-1] for request in row["requests"])
+    assert any(request["continues"] for row in rows["expected"][:IMAGES] for request in row["requests"])
 
 
 def test_tokens_time_model_and_rubrics_are_recorded(rows, tiny_judge):
-    for row in [row for name in READOUTS for row in rows[name][:-1]]:
+    for row in [row for name in READOUTS for row in rows[name][:IMAGES]]:
         assert (row["judge_model"], len(row["judge_revision"])) == (tiny_judge, 64)
         assert row["tokens_in"] > 300
         assert row["tokens_out"] > 20
@@ -204,7 +212,7 @@ def test_the_whole_demo_runs_with_it(host_file, tiny_judge, policy_folder, tmp_p
 
 def test_batch_and_server_are_asked_the_same(batch, served):
     for name in READOUTS:
-        for one, other in zip(batch[name][:-1], served[name][:-1], strict=True):
+        for one, other in zip(batch[name][:IMAGES], served[name][:IMAGES], strict=True):
             first, second = (
                 [(r["question"], r["seed"], r["tokens_in"]) for r in row["requests"]] for row in (one, other)
             )

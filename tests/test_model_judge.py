@@ -284,7 +284,9 @@ def test_the_stage_writes_every_answer(tmp_path, monkeypatch):
     assert first["rubric_digest"] == RUBRICS["semantic_consistency"].digest
     assert [one["finish_reason"] for one in first["passes"]] == ["stop", "stop"]
     assert found[8]["requests"] == []
-    assert pq.read_schema(tmp_path / "scores.parquet").metadata[b"earl_table"] == b"scores"
+    metadata = pq.read_schema(tmp_path / "scores.parquet").metadata
+    assert metadata[b"earl_table"] == b"scores"
+    assert metadata[b"rubrics_digest"].decode() == judge.rubrics_digest
     tables.read_table(tmp_path / "scores.parquet", tables.SCORES)
 
 

@@ -5,75 +5,10 @@ import math
 import pytest
 import torch
 
-from earl.learner import objective
+from earl.learner import logprobs, objective
 
 VISUAL = (4, 6)  # ids 0..3 are text, 4 and 5 visual
-
-
-def test_advantages_by_hand():
-    rewards = torch.tensor([1.0, 3.0, 8.0, 8.0, 5.0])
-    groups = torch.tensor([0, 0, 1, 1, 2])
-    used = torch.ones(5, dtype=torch.bool)
-    found = objective.group_advantages(rewards, groups, used)
-    # Group 0: mean 2, population std 1. Group 1: equal rewards. Group 2: alone.
-    expected = [-1 / 1.0001, 1 / 1.0001, 0, 0, 0]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_advantages_without_division_keep_the_units_of_the_rewards():
-    rewards = torch.tensor([1.0, 3.0, 9.75, 10.0, float("nan")])
-    groups, used = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, True, True, True, False])
-    found = objective.group_advantages(rewards, groups, used, "mean")
-    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -0.125, 0.125, 0.0], dtype=torch.float64))
-
-
-def test_unused_episodes_touch_neither_their_group_nor_get_an_advantage():
-    rewards = torch.tensor([1.0, float("nan"), 3.0])
-    used = torch.tensor([True, False, True])
-    found = objective.group_advantages(rewards, torch.zeros(3, dtype=torch.long), used)
-    expected = [-1 / 1.0001, 0, 1 / 1.0001]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_zero_std_groups():
-    rewards = torch.tensor([2.0, 2.0, 1.0, 2.0, 9.0, 1.0, 7.0])
-    groups = torch.tensor([0, 0, 1, 1, 2, 2, 3])
-    used = torch.tensor([True, True, True, True, True, False, False])
-    assert objective.zero_std_groups(rewards, groups, used).tolist() == [True, False, True, True]
-
-
-def test_logprobs_over_each_support_by_hand():
-    # exp(logits) = 1 2 3 4 | 1 3, so text sums to 10, visual to 4, all to 14.
-    logits = torch.tensor([[1.0, 2, 3, 4, 1, 3]]).log().expand(2, -1)
-    targets = torch.tensor([5, 1])
-    split, split_entropy = objective.token_logprobs(logits, targets, 1.0, VISUAL, split_vocab=True)
-    full, full_entropy = objective.token_logprobs(logits, targets, 1.0, VISUAL, split_vocab=False)
-    assert split.tolist() == pytest.approx([math.log(3 / 4), math.log(2 / 10)], abs=1e-6)
-    assert full.tolist() == pytest.approx([math.log(3 / 14), math.log(2 / 14)], abs=1e-6)
-
-    def entropy(*weights: float) -> float:
-        return -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
-
-    assert split_entropy.tolist() == pytest.approx([entropy(1, 3), entropy(1, 2, 3, 4)], abs=1e-6)
-    assert full_entropy.tolist() == pytest.approx([entropy(1, 2, 3, 4, 1, 3)] * 2, abs=1e-6)
-
-
-def test_temperature_divides_the_logits():
-    logits = torch.tensor([[0.0, math.log(9.0), 0, 0, 0, 0]])
-    # At temperature 2 the weights are 1 3 1 1.
-    found, _ = objective.token_logprobs(logits, torch.tensor([1]), 2.0, VISUAL, split_vocab=True)
-    assert found.item() == pytest.approx(math.log(3 / 6), abs=1e-6)
-
-
-def test_entropy_of_a_masked_id_is_not_nan():
-    logits = torch.tensor([[0.0, 0.0, -math.inf, -math.inf, 0, 0]])
-    _, entropy = objective.token_logprobs(logits, torch.tensor([0]), 1.0, VISUAL, split_vocab=True)
-    assert entropy.item() == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_an_id_in_no_support_is_refused():
-    with pytest.raises(ValueError, match="7"):
-        objective.token_logprobs(torch.zeros(1, 9), torch.tensor([7]), 1.0, VISUAL, split_vocab=True)
+SPLIT = logprobs.split_vocab(VISUAL)
 
 
 def test_k3_by_hand():
@@ -123,7 +58,7 @@ def tokens():
 
 
 def _loss(tokens, logits, part=slice(None)):
-    logp, _ = objective.token_logprobs(logits[part], tokens["targets"][part], 0.8, VISUAL, split_vocab=True)
+    logp, _ = logprobs.token_logprobs(logits[part], tokens["targets"][part], 0.8, SPLIT)
     return objective.grpo_loss(
         logp, tokens["advantages"][part], 24, tokens["reference"][part], kl_coeff=0.1, mask=tokens["mask"][part]
     )

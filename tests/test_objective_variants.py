@@ -8,17 +8,9 @@ import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from trl import GRPOTrainer
 
-from earl.learner import objective
+from earl.learner import logprobs, objective
 
 LN2 = math.log(2)
-
-
-def test_leave_one_out_advantages_by_hand():
-    rewards = torch.tensor([1.0, 3.0, 8.0, 9.0, 5.0, float("nan")])
-    groups, used = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([True] * 5 + [False])
-    found = objective.group_advantages(rewards, groups, used, "leave_one_out")
-    # Group 0: 1 - 5.5, 3 - 4.5, 8 - 2. Groups 1 and 2 have one used episode each.
-    torch.testing.assert_close(found, torch.tensor([-4.5, -1.5, 6.0, 0, 0, 0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -28,14 +20,67 @@ def test_leave_one_out_advantages_by_hand():
         ("k1", [0, -LN2, LN2], [1, 1, 1]),
         ("k2", [0, LN2**2 / 2, LN2**2 / 2], [0, -LN2, LN2]),
         ("k3", [0, 1 - LN2, LN2 - 0.5], [0, -1, 0.5]),
+        ("k3+", [0, 1 - LN2, LN2 - 0.5], [0, -LN2, LN2]),
+        # At ratio 3; the gradient is -ratio d.
+        ("weighted_k3", [0, 3 - 3 * LN2, 3 * LN2 - 1.5], [0, -3 * LN2, 3 * LN2]),
     ],
 )
 def test_kl_estimates_by_hand(estimator, values, gradients):
     logp = torch.tensor([-2.0, -2.0, -2.0], requires_grad=True)
-    found = objective.kl_estimate(logp, torch.tensor([-2.0, -2 + LN2, -2 - LN2]), estimator)
+    behavior = torch.full((3,), -2 - math.log(3))
+    found = objective.kl_estimate(logp, torch.tensor([-2.0, -2 + LN2, -2 - LN2]), estimator, behavior)
     found.sum().backward()
     assert found.tolist() == pytest.approx(values, abs=1e-6)
     assert logp.grad.tolist() == pytest.approx(gradients, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "sampler", "value_is_right", "gradient_is_right"),
+    [
+        ("k1", "policy", True, False),
+        ("k2", "policy", False, True),
+        ("k3", "policy", True, False),
+        ("k3+", "policy", True, True),
+        ("weighted_k3", "policy", True, True),
+        ("k3+", "other", False, False),
+        ("weighted_k3", "other", True, True),
+    ],
+)
+def test_which_estimates_are_unbiased(estimator, sampler, value_is_right, gradient_is_right):
+    """The mean over all ids, weighed by who sampled them, against KL(policy || reference) itself."""
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    other, reference = (torch.tensor(x).double().log_softmax(0) for x in ([1.0, 0, 0, -1], [0.0, 1, 2, -2]))
+    logp = logits.log_softmax(0)
+    exact = (logp.exp() * (logp - reference)).sum()
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    behavior = logp.detach() if sampler == "policy" else other
+    estimate = (behavior.exp() * objective.kl_estimate(logp, reference, estimator, behavior)).sum()
+    (gradient,) = torch.autograd.grad(estimate, logits)
+    assert torch.allclose(estimate, exact) == value_is_right
+    assert torch.allclose(gradient, expected) == gradient_is_right
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl"), ("k3+", "k3+")])
+def test_kl_estimates_equal_verls_published_formulas(ours, theirs):
+    logp = torch.tensor([-2.0, -0.5, -3.0, -1.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-2.0, -1.7, -0.4, -1.1], dtype=torch.float64)
+    found, expected = objective.kl_estimate(logp, reference, ours), verl_kl(logp, reference, theirs)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(x.sum(), logp)[0] for x in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def verl_kl(logp, reference, name):
+    """As verl publishes them (verl/trainer/ppo/core_algos.py, kl_penalty, January 2026), where nothing reaches the
+    bounds of its low_var_kl: exponents of 20 and estimates of 10."""
+    d = reference - logp
+    forward = {"kl": -d, "mse": 0.5 * d**2}.get(name, d.exp() - d - 1)
+    assert d.abs().max() < 20
+    assert forward.abs().max() < 10
+    if not name.endswith("+"):
+        return forward
+    backward = 0.5 * d**2
+    return backward - backward.detach() + forward.detach()
 
 
 # Ratios 2, 2, 1/2, 1/2 and 1, with bounds 0.75 and 1.5.
@@ -99,6 +144,12 @@ def test_the_same_correction_twice_is_refused():
         objective.Options(ratio=True, correction="truncate", correction_high=2.0)
 
 
+@pytest.mark.parametrize("correction", ["truncate", "filter"])
+def test_ratios_that_a_correction_does_not_trust_do_not_weigh_the_kl(correction):
+    with pytest.raises(ValueError, match="weighted_k3"):
+        objective.Options("weighted_k3", correction=correction, correction_low=0.5, correction_high=2.0)
+
+
 @pytest.mark.parametrize(
     ("normalization", "expected"), [("tokens", 2 / 4), ("sequences", (1 / 1 + 1 / 3) / 2), ("constant", 2 / 20)]
 )
@@ -141,7 +192,7 @@ def batch():
 
 def _logprobs(hidden, weight, targets, temperature=1.0):
     logits = (hidden @ weight.T).reshape(-1, VOCABULARY)
-    logp, _ = objective.token_logprobs(logits, targets.reshape(-1), temperature, (0, VOCABULARY), False)
+    logp, _ = logprobs.token_logprobs(logits, targets.reshape(-1), temperature, logprobs.FULL)
     return logp.reshape(targets.shape)
 
 
@@ -162,7 +213,7 @@ def our_loss(logp, batch, normalization, kl_coeff, options):
     )
 
 
-def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high):
+def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high, weighted_kl=False):
     """GRPOTrainer's loss on given log-probs: its method, on a stand-in that has what it reads."""
     accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
     trainer = SimpleNamespace(
@@ -170,7 +221,7 @@ def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high):
         _entropy_bonus_enabled=False,
         _metrics={"train": _AnyList()},
         accelerator=accelerator,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=weighted_kl, steps_per_generation=1),
         aux_loss_enabled=False,
         beta=kl_coeff,
         current_gradient_accumulation_steps=1,
@@ -222,6 +273,20 @@ def test_loss_and_gradient_equal_trls(batch, normalization, kl_coeff, options):
     loss_type, high = _names_elsewhere(normalization, options)
     expected = trl_loss(theirs, batch, loss_type, kl_coeff, high)
     found = our_loss(ours, batch, normalization, kl_coeff, options)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("normalization", LOSS_TYPES)
+def test_weighted_kl_equals_trls(batch, normalization):
+    """Liger's loss by blocks does not have it."""
+    ours, theirs = (_logprobs(batch.hidden, batch.weight, batch.targets).requires_grad_() for _ in range(2))
+    options = objective.Options("weighted_k3", ratio=True, clip_low=LOW, clip_high=HIGH)
+    expected = trl_loss(theirs, batch, LOSS_TYPES[normalization], 0.2, HIGH, weighted_kl=True)
+    found = our_loss(ours, batch, normalization, 0.2, options)
     torch.testing.assert_close(found, expected)
     found.backward()
     expected.backward()

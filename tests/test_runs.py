@@ -212,8 +212,9 @@ def test_changed_configuration_and_code_are_reported_once_a_stretch(run):
     for index in (2, 3, 5):
         edit_metrics(run, index, config_digest="0" * 64)
     edit_metrics(run, 1, code_version="0.0.1+000000000000")
+    edit_metrics(run, 4, rubrics_digest="0" * 64)
     assert [problem.split(" were")[0] for _, problem in problems(run)] == [
-        "iterations 2 to 3", "iterations 5 to 5", "iterations 1 to 1"
+        "iterations 2 to 3", "iterations 5 to 5", "iterations 1 to 1", "iterations 4 to 4"
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from earl.emu3 import checkpoint, grid, sequence
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
 from earl.layout import Run
-from earl.learner import objective
+from earl.learner import logprobs
 from earl.stages import restore, sft, train
 
 GROUPS, SAMPLES = 4, 2
@@ -87,9 +87,9 @@ def write_inputs(run: Run, iteration: int, vocabulary, shards: int = 1, edit=lam
         write_scores(run, iteration, shard, columns)
 
 
-def write_scores(run: Run, iteration: int, shard: int, columns: dict[str, list]) -> None:
+def write_scores(run: Run, iteration: int, shard: int, columns: dict[str, list], **more: str) -> None:
     current = run.iteration(iteration)
-    metadata = {"rollouts_digest": manifest.digest_file(current.rollouts(shard))}
+    metadata = {"rollouts_digest": manifest.digest_file(current.rollouts(shard)), **more}
     tables.write_table(current.scores(shard), tables.SCORES, columns, metadata)
 
 
@@ -243,7 +243,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabular
     assert metrics["kl"] is None
     assert metrics["inputs"]["reference"] is None
     advantages = {row["episode_id"]: row["advantage"] for row in pq.read_table(run.iteration(1).episodes).to_pylist()}
-    visual = (vocabulary.first_visual, vocabulary.size)
+    support = logprobs.split_vocab((vocabulary.first_visual, vocabulary.size))
     weighted = []
     for index in (0, 1):
         model = checkpoint.load_policy(run.iteration(index).policy, torch.float32, "cpu")
@@ -253,7 +253,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabular
             start = len(row["prompt_token_ids"])
             with torch.no_grad():
                 logits = model(ids).logits[0, start - 1 : -1]
-            logp, _ = objective.token_logprobs(logits, ids[0, start:], config.temperature, visual, True)
+            logp, _ = logprobs.token_logprobs(logits, ids[0, start:], config.temperature, support)
             free = grid.kinds_of_completion(row["completion_token_ids"], SHAPE, vocabulary) < grid.FIRST_FORCED
             total += advantages[row["episode_id"]] * logp[torch.from_numpy(free)].sum().item()
         weighted.append(total)
@@ -315,6 +315,15 @@ def test_scores_of_other_rollouts_are_refused(new_run, vocabulary):
     write_inputs(run, 1, vocabulary, edit=_set(behavior_logprobs=[-2.0] * 15))
     run.iteration(1).scores(0).write_bytes(stored)
     with pytest.raises(EarlError, match=r"scores/0000\.parquet: rollouts_digest"):
+        train.run(config, run.path, 1)
+
+
+def test_shards_scored_by_different_rubrics_are_refused(new_run, vocabulary):
+    config, run = new_run(rollout_shards=2)
+    write_inputs(run, 1, vocabulary, shards=2)
+    columns = tables.read_table(run.iteration(1).scores(1), tables.SCORES).to_pydict()
+    write_scores(run, 1, 1, columns, rubrics_digest="0" * 64)
+    with pytest.raises(EarlError, match=r"scores/0000\.parquet, .*scores/0001\.parquet: .*different rubrics"):
         train.run(config, run.path, 1)
 
 

@@ -16,6 +16,15 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(gt=0)]
 Path = Annotated[str, Field(min_length=1)]
+RewardComponent = Literal[
+    "semantic_consistency",
+    "perceptual_quality",
+    "edit_success",
+    "overedit",
+    "naturalness",
+    "artifacts",
+    "ground_score",
+]
 
 STAGE = "stage:"
 """Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft``,
@@ -186,13 +195,22 @@ class Config(_Section):
         "Advantage within a group: `mean_std` is (reward - mean) / std (GRPO), `mean` is reward - mean (Dr. GRPO), so "
         "that groups count by how much their rewards differ, `leave_one_out` is reward - mean of the others (RLOO).",
     )
+    advantage_components: dict[RewardComponent, Coefficient] = _fixed(
+        dict,
+        "Components of the reward, with a weight each, whose `advantage` is computed one by one, weighed, summed and "
+        "divided by the iteration's standard deviation (GDPO, Liu et al. 2026); none: that of the reward. "
+        "`semantic_consistency` is min(edit_success, overedit), `perceptual_quality` min(naturalness, artifacts), the "
+        "others are sub-scores; all are 0 where there is no finished image.",
+    )
     kl_coeff: float = _fixed(
         0.0003, "Weight of the estimate of KL(policy || reference) in the loss; 0: none, no reference is loaded.", ge=0
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = _fixed(
+    kl_estimator: Literal["k1", "k2", "k3", "k3+", "weighted_k3"] = _fixed(
         "k3",
         "Estimate of the KL by d = reference - policy log-prob (Schulman 2020): `k1` is -d, which has no gradient on "
-        "average, `k2` is d^2 / 2, `k3` is exp(d) - 1 - d (GRPO).",
+        "average, `k2` is d^2 / 2, `k3` is exp(d) - 1 - d (GRPO). With an unbiased gradient: `k3+` has the value of k3 "
+        "and the gradient of k2 (verl); `weighted_k3` is k3 times the ratio of policy to sampler, and unbiased for an "
+        "older policy's episodes too (DeepSeek-V3.2).",
     )
     loss_normalization: Literal["tokens", "sequences", "constant"] = _fixed(
         "tokens",
@@ -293,6 +311,13 @@ class Config(_Section):
         True,
         "Normalise the log-probability of a visual token over visual ids, of any other over the ids below the first "
         "visual one.",
+    )
+    logprob_support: Literal["sampled", "split_vocab", "full"] | None = _fixed(
+        None,
+        "Ids that the learner normalises log-probabilities over. `split_vocab`: as "
+        "`separate_language_and_vision_vocabs` says; `full`: all of the model's; `sampled`: those that the sampler "
+        "drew from, by `emu3_use_logit_processor`, `top_k` and `top_p`, the latter two found again from the learner's "
+        "own logits; null: `split_vocab` or `full` by `separate_language_and_vision_vocabs`.",
     )
     engine: Literal["vllm", "torch"] = _fixed("vllm", "Rollout engine.")
     engine_batch_size: Positive = _fixed(
@@ -413,8 +438,13 @@ class Config(_Section):
         _check_engine(self)
         _check_objective(self)
         _check_learner(self)
+        _check_support(self)
         _check_reward(self)
         return self
+
+    @property
+    def resolved_logprob_support(self) -> str:
+        return self.logprob_support or ("split_vocab" if self.separate_language_and_vision_vocabs else "full")
 
     @property
     def prompts_per_iteration(self) -> int:
@@ -531,6 +561,12 @@ def _check_objective(config: Config) -> None:
             "is `truncate`, but importance_ratio is `behavior`, which corrects for the sampler already: tokens would "
             "be weighed by the square of their ratio; turn one of the two off",
         )
+    if config.kl_estimator == "weighted_k3" and config.kl_coeff > 0 and correction != "none":
+        raise _wrong(
+            "kl_estimator",
+            f"is `weighted_k3`, which weighs the KL term by ratios as they are, but sampler_correction is "
+            f"`{correction}`, which does not trust them; set one of the two to `k3+` or `none`",
+        )
     steps = config.optimizer_steps_per_iteration
     if steps > config.prompts_per_iteration:
         raise _wrong(
@@ -563,6 +599,29 @@ def _check_learner(config: Config) -> None:
         )
 
 
+def _check_support(config: Config) -> None:
+    """Which ids log-probs are over is said in one way only, and known where it is needed."""
+    support, splits = config.resolved_logprob_support, config.separate_language_and_vision_vocabs
+    apart = {"split_vocab": True, "full": False, "sampled": config.emu3_use_logit_processor}[support]
+    if splits != apart:
+        because = " without emu3_use_logit_processor" if support == "sampled" and not apart else ""
+        raise _wrong(
+            "logprob_support",
+            f"is `{support}`, which{because} {'keeps' if apart else 'does not keep'} text and visual ids apart, but "
+            f"separate_language_and_vision_vocabs is {str(splits).lower()}; set that to {str(apart).lower()}",
+        )
+    if support == "sampled" and _truncates(config) and config.optimizer_steps_per_iteration > 1:
+        raise _wrong(
+            "logprob_support",
+            "is `sampled`, and what top_k and top_p had left is found from the policy that sampled, which is there for "
+            "the first step only; set optimizer_steps_per_iteration to 1, or top_k to -1 and top_p to 1",
+        )
+
+
+def _truncates(config: Config) -> bool:
+    return config.top_k > 0 or config.top_p < 1
+
+
 def _check_reward(config: Config) -> None:
     uses = {
         "viescore": ["reward_compute_viescore"],
@@ -572,6 +631,10 @@ def _check_reward(config: Config) -> None:
     for name in uses[config.reward_final_reward]:
         if not getattr(config, name):
             raise _wrong(name, f"is false, but reward_final_reward `{config.reward_final_reward}` is made of it")
+    for component in config.advantage_components:
+        name = "reward_compute_ground_score" if component == "ground_score" else "reward_compute_viescore"
+        if not getattr(config, name):
+            raise _wrong(name, f"is false, but advantage_components has `{component}`")
     if config.judge == "openai" and config.reward_function_api_base is None:
         raise _wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
 

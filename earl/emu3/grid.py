@@ -62,11 +62,16 @@ def forced_ids(vocabulary: "Vocabulary") -> dict[int, int]:
     return {EOL: vocabulary.eol, EOF: vocabulary.eof, EOI: vocabulary.eoi, EOS: vocabulary.eos}
 
 
+def free_ranges(vocabulary: "Vocabulary") -> dict[int, tuple[int, int]]:
+    """Return the first and last (exclusive) of the allowed ids of each kind that leaves a choice."""
+    return {TEXT: (0, vocabulary.first_visual), VISUAL: (vocabulary.first_visual, vocabulary.size)}
+
+
 def allowed_masks(vocabulary: "Vocabulary") -> np.ndarray:
     """Return bool [6, vocabulary size]: row ``kind`` marks the ids that kind allows."""
     masks = np.zeros((6, vocabulary.size), dtype=bool)
-    masks[TEXT, : vocabulary.first_visual] = True
-    masks[VISUAL, vocabulary.first_visual :] = True
+    for kind, (first, last) in free_ranges(vocabulary).items():
+        masks[kind, first:last] = True
     for kind, token_id in forced_ids(vocabulary).items():
         masks[kind, token_id] = True
     return masks

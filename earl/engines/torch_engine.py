@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from earl import runtime, seeds
 from earl.emu3 import grid as grid_rules
+from earl.emu3 import truncation
 from earl.emu3.checkpoint import load_policy
 from earl.emu3.models import StaticCache
 from earl.emu3.vocabulary import Vocabulary
@@ -224,18 +225,9 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, params: SamplingParams) ->
 
 def truncate(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Return log-probs [rows, ids] restricted to the top k, then to the top p, and normalised again."""
-    if params.top_k <= 0 and params.top_p >= 1:
+    if not truncation.is_on(params.top_k, params.top_p):
         return logprobs
-    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if params.top_k > 0:
-        keep[:, params.top_k :] = False
-        ordered = torch.log_softmax(ordered.masked_fill(~keep, -torch.inf), -1)
-    if params.top_p < 1:
-        probabilities = ordered.double().exp()
-        # An id stays while the ids before it have not reached top_p yet, so the likeliest one always stays.
-        keep &= probabilities.cumsum(-1) - probabilities < params.top_p
-    kept = torch.zeros_like(keep).scatter(-1, order, keep)
+    kept = truncation.kept_ids(logprobs, params.top_k, params.top_p)
     return torch.log_softmax(logprobs.masked_fill(~kept, -torch.inf), -1)
 
 

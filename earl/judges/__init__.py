@@ -49,6 +49,8 @@ class Judge(Protocol):
     """The model that judges; None for a judge that asks none."""
     revision: str | None
     """Which version of that model, where it is known."""
+    rubrics_digest: str | None
+    """Digest of what all its rubrics say; None for a judge without rubrics."""
 
     def score(self, judgements: Sequence[Judgement]) -> list[Verdict]:
         """Return one verdict for each question, in order. A failure is a verdict too, never a made-up score."""

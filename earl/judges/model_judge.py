@@ -88,7 +88,7 @@ class ModelJudge:
         cache: Cache | None = None,
     ) -> None:
         self.name, self.model, self.revision = name, settings.model, settings.revision
-        self.rubrics = list(rubrics)
+        self.rubrics, self.rubrics_digest = list(rubrics), rubric.digest_all(rubrics)
         self._chat_model, self._settings, self._retries, self._cache = chat_model, settings, retries, cache
 
     def score(self, judgements: Sequence[Judgement]) -> list[Verdict]:

@@ -70,6 +70,7 @@ class ProgramJudge:
     name = "program"
     model = None
     revision = None
+    rubrics_digest = None
 
     def score(self, judgements: Sequence[Judgement]) -> list[Verdict]:
         """One verdict per judgement, in order; `failed` where there is no target or an image has another size."""

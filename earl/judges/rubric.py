@@ -18,6 +18,7 @@ stretched to it. What a rubric says is identified by a digest of the evaluated f
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -81,6 +82,11 @@ class Rubric(BaseModel):
         """SHA-256, in hexadecimal, of everything that the rubric says."""
         text = json.dumps(self.model_dump(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_all(rubrics: Sequence[Rubric]) -> str:
+    """SHA-256, in hexadecimal, of everything that several rubrics say."""
+    return hashlib.sha256("".join(one.digest for one in rubrics).encode()).hexdigest()
 
 
 def load(path: Path) -> Rubric:

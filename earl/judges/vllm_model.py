@@ -73,6 +73,9 @@ class VllmModel:
     def _ask_batch(
         self, questions: list[Question], indices: list[int], continues: bool, take: Callable[[int, Reply], None]
     ) -> None:
+        """Ask together; where vLLM refuses a question, ask each half by itself until that one is found and marked."""
+        from vllm.exceptions import VLLMClientError
+
         start = time.monotonic()
         try:
             with vllm_torch(self.device):
@@ -83,14 +86,23 @@ class VllmModel:
                     add_generation_prompt=not continues,
                     continue_final_message=continues,
                 )
-        except ValueError as error:
-            raise EarlError(
-                f"{self.model}: vLLM does not take a question ({error}); a longer judge_context_size "
-                f"({self.context}), a smaller judge_image_size or judge_max_tokens may make it fit"
-            ) from error
+        except (ValueError, VLLMClientError) as error:
+            if len(questions) == 1:
+                take(indices[0], Reply([], error=self._refusal(error)))
+                return
+            half = len(questions) // 2
+            for part in (slice(half), slice(half, None)):
+                self._ask_batch(questions[part], indices[part], continues, take)
+            return
         seconds = (time.monotonic() - start) / len(questions)
         for index, question, output in zip(indices, questions, outputs, strict=True):
             take(index, _reply(output, question, seconds))
+
+    def _refusal(self, error: Exception) -> str:
+        return (
+            f"{self.model}: vLLM does not take the question ({error}); a longer judge_context_size ({self.context}), a "
+            "smaller judge_image_size or judge_max_tokens may make it fit"
+        )
 
     def _load(self) -> None:
         if self._llm is not None:

@@ -4,8 +4,8 @@ Shards are an accident of how an iteration was generated: rows are put in the or
 same episodes in any number of shards give the same bytes afterwards.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
 from earl.files import manifest, tables
 from earl.layout import Iteration
-from earl.learner import objective, rewards
+from earl.learner import advantage, logprobs, rewards
 from earl.learner.batches import Episode
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ ROLLOUT_COLUMNS = (
 )
 SCORE_COLUMNS = ("episode_id", "status", *rewards.SUB_SCORES, "ground_score")
 TOO_LONG = "longer than the learner takes"
+REWARD = "reward"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Outcome:
     row: dict[str, Any]  # ROLLOUT_COLUMNS and SCORE_COLUMNS
     reward: float | None  # None: the judgement failed
     reason: str | None  # why it is not used, or None where it is
+    components: Mapping[str, float] = field(default_factory=dict)  # of the reward, by the names of advantage_components
     advantage: float | None = None
 
     @property
@@ -57,6 +59,7 @@ class Source:
     rows: list[dict[str, Any]]
     rollouts: list[str]
     scores: list[str]
+    rubrics: str | None  # digest of what the judge was asked by; None where it has no rubrics
 
 
 def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -> Source:
@@ -68,9 +71,9 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
 
     Raises:
         EarlError: a file is missing, damaged or holds a value out of range; rollouts of another policy or iteration,
-            scores of other rollouts; episodes doubled, missing or too few.
+            scores of other rollouts or by other rubrics than those beside them; episodes doubled, missing or too few.
     """
-    rows, rollout_digests, score_digests = [], [], []
+    rows, rollout_digests, score_digests, rubrics = [], [], [], {}
     for shard in range(shards):
         rollouts, scores = iteration.rollouts(shard), iteration.scores(shard)
         rollout_rows = tables.read_table(rollouts, tables.ROLLOUTS, ROLLOUT_COLUMNS).to_pylist()
@@ -80,9 +83,15 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
         _check_metadata(rollouts, "iteration", str(iteration.index), "of another iteration; generate them again")
         _check_metadata(rollouts, "policy_digest", policy_digest, "of another policy; generate and score them again")
         _check_metadata(scores, "rollouts_digest", rollout_digests[-1], f"not of {rollouts}; score them again")
+        rubrics[tables.read_metadata(scores).get("rubrics_digest")] = scores
         rows += _joined(rollout_rows, score_rows, scores)
+    if len(rubrics) > 1:
+        raise EarlError(
+            f"{', '.join(map(str, rubrics.values()))}: were scored by different rubrics; score all shards again"
+        )
     _check_complete(rows, iteration, expected)
-    return Source(sorted(rows, key=lambda row: row["episode_id"]), rollout_digests, score_digests)
+    ordered = sorted(rows, key=lambda row: row["episode_id"])
+    return Source(ordered, rollout_digests, score_digests, *rubrics)
 
 
 def _check_metadata(path: Path, key: str, expected: str, remedy: str) -> None:
@@ -125,26 +134,40 @@ def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
     rewards.check_failed_fraction(failed, len(outcomes), config.max_failed_fraction, where)
     if not any(outcome.used for outcome in outcomes):
         raise EarlError(f"{where}: none of {len(outcomes)} episodes can be used: {outcomes[0].reason}")
-    advantages = objective.group_advantages(
-        torch.tensor([outcome.reward or 0.0 for outcome in outcomes], dtype=torch.float64),
-        group_index(source.rows),
-        torch.tensor([outcome.used for outcome in outcomes]),
-        config.advantage,
-    ).tolist()
     return [
-        Outcome(outcome.row, outcome.reward, outcome.reason, advantage if outcome.used else None)
-        for outcome, advantage in zip(outcomes, advantages, strict=True)
+        replace(outcome, advantage=value if outcome.used else None)
+        for outcome, value in zip(outcomes, _advantages(outcomes, config).tolist(), strict=True)
     ]
+
+
+def _advantages(outcomes: Sequence[Outcome], config: "Config") -> torch.Tensor:
+    """float64 [N]: of the rewards, or of their components where `advantage_components` names some."""
+    groups = group_index([outcome.row for outcome in outcomes])
+    used = torch.tensor([outcome.used for outcome in outcomes])
+    weights = config.advantage_components
+    if not weights:
+        return advantage.group_advantages(_column(outcomes, REWARD), groups, used, config.advantage)
+    # In the order of their names, since a sum in another order may round otherwise.
+    components = torch.stack([_column(outcomes, name) for name in sorted(weights)], 1)
+    weights = [weights[name] for name in sorted(weights)]
+    return advantage.component_advantages(components, weights, groups, used, config.advantage)
+
+
+def _column(outcomes: Sequence[Outcome], name: str) -> torch.Tensor:
+    """float64 [N]: the reward or one of the components; 0 where there is none, of episodes that are not used."""
+    values = [outcome.reward if name == REWARD else outcome.components.get(name) for outcome in outcomes]
+    return torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
 
 
 def _outcome(row: dict[str, Any], config: "Config", where: str) -> Outcome:
     try:
         reward = rewards.episode_reward(row, config.reward_final_reward)
+        components = {name: rewards.episode_reward(row, name) for name in config.advantage_components}
     except EarlError as error:
         raise EarlError(f"{where}/scores: episode {row['episode_id']}: {error}") from error
     if reward is None:
         return Outcome(row, None, rewards.JUDGEMENT_FAILED)
-    return Outcome(row, reward, TOO_LONG if _too_long(row, config) else None)
+    return Outcome(row, reward, TOO_LONG if _too_long(row, config) else None, components)
 
 
 def _too_long(row: dict[str, Any], config: "Config") -> bool:
@@ -158,6 +181,23 @@ def group_index(rows: Sequence[dict[str, Any]]) -> torch.Tensor:
     return torch.tensor([groups.setdefault(row["group_id"], len(groups)) for row in rows])
 
 
+def support(config: "Config", vocabulary: Vocabulary) -> logprobs.Support:
+    """What the learner normalises log-probs over, by `logprob_support`.
+
+    `sampled` and `split_vocab` take the ranges of `earl.emu3.grid`: a completion that obeys it, which
+    `learner_episodes` checks, has a visual target exactly where visual ids alone were allowed.
+    """
+    match config.resolved_logprob_support:
+        case "full":
+            return logprobs.FULL
+        case "split_vocab":
+            return logprobs.split_vocab((vocabulary.first_visual, vocabulary.size))
+    parts = tuple(grid_rules.free_ranges(vocabulary).values())
+    return logprobs.Support(
+        parts if config.emu3_use_logit_processor else ((0, vocabulary.size),), config.top_k, config.top_p
+    )
+
+
 def learner_episodes(
     outcomes: Sequence[Outcome], vocabulary: Vocabulary, constrained: bool, where: str
 ) -> list[Episode]:
@@ -168,13 +208,14 @@ def learner_episodes(
             then marked.
 
     Raises:
-        EarlError: ids outside the vocabulary, or log-probs and tokens of unequal number.
+        EarlError: ids outside the vocabulary, or that the grid does not allow there; log-probs and tokens of unequal
+            number.
     """
-    return [_learner_episode(outcome, vocabulary, constrained, where) for outcome in outcomes if outcome.used]
+    allowed = grid_rules.allowed_masks(vocabulary) if constrained else None
+    return [_learner_episode(outcome, vocabulary, allowed, where) for outcome in outcomes if outcome.used]
 
 
-def _learner_episode(outcome: Outcome, vocabulary: Vocabulary, constrained: bool, where: str) -> Episode:
-
+def _learner_episode(outcome: Outcome, vocabulary: Vocabulary, allowed: np.ndarray | None, where: str) -> Episode:
     row = outcome.row
     prompt, completion = (_ids(row, name, vocabulary, where) for name in ("prompt_token_ids", "completion_token_ids"))
     behavior = np.array(row["behavior_logprobs"], dtype=np.float32)
@@ -184,9 +225,16 @@ def _learner_episode(outcome: Outcome, vocabulary: Vocabulary, constrained: bool
             f"{len(completion)} completion tokens; generate it again"
         )
     forced = np.zeros(len(completion), dtype=bool)
-    if constrained:
+    if allowed is not None:
         size = sequence.grid_of_prompt(prompt, vocabulary)
-        forced = grid_rules.kinds_of_completion(completion, size, vocabulary) >= grid_rules.FIRST_FORCED
+        kinds = grid_rules.kinds_of_completion(completion, size, vocabulary)
+        forced = kinds >= grid_rules.FIRST_FORCED
+        if not (obeys := allowed[kinds, completion]).all():
+            raise EarlError(
+                f"{where}/rollouts: episode {row['episode_id']}: token {obeys.argmin()} of column "
+                "'completion_token_ids' is not allowed there by the grid, to which emu3_use_logit_processor holds the "
+                "sampler; generate it again, or with the field as it was then"
+            )
     return Episode(row["episode_id"], row["group_id"], prompt, completion, forced, behavior, outcome.advantage)
 
 
@@ -228,16 +276,18 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     used = [outcome for outcome in outcomes if outcome.used]
     got = np.array([outcome.reward for outcome in used])
     lengths = np.array([len(outcome.row["completion_token_ids"]) for outcome in outcomes])
-    zero_std = objective.zero_std_groups(
-        torch.tensor([outcome.reward or 0.0 for outcome in outcomes]),
-        group_index([outcome.row for outcome in outcomes]),
-        torch.tensor([outcome.used for outcome in outcomes]),
-    )
+    groups = group_index([outcome.row for outcome in outcomes])
+    kept = torch.tensor([outcome.used for outcome in outcomes])
+    names = sorted(used[0].components)
+    equal = {name: advantage.zero_std_groups(_column(outcomes, name), groups, kept) for name in names or [REWARD]}
+    # A group is of no use where it has no preference in anything that advantages are made of.
+    zero_std = torch.stack(list(equal.values())).all(0)
     return {
         "reward_mean": float(got.mean()),
         "reward_std": float(got.std()),
         **{f"{name}_mean": _mean_score(outcomes, name) for name in (*rewards.SUB_SCORES, "ground_score")},
         "zero_std_fraction": float(zero_std.double().mean()),
+        **{f"zero_std_fraction_{name}": float(equal[name].double().mean()) for name in names},
         "failed_fraction": sum(outcome.reward is None for outcome in outcomes) / len(outcomes),
         "no_image_fraction": sum(outcome.row["status"] == "no_image" for outcome in outcomes) / len(outcomes),
         "completion_length_mean": float(lengths.mean()),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from earl.errors import EarlError
-from earl.learner import attention, head, objective, sharding
+from earl.learner import attention, head, logprobs, objective, sharding
 from earl.learner.batches import Episode, MicroBatch, micro_batches, mini_batches
 from earl.learner.performance import Clock
 from earl.learner.ranks import Ranks, alone
@@ -42,7 +42,7 @@ class Settings:
     temperature: float
     micro_batch: int
     visual_range: tuple[int, int]
-    split_vocab: bool
+    support: logprobs.Support  # what log-probs are normalised over
     counted: str  # "all", "text" or "visual": see objective.counted_tokens
     bfloat16: bool
     options: objective.Options = objective.SPEC
@@ -168,11 +168,11 @@ def train_iteration(
             seen = Totals()
             for batch, counts in micro_batches(part, settings, team, description):
                 with clock.phase("forward"):
-                    logp, entropy = completion_logprobs(policy, batch, settings)
+                    logp, entropy, kept = completion_logprobs(policy, batch, settings)
                 reference_logp = None
                 if reference is not None:
                     with clock.phase("reference"), torch.no_grad():
-                        reference_logp, _ = completion_logprobs(reference, batch, settings)
+                        reference_logp, _, _ = completion_logprobs(reference, batch, settings, kept)
                 loss = batch_loss(logp, reference_logp, batch, denominator, settings)
                 with clock.phase("backward"):
                     (loss if counts else 0 * loss).backward()
@@ -203,27 +203,33 @@ def ready_to_learn(policy: "Emu3ForCausalLM", settings: Settings) -> Iterator[No
     policy.eval()
 
 
-def completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`."""
+def completion_logprobs(
+    model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings, kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+    """Log-probability and entropy, float32 [T] each in nats, of the counted tokens under `model`, and the ids they are
+    over (`head.kept_ids`).
+
+    Args:
+        kept: the ids to normalise over, of the policy: its reference has to be seen on the same ones; None finds them
+            by `model` itself.
+    """
     with attention.used_by(model, settings.attention):
-        return sharding.forward(model, _completion_logprobs, batch, settings)
+        return sharding.forward(model, _completion_logprobs, batch, settings, kept)
 
 
-def _completion_logprobs(model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings) -> tuple[Tensor, Tensor]:
+def _completion_logprobs(
+    model: "Emu3ForCausalLM", batch: MicroBatch, settings: Settings, kept: list[Tensor] | None
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:
     with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
         hidden = model.model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, earl_groups=batch.groups
         ).last_hidden_state
     # The head runs on counted tokens only: with a large vocabulary it is most of the work.
-    return head.token_logprobs(
-        hidden.flatten(0, 1)[batch.places],
-        model.lm_head.weight,
-        batch.targets,
-        settings.temperature,
-        settings.visual_range,
-        settings.split_vocab,
-        settings.bfloat16,
-    )
+    hidden, weight = hidden.flatten(0, 1)[batch.places], model.lm_head.weight
+    tokens = batch.targets, settings.temperature, settings.support, settings.bfloat16
+    if kept is None:
+        kept = head.kept_ids(hidden, weight, *tokens)
+    return *head.token_logprobs(hidden, weight, *tokens, kept, accumulate=True), kept
 
 
 def batch_loss(
@@ -314,8 +320,8 @@ def check_parity(totals: Totals, settings: Settings) -> None:
         f"before the first step the learner's log-probs differ from the sampler's by {mean:.4g} nats on average over "
         f"{totals.mismatch_tokens} counted tokens, more than parity_tolerance = {tolerance}; no step was done.\n"
         f"  episode, token of its completion, log-prob of sampler and of learner, where they differ most:\n{rows}\n"
-        "Check that both use the same weights, temperature and support: top_p 1, top_k -1, and "
-        "separate_language_and_vision_vocabs wherever emu3_use_logit_processor; or raise parity_tolerance (null: off)"
+        "Check that both use the same weights and temperature. Set logprob_support to `sampled` for the support that "
+        "the sampler drew from (emu3_use_logit_processor, top_k, top_p); or raise parity_tolerance (null: off)"
     )
 
 

@@ -1,8 +1,9 @@
-"""The mathematics of the learner: advantages, token log-probabilities, KL estimates and losses.
+"""The mathematics of the loss: KL estimates, policy gradient, ratios, corrections, and which tokens count.
 
 Imports torch alone, knows nothing of files, models or configuration, and keeps no state, so that every formula can be
-checked on a handful of numbers. Token tensors are flat: T counts the completion tokens of any set of episodes, in any
-order, which makes every function below indifferent to how episodes were batched or padded.
+checked on a handful of numbers; so do its neighbours `advantage` and `logprobs`. Token tensors are flat: T counts the
+completion tokens of any set of episodes, in any order, which makes every function below indifferent to how episodes
+were batched or padded.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ADVANTAGE_EPSILON = 1e-4
-
 
 @dataclass(frozen=True)
 class Options:
@@ -20,10 +19,11 @@ class Options:
 
     Two fields correct for tokens that another policy sampled, and each does so by pi / mu, pi the policy that learns
     and mu the one that sampled: `ratio` with a gradient through it, `correction` "truncate" without. Both at once would
-    weigh by (pi / mu)^2.
+    weigh by (pi / mu)^2. The estimator "weighted_k3" weighs the KL term by that ratio, without a bound, and a
+    correction is there to bound it or to leave it out.
     """
 
-    kl_estimator: str = "k3"  # "k1", "k2" or "k3": see kl_estimate
+    kl_estimator: str = "k3"  # see kl_estimate
     ratio: bool = False  # see ratio_loss; False: see policy_gradient_loss
     clip_low: float | None = None
     clip_high: float | None = None
@@ -34,126 +34,34 @@ class Options:
     def __post_init__(self) -> None:
         if self.ratio and self.correction == "truncate":
             raise ValueError("an importance ratio and truncated weights count the same correction twice")
+        if self.kl_estimator == "weighted_k3" and self.correction != "none":
+            raise ValueError(f"weighted_k3 takes the ratios as they are, which the correction {self.correction} bounds")
 
 
 SPEC = Options()
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, used: Tensor, kind: str = "mean_std") -> Tensor:
-    """Advantage of each episode relative to the other samples of its prompt.
+def kl_estimate(
+    logp: Tensor, reference_logp: Tensor, estimator: str, behavior_logprobs: Tensor | None = None
+) -> Tensor:
+    """Estimate of KL(policy || reference) from sampled tokens, with d = reference - policy.
 
-    "mean_std"       A = (r - mean) / (std + 1e-4) with the mean and *population* standard deviation of the used
-                     episodes of the group (GRPO, Shao et al. 2024, arXiv:2402.03300; the epsilon and the population
-                     form are those of nano-aha-moment).
-    "mean"           A = r - mean (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783): a group whose rewards hardly differ
-                     then weighs little instead of as much as any other.
-    "leave_one_out"  A = r - mean of the *other* used episodes of the group (RLOO, Ahmadian et al. 2024,
-                     arXiv:2402.14740), which is n / (n - 1) (r - mean) for a group of n: a baseline that does not
-                     depend on the episode's own reward, so the policy gradient stays unbiased.
+    Tokens that the policy itself has sampled:
 
-    Args:
-        kind: one of the above.
-        rewards: float [N], any unit; values of unused episodes are ignored.
-        groups: int64 [N], group index 0..G-1 of each episode.
-        used: bool [N], False for an episode that must influence neither its group nor the loss.
+    "k1"   -d: unbiased as a value, negative for some tokens. As a loss term its expected gradient is 0 (the score
+           function's mean), so it only adds noise; it is for reading, or for showing just that.
+    "k2"   d^2 / 2: biased as a value; its expected gradient is that of KL(policy || reference).
+    "k3"   exp(d) - 1 - d: unbiased as a value, never negative; its expected gradient is that of
+           KL(reference || policy), which agrees with the others near d = 0. The loss term of GRPO.
+    "k3+"  the value of k3 with the gradient of k2, both unbiased (verl's estimator of that name: a straight-through
+           term).
 
-    Returns:
-        float64 [N], in units of the rewards where they are not divided; 0 for unused episodes, for groups of one and
-        for groups whose rewards are all equal.
-    """
-    rewards = torch.where(used, rewards.double(), 0.0)
-    weight = used.double()
-    zeros = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=rewards.device)
-    count = zeros.index_add(0, groups, weight).clamp(min=1.0)
-    mean = zeros.index_add(0, groups, rewards) / count
-    deviation = (rewards - mean[groups]) * weight
-    if kind == "mean":
-        return deviation
-    if kind == "leave_one_out":
-        return deviation * (count / (count - 1).clamp(min=1.0))[groups]
-    std = (zeros.index_add(0, groups, deviation**2) / count).sqrt()
-    return deviation / (std[groups] + ADVANTAGE_EPSILON)
+    Tokens that another policy has sampled, `behavior_logprobs` being its log-probs:
 
-
-def zero_std_groups(rewards: Tensor, groups: Tensor, used: Tensor) -> Tensor:
-    """bool [G]: True where the used rewards of a group are all equal, or fewer than two are used.
-
-    Such a group has no preference to teach: its advantages are 0 whatever the epsilon.
-    """
-    size = int(groups.max()) + 1
-    low = torch.full((size,), float("inf"), dtype=torch.float64, device=rewards.device)
-    kept, index = rewards.double()[used], groups[used]
-    highest = (-low).scatter_reduce(0, index, kept, "amax")
-    lowest = low.scatter_reduce(0, index, kept, "amin")
-    return highest <= lowest
-
-
-def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, visual_range: tuple[int, int], split_vocab: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax(logits / temperature) over its support, and the entropy there.
-
-    With `split_vocab` a visual target is normalised over the visual ids and any other target over the ids below the
-    first visual one (the reference's `separate_language_and_vision_vocabs`, and what a grid-constrained sampler
-    samples from); without it every target is normalised over the whole vocabulary.
-
-    Args:
-        logits: [T, V], any float type; the arithmetic is in float32, or float64 where the logits are.
-        targets: int64 [T], ids 0..V-1.
-        temperature: > 0.
-        visual_range: [first, last) ids of the visual tokens.
-
-    Returns:
-        (logp [T] in nats, <= 0; entropy [T] in nats, >= 0, detached: it is a metric here, not part of a loss).
-
-    Raises:
-        ValueError: `split_vocab` and a target at or above the end of the visual range: it is in neither support.
-    """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    logits = logits / temperature
-    if not split_vocab:
-        return _logprob_and_entropy(logits, targets)
-    first, last = visual_range
-    is_visual = visual_targets(targets, visual_range)
-    visual, text = is_visual.nonzero().squeeze(1), (~is_visual).nonzero().squeeze(1)
-    visual_logp, visual_entropy = _logprob_and_entropy(logits[visual, first:last], targets[visual] - first)
-    text_logp, text_entropy = _logprob_and_entropy(logits[text, :first], targets[text])
-    # index_copy keeps the autograd path of both supports and restores the order of the targets.
-    zeros = logits.new_zeros(len(targets))
-    logp = zeros.index_copy(0, visual, visual_logp).index_copy(0, text, text_logp)
-    entropy = zeros.index_copy(0, visual, visual_entropy).index_copy(0, text, text_entropy)
-    return logp, entropy
-
-
-def visual_targets(targets: Tensor, visual_range: tuple[int, int]) -> Tensor:
-    """bool [T]: True where `split_vocab` normalises over the visual ids, False where over those below them.
-
-    Raises:
-        ValueError: a target at or above the end of the visual range: it is in neither support.
-    """
-    first, last = visual_range
-    if bool((targets >= last).any()):
-        raise ValueError(f"target id {int(targets.max())} lies above the visual ids {first}..{last - 1}")
-    return targets >= first
-
-
-def _logprob_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logprobs = F.log_softmax(logits, dim=-1)
-    detached = logprobs.detach()
-    # An id masked to -inf has probability 0 and adds nothing; without the clamp it would add 0 * inf = NaN.
-    entropy = -(detached.exp() * detached.clamp(min=torch.finfo(detached.dtype).min)).sum(-1)
-    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
-
-
-def kl_estimate(logp: Tensor, reference_logp: Tensor, estimator: str) -> Tensor:
-    """Estimate of KL(policy || reference) from tokens sampled by the policy, with d = reference - policy.
-
-    "k1"  -d: unbiased as a value, negative for some tokens. As a loss term its expected gradient is 0 (the score
-          function's mean), so it only adds noise; it is for reading, or for showing just that.
-    "k2"  d^2 / 2: biased as a value; its expected gradient is that of KL(policy || reference).
-    "k3"  exp(d) - 1 - d: unbiased as a value, never negative; its expected gradient is that of
-          KL(reference || policy), which agrees with the others near d = 0. The loss term of GRPO.
+    "weighted_k3"  w k3 with w = exp(policy - behaviour), the gradient flowing through both: value and gradient are
+                   unbiased whoever sampled, since the mean of w f under the sampler is that of f under the policy
+                   (DeepSeek-V3.2, 2025, arXiv:2512.02556; TRL's `use_bias_correction_kl`). Its gradient is -w d
+                   times that of the log-prob: k2's, weighed.
 
     Values: Schulman, "Approximating KL divergence", 2020. Gradients: Tang & Munos 2025, arXiv:2506.09477.
 
@@ -163,9 +71,13 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, estimator: str) -> Tensor:
     difference = reference_logp - logp
     if estimator == "k1":
         return -difference
+    k2 = difference.square() / 2
     if estimator == "k2":
-        return difference.square() / 2
-    return torch.expm1(difference) - difference
+        return k2
+    k3 = torch.expm1(difference) - difference
+    if estimator == "k3+":
+        return k2 + (k3 - k2).detach()
+    return _ratio(logp, behavior_logprobs) * k3 if estimator == "weighted_k3" else k3
 
 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor) -> Tensor:
@@ -268,7 +180,7 @@ def grpo_loss(
         advantages: [T], the advantage of the token's episode.
         reference_logp: [T] under the frozen reference, or None when kl_coeff is 0.
         mask: [T], 1 where the token counts; None where tokens that do not were left out beforehand.
-        behavior_logprobs: [T] under the policy that sampled, needed by `ratio` and `correction`.
+        behavior_logprobs: [T] under the policy that sampled, needed by `ratio`, `correction` and "weighted_k3".
         sequences: int64 [T], needed by the correction "filter".
         lengths: [T], completion tokens of the token's episode, to weigh episodes equally; None weighs tokens equally.
 
@@ -285,7 +197,7 @@ def grpo_loss(
         bounds = options.correction_low, options.correction_high
         per_token = per_token * geometric_mean_filter(logp, behavior_logprobs, sequences, *bounds)
     if reference_logp is not None and kl_coeff != 0.0:
-        per_token = per_token + kl_coeff * kl_estimate(logp, reference_logp, options.kl_estimator)
+        per_token = per_token + kl_coeff * kl_estimate(logp, reference_logp, options.kl_estimator, behavior_logprobs)
     if lengths is not None:
         per_token = per_token / lengths
     return (per_token if mask is None else per_token * mask).sum() / denominator

@@ -16,6 +16,13 @@ FINAL_REWARDS = {
     "ground_score": ("ground_score",),
     "sqrt(viescore_pqxground_score)": ("naturalness", "artifacts", "ground_score"),
 }
+"""Options of `reward_final_reward`, with the sub-scores that each is made of."""
+COMPONENTS = {
+    "semantic_consistency": ("edit_success", "overedit"),
+    "perceptual_quality": ("naturalness", "artifacts"),
+    **{name: (name,) for name in (*SUB_SCORES, "ground_score")},
+}
+"""What advantages may be computed of one by one: the least of these sub-scores."""
 JUDGEMENT_FAILED = "judgement failed"
 
 
@@ -24,41 +31,39 @@ def viescore(scores: Mapping[str, float]) -> float:
 
     SC = (edit_success, overedit; 10 = minimal overediting), PQ = (naturalness, artifacts; 10 = none).
     """
-    return math.sqrt(_semantic_consistency(scores) * _perceptual_quality(scores))
+    return math.sqrt(_component(scores, "semantic_consistency") * _component(scores, "perceptual_quality"))
 
 
-def _semantic_consistency(scores: Mapping[str, float]) -> float:
-    return min(scores["edit_success"], scores["overedit"])
-
-
-def _perceptual_quality(scores: Mapping[str, float]) -> float:
-    return min(scores["naturalness"], scores["artifacts"])
+def _component(scores: Mapping[str, float], name: str) -> float:
+    return float(min(scores[part] for part in COMPONENTS[name]))
 
 
 def final_reward(scores: Mapping[str, Any], which: str) -> float:
-    """Reward 0..10 of a judged episode by the option `reward_final_reward`.
+    """Reward 0..10 of a judged episode by the option `reward_final_reward`, or one of its `COMPONENTS`.
 
     Args:
         scores: the sub-scores, 0..10 each; only those the option needs have to be there.
-        which: "viescore", "ground_score" or "sqrt(viescore_pqxground_score)" = sqrt(min(PQ) * ground_score).
+        which: "viescore", "ground_score", "sqrt(viescore_pqxground_score)" = sqrt(min(PQ) * ground_score), or a name
+            of `COMPONENTS`.
 
     Raises:
         EarlError: unknown option; a sub-score that the option needs is missing, not a number or outside 0..10.
     """
-    if which not in FINAL_REWARDS:
-        raise EarlError(f"reward_final_reward: unknown option {which!r}; known: {', '.join(FINAL_REWARDS)}")
-    for name in FINAL_REWARDS[which]:
+    needed = {**COMPONENTS, **FINAL_REWARDS}
+    if which not in needed:
+        raise EarlError(f"reward_final_reward: unknown option {which!r}; known: {', '.join(needed)}")
+    for name in needed[which]:
         _check_score(name, scores.get(name), which)
     if which == "viescore":
         return viescore(scores)
-    if which == "ground_score":
-        return float(scores["ground_score"])
-    return math.sqrt(_perceptual_quality(scores) * scores["ground_score"])
+    if which in COMPONENTS:
+        return _component(scores, which)
+    return math.sqrt(_component(scores, "perceptual_quality") * scores["ground_score"])
 
 
 def _check_score(name: str, value: Any, which: str) -> None:
     if value is None:
-        raise EarlError(f"score {name} is missing, and reward_final_reward={which!r} needs it; score again with it")
+        raise EarlError(f"score {name} is missing, and the reward {which!r} needs it; score again with it")
     if not 0.0 <= value <= 10.0:
         raise EarlError(f"score {name} is {value}, outside 0..10; run the score stage again")
 
@@ -66,11 +71,12 @@ def _check_score(name: str, value: Any, which: str) -> None:
 def episode_reward(episode: Mapping[str, Any], which: str) -> float | None:
     """Reward of one episode, or None where it cannot be known because the judgement failed.
 
-    An episode that did not stop by itself, or whose completion holds no decodable image, earns 0: that is the
-    policy's doing. A failed judgement is not, so no reward is made up for it.
+    An episode that did not stop by itself, or whose completion holds no decodable image, earns 0, and 0 in every
+    component: that is the policy's doing. A failed judgement is not, so no reward is made up for it.
 
     Args:
         episode: `finish_reason` of the rollout, `status` of its score ("ok", "failed", "no_image"), the sub-scores.
+        which: as of `final_reward`.
     """
     if episode["finish_reason"] != "stop" or episode["status"] == "no_image":
         return 0.0

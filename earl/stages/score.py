@@ -43,7 +43,7 @@ def run(config: "Config", rollouts: Path, out: Path) -> None:
     if judge.model is not None:
         schema = tables.MODEL_SCORES
         columns |= _model_columns(answers, judge)
-    tables.write_table(out, schema, columns, _metadata(config, rollouts))
+    tables.write_table(out, schema, columns, _metadata(config, rollouts, judge))
 
 
 def _judgement(row: dict, rollouts: Path, index: int) -> judges.Judgement:
@@ -93,12 +93,13 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _metadata(config: "Config", rollouts: Path) -> dict[str, str]:
-    """Carry over where the rollouts come from, and bind the scores to their very bytes."""
+def _metadata(config: "Config", rollouts: Path, judge: judges.Judge) -> dict[str, str]:
+    """Carry over where the rollouts come from, and bind the scores to their very bytes and to what was asked."""
     found = tables.read_metadata(rollouts)
     kept = ("run", "iteration", "shard", "evaluation", "policy_digest")
     return {
         **{key: found[key] for key in kept if key in found},
+        **({"rubrics_digest": judge.rubrics_digest} if judge.rubrics_digest is not None else {}),
         "rollouts_digest": manifest.digest_file(rollouts),
         "config_digest": config_digest(config),
         "code_version": code_version(),

@@ -86,6 +86,7 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
         "learning_rate": config.learning_rate,
         "optimizer_steps": steps,
         "ranks": team.size,
+        "rubrics_digest": source.rubrics,
         "inputs": inputs,
     }
     return _write(config, current, previous, policy, optimizer, outcomes, metrics, team, clock)
@@ -129,7 +130,7 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
         temperature=config.temperature,
         micro_batch=config.per_device_batch_size,
         visual_range=(vocabulary.first_visual, vocabulary.size),
-        split_vocab=config.separate_language_and_vision_vocabs,
+        support=episodes.support(config, vocabulary),
         counted=objective.counted_tokens(
             iteration,
             (config.text_only_steps, config.text_only_cycle_steps) if text else None,
