@@ -4,6 +4,7 @@ A stage that is run plainly is one process; under torchrun (`WORLD_SIZE` in the 
 ranks. Each rank reads the same files and comes to the same plan, so that only weights, gradients and sums travel.
 """
 
+import logging
 import os
 import sys
 import time
@@ -105,6 +106,8 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
     if size > 1:
         store, rank, size = next(dist.rendezvous("env://"))
     team = Ranks(rank, size, _own_device(device), splits=True)
+    if not team.first:
+        logging.getLogger("earl").setLevel(logging.ERROR)  # the first says it for all
     dist.init_process_group(
         # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -156,6 +159,7 @@ def launch(config: "Config", arguments: Sequence[str], processes: int) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what went wrong is said below
     # What follows `--` is not for torchrun, which else takes --run for an abbreviation of its own --run-path.
     options = ["--standalone", "--nproc-per-node", str(processes), "-m", "--", "earl", *arguments]
     try:
