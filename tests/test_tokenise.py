@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from earl.config import evaluate, freeze, load
+from earl.config import evaluate, freeze, load, paths
 from earl.config.schema import Config, RawDataset
 from earl.data.tokenised import open_dataset
 from earl.errors import EarlError
@@ -381,3 +381,18 @@ def test_shards_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: py
     tokenise.run(demo(), "d", raw, out)
     dataset = open_dataset(out)
     assert {dataset[i].instruction for i in range(8)} == {"second"}
+
+
+def test_the_pipeline_depends_on_every_file_of_a_pattern(tmp_path: Path) -> None:
+    files = [write_raw(tmp_path / f"a-{i}.parquet", raw_columns(1)) for i in range(2)]
+    pattern = tmp_path / "a-*.parquet"
+    stage = {"train_paths_file": ["stage:tokenise/d"]}
+
+    def folder(**fields: Any) -> Path:
+        config = Config.model_validate(parquet(pattern, **fields).model_dump() | stage)
+        made = paths.shared_stages(config)[paths.tokenised_folder(config, "d")]
+        assert made.inputs == tuple(files)
+        return made.output
+
+    assert folder(max_rejected_fraction=0.5) == folder()
+    assert folder(columns={"task": None}) != folder()
