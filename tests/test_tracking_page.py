@@ -226,8 +226,10 @@ def test_offline_folders_sync_to_one_page(tmp_path, server):
 def sync(run: Run, server: WandbServer) -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     clean |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40, "HOME": str(run.path.parent)}
-    command = [sys.executable, "-m", "wandb", "sync", str(run.path / "tracking" / "wandb")]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "wandb", "sync", str((run.path / "tracking" / "wandb").resolve())]
+    done = subprocess.run(
+        command, cwd=run.path, env=clean, capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL
+    )
     assert "Finished syncing" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
