@@ -102,14 +102,10 @@ def report(c: Cluster) -> None:
     done = work(c)
     total = sum(done.values())
     print(f"work, seconds an iteration: {', '.join(f'{k} {v:.0f}' for k, v in done.items())}; together {total:.0f}\n")
-    causes = list(overhead(c, WAYS[0]))
-    print(
-        "| | "
-        + " | ".join(f"{cause}, s" for cause in causes)
-        + " | not work, s | share of an iteration | hours a run |"
-    )
-    print("|---|" + "---|" * (len(causes) + 3))
-    for way in WAYS:
+    causes = list(overhead(c, "stage"))
+    columns = [*(f"{cause}, s" for cause in causes), "not work, s", "share of an iteration", "hours a run"]
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for way, name in WAYS.items():
         found = overhead(c, way)
         lost = sum(found.values())
         cells = [f"{found[cause]:.1f}" for cause in causes]
@@ -132,9 +128,8 @@ def check(cold: float, resident: float) -> None:
     predicted = sum(starts.values()) - len(starts) * client
     print("measured here, median seconds: " + ", ".join(f"{stage} starts in {s:.2f}" for stage, s in starts.items()))
     print(f"a worker's client in {client:.2f}; models of this size load in no time, shards run side by side")
-    print(
-        f"predicted saving an iteration: {predicted:.1f} s; measured: {cold - resident:.1f} s ({cold:g} -> {resident:g})"
-    )
+    measured = f"{cold - resident:.1f} s ({cold:g} -> {resident:g})"
+    print(f"predicted saving an iteration: {predicted:.1f} s; measured: {measured}")
 
 
 def seconds_of(code: str) -> float:
