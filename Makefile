@@ -1,5 +1,5 @@
 # make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch|vllm] [CONFIG=config/demo.jsonnet] [SET=field=value,...]
-# make matrix [ITERATIONS=n] [SET=field=value,...]: the ten experiments in the shapes world, and one page of them all
+# make matrix [ITERATIONS=n] [SET='field=value ...']: the ten experiments in the shapes world, and one page of them all
 # make test | make lint | make venv
 #
 # Needs Python 3.11 or newer with pip, make and git. The first target that needs it makes .venv and installs into it.
@@ -28,7 +28,7 @@ OVERRIDES = run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) $(i
 MATRIX := sft_s__rl_s sft_s__rl_c sft_s__rl_sc sft_sc__rl_c sft_sc__rl_sc sft_sc2stage__rl_c sft_sc2stage__rl_sc \
   sft_think_s__rl_s sft_think_s__rl_c sft_think_s__rl_sc
 # Small, for ten experiments on one machine: the demo's batches of 256 episodes would take four times as long.
-MATRIX_OVERRIDES = num_iterations=$(or $(ITERATIONS),3) episodes_per_iteration=64 rollout_shards=1 $(SET)
+MATRIX_OVERRIDES = num_iterations=$(or $(ITERATIONS),3) episodes_per_iteration=64 rollout_shards=1 workers=local $(SET)
 listed = $(subst $(space),$(comma),$(strip $(1)))
 
 .PHONY: demo matrix test lint venv

@@ -196,3 +196,10 @@ def test_a_report_shows_no_rewards_of_other_policies():
     row = {"iteration": 2, "kl": 0.1, "reward_mean": 3.0, "overedit_mean": 2.0, "failed_fraction": 0.0}
     assert replays.own(row | {"inputs": {"policy": "p", "sampled_by": "p"}})["reward_mean"] == 3.0
     assert set(replays.own(row | {"inputs": {"policy": "p", "sampled_by": "q"}})) == {"iteration", "kl", "inputs"}
+
+
+@pytest.mark.slow
+def test_several_ranks_replay_too(source, beside):
+    run = replay.run(source.path, beside("ranks"), {"num_iterations": 1, "train_processes": 2}).run
+    assert metrics(run, 1)["ranks"] == 2
+    assert metrics(run, 1)["loss"] == pytest.approx(metrics(source, 1)["loss"], abs=1e-5)

@@ -20,6 +20,7 @@ from earl.config.schema import is_free
 from earl.errors import EarlError
 from earl.files import atomic, manifest
 from earl.layout import Run
+from earl.learner import ranks
 from earl.report import comparison, curves
 from earl.stages import train
 
@@ -119,12 +120,21 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any]) -> Replayed:
         _start(source, target)
         for index in range(runs.newest_complete(target) + 1, config.num_iterations + 1):
             log.info("replay: iteration %d of %d", index, config.num_iterations)
-            train.run(config, target.path, index)
+            _train(config, target, index)
             runs.prune(target, runs.Retention.of(config), after=index)
         off_policy = replays.off_policy(target, config.num_iterations)
         replayed = Replayed(source, target, config, config.num_iterations, off_policy)
         atomic.write_text(replayed.page, _page(replayed))
     return replayed
+
+
+def _train(config: "Config", target: Run, index: int) -> None:
+    if config.train_processes == 1:
+        train.run(config, target.path, index)
+        return
+    arguments = ["train", "--config", str(target.config), "--iteration", str(index), "--run", str(target.path)]
+    if ranks.launch(config, arguments, config.train_processes):
+        raise EarlError(f"{target.iteration(index).path}: training it failed, as its ranks have said above")
 
 
 def _config(source: Run, target: Run, overrides: Mapping[str, Any]) -> "Config":
