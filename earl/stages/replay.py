@@ -36,7 +36,6 @@ LEARNER = (
         "per_device_batch_size",
         "packing",
         "dtype",
-        "policy_dtype",
         "cpu_threads",
         "max_prompt_len",
         "max_completion_len",
