@@ -1,6 +1,6 @@
 """What does it cost to cut a run into processes, jobs and allocations? The same iterations of the demo, in many ways.
 
-    PYTHONPATH=. python benchmarks/orchestration.py --iterations 20
+    PYTHONPATH=. python benchmarks/orchestration.py --iterations 20 2> /dev/null
 
 | way | |
 |---|---|

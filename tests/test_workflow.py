@@ -372,6 +372,24 @@ def test_workers_that_cannot_be_had_are_refused(place):
     assert "workers is local and submitit" in place.run(f"{local},{submitit}", "-n", fails=True)
 
 
+def test_the_slurm_profile_says_what_each_job_asks_for(place):
+    place.profile = "slurm"
+    chosen = ["generate:constraint=a100", "score:constraint=h100", "train:nodes=2", "train:tasks_per_node=4"]
+    options = ["-n", "-p", "--set-resources", *chosen]
+    output = place.run(place.experiment("a", num_iterations=1), *options)
+    jobs = {
+        line.split("--name ")[1].split()[0]: line for line in output.splitlines() if " launch --launcher slurm" in line
+    }
+    assert jobs.keys() == {"generate-000001-0000", "score-000001-0000", "train-000001"}
+    assert "--folder runs/a/logs/jobs/train-000001" in jobs["train-000001"]
+    assert "--resource nodes=2 --resource tasks_per_node=4" in jobs["train-000001"]
+    for job, kind in (("generate-000001-0000", "a100"), ("score-000001-0000", "h100")):
+        assert f"--resource constraint={kind}" in jobs[job]
+        assert "--resource slurm_partition=gpu" in jobs[job]
+    output = place.run("a.jsonnet", *options, granularity="segment", set="num_iterations=4,window_length=2")
+    assert re.findall(r"launch --launcher slurm --name (\S+)", output) == ["window-000000", "window-000001"]
+
+
 def test_lint_and_format():
     config = ["--config", "experiment=config/demo.jsonnet"]
     lint = subprocess.run([*SNAKEMAKE, "--lint", *config], cwd=ROOT, capture_output=True, text=True)
