@@ -49,7 +49,7 @@ class Measured:
 def overrides(base: Path, way: str, iterations: int) -> dict[str, object]:
     return {
         "base_exp_dir": str(base), "run_name": way, "num_iterations": iterations, "rollout_shards": 1,
-        "evaluations": {}, "sft.steps": 20, "window_length": max(iterations, 1),
+        "evaluations": {}, "sft.shapes.steps": 20, "window_length": max(iterations, 1),
     }  # fmt: skip
 
 

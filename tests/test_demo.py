@@ -56,7 +56,7 @@ def test_killed_anywhere_it_ends_in_the_bytes_of_an_undisturbed_run(small_config
         "shared/tokenised/*/manifest.json",
         "shared/logs/sft/*.log",
         "killed/iterations/000001/rollouts/*.parquet",
-        "killed/iterations/000002/.policy*",
+        "killed/iterations/000002/policy",
     ):
         kill_when(workflow(tmp_path, temporary), moment, tmp_path, temporary)
     last = workflow(tmp_path, temporary)

@@ -125,7 +125,7 @@ def outcomes(rows, **fields):
         advantage_components={"semantic_consistency": 1.0, "perceptual_quality": 1.0},
         **fields,
     )
-    return episodes.reward_all(episodes.Source(rows, [], []), config, "iteration")
+    return episodes.reward_all(episodes.Source(rows, [], [], None), config, "iteration")
 
 
 def test_components_of_scored_rollouts_by_hand():

@@ -119,7 +119,8 @@ def copy_of_start(run: Run, folder: Path) -> Run:
 
 
 def contents(run: Run) -> dict[str, str]:
-    files = [path for path in run.path.rglob("*") if path.is_file() and path.name != "start.json"]
+    unlike = {"start.json", "performance.json"}  # where the starting policy lies, and how long things took
+    files = [path for path in run.path.rglob("*") if path.is_file() and path.name not in unlike]
     return {path.relative_to(run.path).as_posix(): manifest.digest_file(path) for path in files}
 
 
