@@ -5,8 +5,9 @@
 | way | |
 |---|---|
 | one process | calls the stage functions one after the other (benchmarks/one_process.py) |
+| workers | Snakemake, stages in resident workers |
 | cold | Snakemake, a process for each stage |
-| segment | Snakemake, one Slurm job for all iterations, stages as processes in it |
+| segment | Snakemake, one Slurm job for all iterations, stages in resident workers there |
 | stage | Snakemake, a Slurm job for each stage |
 
 Data and a hardly trained SFT model are made beforehand. One shard and no evaluation, so that nothing runs side by side
@@ -50,6 +51,7 @@ def overrides(base: Path, way: str, iterations: int) -> dict[str, object]:
     return {
         "base_exp_dir": str(base), "run_name": way, "num_iterations": iterations, "rollout_shards": 1,
         "evaluations": {}, "sft.shapes.steps": 20, "window_length": max(iterations, 1),
+        "workers": "local" if way in ("workers", "segment") else "none",
     }  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def measure(experiment: str, base: Path, iterations: int, env: dict[str, str], w
             case "one-process":
                 found.append(Measured(way, in_one_process(experiment, values, env), None, 0))
                 continue
-            case "cold":
+            case "cold" | "workers":
                 options = ["--profile", "profiles/local", "--cores", "1"]
             case _:
                 options = slurm_options(way)
@@ -132,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiment", default="config/demo.jsonnet")
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--ways", nargs="+", default=["one-process", "cold", "segment", "stage"])
+    parser.add_argument("--ways", nargs="+", default=["one-process", "workers", "cold", "segment", "stage"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder) / "slurm")

@@ -206,7 +206,8 @@ def fill(path: Path) -> None:
 
 def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(slurm, tmp_path):
     settings = {name: value for name, value in SMALL.items() if not name.startswith("evaluations.")}
-    settings |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2, "base_exp_dir": str(tmp_path / "one-process")}
+    settings |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2}
+    settings |= {"base_exp_dir": str(tmp_path / "one-process")}
     expected = one_process.run_all(load.load(ROOT / "config" / "demo.jsonnet", settings).config)
     for granularity in ("stage", "segment"):
         # Data and SFT model are made by stages once, and found by the segment.
