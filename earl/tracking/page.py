@@ -25,6 +25,7 @@ from earl.tracking import files
 
 if TYPE_CHECKING:
     import wandb
+
     from earl.config.schema import Config
 
 TABLE = "episodes"
@@ -185,9 +186,8 @@ def _log_rows(
 
 def _table(run: Run, indices: Sequence[int]) -> "wandb.Table":
     """Return the episodes of these iterations as a table with pictures; a group's original is stored once."""
-    from PIL import Image
-
     import wandb
+    from PIL import Image
 
     pictures: dict[bytes, wandb.Image] = {}
 
