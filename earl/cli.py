@@ -503,4 +503,7 @@ def main() -> None:
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
-    sys.exit(call(sys.argv[1:]))
+    status = call(sys.argv[1:])
+    if "LOCAL_RANK" in os.environ:
+        processes.end_at_once(status)
+    sys.exit(status)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from earl import processes
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import atomic
@@ -80,3 +81,4 @@ def main(policy_folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    processes.end_at_once(0)
