@@ -74,8 +74,14 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
 def main(policy_folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    with ranks.joined(torch.device("cpu"), splits_alone=True) as team:
-        for case in CASES:
+    device = torch.device("cpu")
+    if ranks.is_launched():
+        with ranks.joined(device, splits_alone=True) as team:
+            for case in CASES:
+                step(policy_folder, case, team, out)
+        return
+    for case, changes in CASES.items():
+        with ranks.joined(device, splits_alone=changes.get("bfloat16", False)) as team:
             step(policy_folder, case, team, out)
 
 

@@ -102,6 +102,9 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
         return
     import torch.distributed as dist
 
+    if size == 1 and dist.is_initialized():  # vLLM, as an engine in this process, has opened a group already.
+        yield Ranks(0, 1, _own_device(device), splits=True)
+        return
     store, rank = dist.HashStore(), 0
     if size > 1:
         store, rank, size = next(dist.rendezvous("env://"))
