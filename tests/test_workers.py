@@ -310,9 +310,15 @@ def test_without_a_pool_that_is_alive_a_stage_runs_cold(place, expected, tmp_pat
     place.good(*score(expected, out))
     assert out.read_bytes() == expected.iteration(1).scores(0).read_bytes()
     assert not list(Path(place.pool.path).glob("judge*"))
-    # It had no worker that could take it along; the next pool does.
-    with workplace(Path(place.pool.path).parent):
-        assert not Path(place.pool.path).exists()
+    # It had no worker that could take it along; the next pool does, and leaves alone what is just being opened.
+    folder = Path(place.pool.path).parent
+    half_removed, being_opened = folder / "earl-workers-old", folder / "earl-workers-new"
+    for path in (half_removed, being_opened):
+        path.mkdir()
+        (path / "engine-0.sock").touch()
+    os.utime(half_removed, (0, 0))
+    with workplace(folder) as other:
+        assert set(folder.iterdir()) == {Path(other.pool.path), being_opened}
 
 
 @pytest.fixture(scope="module")

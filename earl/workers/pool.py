@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -29,6 +30,8 @@ from earl.errors import EarlError
 VARIABLE = "EARL_WORKERS"
 """Environment variable with the folder of the pool that stages are to use."""
 _PREFIX = "earl-workers-"
+_OPENING = 60.0
+"""Seconds after which a pool that is being opened has its settings for sure."""
 GRACE = 10.0
 """Seconds that a worker may take to end."""
 
@@ -186,14 +189,21 @@ def _remove(path: str) -> None:
 
 
 def _remove_pools_of_the_dead(folder: str) -> None:
-    """Remove what workflows left that were killed before they had a worker, which would have done so."""
+    """Remove what workflows left that were killed before they had a worker, or together with their workers."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(_PREFIX) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
-                with contextlib.suppress(OSError, ValueError, KeyError):
-                    owner = Pool(entry.path).owner()
-                    if owner is not None and not processes.is_alive(owner):
-                        _remove(entry.path)
+            if entry.name.startswith(_PREFIX):
+                with contextlib.suppress(OSError):
+                    _remove_if_dead(entry)
+
+
+def _remove_if_dead(entry: os.DirEntry[str]) -> None:
+    status, found = entry.stat(follow_symlinks=False), Pool(entry.path)
+    if status.st_uid != os.getuid():
+        return
+    # One without its settings is being opened right now, or was left half removed.
+    if os.path.exists(found.file("pool.json")) or time.time() - status.st_mtime > _OPENING:
+        found.remove_if_over()
 
 
 def from_environment() -> Pool | None:

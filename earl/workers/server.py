@@ -54,15 +54,19 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
     os.environ[processes.WATCHED] = settings["owner"]
     if owner is not None:
         processes.end_with(owner, first=found.remove_if_over)
-    slot = pool.Slot(found, name)
-    wanted = f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0"
-    listener, address = channel.listen(wanted)
-    worker = _Worker(found, kind, secret)
-    slot.announce(address, identity)
-    # The client that started this process waits for this line, or for its end.
-    print("listening", flush=True)
-    worker.output.capture(slot.file("log"))
-    worker.work(listener, settings["idle_seconds"])
+    try:
+        slot = pool.Slot(found, name)
+        wanted = f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0"
+        listener, address = channel.listen(wanted)
+        worker = _Worker(found, kind, secret)
+        slot.announce(address, identity)
+        # The client that started this process waits for this line, or for its end.
+        print("listening", flush=True)
+        worker.output.capture(slot.file("log"))
+        worker.work(listener, settings["idle_seconds"])
+    finally:
+        # Where the pool is over, the thread that is removing it would be cut off by the end of this one.
+        found.remove_if_over()
     worker.end()
 
 
