@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from earl.config.schema import PACKAGE, STAGE, Config, Sft
+from earl.config.references import PACKAGE, STAGE
+from earl.config.schema import Config, Sft
 from earl.errors import EarlError
 from earl.files import listing
 

@@ -8,7 +8,8 @@ between two calls of the same run (``free`` below): how long to run, what to log
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from pydantic_core import PydanticCustomError
+
+from earl.config import checks, references
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that becomes part of a file's path: letters, digits, dot, underscore, hyphen."""
@@ -31,14 +32,6 @@ COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited
 Place = Annotated[str, StringConstraints(pattern=r"^[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*$")]
 """A place in a row of a raw data set: a column, then names of fields and numbers of items."""
 
-STAGE = "stage:"
-"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft/<name>``,
-``stage:shapes-policy``."""
-PACKAGE = "package:"
-"""Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
-VLLM_TEMPERATURES = (0.01, 2.0)
-"""vLLM refuses what lies above, and takes the lowest, without failing, for what lies below."""
-
 
 def _fixed(default: Any, description: str, **limits: Any) -> Any:
     """A field that determines results."""
@@ -53,11 +46,6 @@ def _free(default: Any, description: str, **limits: Any) -> Any:
 def _field(default: Any, description: str, free: bool, limits: dict[str, Any]) -> Any:
     kind = {"default_factory": default} if callable(default) else {"default": default}
     return Field(description=description, json_schema_extra={"free": free}, **kind, **limits)
-
-
-def _wrong(field: str, message: str) -> PydanticCustomError:
-    """An error of several fields together, filed under the first of them."""
-    return PydanticCustomError("cross_field", "{message}", {"field": field, "message": message})
 
 
 class _Section(BaseModel):
@@ -102,13 +90,15 @@ class RawDataset(_Section):
         )
         for name in needed:
             if getattr(self, name) is None:
-                raise _wrong(name, f"is needed when source is `{self.source}`")
+                raise checks.wrong(name, f"is needed when source is `{self.source}`")
         for name in foreign:
             if getattr(self, name) not in (None, {}):
-                raise _wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
+                raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
         for name in ("instruction", "original"):
             if self.columns.get(name, name) is None:
-                raise _wrong("columns", f"says that there is no {name}, which every row needs; say where it stands")
+                raise checks.wrong(
+                    "columns", f"says that there is no {name}, which every row needs; say where it stands"
+                )
         return self
 
 
@@ -133,7 +123,7 @@ class Sft(_Section):
 
     @model_validator(mode="after")
     def _lists_match(self) -> Self:
-        _check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
+        checks.check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
         return self
 
 
@@ -152,7 +142,7 @@ class Evaluation(_Section):
 
     @model_validator(mode="after")
     def _top_k_is_on_or_off(self) -> Self:
-        _check_top_k(self.top_k)
+        checks.check_top_k(self.top_k)
         return self
 
 
@@ -479,15 +469,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        _check_data(self)
-        _check_references(self)
-        _check_iteration(self)
-        _check_engine(self)
-        _check_objective(self)
-        _check_support(self)
-        _check_learner(self)
-        _check_reward(self)
-        _check_hub(self)
+        checks.check(self)
+        references.check(self)
         return self
 
     @property
@@ -497,224 +480,6 @@ class Config(_Section):
     @property
     def prompts_per_iteration(self) -> int:
         return self.episodes_per_iteration // self.generations_per_sample
-
-
-def _check_coefficients(name: str, coefficients: list[float], paths_name: str, paths: list[str]) -> None:
-    if len(coefficients) not in (0, len(paths)):
-        raise _wrong(
-            name,
-            f"has {len(coefficients)} values for {len(paths)} data sets in {paths_name}; "
-            "give one for each, or an empty list to upsample all to the largest",
-        )
-
-
-def _check_top_k(top_k: int) -> None:
-    if top_k == 0:
-        raise _wrong("top_k", "is 0, which allows no token; -1 turns it off")
-
-
-def _check_data(config: Config) -> None:
-    if not config.train_paths_file and config.num_iterations:
-        raise _wrong("train_paths_file", "is empty; name at least one tokenised data set, or set num_iterations to 0")
-    _check_coefficients("coefficients", config.coefficients, "train_paths_file", config.train_paths_file)
-    if config.val_paths_file:
-        _check_coefficients("val_coefficients", config.val_coefficients, "val_paths_file", config.val_paths_file)
-    elif without := [name for name, one in config.evaluations.items() if not one.paths_file]:
-        raise _wrong("val_paths_file", f"is empty, but evaluations draw their prompts from it: {', '.join(without)}")
-
-
-def path_fields(config: Config) -> dict[str, str]:
-    """Return every path field that may hold a reference to a stage or the package, by dotted name."""
-    fields = {name: getattr(config, name) for name in ("model_path", "tokenizer_path", "vision_tokenizer_path")}
-    lists = {"train_paths_file": config.train_paths_file, "val_paths_file": config.val_paths_file}
-    lists |= {f"evaluations.{name}.paths_file": one.paths_file for name, one in config.evaluations.items()}
-    for name, tuning in config.sft.items():
-        fields[f"sft.{name}.base_model"] = tuning.base_model
-        lists[f"sft.{name}.train_paths_file"] = tuning.train_paths_file
-    for name, paths in lists.items():
-        fields |= {f"{name}.{index}": path for index, path in enumerate(paths)}
-    return fields
-
-
-def _check_references(config: Config) -> None:
-    for field, path in path_fields(config).items():
-        if not path.startswith(STAGE):
-            continue
-        stage, _, name = path.removeprefix(STAGE).partition("/")
-        allowed = {"tokenise"} if "paths_file" in field else {"sft", "shapes-policy"}
-        if stage not in allowed or (stage == "shapes-policy") == bool(name):
-            raise _wrong(field, f"is `{path}`, which is not one of: " + ", ".join(_references(config, allowed)))
-        for described in ("raw_datasets", "sft"):
-            known = getattr(config, described)
-            if stage == _STAGE_OF[described] and name not in known:
-                raise _wrong(field, f"is `{path}`, but {described} has only: {', '.join(known) or '(nothing)'}")
-    _check_chains(config.sft)
-
-
-_STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}
-"""Fields whose entries `stage:<stage>/<name>` refers to."""
-
-
-def _references(config: Config, stages: set[str]) -> list[str]:
-    if "tokenise" in stages:
-        return [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
-    tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"]
-    return [*tunings, f"{STAGE}shapes-policy"]
-
-
-def _check_chains(sft: dict[str, Sft]) -> None:
-    """Fine-tunings may follow one another, but none may come before itself."""
-    for first, tuning in sft.items():
-        seen = [first]
-        while tuning.base_model.startswith(f"{STAGE}sft/"):
-            name = tuning.base_model.removeprefix(f"{STAGE}sft/")
-            if name in seen:
-                chain = " from ".join([*seen, name])
-                raise _wrong(f"sft.{first}.base_model", f"leads in a circle: {chain}; let one start from a folder")
-            seen.append(name)
-            tuning = sft[name]
-
-
-def _check_iteration(config: Config) -> None:
-    if config.episodes_per_iteration % config.generations_per_sample:
-        raise _wrong(
-            "episodes_per_iteration",
-            f"is {config.episodes_per_iteration}, not a multiple of "
-            f"generations_per_sample ({config.generations_per_sample})",
-        )
-    # A shard holds whole batches of whole groups.
-    batches = -(-config.prompts_per_iteration // max(1, config.engine_batch_size // config.generations_per_sample))
-    if config.rollout_shards > batches:
-        raise _wrong(
-            "rollout_shards",
-            f"is {config.rollout_shards}, but an iteration has only {batches} batches of engine_batch_size "
-            f"({config.engine_batch_size}) episodes; lower one of the two",
-        )
-    _check_top_k(config.top_k)
-    if config.max_response_tokens >= config.model_context_size:
-        raise _wrong(
-            "max_response_tokens",
-            f"is {config.max_response_tokens}, which leaves no room for a prompt "
-            f"in model_context_size ({config.model_context_size})",
-        )
-    if config.train_text_tokens_only and config.train_vision_tokens_only:
-        raise _wrong("train_text_tokens_only", "and train_vision_tokens_only are both true; choose one")
-    for kind in ("text", "vision"):
-        steps, cycle = getattr(config, f"{kind}_only_steps"), getattr(config, f"{kind}_only_cycle_steps")
-        if steps > cycle:
-            raise _wrong(f"{kind}_only_steps", f"is {steps}, longer than its cycle ({kind}_only_cycle_steps: {cycle})")
-
-
-def _check_engine(config: Config) -> None:
-    if config.engine == "torch" and config.vllm_tensor_parallel_size > 1:
-        raise _wrong(
-            "vllm_tensor_parallel_size",
-            f"is {config.vllm_tensor_parallel_size}, but the engine `torch` computes on one device; set it to 1 or "
-            "engine to `vllm`",
-        )
-    temperatures = {"temperature": config.temperature}
-    temperatures |= {f"evaluations.{name}.temperature": one.temperature for name, one in config.evaluations.items()}
-    for field, temperature in temperatures.items():
-        lowest, highest = VLLM_TEMPERATURES
-        if config.engine == "vllm" and not lowest <= temperature <= highest:
-            raise _wrong(field, f"is {temperature}, but the engine `vllm` samples at {lowest} to {highest}")
-
-
-def _check_objective(config: Config) -> None:
-    ratio, correction = config.importance_ratio != "none", config.sampler_correction
-    if ratio and correction == "truncate":
-        raise _wrong(
-            "sampler_correction",
-            "is `truncate`, but importance_ratio is `behavior`, which corrects for the sampler already: tokens would "
-            "be weighed by the square of their ratio; turn one of the two off",
-        )
-    if config.kl_estimator == "weighted_k3" and config.kl_coeff > 0 and correction != "none":
-        raise _wrong(
-            "kl_estimator",
-            f"is `weighted_k3`, which weighs the KL term by ratios as they are, but sampler_correction is "
-            f"`{correction}`, which does not trust them; set one of the two to `k3+` or `none`",
-        )
-    steps = config.optimizer_steps_per_iteration
-    if steps > config.prompts_per_iteration:
-        raise _wrong(
-            "optimizer_steps_per_iteration",
-            f"is {steps}, but an iteration has only {config.prompts_per_iteration} groups; lower it",
-        )
-    if steps > 1 and not ratio and correction != "truncate":
-        raise _wrong(
-            "optimizer_steps_per_iteration",
-            f"is {steps}, but nothing corrects for episodes of an earlier policy from the second step on; set "
-            "importance_ratio to `behavior` or sampler_correction to `truncate`",
-        )
-    for name in ("clip_ratio_low", "clip_ratio_high"):
-        if getattr(config, name) is not None and not ratio:
-            raise _wrong(name, "is set, but importance_ratio is `none`; set it to `behavior` or leave this out")
-    bounds = {"none": (), "truncate": ("high",), "filter": ("low", "high")}[correction]
-    for side in ("low", "high"):
-        name = f"sampler_correction_{side}"
-        if (getattr(config, name) is not None) != (side in bounds):
-            verb = "needs it; give a value" if side in bounds else "has no use for it; leave it out"
-            raise _wrong(name, f"is {getattr(config, name)}, but sampler_correction `{correction}` {verb}")
-
-
-def _check_support(config: Config) -> None:
-    """Which ids log-probs are over is said in one way only, and known where it is needed."""
-    support, splits = config.resolved_logprob_support, config.separate_language_and_vision_vocabs
-    apart = {"split_vocab": True, "full": False, "sampled": config.emu3_use_logit_processor}[support]
-    if splits != apart:
-        because = " without emu3_use_logit_processor" if support == "sampled" and not apart else ""
-        raise _wrong(
-            "logprob_support",
-            f"is `{support}`, which{because} {'keeps' if apart else 'does not keep'} text and visual ids apart, but "
-            f"separate_language_and_vision_vocabs is {str(splits).lower()}; set that to {str(apart).lower()}",
-        )
-    if support == "sampled" and _truncates(config) and config.optimizer_steps_per_iteration > 1:
-        raise _wrong(
-            "logprob_support",
-            "is `sampled`, and what top_k and top_p had left is found from the policy that sampled, which is there for "
-            "the first step only; set optimizer_steps_per_iteration to 1, or top_k to -1 and top_p to 1",
-        )
-
-
-def _truncates(config: Config) -> bool:
-    return config.top_k > 0 or config.top_p < 1
-
-
-def _check_learner(config: Config) -> None:
-    if config.policy_dtype == "bfloat16" and config.dtype != "bfloat16":
-        raise _wrong(
-            "policy_dtype",
-            f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
-            "computes with; set both to `bfloat16`",
-        )
-
-
-def _check_reward(config: Config) -> None:
-    uses = {
-        "viescore": ["reward_compute_viescore"],
-        "ground_score": ["reward_compute_ground_score"],
-        "sqrt(viescore_pqxground_score)": ["reward_compute_viescore", "reward_compute_ground_score"],
-    }
-    for name in uses[config.reward_final_reward]:
-        if not getattr(config, name):
-            raise _wrong(name, f"is false, but reward_final_reward `{config.reward_final_reward}` is made of it")
-    for component in config.advantage_components:
-        name = "reward_compute_ground_score" if component == "ground_score" else "reward_compute_viescore"
-        if not getattr(config, name):
-            raise _wrong(name, f"is false, but advantage_components has `{component}`")
-    if config.judge == "openai" and config.reward_function_api_base is None:
-        raise _wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
-
-
-def _check_hub(config: Config) -> None:
-    """A policy that is to be pushed stays on disk until it is, however long the hub is out of reach."""
-    push, keep = config.push_to_hub_every_n_iterations, config.keep_checkpoints_every_n_iterations
-    if config.push_to_hub and push is not None and (keep is None or push % keep):
-        raise _wrong(
-            "push_to_hub_every_n_iterations",
-            f"is {push}, but keep_checkpoints_every_n_iterations ({keep}) does not keep these policies until they are "
-            "pushed; make the former a multiple of the latter",
-        )
 
 
 def is_free(field: str, model: type[BaseModel] = Config) -> bool:

@@ -1,0 +1,197 @@
+"""What fields of a configuration must say together. What each may say by itself stands in `earl.config.schema`.
+
+Every check raises a `pydantic_core.PydanticCustomError` that names a field, what is wrong and the remedy.
+"""
+
+from typing import TYPE_CHECKING
+
+from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+VLLM_TEMPERATURES = (0.01, 2.0)
+"""vLLM refuses what lies above, and takes the lowest, without failing, for what lies below."""
+
+
+def wrong(field: str, message: str) -> PydanticCustomError:
+    """An error of several fields together, filed under the first of them."""
+    return PydanticCustomError("cross_field", "{message}", {"field": field, "message": message})
+
+
+def check(config: "Config") -> None:
+    """Raise where fields contradict each other."""
+    _check_data(config)
+    _check_iteration(config)
+    _check_engine(config)
+    _check_objective(config)
+    _check_support(config)
+    _check_learner(config)
+    _check_reward(config)
+    _check_hub(config)
+
+
+def check_coefficients(name: str, coefficients: list[float], paths_name: str, paths: list[str]) -> None:
+    if len(coefficients) not in (0, len(paths)):
+        raise wrong(
+            name,
+            f"has {len(coefficients)} values for {len(paths)} data sets in {paths_name}; "
+            "give one for each, or an empty list to upsample all to the largest",
+        )
+
+
+def check_top_k(top_k: int) -> None:
+    if top_k == 0:
+        raise wrong("top_k", "is 0, which allows no token; -1 turns it off")
+
+
+def _check_data(config: "Config") -> None:
+    if not config.train_paths_file and config.num_iterations:
+        raise wrong("train_paths_file", "is empty; name at least one tokenised data set, or set num_iterations to 0")
+    check_coefficients("coefficients", config.coefficients, "train_paths_file", config.train_paths_file)
+    if config.val_paths_file:
+        check_coefficients("val_coefficients", config.val_coefficients, "val_paths_file", config.val_paths_file)
+    elif without := [name for name, one in config.evaluations.items() if not one.paths_file]:
+        raise wrong("val_paths_file", f"is empty, but evaluations draw their prompts from it: {', '.join(without)}")
+
+
+def _check_iteration(config: "Config") -> None:
+    if config.episodes_per_iteration % config.generations_per_sample:
+        raise wrong(
+            "episodes_per_iteration",
+            f"is {config.episodes_per_iteration}, not a multiple of "
+            f"generations_per_sample ({config.generations_per_sample})",
+        )
+    # A shard holds whole batches of whole groups.
+    batches = -(-config.prompts_per_iteration // max(1, config.engine_batch_size // config.generations_per_sample))
+    if config.rollout_shards > batches:
+        raise wrong(
+            "rollout_shards",
+            f"is {config.rollout_shards}, but an iteration has only {batches} batches of engine_batch_size "
+            f"({config.engine_batch_size}) episodes; lower one of the two",
+        )
+    check_top_k(config.top_k)
+    if config.max_response_tokens >= config.model_context_size:
+        raise wrong(
+            "max_response_tokens",
+            f"is {config.max_response_tokens}, which leaves no room for a prompt "
+            f"in model_context_size ({config.model_context_size})",
+        )
+    if config.train_text_tokens_only and config.train_vision_tokens_only:
+        raise wrong("train_text_tokens_only", "and train_vision_tokens_only are both true; choose one")
+    for kind in ("text", "vision"):
+        steps, cycle = getattr(config, f"{kind}_only_steps"), getattr(config, f"{kind}_only_cycle_steps")
+        if steps > cycle:
+            raise wrong(f"{kind}_only_steps", f"is {steps}, longer than its cycle ({kind}_only_cycle_steps: {cycle})")
+
+
+def _check_engine(config: "Config") -> None:
+    if config.engine == "torch" and config.vllm_tensor_parallel_size > 1:
+        raise wrong(
+            "vllm_tensor_parallel_size",
+            f"is {config.vllm_tensor_parallel_size}, but the engine `torch` computes on one device; set it to 1 or "
+            "engine to `vllm`",
+        )
+    temperatures = {"temperature": config.temperature}
+    temperatures |= {f"evaluations.{name}.temperature": one.temperature for name, one in config.evaluations.items()}
+    for field, temperature in temperatures.items():
+        lowest, highest = VLLM_TEMPERATURES
+        if config.engine == "vllm" and not lowest <= temperature <= highest:
+            raise wrong(field, f"is {temperature}, but the engine `vllm` samples at {lowest} to {highest}")
+
+
+def _check_objective(config: "Config") -> None:
+    ratio, correction = config.importance_ratio != "none", config.sampler_correction
+    if ratio and correction == "truncate":
+        raise wrong(
+            "sampler_correction",
+            "is `truncate`, but importance_ratio is `behavior`, which corrects for the sampler already: tokens would "
+            "be weighed by the square of their ratio; turn one of the two off",
+        )
+    if config.kl_estimator == "weighted_k3" and config.kl_coeff > 0 and correction != "none":
+        raise wrong(
+            "kl_estimator",
+            f"is `weighted_k3`, which weighs the KL term by ratios as they are, but sampler_correction is "
+            f"`{correction}`, which does not trust them; set one of the two to `k3+` or `none`",
+        )
+    steps = config.optimizer_steps_per_iteration
+    if steps > config.prompts_per_iteration:
+        raise wrong(
+            "optimizer_steps_per_iteration",
+            f"is {steps}, but an iteration has only {config.prompts_per_iteration} groups; lower it",
+        )
+    if steps > 1 and not ratio and correction != "truncate":
+        raise wrong(
+            "optimizer_steps_per_iteration",
+            f"is {steps}, but nothing corrects for episodes of an earlier policy from the second step on; set "
+            "importance_ratio to `behavior` or sampler_correction to `truncate`",
+        )
+    for name in ("clip_ratio_low", "clip_ratio_high"):
+        if getattr(config, name) is not None and not ratio:
+            raise wrong(name, "is set, but importance_ratio is `none`; set it to `behavior` or leave this out")
+    bounds = {"none": (), "truncate": ("high",), "filter": ("low", "high")}[correction]
+    for side in ("low", "high"):
+        name = f"sampler_correction_{side}"
+        if (getattr(config, name) is not None) != (side in bounds):
+            verb = "needs it; give a value" if side in bounds else "has no use for it; leave it out"
+            raise wrong(name, f"is {getattr(config, name)}, but sampler_correction `{correction}` {verb}")
+
+
+def _check_support(config: "Config") -> None:
+    """Which ids log-probs are over is said in one way only, and known where it is needed."""
+    support, splits = config.resolved_logprob_support, config.separate_language_and_vision_vocabs
+    apart = {"split_vocab": True, "full": False, "sampled": config.emu3_use_logit_processor}[support]
+    if splits != apart:
+        because = " without emu3_use_logit_processor" if support == "sampled" and not apart else ""
+        raise wrong(
+            "logprob_support",
+            f"is `{support}`, which{because} {'keeps' if apart else 'does not keep'} text and visual ids apart, but "
+            f"separate_language_and_vision_vocabs is {str(splits).lower()}; set that to {str(apart).lower()}",
+        )
+    if support == "sampled" and _truncates(config) and config.optimizer_steps_per_iteration > 1:
+        raise wrong(
+            "logprob_support",
+            "is `sampled`, and what top_k and top_p had left is found from the policy that sampled, which is there for "
+            "the first step only; set optimizer_steps_per_iteration to 1, or top_k to -1 and top_p to 1",
+        )
+
+
+def _truncates(config: "Config") -> bool:
+    return config.top_k > 0 or config.top_p < 1
+
+
+def _check_learner(config: "Config") -> None:
+    if config.policy_dtype == "bfloat16" and config.dtype != "bfloat16":
+        raise wrong(
+            "policy_dtype",
+            f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
+            "computes with; set both to `bfloat16`",
+        )
+
+
+def _check_reward(config: "Config") -> None:
+    uses = {
+        "viescore": ["reward_compute_viescore"],
+        "ground_score": ["reward_compute_ground_score"],
+        "sqrt(viescore_pqxground_score)": ["reward_compute_viescore", "reward_compute_ground_score"],
+    }
+    for name in uses[config.reward_final_reward]:
+        if not getattr(config, name):
+            raise wrong(name, f"is false, but reward_final_reward `{config.reward_final_reward}` is made of it")
+    for component in config.advantage_components:
+        name = "reward_compute_ground_score" if component == "ground_score" else "reward_compute_viescore"
+        if not getattr(config, name):
+            raise wrong(name, f"is false, but advantage_components has `{component}`")
+    if config.judge == "openai" and config.reward_function_api_base is None:
+        raise wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
+
+
+def _check_hub(config: "Config") -> None:
+    """A policy that is to be pushed stays on disk until it is, however long the hub is out of reach."""
+    push, keep = config.push_to_hub_every_n_iterations, config.keep_checkpoints_every_n_iterations
+    if config.push_to_hub and push is not None and (keep is None or push % keep):
+        raise wrong(
+            "push_to_hub_every_n_iterations",
+            f"is {push}, but keep_checkpoints_every_n_iterations ({keep}) does not keep these policies until they are "
+            "pushed; make the former a multiple of the latter",
+        )

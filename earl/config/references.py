@@ -1,0 +1,67 @@
+"""Paths of a configuration that name an output of the pipeline or a file of the package instead of a place on disk."""
+
+from typing import TYPE_CHECKING
+
+from earl.config.checks import wrong
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config, Sft
+
+STAGE = "stage:"
+"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft/<name>``,
+``stage:shapes-policy``."""
+PACKAGE = "package:"
+"""Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
+
+
+def _path_fields(config: "Config") -> dict[str, str]:
+    """Return every path field that may hold a reference to a stage or the package, by dotted name."""
+    fields = {name: getattr(config, name) for name in ("model_path", "tokenizer_path", "vision_tokenizer_path")}
+    lists = {"train_paths_file": config.train_paths_file, "val_paths_file": config.val_paths_file}
+    lists |= {f"evaluations.{name}.paths_file": one.paths_file for name, one in config.evaluations.items()}
+    for name, tuning in config.sft.items():
+        fields[f"sft.{name}.base_model"] = tuning.base_model
+        lists[f"sft.{name}.train_paths_file"] = tuning.train_paths_file
+    for name, paths in lists.items():
+        fields |= {f"{name}.{index}": path for index, path in enumerate(paths)}
+    return fields
+
+
+def check(config: "Config") -> None:
+    """Raise where a reference names no stage or entry that there is, or fine-tunings follow one another in a circle."""
+    for field, path in _path_fields(config).items():
+        if not path.startswith(STAGE):
+            continue
+        stage, _, name = path.removeprefix(STAGE).partition("/")
+        allowed = {"tokenise"} if "paths_file" in field else {"sft", "shapes-policy"}
+        if stage not in allowed or (stage == "shapes-policy") == bool(name):
+            raise wrong(field, f"is `{path}`, which is not one of: " + ", ".join(_references(config, allowed)))
+        for described in ("raw_datasets", "sft"):
+            known = getattr(config, described)
+            if stage == _STAGE_OF[described] and name not in known:
+                raise wrong(field, f"is `{path}`, but {described} has only: {', '.join(known) or '(nothing)'}")
+    _check_chains(config.sft)
+
+
+_STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}
+"""Fields whose entries `stage:<stage>/<name>` refers to."""
+
+
+def _references(config: "Config", stages: set[str]) -> list[str]:
+    if "tokenise" in stages:
+        return [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
+    tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"]
+    return [*tunings, f"{STAGE}shapes-policy"]
+
+
+def _check_chains(sft: "dict[str, Sft]") -> None:
+    """Fine-tunings may follow one another, but none may come before itself."""
+    for first, tuning in sft.items():
+        seen = [first]
+        while tuning.base_model.startswith(f"{STAGE}sft/"):
+            name = tuning.base_model.removeprefix(f"{STAGE}sft/")
+            if name in seen:
+                chain = " from ".join([*seen, name])
+                raise wrong(f"sft.{first}.base_model", f"leads in a circle: {chain}; let one start from a folder")
+            seen.append(name)
+            tuning = sft[name]
