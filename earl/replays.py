@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from earl import runs
 from earl.errors import EarlError
-from earl.files import atomic
+from earl.files import objects
 from earl.layout import Iteration, Run
 from earl.learner.rewards import SUB_SCORES
 
@@ -162,7 +162,7 @@ def write(run: Run, record: dict[str, Any]) -> None:
             )
         if shared == len(record["iterations"]):
             return
-    atomic.write_text(record_file(run), json.dumps(record, indent=1, sort_keys=True) + "\n")
+    objects.write(record_file(run), record)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Nothing here loads a model or reads Parquet: the workflow asks these questions a
 iterations are done.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from earl import processes
 from earl.errors import EarlError
-from earl.files import atomic, manifest
+from earl.files import manifest, objects
 from earl.launchers import record
 from earl.layout import Iteration, Run, iteration_name
 
@@ -138,7 +137,7 @@ def start(run: Run, policy: Path) -> None:
     temporary.symlink_to(target, target_is_directory=True)
     os.replace(temporary, first.policy)
     record = {"policy": target, "policy_digest": manifest.digest_folder(policy)}
-    atomic.write_text(start_record(first), json.dumps(record, indent=1, sort_keys=True) + "\n")
+    objects.write(start_record(first), record)
 
 
 def _remove(folder: Path) -> bool:

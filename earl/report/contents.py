@@ -1,7 +1,6 @@
 """What a report is made from: read from the run folder, nothing computed but pairings."""
 
 import csv
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow as pa
 from earl import replays, statistics
 from earl.config import load, paths
 from earl.errors import EarlError
-from earl.files import tables
+from earl.files import objects, tables
 from earl.layout import Run
 from earl.stages.evaluate import EVALUATION, prompt_of
 
@@ -66,25 +65,15 @@ def read(path: Path) -> Contents:
     run = Run(path)
     if not run.config.is_file():
         raise EarlError(f"{run.config}: is missing, so {path} is not a run folder; give <base_exp_dir>/<run_name>")
-    metrics = [replays.own(_json(file)) for file in sorted(path.glob("iterations/*/train/metrics.json"))]
+    metrics = [replays.own(objects.read(file)) for file in sorted(path.glob("iterations/*/train/metrics.json"))]
     return Contents(
         run=run,
-        config=_json(run.config),
+        config=objects.read(run.config),
         metrics=metrics,
         evaluations=_evaluations(path / "evaluations"),
         seconds=_seconds(_shared_timings(run) + _timings(path / "benchmarks")),
-        verification=_json(run.verification) if run.verification.is_file() else None,
+        verification=objects.read(run.verification) if run.verification.is_file() else None,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{path}: is not readable JSON ({error}); run the stage that writes it again") from error
-    if not isinstance(found, dict):
-        raise EarlError(f"{path}: holds no JSON object; run the stage that writes it again")
-    return found
 
 
 def _evaluations(folder: Path) -> list[Series]:
@@ -97,7 +86,7 @@ def _evaluations(folder: Path) -> list[Series]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    summary = _json(path)
+    summary = objects.read(path)
     for field in ("iteration", "temperature", "reward"):
         if field not in summary:
             raise EarlError(f"{path}: field {field!r} is missing; run the evaluate stage again")

@@ -3,14 +3,13 @@
 A replay has no rewards of its own from the iteration on in which it trains on other policies' episodes, and shows none.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from earl import replays
-from earl.errors import EarlError
+from earl.files import objects
 from earl.layout import Run
 from earl.report import charts
 
@@ -53,10 +52,7 @@ def read(run: Path, label: str) -> Curves:
     """
     rows = []
     for path in sorted(Run(run).path.glob("iterations/*/train/metrics.json")):
-        try:
-            rows.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise EarlError(f"{path}: is not readable JSON ({error}); run the train stage again") from error
+        rows.append(objects.read(path))
     return Curves(label, rows)
 
 

@@ -1,6 +1,5 @@
 """Train stage: from policy i-1 and its scored rollouts to policy i."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from earl.config.freeze import config_digest
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
-from earl.files import atomic, manifest
+from earl.files import atomic, manifest, objects
 from earl.layout import Iteration, Run
 from earl.learner import attention, episodes, grpo, objective, performance, ranks, sharding, trainer_state
 from earl.learner.performance import Clock
@@ -217,8 +216,8 @@ def _write(
         sampled_by = metrics["inputs"].get("sampled_by", metrics["inputs"]["policy"])
         described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
         episodes.write(current.episodes, outcomes, described)
-        _write_json(current.performance, _performance(clock, peaks, outcomes, team))
-        _write_json(current.metrics, metrics)
+        objects.write(current.performance, _performance(clock, peaks, outcomes, team))
+        objects.write(current.metrics, metrics)
     return metrics
 
 
@@ -259,7 +258,3 @@ def _performance(clock: Clock, peaks: list[int], outcomes: list[episodes.Outcome
         ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["seconds"].items()),
     )
     return found
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    atomic.write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")

@@ -5,16 +5,15 @@ knows nothing of it. Sending again is harmless: what is there already is not sen
 """
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from earl import processes
 from earl.errors import EarlError
-from earl.files import atomic
+from earl.files import objects
 from earl.layout import Run
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def attempt(send: Callable[[], Sent], best_effort: bool, out: Path | None) -> No
         log.info(sent.text())
         record = {"iterations": sent.iterations, "where": sent.where}
     if out is not None:
-        write_json(out, record)
+        objects.write(out, record)
 
 
 def lock(run: Run, what: str) -> IO[str]:
@@ -108,20 +107,6 @@ def folder(run: Run) -> Path:
     return run.path / "tracking"
 
 
-def read_json(path: Path) -> dict:
-    """Return what a file of ours says, or an empty dict where there is none.
-
-    Raises:
-        EarlError: when it is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{path}: cannot be read ({error}); restore the file from a copy, or delete it") from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a file of ours atomically."""
-    atomic.write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what a file of ours says, or an empty dict where there is none; EarlError where it is damaged."""
+    return objects.read(path, "restore the file from a copy, or delete it") if path.is_file() else {}

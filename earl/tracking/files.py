@@ -1,14 +1,12 @@
 """What is to be shown of a run, read from its files alone: a row of figures an iteration, and tables of episodes."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl import runs
 from earl.errors import EarlError
-from earl.files import tables
+from earl.files import objects, tables
 from earl.layout import Iteration, Run
 from earl.stages.evaluate import joined
 
@@ -58,30 +56,20 @@ def rows(run: Run, config: "Config") -> list[Row]:
 def _row(run: Run, config: "Config", index: int) -> Row | None:
     iteration = run.iteration(index)
     source = iteration.metrics if index else runs.start_record(iteration)
-    metrics = _read(source)
+    metrics = objects.read(source)
     if "policy_digest" not in metrics:
         raise EarlError(f"{source}: field 'policy_digest' is missing; run the stage that writes it again")
     figures = dict(_flat("train", metrics, NOT_FIGURES)) if index else {}
     performance = iteration.metrics.with_name("performance.json")
     if performance.is_file():
-        figures |= _flat("performance", _read(performance), NOT_FIGURES)
+        figures |= _flat("performance", objects.read(performance), NOT_FIGURES)
     for name, evaluation in config.evaluations.items():
         summary = run.evaluation(name, index).summary
         if summary.is_file():
-            figures |= _flat(f"evaluation/{name}", _read(summary), NOT_FIGURES)
+            figures |= _flat(f"evaluation/{name}", objects.read(summary), NOT_FIGURES)
         elif index % evaluation.every_n_iterations == 0 and runs.has_checkpoint(iteration):
             return None
     return Row(index, metrics["policy_digest"], figures)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{path}: is not readable JSON ({error}); run the stage that writes it again") from error
-    if not isinstance(content, dict):
-        raise EarlError(f"{path}: holds no JSON object; run the stage that writes it again")
-    return content
 
 
 def _flat(prefix: str, content: dict[str, Any], without: set[str]) -> Iterator[tuple[str, float]]:

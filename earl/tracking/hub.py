@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from earl import runs, tracking
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import manifest, objects
 from earl.layout import Iteration, Run, iteration_name
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def push(run: Run, config: "Config") -> tracking.Sent:
     with tracking.lock(run, "hub"):
         state = tracking.folder(run) / "hub.json"
         # By iteration: what was pushed, and as which commit.
-        pushed: dict[str, dict[str, str]] = tracking.read_json(state)
+        pushed: dict[str, dict[str, str]] = tracking.read_state(state)
         new = []
         try:
             repository = None
@@ -52,7 +52,7 @@ def push(run: Run, config: "Config") -> tracking.Sent:
                 repository = repository or _Repository(HfApi(), config)
                 commit = repository.push(iteration, digest)
                 pushed[str(index)] = {"policy_digest": digest, "commit": commit, "repository": repository.id}
-                tracking.write_json(state, pushed)
+                objects.write(state, pushed)
                 new.append(index)
         except (httpx2.HTTPError, HFValidationError, OSError) as error:
             raise EarlError(

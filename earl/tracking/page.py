@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from earl import tracking
 from earl.config.freeze import config_digest
 from earl.errors import EarlError
-from earl.files import images
+from earl.files import images, objects
 from earl.layout import Run
 from earl.tracking import files
 
@@ -77,7 +77,7 @@ def send(run: Run, config: "Config") -> tracking.Sent:
 
 def _page(run: Run, config: "Config", rows: list[files.Row]) -> Page:
     """Return the run's page: the one it has, a first one, or a new one after `earl rewind`."""
-    known = tracking.read_json(_state(run))
+    known = tracking.read_state(_state(run))
     page = Page(**known) if known else Page(_id(run, config), config.run_name)
     if page.contradicts(rows):
         # Steps of a page cannot be changed; two histories on one page would be neither.
@@ -106,14 +106,14 @@ def _send_online(run: Run, config: "Config", page: Page, rows: list[files.Row]) 
         return tracking.Sent([], where)
     # Before anything is sent: whatever arrives before this process is killed will be known for ours.
     page = replace(page, policies=page.policies | _policies(rows))
-    tracking.write_json(_state(run), asdict(page))
+    objects.write(_state(run), asdict(page))
     with _session(run, config, page) as session:
         new = [row for row in rows if row.iteration >= session.starting_step]
         # Steps arrive before the files they name; those of a process that was killed in between are sent once more.
         doubtful = [row for row in rows if page.complete < row.iteration < session.starting_step]
         _log_rows(run, config, session, new, [row.iteration for row in doubtful if files.has_table(config, row)])
         where = session.url or where
-    tracking.write_json(_state(run), asdict(replace(page, complete=rows[-1].iteration)))
+    objects.write(_state(run), asdict(replace(page, complete=rows[-1].iteration)))
     return tracking.Sent([row.iteration for row in new], where)
 
 
@@ -129,7 +129,7 @@ def _send_offline(run: Run, config: "Config", page: Page, rows: list[files.Row])
         _log_rows(run, config, session, new)
         written = Path(session.dir).parent.name
     page = replace(page, offline=page.offline | {written: new[-1].iteration}, policies=page.policies | _policies(rows))
-    tracking.write_json(_state(run), asdict(page))
+    objects.write(_state(run), asdict(page))
     return tracking.Sent([row.iteration for row in new], f"{place / written}; to show it: wandb sync {place}")
 
 
