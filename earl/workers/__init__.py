@@ -10,6 +10,7 @@ bytes.
   pool's secret.
 * `client`: what `python -m earl <stage>` does first. It imports nothing heavy, and neither do the two above.
 * `server`: what `earl worker` does.
+* `jobs`: workers that are Slurm jobs; `launcher` sends stages to them that would be jobs themselves.
 * `earl.residents`: what a process keeps in memory between stages.
 """
 
@@ -24,3 +25,6 @@ KINDS = {
 }
 """Commands that workers take, and the kind of worker: each holds one kind of model, since engines, judges and learners
 set process-wide switches of their own and, on GPUs, have shares of memory of their own."""
+
+EVERY_ITERATION = ("generate", "score", "train")
+"""Commands that a worker is worth a Slurm job of its own for: the others come once in a run."""

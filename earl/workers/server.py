@@ -20,6 +20,7 @@ from typing import Any
 
 from earl import processes, residents
 from earl.errors import EarlError
+from earl.launchers import squeue
 from earl.workers import KINDS, channel, client, pool
 
 log = logging.getLogger(__name__)
@@ -34,17 +35,22 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
     Args:
         folder: the pool.
         name: ``<kind>-<number>``.
-        host: address to listen at for other machines; None listens at a socket in the pool's folder.
+        host: address to listen at for other machines; by default that of the node of a Slurm job, elsewhere a socket
+            in the pool's folder.
 
     Raises:
         EarlError: there is no such pool or kind, or a worker of this name already runs.
     """
-    identity, found = client.identity(), pool.Pool(folder)
+    found = pool.Pool(folder)
+    slot = pool.Slot(found, name)
     try:
-        secret, settings, owner = found.secret, found.settings, found.owner()
+        secret, settings = found.secret, found.settings
+        is_job = settings["starts"] == pool.SLURM
+        # A job's environment is not that of the client that had it started, which says what it wants.
+        identity = slot.wanted() if is_job else client.identity()
     except (OSError, ValueError, KeyError) as error:
         raise EarlError(f"{folder}: is no pool of workers ({error}); the workflow opens one") from error
-    kind = name.rpartition("-")[0]
+    kind = name.rpartition("-")[0].partition(".")[0]
     if kind not in KINDS.values():
         raise EarlError(f"--name {name}: must be one of {', '.join(sorted(set(KINDS.values())))}, with -<number>")
     # A bare descriptor is closed by nothing but the end of the process.
@@ -52,12 +58,10 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
         os.dup(lock.fileno())
     # Its client did not pass this on: what it does to a stage, which just ends, is not enough here.
     os.environ[processes.WATCHED] = settings["owner"]
-    if owner is not None:
-        processes.end_with(owner, first=found.remove_if_over)
+    processes.end_when(found.is_over, 1.0 if is_job else 0.25, first=found.remove_if_over)
     try:
-        slot = pool.Slot(found, name)
-        wanted = f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0"
-        listener, address = channel.listen(wanted)
+        host = host or (squeue.this_node() if is_job else None)
+        listener, address = channel.listen(f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0")
         worker = _Worker(found, kind, secret)
         slot.announce(address, identity)
         # The client that started this process waits for this line, or for its end.
