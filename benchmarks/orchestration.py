@@ -9,6 +9,7 @@
 | cold | Snakemake, a process for each stage |
 | segment | Snakemake, one Slurm job for all iterations, stages in resident workers there |
 | stage | Snakemake, a Slurm job for each stage |
+| stage-workers | Snakemake, stages in resident workers that are Slurm jobs, one a kind |
 
 Data and a hardly trained SFT model are made beforehand. One shard and no evaluation, so that nothing runs side by side
 and times add up: what a way takes is the time in its stages' commands plus what Snakemake takes between them. The Slurm
@@ -32,9 +33,11 @@ from earl.config.schema import Config
 from tests.slurm_cluster import Cluster, missing
 
 ROOT = Path(__file__).parent.parent
+WAYS = ("one-process", "workers", "cold", "segment", "stage", "stage-workers")
 STAGES = ("generate", "score", "train")
 SLURM = ["launcher=slurm", "slurm_partition=gpu", "mem_mb=2000", "disk_mb=0", "runtime=60", "cpus_per_task=1"]
 RULES = ("generate", "score", "train", "window")
+WORKERS = {"workers": "local", "segment": "local", "stage-workers": "submitit"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def overrides(base: Path, way: str, iterations: int) -> dict[str, object]:
     return {
         "base_exp_dir": str(base), "run_name": way, "num_iterations": iterations, "rollout_shards": 1,
         "evaluations": {}, "sft.shapes.steps": 20, "window_length": max(iterations, 1),
-        "workers": "local" if way in ("workers", "segment") else "none",
+        "workers": WORKERS.get(way, "none"),
     }  # fmt: skip
 
 
@@ -105,7 +108,7 @@ def measure(experiment: str, base: Path, iterations: int, env: dict[str, str], w
             case "cold" | "workers":
                 options = ["--profile", "profiles/local", "--cores", "1"]
             case _:
-                options = slurm_options(way)
+                options = slurm_options(way.partition("-")[0])
         seconds = in_snakemake(experiment, values, env, options)
         in_stages, stages = seconds_in_stages(load.load(experiment, values).config)
         found.append(Measured(way, seconds, in_stages, stages))
@@ -134,12 +137,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiment", default="config/demo.jsonnet")
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--ways", nargs="+", default=["one-process", "workers", "cold", "segment", "stage"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder) / "slurm")
         env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        if {"segment", "stage"} & set(options.ways):
+        if any(way.startswith(("segment", "stage")) for way in options.ways):
             if reason := missing():
                 sys.exit(reason)
             cluster.folder.mkdir()

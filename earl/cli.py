@@ -459,7 +459,7 @@ def doctor(
 @app.command()
 def launch(
     command: Annotated[list[str], typer.Argument(help="The command, after `--`.")],
-    launcher: Annotated[str, typer.Option(help="local, debug or slurm.")],
+    launcher: Annotated[str, typer.Option(help="local, debug, slurm or workers.")],
     name: Annotated[str, typer.Option(help="Short name of the job.")],
     folder: Annotated[Path, typer.Option(help="The job's own folder, for its record and logs.")],
     output: Annotated[list[Path] | None, typer.Option(help="A file that it makes; may be repeated.")] = None,

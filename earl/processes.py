@@ -77,15 +77,20 @@ def is_alive(pid: int) -> bool:
     return state not in ("Z", "X")
 
 
-def end_with(pid: int, interval: float = 0.25, first: Callable[[], None] | None = None) -> None:
-    """End this process, without further ado, when process ``pid`` of the same machine is gone.
+def end_with(pid: int, first: Callable[[], None] | None = None) -> None:
+    """End this process, without further ado, when process ``pid`` of the same machine is gone; see :func:`end_when`."""
+    end_when(lambda: not is_alive(pid), first=first)
 
-    Outputs appear only complete, so ending at any moment leaves nothing half-written. A thread looks every
+
+def end_when(is_over: Callable[[], bool], interval: float = 0.25, first: Callable[[], None] | None = None) -> None:
+    """End this process, without further ado, when ``is_over`` says so.
+
+    Outputs appear only complete, so ending at any moment leaves nothing half-written. A thread asks every
     ``interval`` seconds; before the end it calls ``first``.
     """
 
     def watch() -> None:
-        while is_alive(pid):
+        while not is_over():
             time.sleep(interval)
         try:
             if first is not None:

@@ -7,12 +7,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
 from earl import torch_extensions
 from earl.emu3.vocabulary import Vocabulary
 from tests import policies, slurm_cluster
+
+DEMO = Path(__file__).parent.parent / "config" / "demo.jsonnet"
 
 
 def pytest_configure():
@@ -73,19 +76,31 @@ SMALL = {
 """The demo, cut down until a whole run takes seconds: what is learned is of no interest, what is written is."""
 
 
+SHORT = {name: value for name, value in SMALL.items() if not name.startswith("evaluations.")}
+SHORT |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2}
+"""The same, still shorter and without evaluations."""
+
+
+@pytest.fixture(scope="session")
+def one_process_demo(tmp_path_factory):
+    """The small demo without evaluations, made in one process."""
+    from benchmarks import one_process
+    from earl.config import load
+
+    settings = SHORT | {"base_exp_dir": str(tmp_path_factory.mktemp("one-process"))}
+    return one_process.run_all(load.load(DEMO, settings).config)
+
+
 @pytest.fixture(scope="session")
 def small_config(tmp_path_factory):
     """Return the small demo's configuration, all its variants under one folder of shared stages."""
-    from pathlib import Path
-
     from earl.config import load
 
     base = tmp_path_factory.mktemp("runs")
-    demo = Path(__file__).parent.parent / "config" / "demo.jsonnet"
 
     def make(run_name, **overrides):
         changes = {name.replace("__", "."): value for name, value in overrides.items()}
-        return load.load(demo, {**SMALL, "base_exp_dir": str(base), "run_name": run_name, **changes}).config
+        return load.load(DEMO, {**SMALL, "base_exp_dir": str(base), "run_name": run_name, **changes}).config
 
     return make
 

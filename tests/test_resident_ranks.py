@@ -16,6 +16,7 @@ from earl.launchers import local
 from earl.layout import Run
 from earl.workers import channel, client, pool
 from tests.test_ranks import earl
+from tests.test_slurm_workers import workplace as slurm_workplace
 from tests.test_train_stage import made_of, make_config, new_run, write_inputs  # noqa: F401  (new_run is a fixture)
 from tests.test_workers import place, wait_until  # noqa: F401  (place is a fixture)
 
@@ -59,12 +60,12 @@ def processes_of(pool_path: str) -> dict[int, str]:
     return found
 
 
-def rank(pool_path: str, number: int) -> int:
-    """Process id of a rank of `ranks-0`."""
+def rank(pool_path: str, number: int, kind: str = "ranks") -> int:
+    """Process id of a rank of the first worker of a kind."""
     return next(
         pid
         for pid, words in processes_of(pool_path).items()
-        if "--name ranks-0" in words and f"\0RANK={number}\0" in Path(f"/proc/{pid}/environ").read_text()
+        if f"earl worker --pool {pool_path} --name {kind}" in words and f"\0RANK={number}\0" in Path(f"/proc/{pid}/environ").read_text()
     )
 
 
@@ -281,3 +282,20 @@ def test_ranks_of_a_job_serve_as_a_learner(place, cold, new_run, capfd):  # noqa
             assert ask(place, *command(run, iteration)) == 0
     assert about_trainer(capfd.readouterr().err) == [FRESH, kept(1)]
     assert [made_of(run, i) for i in (1, 2)] == [made_of(cold, i) for i in (1, 2)]
+
+
+@pytest.mark.slow
+def test_ranks_on_two_nodes_stay_as_a_slurm_job(slurm, cold, new_run, tmp_path):  # noqa: F811
+    _, run = new_run(train_processes=2)
+    take_inputs(run, cold)
+    with slurm_workplace(tmp_path, slurm) as place:  # noqa: F811
+
+        def said(iteration: int) -> list[str]:
+            return about_trainer(place.good(command(run, iteration), nodes=2, tasks_per_node=1))
+
+        assert [said(1), said(2)] == [[FRESH], [kept(1)]]
+        (job,) = place.workers().values()
+        os.kill(rank(place.pool.path, 1, "learner"), signal.SIGKILL)
+        wait_until(lambda: job not in place.workers().values())
+        assert said(3) == [loaded(2)]
+    assert [made_of(run, i) for i in (1, 2, 3)] == [made_of(cold, i) for i in (1, 2, 3)]

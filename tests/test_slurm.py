@@ -1,39 +1,23 @@
 """The workflow on a real Slurm, by stage and by segment: whatever comes in its way, the same policy, nothing twice."""
 
 import contextlib
-import json
-import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from benchmarks import one_process
-from earl import processes, runs
-from earl.config import load
+from earl import runs
 from earl.files import manifest
 from earl.layout import Run
-from tests.conftest import SMALL
 from tests.slurm_cluster import Cluster
+from tests.slurm_workflow import demo, sized
 from tests.test_workflow import ROOT, Workplace, undisturbed, wait_until  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
-# What the profile asks for, on nodes as small as these.
-RESOURCES = ["launcher=slurm", "slurm_partition=gpu", "cpus_per_task=1", "mem_mb=500", "disk_mb=0", "runtime=5"]
-LARGE = ("generate", "score", "train", "sft", "evaluate_generate", "evaluate_score", "window")
-
-
 TRAIN_2 = "train --config runs/a/config.json --iteration 000002"
-
-
-def sized(granularity: str) -> list[str]:
-    options = ["--default-resources", *RESOURCES, f"granularity={granularity}"]
-    options += ["--set-resources", *(f"{rule}:mem_mb=500" for rule in LARGE), "window:cpus_per_task=2", "window:gpu=2"]
-    return [*options, "generate:gpu=1", "--latency-wait", "2"]
 
 
 class SlurmPlace(Workplace):
@@ -45,9 +29,9 @@ class SlurmPlace(Workplace):
         super().__init__(path)
         self.cluster = cluster
 
-    def begin(self, experiment: str, granularity: str) -> subprocess.Popen:
+    def begin(self, experiment: str, granularity: str, *resources: str) -> subprocess.Popen:
         env = {"STUB_HOLD": str(self.path / "hold")} | self.cluster.env
-        return self.start(experiment, *sized(granularity), env=env)
+        return self.start(experiment, *sized(granularity, *resources), env=env)
 
     def hold(self, command: str) -> None:
         """Have stages whose command holds this text wait until :meth:`release`."""
@@ -78,6 +62,9 @@ class SlurmPlace(Workplace):
 
         wait_until(is_running)
         return found[0]
+
+    def node_of(self, job: str) -> str:
+        return self.cluster.call("squeue", "--noheader", f"--jobs={job}", "--format=%N")
 
     def log_says(self, name: str, text: str) -> None:
         """Wait until a rule's log holds a text."""
@@ -157,6 +144,34 @@ def test_a_window_whose_job_is_preempted_keeps_the_iterations_before(place, undi
     place.check(undisturbed, again=("train",))
 
 
+def test_a_window_at_its_time_limit_goes_on_as_the_same_job(place, undisturbed):  # noqa: F811
+    experiment = place.experiment("a")
+    started = place.begin(experiment, "segment", "window:runtime=1", "window:warn_seconds=30")
+    place.hold_at(TRAIN_2)
+    job = place.job_of("window-000000")
+    place.log_says("window/000003", "this job is timed-out")
+    place.release()
+    place.finish(started)
+    assert f"job {job} (window-000000): submitted" in (place.folder("a").path / "logs/window/000003.log").read_text()
+    place.check(undisturbed, again=("train",))
+
+
+def test_a_stage_whose_node_is_lost_starts_on_another(place, undisturbed):  # noqa: F811
+    experiment = place.experiment("a")
+    started = place.begin(experiment, "stage")
+    place.hold_at(TRAIN_2)
+    node = place.node_of(place.job_of("train-000002"))
+    place.cluster.kill_node(node)
+    try:
+        wait_until(lambda: sum(TRAIN_2 in line for line in place.commands()) == 2)
+        place.release()
+        place.finish(started)
+    finally:
+        place.cluster.start_node(node)
+        wait_until(lambda: place.cluster.nodes().get(node) == "idle")
+    place.check(undisturbed, again=("train",))
+
+
 def test_a_cancelled_stage_is_tried_again_and_a_drained_node_left_out(place, undisturbed):  # noqa: F811
     experiment = place.experiment("a")
     started = place.begin(experiment, "stage")
@@ -204,22 +219,15 @@ def fill(path: Path) -> None:
             pass
 
 
-def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(slurm, tmp_path):
-    settings = {name: value for name, value in SMALL.items() if not name.startswith("evaluations.")}
-    settings |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2}
-    settings |= {"base_exp_dir": str(tmp_path / "one-process")}
-    expected = one_process.run_all(load.load(ROOT / "config" / "demo.jsonnet", settings).config)
-    for granularity in ("stage", "segment"):
-        # Data and SFT model are made by stages once, and found by the segment.
-        changed = settings | {"base_exp_dir": str(tmp_path / "cluster"), "run_name": granularity}
-        command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", *sized(granularity), "--config"]
-        overrides = json.dumps([f"{name}={json.dumps(value)}" for name, value in changed.items()])
-        command += ["experiment=config/demo.jsonnet", f"set={overrides}"]
-        env = {name: value for name, value in os.environ.items() if name != processes.WATCHED} | slurm.env
-        ended = subprocess.run(command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(slurm, tmp_path, one_process_demo):
+    # Cold and in workers. Data and SFT model are made by stages once, and found by the others.
+    for granularity, workers in (("stage", "none"), ("segment", "none"), ("segment", "local")):
+        name = f"{granularity}-{workers}"
+        command, env = demo(tmp_path, slurm, sized(granularity), run_name=name, workers=workers)
+        ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stdout + ended.stderr
-        run = Run(tmp_path / "cluster" / granularity)
+        run = Run(tmp_path / name)
         for index in (0, 1, 2):
-            found, wanted = (manifest.digest_folder(r.iteration(index).policy) for r in (run, expected))
+            found, wanted = (manifest.digest_folder(r.iteration(index).policy) for r in (run, one_process_demo))
             assert found == wanted
     wait_until(lambda: not slurm.jobs())

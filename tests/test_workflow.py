@@ -368,7 +368,7 @@ def test_no_pool_where_none_is_wanted(place):
 
 def test_workers_that_cannot_be_had_are_refused(place):
     local, submitit = place.experiment("a", workers="local"), place.experiment("b", workers="submitit")
-    assert "workers is 'submitit', which is not there yet" in place.run(submitit, "-n", fails=True)
+    assert "take a profile that has stages run as Slurm jobs" in place.run(submitit, "-n", fails=True)
     assert "workers is local and submitit" in place.run(f"{local},{submitit}", "-n", fails=True)
 
 
@@ -386,6 +386,8 @@ def test_the_slurm_profile_says_what_each_job_asks_for(place):
     for job, kind in (("generate-000001-0000", "a100"), ("score-000001-0000", "h100")):
         assert f"--resource constraint={kind}" in jobs[job]
         assert "--resource slurm_partition=gpu" in jobs[job]
+    output = place.run("a.jsonnet", *options, set="workers=submitit")
+    assert re.findall(r"launch --launcher workers --name ([a-z]+)", output) == ["generate", "score", "train"]
     output = place.run("a.jsonnet", *options, granularity="segment", set="num_iterations=4,window_length=2")
     assert re.findall(r"launch --launcher slurm --name (\S+)", output) == ["window-000000", "window-000001"]
 

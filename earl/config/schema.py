@@ -435,7 +435,8 @@ class Config(_Section):
     workers: Literal["local", "submitit", "none"] = _free(
         "none",
         "Where stages run: `none` in processes of their own; `local` in workers on the machine of the workflow, which "
-        "stay and keep engine, judge and learner loaded. The files are the same. `submitit` is not there yet.",
+        "stay and keep engine, judge and learner loaded; `submitit` in workers that are Slurm jobs, where the profile "
+        "has stages run as such. The files are the same.",
     )
     worker_idle_seconds: float = _free(
         3600.0, "Seconds without work after which a worker ends; the next stage starts it again.", gt=0

@@ -5,6 +5,7 @@
 | ``local`` | here | that many of the visible ones for itself | processes of this machine |
 | ``debug`` | here, in the foreground of this terminal, after saying what was asked for | all | one |
 | ``slurm`` | a Slurm job, through submitit | what Slurm gives | tasks on one or more nodes |
+| ``workers`` | a Slurm job that stays, if the workflow has a pool of them | what Slurm gives | tasks, as above |
 
 A stage knows nothing of this: it is a command that reads files and writes files. One that was asked to run as several
 ranks finds ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` in its
@@ -17,7 +18,7 @@ from typing import Protocol
 from earl.errors import EarlError
 from earl.launchers.job import Job
 
-NAMES = ("local", "debug", "slurm")
+NAMES = ("local", "debug", "slurm", "workers")
 
 
 class Launcher(Protocol):
@@ -46,9 +47,13 @@ def create(name: str) -> Launcher:
             from earl.launchers.local import DebugLauncher
 
             return DebugLauncher()
-        case "slurm":
+        case "slurm" | "workers":
             if importlib.util.find_spec("submitit") is None:
-                raise EarlError("launcher 'slurm': needs submitit; install earl[slurm]")
+                raise EarlError(f"launcher '{name}': needs submitit; install earl[slurm]")
+            if name == "workers":
+                from earl.workers.launcher import WorkersLauncher
+
+                return WorkersLauncher()
             from earl.launchers.slurm import SlurmLauncher
 
             return SlurmLauncher()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -41,6 +41,11 @@ class Resources:
     def ranks(self) -> int:
         """The number of ranks on all nodes."""
         return self.nodes * self.tasks_per_node
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it, in hexadecimal."""
+        return _digest(asdict(self))
 
     @classmethod
     def names(cls) -> list[str]:
@@ -92,7 +97,7 @@ class Job:
     @property
     def digest(self) -> str:
         """SHA-256 of the command, in hexadecimal: the same job asked for again has the same."""
-        return hashlib.sha256(json.dumps(self.command).encode()).hexdigest()
+        return _digest(self.command)
 
     def missing_outputs(self) -> list[Path]:
         return [path for path in self.outputs if not path.exists()]
@@ -102,3 +107,7 @@ class Job:
         """The job's name in Slurm: no two folders have the same."""
         where = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:12]
         return f"earl-{self.name}-{where}"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

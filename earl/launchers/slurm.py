@@ -22,7 +22,7 @@ from earl import processes
 from earl.errors import EarlError
 from earl.launchers import child, record, squeue
 from earl.launchers.job import Job, Resources
-from earl.launchers.slurm_task import StageTask
+from earl.launchers.slurm_task import StageTask, WorkerTask
 
 LOOK_FOR_RESULT = 0.5
 """Seconds between two looks for a job's result, a file."""
@@ -83,21 +83,24 @@ def find(job: Job) -> str | None:
     return mine
 
 
-def submit(job: Job) -> str:
+def submit(job: Job, stays: bool = False) -> str:
     """Submit a job and return its number.
+
+    Args:
+        stays: it is a resident worker, which nothing brings back once it has ended.
 
     Raises:
         EarlError: when Slurm refuses it.
     """
     _clear(job.folder)
     record.Record(job.name, job.digest).write(job.folder)
+    # Half of the time until the limit is the command's, the rest is for queueing the job again.
+    stage = StageTask(job.command, str(job.folder.absolute()), job.resources.warn_seconds / 2)
     try:
         executor = submitit.SlurmExecutor(job.folder, max_num_timeout=job.resources.timeouts)
-        executor.update_parameters(**parameters(job.resources, job.slurm_name))
+        executor.update_parameters(**parameters(job.resources, job.slurm_name, requeue=not stays))
         with _outside_of_jobs():
-            # Half of the time until the limit is the command's, the rest is for queueing the job again.
-            task = StageTask(job.command, str(job.folder.absolute()), job.resources.warn_seconds / 2)
-            submitted = executor.submit(task)
+            submitted = executor.submit(WorkerTask(job.command) if stays else stage)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         (job.folder / record.RECORD).unlink(missing_ok=True)
         raise EarlError(
@@ -107,7 +110,7 @@ def submit(job: Job) -> str:
     return submitted.job_id
 
 
-def parameters(resources: Resources, name: str) -> dict[str, object]:
+def parameters(resources: Resources, name: str, requeue: bool = True) -> dict[str, object]:
     """Return what submitit writes into the batch script."""
     wanted = {
         "job_name": name,
@@ -125,7 +128,7 @@ def parameters(resources: Resources, name: str) -> dict[str, object]:
         "stderr_to_stdout": True,
         # srun no longer takes over the processors that sbatch was asked for; one dead rank ends the others.
         "srun_args": [f"--cpus-per-task={resources.cpus_per_task}", "--kill-on-bad-exit=1"],
-        "additional_parameters": {"requeue": True},
+        "additional_parameters": {"requeue" if requeue else "no_requeue": True},
     }
     return {name: value for name, value in wanted.items() if value is not None}
 

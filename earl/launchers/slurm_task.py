@@ -6,7 +6,6 @@ of a job that was cancelled, preempted, or whose node goes; Slurm decides which,
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from types import FrameType
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
 
 from earl.launchers import child as children
-from earl.launchers import record
+from earl.launchers import record, squeue
 
 UNTIL_KILLED = 900.0
 """Seconds to wait for the end that Slurm announced; preempted jobs may be given some minutes."""
@@ -84,6 +83,32 @@ class StageTask(Checkpointable):
         os._exit(1)
 
 
+class WorkerTask:
+    """A resident worker, one rank of it: it ends when its job is to end, for whatever reason, and does not come back.
+
+    Whoever wants a worker then starts another one.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self.command = command
+
+    def __call__(self) -> None:
+        """Run the worker.
+
+        Raises:
+            CalledProcessError: when it is ended or fails, which takes the other ranks along.
+        """
+        child = children.start(self.command, rank_variables())
+
+        def end(signum: int, frame: FrameType | None) -> None:
+            children.end(child)
+
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, end)
+        if status := child.wait():
+            raise subprocess.CalledProcessError(status, self.command)
+
+
 def rank_variables() -> dict[str, str]:
     """Return what torch.distributed reads, for this task of a job with several; nothing for a job with one."""
     found = TorchDistributedEnvironment()
@@ -94,13 +119,6 @@ def rank_variables() -> dict[str, str]:
         "WORLD_SIZE": str(found.world_size),
         "LOCAL_RANK": str(found.local_rank),
         "LOCAL_WORLD_SIZE": str(found.local_world_size),
-        "MASTER_ADDR": _address(found.master_addr),
+        "MASTER_ADDR": squeue.address(found.master_addr),
         "MASTER_PORT": str(found.master_port),
     }
-
-
-def _address(node: str) -> str:
-    """Return where Slurm itself reaches a node: its name need not mean anything to the resolver."""
-    shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"NodeAddr=(\S+)", shown)
-    return found[1] if found else node

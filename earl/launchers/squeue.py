@@ -1,6 +1,8 @@
-"""What Slurm's queue knows of this user's jobs. Needs no accounting database."""
+"""What Slurm says of this user's jobs and of its nodes. Needs no accounting database."""
 
 import getpass
+import os
+import re
 import subprocess
 
 from earl.errors import EarlError
@@ -42,3 +44,22 @@ def has_ended(job_id: str) -> bool:
     """Return whether Slurm says that a job has ended; False when it does not answer."""
     found = state(job_id)
     return found is not None and (not found or found in ENDED)
+
+
+def address(node: str) -> str:
+    """Return where Slurm itself reaches a node: its name need not mean anything to the resolver."""
+    shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"NodeAddr=(\S+)", shown)
+    return found[1] if found else node
+
+
+def this_node() -> str:
+    """Return where other nodes reach the one that this job runs on.
+
+    Raises:
+        EarlError: this is no job.
+    """
+    try:
+        return address(os.environ["SLURMD_NODENAME"])
+    except KeyError as error:
+        raise EarlError("SLURMD_NODENAME is not set: this is no process of a Slurm job") from error

@@ -11,6 +11,7 @@ bytes.
 * `client`: what `python -m earl <stage>` does first. It imports nothing heavy, and neither do the two above.
 * `server`: what `earl worker` does; `output`: how what it prints comes to the client.
 * `team`: how a worker that is several ranks acts as one; `local_team`: ranks that a learner's worker starts and keeps.
+* `jobs`: workers that are Slurm jobs; `launcher` sends stages to them that would be jobs themselves.
 * `earl.residents`: what a process keeps in memory between stages.
 """
 
@@ -31,3 +32,6 @@ RANKS = "ranks"
 
 TOGETHER = ("train",)
 """Commands that all ranks of a worker run; any other its first rank runs alone."""
+
+EVERY_ITERATION = ("generate", "score", "train")
+"""Commands that a worker is worth a Slurm job of its own for: the others come once in a run."""

@@ -106,7 +106,7 @@ def connect(address: Address, secret: bytes) -> Channel:
             connection.connect(address.removeprefix("unix:"))
         else:
             host, _, port = address.removeprefix("tcp:").rpartition(":")
-            connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
+            connection = _kept_alive(socket.create_connection((host, int(port)), timeout=PATIENCE))
     except (OSError, ValueError) as error:
         raise ProtocolError(f"no worker answers at {address} ({error})") from error
     return _proved(connection, secret, mine="client", other="worker")
@@ -119,7 +119,17 @@ def accept(connection: socket.socket, secret: bytes) -> Channel:
         ProtocolError: the other side does not know the secret.
     """
     connection.settimeout(PATIENCE)
-    return _proved(connection, secret, mine="worker", other="client")
+    return _proved(_kept_alive(connection), secret, mine="worker", other="client")
+
+
+def _kept_alive(connection: socket.socket) -> socket.socket:
+    """Have the system notice within a minute that the machine at the other end is gone without a word."""
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return connection
 
 
 def _proved(connection: socket.socket, secret: bytes, mine: str, other: str) -> Channel:

@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 from earl import code_version, processes
 from earl.workers import KINDS, channel, pool
@@ -18,8 +19,24 @@ _VARYING = ("PWD", "OLDPWD", "SHLVL", "_", pool.VARIABLE, processes.WATCHED)
 """Environment variables that may differ between a worker and its client: a stage does not depend on them."""
 
 
+class Starter(Protocol):
+    """Starts and ends the workers of a pool."""
+
+    def start(self, slot: pool.Slot) -> None:
+        """Start a worker and wait until it listens, or has ended."""
+        ...
+
+    def end(self, slot: pool.Slot) -> None:
+        """Make sure that no worker is alive here.
+
+        Raises:
+            EarlError: it does not end.
+        """
+        ...
+
+
 def run(argv: Sequence[str]) -> int | None:
-    """Have a worker run a command; return its exit status, or None where it is to be run in this process.
+    """Have a worker of this machine run a command; return its exit status, or None where it is to be run here.
 
     In the latter case this process keeps other writers of the pool from the same output until it ends.
     """
@@ -31,13 +48,25 @@ def run(argv: Sequence[str]) -> int | None:
     if found is None:
         return None
     processes.end_with_workflow()
-    slot = found.slot(KINDS[argv[0]])
+    return ask(found, KINDS[argv[0]], argv, Twins())
+
+
+def ask(found: pool.Pool, kind: str, argv: Sequence[str], starter: Starter) -> int | None:
+    """Have a worker of a kind run a command; return its exit status, or None where the worker was lost.
+
+    In the latter case it is sure that the worker is dead, and this process keeps other writers of the pool from the
+    same output until it ends.
+
+    Raises:
+        EarlError: the worker was lost, and goes on though it was ended.
+    """
+    slot = found.slot(kind)
     try:
-        return _ask(slot, argv)
+        return _ask(slot, argv, starter)
     except channel.ProtocolError as error:
-        print(f"{slot.name}: {error}; going on in this process", file=sys.stderr)
-        if pool.from_environment() is not None:
-            slot.end()
+        print(f"{slot.name}: {error}; going on without it", file=sys.stderr, flush=True)
+        if not found.is_over():
+            starter.end(slot)
             _hold_output(found, argv)
         return None
     finally:
@@ -60,13 +89,13 @@ def identity() -> dict[str, str]:
     }
 
 
-def _ask(slot: pool.Slot, argv: Sequence[str]) -> int:
+def _ask(slot: pool.Slot, argv: Sequence[str], starter: Starter) -> int:
     """Have the slot's worker run a command.
 
     Raises:
         ProtocolError: no worker comes up, it breaks off, or it does not take the command.
     """
-    return show(_reach(slot), argv)
+    return show(_reach(slot, starter), argv)
 
 
 def show(worker: channel.Channel, argv: Sequence[str]) -> int:
@@ -92,7 +121,7 @@ def show(worker: channel.Channel, argv: Sequence[str]) -> int:
         worker.close()
 
 
-def _reach(slot: pool.Slot) -> channel.Channel:
+def _reach(slot: pool.Slot, starter: Starter) -> channel.Channel:
     """Return a channel to the slot's worker. One of another identity, or that does not answer, is replaced."""
     record, wanted = slot.record(), identity()
     if record is not None and record["identity"] == wanted:
@@ -100,35 +129,42 @@ def _reach(slot: pool.Slot) -> channel.Channel:
             return channel.connect(record["address"], slot.pool.secret)
         except channel.ProtocolError:
             pass  # It was idle for long, or was killed.
-    slot.end()
-    _start(slot)
+    starter.end(slot)
+    starter.start(slot)
     record = slot.record()
     if record is None:
         raise channel.ProtocolError(f"the worker does not come up, see {slot.file('log')}")
     return channel.connect(record["address"], slot.pool.secret)
 
 
-def _start(slot: pool.Slot) -> None:
-    """Start a worker as this process's twin, and wait until it listens or ends.
+class Twins:
+    """Starts a worker as this process's twin, on the same machine and with the same environment."""
 
-    It gets a session of its own, so that a signal to the client's group does not reach it, and no file of the client's:
-    whoever reads what the client prints must not wait for the worker's end.
-    """
-    import subprocess
+    def start(self, slot: pool.Slot) -> None:
+        """See :class:`Starter`.
 
-    command = [sys.executable, "-m", "earl", "worker", "--pool", slot.pool.path, "--name", slot.name]
-    environment = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
-    with open(slot.file("log"), "ab") as log:
-        started = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-        )
-    with started.stdout as listening:
-        listening.readline()
+        The worker gets a session of its own, so that a signal to the client's group does not reach it, and no file of
+        the client's: whoever reads what the client prints must not wait for the worker's end.
+        """
+        import subprocess
+
+        command = [sys.executable, "-m", "earl", "worker", "--pool", slot.pool.path, "--name", slot.name]
+        environment = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
+        with open(slot.file("log"), "ab") as log:
+            started = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        with started.stdout as listening:
+            listening.readline()
+
+    def end(self, slot: pool.Slot) -> None:
+        """See :class:`Starter`."""
+        slot.end()
 
 
 def _write(stream: int, data: bytes) -> None:

@@ -1,14 +1,21 @@
 """The pool of a workflow: a folder, for its user alone, that clients and workers meet in.
 
-    pool.json              the process that the pool ends with, and how long workers wait for work
+    pool.json              the process that the pool ends with, what starts workers, how long these wait for work
     secret                 what clients and workers prove to each other
+    owner                  held locked by the process that the pool ends with
     <worker>.json          address and identity of a worker, once it listens
     <worker>.worker        held locked by the worker for as long as it lives
     <worker>.client        held locked by the client that is using it
     <worker>.log, .sock    what it prints when nobody listens, and its socket
+    <worker>.wanted        of a worker that is a Slurm job: the identity that it is to have
+    jobs/<worker>          ... and what is known of the job
     outputs                held locked, one byte for each output that is being written
 
-All locks go with the process that holds them. Workers are numbered within their kind: ``engine-0``, ``judge-1``.
+All locks go with the process that holds them. Workers are numbered within their kind: ``engine-0``, ``judge-1``; where
+they are Slurm jobs, within those of a kind that ask for the same resources, too: ``engine.5f3a90-0``.
+
+A pool whose workers are processes of this machine lies in its folder for temporary files. One whose workers are Slurm
+jobs lies beside the runs, on the file system that all nodes share and lock files on.
 """
 
 import atexit
@@ -29,6 +36,9 @@ from earl.errors import EarlError
 
 VARIABLE = "EARL_WORKERS"
 """Environment variable with the folder of the pool that stages are to use."""
+LOCAL, SLURM = "local", "slurm"
+"""What starts a pool's workers: clients, as processes beside them, or `earl.workers.jobs`, as Slurm jobs."""
+JOBS = "jobs"
 _PREFIX = "earl-workers-"
 _OPENING = 60.0
 """Seconds after which a pool that is being opened has its settings for sure."""
@@ -55,10 +65,29 @@ class Pool:
         with open(self.file("secret"), "rb") as stream:
             return stream.read()
 
-    def owner(self) -> int | None:
-        """Return the process that the pool ends with, None where it runs on another machine."""
-        host, _, pid = self.settings["owner"].rpartition(":")
-        return int(pid) if host == socket.gethostname() else None
+    @property
+    def starts(self) -> str:
+        """What starts workers: :data:`LOCAL` or :data:`SLURM`."""
+        return self.settings["starts"]
+
+    def is_over(self) -> bool:
+        """Return whether the process that the pool ends with is gone, or the folder in part.
+
+        On the machine of that process this is asked of the system. Elsewhere its lock tells, on the shared file system.
+        """
+        try:
+            settings = self.settings
+            host, _, pid = settings["owner"].rpartition(":")
+            if settings["starts"] == LOCAL:
+                return host == socket.gethostname() and not processes.is_alive(int(pid))
+            free = processes.try_lock(self.file("owner"))
+        except (FileNotFoundError, ValueError, KeyError):
+            return True
+        except OSError:  # A shared file system may be away for a while; a pool that is over stays so.
+            return False
+        if free is not None:
+            free.close()
+        return free is not None
 
     def slot(self, kind: str) -> "Slot":
         """Take the first worker of a kind that no other client is using, whether it runs yet or not."""
@@ -78,22 +107,26 @@ class Pool:
             yield
 
     def remove_if_over(self) -> None:
-        """Remove the folder if the process that the pool ends with is gone, or the folder in part."""
-        try:
-            owner = self.owner()
-        except (OSError, ValueError, KeyError):
-            owner = 0
-        if owner is not None and not (owner and processes.is_alive(owner)):
+        """Remove the folder if the process that the pool ends with is gone, or the folder in part.
+
+        One whose workers are Slurm jobs stays: the next workflow looks there for jobs that may still run.
+        """
+        if self.is_over() and not os.path.isdir(self.file(JOBS)):
             _remove(self.path)
 
     def close(self) -> None:
         """End all workers and remove the folder."""
-        names = [name.removesuffix(".worker") for name in os.listdir(self.path) if name.endswith(".worker")]
-        slots = [Slot(self, name) for name in names]
-        for slot in slots:
-            slot.tell(signal.SIGTERM)
-        for slot in slots:
-            slot.end()
+        if self.starts == SLURM:
+            from earl.workers import jobs
+
+            jobs.end_all(self)
+        else:
+            names = [name.removesuffix(".worker") for name in os.listdir(self.path) if name.endswith(".worker")]
+            slots = [Slot(self, name) for name in names]
+            for slot in slots:
+                slot.tell(signal.SIGTERM)
+            for slot in slots:
+                slot.end()
         _remove(self.path)
 
 
@@ -116,33 +149,59 @@ class Slot:
 
     def announce(self, address: str, identity: dict[str, Any]) -> None:
         """Say that the worker listens."""
+        self._write("json", {"address": address, "identity": identity})
+
+    def want(self, identity: dict[str, Any]) -> None:
+        """Say what identity the worker that is about to be started is to have: it will run on another machine."""
+        self._write("wanted", identity)
+
+    def wanted(self) -> dict[str, Any]:
+        with open(self.file("wanted"), encoding="utf-8") as stream:
+            return json.load(stream)
+
+    def _write(self, kind: str, content: dict[str, Any]) -> None:
         temporary = self.file("new")
         with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump({"address": address, "identity": identity}, stream)
-        os.replace(temporary, self.file("json"))
+            json.dump(content, stream)
+        os.replace(temporary, self.file(kind))
 
-    def tell(self, number: int) -> None:
-        """Send a signal to the worker, if it is alive."""
+    def is_alive(self) -> bool:
+        """Return whether a worker holds this place."""
         free = processes.try_lock(self.file("worker"))
         if free is not None:
             free.close()
+        return free is None
+
+    def tell(self, number: int) -> None:
+        """Send a signal to the worker, if it is alive."""
+        if not self.is_alive():
             return
         with open(self.file("worker"), encoding="utf-8") as stream, contextlib.suppress(ValueError, ProcessLookupError):
             os.kill(int(stream.read()), number)
 
     def end(self) -> None:
-        """Make sure that no worker is alive here: ask it to end, then kill it.
+        """Make sure that no worker of this machine is alive here: ask it to end, then kill it.
 
         Raises:
             EarlError: it does not even end then.
         """
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            self.tell(number)
-            with contextlib.suppress(EarlError):
-                processes.lock(self.file("worker"), GRACE).close()
-                break
-        else:
-            raise EarlError(f"{self.file('worker')}: the worker does not end; end it by hand, then start again")
+        self.tell(signal.SIGTERM)
+        with contextlib.suppress(EarlError):
+            return self.clear()
+        self.tell(signal.SIGKILL)
+        return self.clear()
+
+    def clear(self) -> None:
+        """Wait until the worker has ended, and forget what it said of itself.
+
+        Raises:
+            EarlError: it does not end.
+        """
+        try:
+            processes.lock(self.file("worker"), GRACE).close()
+        except EarlError:
+            message = f"{self.file('worker')}: the worker does not end; end it by hand, then start again"
+            raise EarlError(message) from None
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.file("json"))
 
@@ -151,35 +210,48 @@ class Slot:
             self._lock.close()
 
 
-def open_pool(idle_seconds: float) -> Pool:
+def open_pool(idle_seconds: float, beside: str | None = None) -> Pool:
     """Open a pool for the stages that are started from here on; it ends with this process.
 
     Args:
         idle_seconds: how long workers wait for work before they end; the next stage starts them again.
+        beside: folder on a file system that all nodes share, for workers that are Slurm jobs; without one, workers are
+            processes of this machine.
+
+    Raises:
+        EarlError: Slurm does not answer about jobs that a workflow has left there which was killed.
     """
     import secrets
     import tempfile
 
-    _remove_pools_of_the_dead(tempfile.gettempdir())
-    path = tempfile.mkdtemp(prefix=_PREFIX)
-    if len(path) > 85:
+    folder = beside or tempfile.gettempdir()
+    os.makedirs(folder, exist_ok=True)
+    _remove_pools_of_the_dead(folder)
+    path = tempfile.mkdtemp(prefix=_PREFIX, dir=folder)
+    if beside is None and len(path) > 85:
         # A socket's path has about 100 characters.
         os.rmdir(path)
         path = tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp")
-    pool = Pool(path)
+    pool = Pool(os.path.abspath(path))
     with open(pool.file("secret"), "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
         stream.write(secrets.token_bytes(32))
+    owner, starts = f"{socket.gethostname()}:{os.getpid()}", LOCAL
+    if beside is not None:
+        os.mkdir(pool.file(JOBS))
+        starts = SLURM
+    lock = processes.lock(pool.file("owner"))
     with open(pool.file("pool.json"), "w", encoding="utf-8") as stream:
-        json.dump({"owner": f"{socket.gethostname()}:{os.getpid()}", "idle_seconds": idle_seconds}, stream)
-    os.environ[VARIABLE] = path
-    atexit.register(_close, pool, os.getpid())
+        json.dump({"owner": owner, "starts": starts, "idle_seconds": idle_seconds}, stream)
+    os.environ[VARIABLE] = pool.path
+    atexit.register(_close, pool, os.getpid(), lock)
     return pool
 
 
-def _close(pool: Pool, opener: int) -> None:
+def _close(pool: Pool, opener: int, lock: IO[str]) -> None:
     # A fork of the process that opened the pool has no say in it.
     if os.getpid() == opener:
         pool.close()
+        lock.close()
 
 
 def _remove(path: str) -> None:
@@ -202,21 +274,32 @@ def _remove_if_dead(entry: os.DirEntry[str]) -> None:
     if status.st_uid != os.getuid():
         return
     # One without its settings is being opened right now, or was left half removed.
-    if os.path.exists(found.file("pool.json")) or time.time() - status.st_mtime > _OPENING:
-        found.remove_if_over()
+    if not os.path.exists(found.file("pool.json")) and time.time() - status.st_mtime < _OPENING:
+        return
+    if not found.is_over():
+        return
+    if os.path.isdir(found.file(JOBS)):
+        from earl.workers import jobs
+
+        jobs.end_all(found)
+    _remove(found.path)
 
 
-def from_environment() -> Pool | None:
-    """Return the pool that stages are to use; None where there is none, or it belongs to another machine or is over."""
+def from_environment(starts: str | None = LOCAL) -> Pool | None:
+    """Return the pool that stages are to use, if there is one whose workers are started in this way (None: any way).
+
+    None, too, where it is over, or where its workers are processes of another machine.
+    """
     path = os.environ.get(VARIABLE)
     if not path:
         return None
     pool = Pool(path)
     try:
-        owner = pool.owner()
+        settings = pool.settings
+        elsewhere = settings["starts"] == LOCAL and settings["owner"].rpartition(":")[0] != socket.gethostname()
     except (OSError, ValueError, KeyError):
         return None
-    return pool if owner is not None and processes.is_alive(owner) else None
+    return None if elsewhere or starts not in (None, settings["starts"]) or pool.is_over() else pool
 
 
 def output_of(argv: Sequence[str]) -> str:

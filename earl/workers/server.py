@@ -19,6 +19,7 @@ from typing import Any
 
 from earl import processes, residents
 from earl.errors import EarlError
+from earl.launchers import squeue
 from earl.workers import KINDS, RANKS, channel, client, pool, team
 from earl.workers.output import Output
 
@@ -31,17 +32,22 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
     Args:
         folder: the pool.
         name: ``<kind>-<number>``.
-        host: address to listen at for other machines; None listens at a socket in the pool's folder.
+        host: address to listen at for other machines; by default that of the node of a Slurm job, elsewhere a socket
+            in the pool's folder.
 
     Raises:
         EarlError: there is no such pool or kind, or a worker of this name already runs.
     """
-    identity, found = client.identity(), pool.Pool(folder)
+    found = pool.Pool(folder)
+    slot = pool.Slot(found, name)
     try:
-        secret, settings, owner = found.secret, found.settings, found.owner()
+        secret, settings = found.secret, found.settings
+        is_job = settings["starts"] == pool.SLURM
+        # A job's environment is not that of the client that had it started, which says what it wants.
+        identity = slot.wanted() if is_job else client.identity()
     except (OSError, ValueError, KeyError) as error:
         raise EarlError(f"{folder}: is no pool of workers ({error}); the workflow opens one") from error
-    kind, kinds = name.rpartition("-")[0], {*KINDS.values(), RANKS}
+    kind, kinds = name.rpartition("-")[0].partition(".")[0], {*KINDS.values(), RANKS}
     if kind not in kinds:
         raise EarlError(f"--name {name}: must be one of {', '.join(sorted(kinds))}, with -<number>")
     rank, size = (int(os.environ.get(variable, default)) for variable, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -51,17 +57,15 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
             os.dup(lock.fileno())
     # Its client did not pass this on: what it does to a stage, which just ends, is not enough here.
     os.environ[processes.WATCHED] = settings["owner"]
-    os.environ[pool.VARIABLE] = folder
+    os.environ[pool.VARIABLE] = found.path
     residents.stays = True
-    if owner is not None:
-        processes.end_with(owner, first=found.remove_if_over)
-    slot = pool.Slot(found, name)
+    processes.end_when(found.is_over, 1.0 if is_job else 0.25, first=found.remove_if_over)
     if rank > 0:
         team.follow(secret, slot.file(f"{rank}.log"), run)
     try:
         leader = team.Leader(secret) if size > 1 else None
-        wanted = f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0"
-        listener, address = channel.listen(wanted)
+        host = host or (squeue.this_node() if is_job else None)
+        listener, address = channel.listen(f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0")
         worker = _Worker(found, kind, secret, leader)
         slot.announce(address, identity)
         # The client that started this process waits for this line, or for its end.

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import os
 import queue
-import socket
 import sys
 import threading
 import time
@@ -49,13 +48,14 @@ class Leader:
         # A name may lead to another address here than elsewhere; a stranger gets nowhere without the secret.
         listener, address = channel.listen(f"tcp:{host if host in _LOOPBACK else ''}:0")
         store.set(_ADDRESS, f"tcp:{host}:{address.rpartition(':')[2]}")
-        self._others: dict[int, _Other] = {}
+        others: dict[int, _Other] = {}
         with listener:
-            while len(self._others) < self.size - 1:
+            while len(others) < self.size - 1:
                 connection, _ = listener.accept()
                 with contextlib.suppress(channel.ProtocolError, KeyError):
                     other = _Other(channel.accept(connection, secret))
-                    self._others[other.rank] = other
+                    others[other.rank] = other
+        self._others = [others[rank] for rank in sorted(others)]
         self._changed = threading.Condition()
 
     def watch(self, failed: Callable[[Said, int], None]) -> None:
@@ -63,22 +63,22 @@ class Leader:
 
         It is called in a thread of its own, and has to end this process.
         """
-        for other in self._others.values():
+        for other in self._others:
             threading.Thread(target=self._hear, args=(other, failed), name=f"rank-{other.rank}", daemon=True).start()
 
     def run(self, argv: Sequence[str], stage: Stage) -> int:
         """Run a command on all ranks; return 0 if all say so, or this rank's failure, which it has told itself."""
         if argv[0] not in TOGETHER:
             return stage(argv)
-        for other in self._others.values():
+        for other in self._others:
             other.is_done = False
             with contextlib.suppress(channel.ProtocolError):  # Its thread notices, too.
                 other.channel.send({"argv": list(argv)})
         status = stage(argv)
         with self._changed:
             if status == 0:
-                self._changed.wait_for(lambda: all(other.is_done for other in self._others.values()))
-            elif self._changed.wait_for(lambda: any(other.is_gone for other in self._others.values()), _MOMENT):
+                self._changed.wait_for(lambda: all(other.is_done for other in self._others))
+            elif self._changed.wait_for(lambda: any(other.is_gone for other in self._others), _MOMENT):
                 time.sleep(ranks.PATIENCE)  # This rank failed since it lost that one, which is what is being told.
         if status == 0:
             self._show_what_others_said()
@@ -87,7 +87,7 @@ class Leader:
     def _show_what_others_said(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        for other in self._others.values():
+        for other in self._others:
             for stream, data in other.said:
                 os.write(stream, data)
             other.said.clear()
@@ -113,7 +113,7 @@ class _Other:
         """Raises ProtocolError or KeyError where it does not say which rank it is."""
         self.channel = connection
         self.rank = int(connection.receive()["rank"])
-        _stay_connected(connection.socket)
+        connection.socket.settimeout(None)
         self.said: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=_PARTS)
         self.is_done = True
         self.is_gone = False
@@ -146,36 +146,39 @@ def follow(secret: bytes, log: str, stage: Stage) -> NoReturn:
     store, rank, _ = ranks.meeting()
     leader = channel.connect(store.get(_ADDRESS).decode(), secret)
     leader.send({"rank": rank})
-    _stay_connected(leader.socket)
-    commands: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
-    threading.Thread(target=_take_commands, args=(leader, commands), name="end-with-leader", daemon=True).start()
-    output = Output(_end)
-    output.capture(log)
-    while True:
-        argv = commands.get()
-        output.receiver = leader
-        status = stage(argv)
-        output.drain()
-        output.receiver = None
-        with contextlib.suppress(channel.ProtocolError):  # The other thread notices, too.
-            leader.send({"status": status, "tells": bool(status) and ranks.failed_together()})
+    leader.socket.settimeout(None)
+    _Follower(leader, stage).work(log)
 
 
-def _take_commands(leader: channel.Channel, commands: "queue.SimpleQueue[list[str]]") -> None:
-    with contextlib.suppress(channel.ProtocolError):
+class _Follower:
+    """The side of any other rank."""
+
+    def __init__(self, leader: channel.Channel, stage: Stage) -> None:
+        self.leader, self.stage = leader, stage
+        self.output = Output(self.end)
+        self.busy = False
+        self.commands: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+    def work(self, log: str) -> NoReturn:
+        self.output.capture(log)
+        threading.Thread(target=self._take_commands, name="end-with-leader", daemon=True).start()
         while True:
-            commands.put(leader.receive()["argv"])
-    _end()
+            argv = self.commands.get()
+            self.output.receiver = self.leader
+            status = self.stage(argv)
+            self.output.drain()
+            self.output.receiver = None
+            self.busy = bool(status)
+            with contextlib.suppress(channel.ProtocolError):  # The other thread notices, too.
+                self.leader.send({"status": status, "tells": bool(status) and ranks.failed_together()})
 
+    def _take_commands(self) -> None:
+        with contextlib.suppress(channel.ProtocolError):
+            while True:
+                argv = self.leader.receive()["argv"]
+                self.busy = True
+                self.commands.put(argv)
+        self.end()
 
-def _end() -> NoReturn:
-    os._exit(1)
-
-
-def _stay_connected(connection: socket.socket) -> None:
-    """Let a connection be silent for as long as there is no work, and break off where the other machine is lost."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, option):  # not everywhere under these names
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    def end(self) -> NoReturn:
+        os._exit(int(self.busy))

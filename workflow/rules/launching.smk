@@ -43,6 +43,8 @@ def launcher(job, folder, output, threads, resources):
     ``folder`` is that of the run or of what runs share, ``job`` a name that is the command's alone in there.
     """
     name = "local" if IN_SEGMENT else resources.get("launcher", "local")
+    if name == "slurm" and WORKERS == ["submitit"]:
+        name = "workers"
     wanted = {
         name: resources.get(name)
         for name in jobs.Resources.names()
@@ -89,9 +91,10 @@ def workers_setting():
             f"workers is {' and '.join(found)} in experiments of one call: their stages share workers or have none; "
             "run them in calls of their own, or set one of them for all: --config set=workers=local"
         )
-    if "submitit" in found:
+    if "submitit" in found and profile_setting("launcher", "local") != "slurm":
         raise WorkflowError(
-            "workers is 'submitit', which is not there yet; set it to 'local' or 'none'"
+            "workers is 'submitit', workers that are Slurm jobs, but stages run on this machine; take a profile that "
+            "has stages run as Slurm jobs (--profile profiles/slurm), or set workers=local"
         )
     return found
 
@@ -99,8 +102,17 @@ def workers_setting():
 def open_workers():
     """Let stages that are started from here on run in workers, unless a workflow around this one has seen to that.
 
-    Stages on other machines start cold: a pool belongs to one machine.
+    A pool of processes belongs to one machine: stages that are jobs on others start cold with `local`. In a segment
+    all stages share one allocation, and `submitit` is the same as `local` there.
     """
-    stay_here = profile_setting("launcher", "local") != "slurm" or IN_SEGMENT
-    if WORKERS == ["local"] and stay_here and not pool.from_environment():
-        pool.open_pool(max(item.config.worker_idle_seconds for item in PLANS.values()))
+    if WORKERS == ["none"] or pool.from_environment(starts=None):
+        return
+    idle_seconds = max(item.config.worker_idle_seconds for item in PLANS.values())
+    if IN_SEGMENT or profile_setting("launcher", "local") != "slurm":
+        pool.open_pool(idle_seconds)
+    elif WORKERS == ["submitit"] and not SEGMENTS:
+        base = Path(next(iter(PLANS.values())).config.base_exp_dir)
+        try:
+            pool.open_pool(idle_seconds, beside=str(base / ".workers"))
+        except EarlError as error:
+            raise WorkflowError(str(error)) from None
