@@ -11,6 +11,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+stays = False
+"""Whether this process goes on after a stage, as a worker does. Who keeps more than memory, such as connections to
+other processes, asks for this: a process that ends with its stage closes them."""
+
 _kept: dict[str, tuple[Hashable, object]] = {}
 
 

@@ -14,13 +14,16 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 """What torch.distributed reads, as torchrun sets it."""
 
 
-def start(command: Sequence[str], changes: Mapping[str, str], keep_open: Sequence[int] = ()) -> subprocess.Popen:
+def start(
+    command: Sequence[str], changes: Mapping[str, str], keep_open: Sequence[int] = (), **streams: IO[bytes] | int
+) -> subprocess.Popen:
     """Start ``command`` as the leader of a process group of its own.
 
     Args:
         command: the command and its arguments.
         changes: environment variables to set; rank variables of this process itself are not handed on.
         keep_open: file descriptors that the child holds, too, such as that of a lock.
+        streams: ``stdin``, ``stdout``, ``stderr`` of the child, as ``Popen`` takes them; this process's by default.
     """
     processes.end_stages_with_this_process()
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
@@ -30,6 +33,7 @@ def start(command: Sequence[str], changes: Mapping[str, str], keep_open: Sequenc
         pass_fds=keep_open,
         start_new_session=True,
         preexec_fn=_prepare,
+        **streams,
     )
 
 

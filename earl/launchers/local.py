@@ -19,7 +19,7 @@ class LocalLauncher:
         if job.resources.nodes > 1:
             raise EarlError(f"{job.name}: asks for {job.resources.nodes} nodes; the launcher 'local' has one")
         with gpus.held(job.resources.gpu) as visible:
-            ranks = _rank_variables(job.resources.tasks_per_node)
+            ranks = rank_variables(job.resources.tasks_per_node)
             return _wait([child.start(job.command, visible | variables) for variables in ranks])
 
 
@@ -45,7 +45,8 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
             child.end(rank)
 
 
-def _rank_variables(count: int) -> list[dict[str, str]]:
+def rank_variables(count: int) -> list[dict[str, str]]:
+    """Return what torch.distributed reads in each of ``count`` processes of this machine; nothing for one alone."""
     if count == 1:
         return [{}]
     with socket.create_server(("127.0.0.1", 0)) as server:

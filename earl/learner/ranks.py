@@ -2,8 +2,13 @@
 
 A stage that is run plainly is one process; under torchrun (`WORLD_SIZE` in the environment) it is one of several, the
 ranks. Each rank reads the same files and comes to the same plan, so that only weights, gradients and sums travel.
+
+In a process that stays (`earl worker`) the ranks stay joined from stage to stage, and what is split over them stays in
+memory.
 """
 
+import functools
+import itertools
 import logging
 import os
 import sys
@@ -13,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from earl import runtime
+from earl import residents, runtime
 from earl.errors import EarlError
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ Item = TypeVar("Item")
 
 PATIENCE = 60.0
 """Seconds that a rank waits to be ended after another one has said what is wrong."""
+_FAILURES = "failures"
+"""Where the store counts ranks that have failed."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,14 @@ class Ranks:
         size: how many there are.
         device: what this rank computes on.
         splits: whether models are split over the ranks; one process may do so too, see `sharding`.
+        lasting: whether they outlast the stage, so that models may stay in memory for the next.
     """
 
     rank: int
     size: int
     device: "torch.device"
     splits: bool = False
+    lasting: bool = False
 
     @property
     def first(self) -> bool:
@@ -64,7 +73,7 @@ class Ranks:
 
 def alone(device: "torch.device") -> Ranks:
     """One process that trains by itself."""
-    return Ranks(0, 1, device)
+    return Ranks(0, 1, device, lasting=True)
 
 
 def is_launched() -> bool:
@@ -84,12 +93,20 @@ def rounds(batches: Sequence[Item], ranks: Ranks) -> Iterator[tuple[Item, bool]]
         yield batches[min(index, len(batches) - 1)], index < len(batches)
 
 
+@functools.cache
+def meeting() -> "tuple[torch.distributed.Store, int, int]":
+    """Return the store by which launched ranks find each other, this one's rank, and how many there are."""
+    import torch.distributed as dist
+
+    return next(dist.rendezvous("env://"))
+
+
 @contextmanager
 def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks]:
-    """Join the other ranks, if there are any, and leave them at the end.
+    """Join the other ranks, if there are any, and leave them at the end, unless the process stays.
 
     An error ends all ranks. The rank that met it first raises it; the others, which meet it too or lose their partner
-    in the middle of a sum, wait silently for torchrun to end them.
+    in the middle of a sum, wait silently for torchrun, or the first of them, to end them.
 
     Args:
         device: of the type that ranks compute on; of several GPUs of a machine each rank takes the one of its
@@ -102,34 +119,65 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
         return
     import torch.distributed as dist
 
-    if size == 1 and dist.is_initialized():  # vLLM, as an engine in this process, has opened a group already.
-        yield Ranks(0, 1, _own_device(device), splits=True)
+    device = _own_device(device)
+    group: _Group | None = residents.take(_Group.KIND, device)
+    if group is None and size == 1 and dist.is_initialized():  # vLLM, as an engine in this process, has opened one.
+        yield Ranks(0, 1, device, splits=True)
         return
-    store, rank = dist.HashStore(), 0
-    if size > 1:
-        store, rank, size = next(dist.rendezvous("env://"))
-    team = Ranks(rank, size, _own_device(device), splits=True)
+    group = group or _Group(device, size)
+    team = Ranks(group.rank, size, device, splits=True, lasting=residents.stays)
     if not team.first:
         logging.getLogger("earl").setLevel(logging.ERROR)  # the first says it for all
-    dist.init_process_group(
-        # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("ranks", store),
-        rank=rank,
-        world_size=size,
-        device_id=team.device if device.type == "cuda" else None,
-    )
     try:
         yield team
         team.of_first(None)  # none leaves while another still writes
     except Exception:
-        if not _is_first_to_fail(store):
+        if not _is_first_to_fail(group.store):
             time.sleep(PATIENCE)
             os._exit(1)
-        if size == 1:
-            dist.destroy_process_group()  # of several, what others wait for will not come: the process has to end
+        if team.lasting:
+            residents.clear()  # What is split goes with the group.
+        group.close()
         raise
-    dist.destroy_process_group()
+    if team.lasting:
+        residents.put(_Group.KIND, device, group)
+    else:
+        dist.destroy_process_group()
+
+
+class _Group:
+    """The process group that `torch.distributed` has in this process.
+
+    Attributes:
+        store: what the ranks share beside it.
+        rank: this process's.
+    """
+
+    KIND = "process group"
+    _number = itertools.count()
+
+    def __init__(self, device: "torch.device", size: int) -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()  # Of several ranks, kept for another device; all of them are here.
+        self._size = size
+        self.store, self.rank = (dist.HashStore(), 0) if size == 1 else meeting()[:2]
+        dist.init_process_group(
+            # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"ranks/{next(_Group._number)}", self.store),
+            rank=self.rank,
+            world_size=size,
+            device_id=device if device.type == "cuda" else None,
+        )
+
+    def close(self) -> None:
+        """Leave a group of one. Of several, what others wait for will not come: the processes have to end."""
+        import torch.distributed as dist
+
+        if self._size == 1:
+            dist.destroy_process_group()
 
 
 def _own_device(device: "torch.device") -> "torch.device":
@@ -143,22 +191,33 @@ def _own_device(device: "torch.device") -> "torch.device":
 
 def _is_first_to_fail(store: Any) -> bool:
     try:
-        return store.add("failures", 1) == 1
+        return store.add(_FAILURES, 1) == 1
     except Exception:  # the store is gone with the rank that kept it, whose error is the one to tell
         return False
 
 
-def launch(config: "Config", arguments: Sequence[str], processes: int) -> int:
-    """Run `earl <arguments>` as `processes` ranks of this machine, by torchrun; return 0, or the status of a rank.
+def failed_together() -> bool:
+    """Whether a rank has failed since all had joined; then one of them says so, and the others nothing."""
+    return meeting()[0].add(_FAILURES, 0) > 0
 
-    Ranks end with this process, and all of them when one fails; a rank that failed has said why, one that was killed
-    is named.
+
+def launch(config: "Config", arguments: Sequence[str], processes: int) -> int:
+    """Run `earl <arguments>` as `processes` ranks of this machine; return 0, or the status of a rank.
+
+    A learner's worker keeps them for its next command; else torchrun starts them. Ranks end with this process, and all
+    of them when one fails; a rank that failed has said why, one that was killed is named.
 
     Raises:
         EarlError: the configuration asks for GPUs and there are too few.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun sets it, with a warning; a stage sets its own number
     _check_devices(config, processes)
+    if residents.stays:
+        from earl.workers import local_team
+
+        status = local_team.run(arguments, processes)
+        if status is not None:
+            return status
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

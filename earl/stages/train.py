@@ -97,7 +97,7 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
         "inputs": inputs,
     }
     metrics = _write(config, current, previous, learner, outcomes, metrics, team, clock)
-    if not team.splits:
+    if team.lasting:
         residents.put("learner", _key(config, current, metrics["policy_digest"], team), learner)
     return metrics
 
@@ -111,15 +111,12 @@ class _Learner:
 
 
 def _learner(config: "Config", previous: Iteration, policy_digest: str, team: Ranks) -> tuple[_Learner, int]:
-    """The learner as an iteration left it, and its optimizer steps: taken from memory if it is there, else loaded.
-
-    A model that is split belongs to the ranks of one stage, and is not kept.
-    """
+    """The learner as an iteration left it, and its optimizer steps: taken from memory if it is there, else loaded."""
     binding = {"iteration": previous.index, "policy_digest": policy_digest, "config_digest": config_digest(config)}
     checkpoint.check_files(previous.policy)
     state = trainer_state.check(previous.trainer, **binding) if previous.index else None
     steps = state.optimizer_steps if state else 0
-    kept: _Learner | None = residents.take("learner", _key(config, previous, policy_digest, team))
+    kept: _Learner | None = _kept("learner", _key(config, previous, policy_digest, team), team)
     if kept is not None:
         log.info("trainer: iteration %d (%d optimizer steps) is in memory", previous.index, steps)
         return kept, steps
@@ -136,8 +133,19 @@ def _learner(config: "Config", previous: Iteration, policy_digest: str, team: Ra
 
 def _key(config: "Config", iteration: Iteration, policy_digest: str, team: Ranks) -> tuple[object, ...]:
     """What a learner in memory depends on."""
-    chosen = config.learning_rate, config.compile, str(team.device), team.splits
+    chosen = config.learning_rate, config.compile, *_placement(config, team)
     return iteration.index, policy_digest, _trainer_digest(iteration), *chosen
+
+
+def _placement(config: "Config", team: Ranks) -> tuple[object, ...]:
+    """How a model lies in memory, here and on the other ranks."""
+    return config.dtype, str(team.device), team.splits, team.size
+
+
+def _kept(kind: str, key: tuple[object, ...], team: Ranks) -> Any:
+    """Take what all ranks have in memory under a key. None where one has not: they load together, or not at all."""
+    found = residents.take(kind, key)
+    return found if all(team.gather(found is not None)) else None
 
 
 def _trainer_digest(iteration: Iteration) -> str | None:
@@ -149,11 +157,13 @@ def _reference(config: "Config", folder: Path, team: Ranks) -> "tuple[str, Emu3F
     if config.kl_coeff == 0:
         return None, None
     digest, bfloat16 = manifest.digest_folder(checkpoint.check_files(folder)), config.dtype == "bfloat16"
-
-    def load() -> "Emu3ForCausalLM":
-        return sharding.load(folder, team, bfloat16, frozen=True, offload=config.reference_offload)
-
-    return digest, load() if team.splits else residents.get("reference", (digest, str(team.device)), load)
+    key = digest, config.reference_offload, *_placement(config, team)
+    reference = _kept("reference", key, team)
+    if reference is None:
+        reference = sharding.load(folder, team, bfloat16, frozen=True, offload=config.reference_offload)
+    if team.lasting:
+        residents.put("reference", key, reference)
+    return digest, reference
 
 
 def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ranks) -> grpo.Settings:

@@ -9,7 +9,8 @@ bytes.
 * `channel`: messages between them: JSON, with a length before it, after both sides have proved that they know the
   pool's secret.
 * `client`: what `python -m earl <stage>` does first. It imports nothing heavy, and neither do the two above.
-* `server`: what `earl worker` does.
+* `server`: what `earl worker` does; `output`: how what it prints comes to the client.
+* `team`: how a worker that is several ranks acts as one; `local_team`: ranks that a learner's worker starts and keeps.
 * `jobs`: workers that are Slurm jobs; `launcher` sends stages to them that would be jobs themselves.
 * `earl.residents`: what a process keeps in memory between stages.
 """
@@ -25,6 +26,12 @@ KINDS = {
 }
 """Commands that workers take, and the kind of worker: each holds one kind of model, since engines, judges and learners
 set process-wide switches of their own and, on GPUs, have shares of memory of their own."""
+
+RANKS = "ranks"
+"""Kind of a worker that is several ranks, and that a learner's worker has started for its own commands."""
+
+TOGETHER = ("train",)
+"""Commands that all ranks of a worker run; any other its first rank runs alone."""
 
 EVERY_ITERATION = ("generate", "score", "train")
 """Commands that a worker is worth a Slurm job of its own for: the others come once in a run."""

@@ -90,12 +90,20 @@ def identity() -> dict[str, str]:
 
 
 def _ask(slot: pool.Slot, argv: Sequence[str], starter: Starter) -> int:
-    """Send a command and show what it prints.
+    """Have the slot's worker run a command.
 
     Raises:
         ProtocolError: no worker comes up, it breaks off, or it does not take the command.
     """
-    worker = _reach(slot, starter)
+    return show(_reach(slot, starter), argv)
+
+
+def show(worker: channel.Channel, argv: Sequence[str]) -> int:
+    """Send a command to a worker and show what it prints; return the exit status.
+
+    Raises:
+        ProtocolError: the worker breaks off, or it does not take the command.
+    """
     try:
         worker.socket.settimeout(None)
         worker.send({"argv": list(argv)})

@@ -9,28 +9,25 @@ import contextlib
 import gc
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from earl import processes, residents
 from earl.errors import EarlError
 from earl.launchers import squeue
-from earl.workers import KINDS, channel, client, pool
+from earl.workers import KINDS, RANKS, channel, client, pool, team
+from earl.workers.output import Output
 
 log = logging.getLogger(__name__)
 
-_PART = 2**14
-"""Bytes of output in one message."""
-
 
 def serve(folder: str, name: str, host: str | None = None) -> None:
-    """Serve a pool's clients under a name until there is a reason to end.
+    """Serve a pool's clients under a name until there is a reason to end; as one of several ranks, take part in that.
 
     Args:
         folder: the pool.
@@ -50,19 +47,26 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
         identity = slot.wanted() if is_job else client.identity()
     except (OSError, ValueError, KeyError) as error:
         raise EarlError(f"{folder}: is no pool of workers ({error}); the workflow opens one") from error
-    kind = name.rpartition("-")[0].partition(".")[0]
-    if kind not in KINDS.values():
-        raise EarlError(f"--name {name}: must be one of {', '.join(sorted(set(KINDS.values())))}, with -<number>")
-    # A bare descriptor is closed by nothing but the end of the process.
-    with processes.lock(found.file(f"{name}.worker"), patience=0) as lock:
-        os.dup(lock.fileno())
+    kind, kinds = name.rpartition("-")[0].partition(".")[0], {*KINDS.values(), RANKS}
+    if kind not in kinds:
+        raise EarlError(f"--name {name}: must be one of {', '.join(sorted(kinds))}, with -<number>")
+    rank, size = (int(os.environ.get(variable, default)) for variable, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank == 0:
+        # A bare descriptor is closed by nothing but the end of the process.
+        with processes.lock(found.file(f"{name}.worker"), patience=0) as lock:
+            os.dup(lock.fileno())
     # Its client did not pass this on: what it does to a stage, which just ends, is not enough here.
     os.environ[processes.WATCHED] = settings["owner"]
+    os.environ[pool.VARIABLE] = found.path
+    residents.stays = True
     processes.end_when(found.is_over, 1.0 if is_job else 0.25, first=found.remove_if_over)
+    if rank > 0:
+        team.follow(secret, slot.file(f"{rank}.log"), run)
     try:
+        leader = team.Leader(secret) if size > 1 else None
         host = host or (squeue.this_node() if is_job else None)
         listener, address = channel.listen(f"unix:{slot.file('sock')}" if host is None else f"tcp:{host}:0")
-        worker = _Worker(found, kind, secret)
+        worker = _Worker(found, kind, secret, leader)
         slot.announce(address, identity)
         # The client that started this process waits for this line, or for its end.
         print("listening", flush=True)
@@ -77,16 +81,20 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
 class _Worker:
     """Takes commands of one kind from a listening socket."""
 
-    def __init__(self, found: pool.Pool, kind: str, secret: bytes) -> None:
-        self.pool, self.kind, self.secret = found, kind, secret
-        self.output = _Output(self.end)
+    def __init__(self, found: pool.Pool, kind: str, secret: bytes, leader: team.Leader | None) -> None:
+        self.pool, self.kind, self.secret, self.leader = found, kind, secret, leader
+        self.output = Output(self.end)
         self.busy = False
+        self._asking: channel.Channel | None = None
+        self._answering = threading.Lock()
         signal.signal(signal.SIGTERM, self.end)
+        if leader is not None:
+            leader.watch(self._end_of_rank)
 
     def end(self, *_: object) -> None:
-        """End at once, without the seconds that a regular end takes to unload libraries."""
-        if not self.busy:
-            residents.clear()  # What is kept may have files of its own to remove.
+        """End at once, without the seconds that a regular end takes to unload libraries; other ranks end with this."""
+        if not self.busy and self.leader is None:
+            residents.clear()  # What is kept may have files or processes of its own.
             gc.collect()
         # Another thread may be removing the pool; this one must not end the process before that is done.
         self.pool.remove_if_over()
@@ -111,28 +119,52 @@ class _Worker:
         argv = asking.receive().get("argv")
         if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv):
             asking.send({"refused": "argv is not a list of text"})
-        elif not argv or KINDS.get(argv[0]) != self.kind:
+        elif not argv or KINDS.get(argv[0]) != ("learner" if self.kind == RANKS else self.kind):
             asking.send({"refused": f"not a command for a worker that holds the {self.kind}"})
         else:
             self._run(asking, argv)
 
     def _run(self, asking: channel.Channel, argv: list[str]) -> None:
         asking.socket.settimeout(None)
-        self.busy = True
+        self._asking, self.busy = asking, True
         watch = threading.Thread(target=self._end_with, args=(asking,), name="end-with-client", daemon=True)
         watch.start()
         try:
             self.output.receiver = asking
-            with self.pool.writing(argv):
-                status = run(argv)
-            self.output.drain()
+            with self._writing(argv):
+                status = run(argv) if self.leader is None else self.leader.run(argv, run)
+            with self._answering:
+                self._answer(status)
         finally:
             self.output.receiver = None
-        self.busy = False
-        asking.send({"status": status})
-        with contextlib.suppress(OSError):
-            asking.socket.shutdown(socket.SHUT_RDWR)
+        if status and self.leader is not None:
+            self.end()  # Ranks that failed may still be waiting for each other.
         watch.join()
+
+    def _writing(self, argv: list[str]) -> contextlib.AbstractContextManager[None]:
+        """Keep others from what the command writes. The learner that ranks belong to does that for them."""
+        return contextlib.nullcontext() if self.kind == RANKS else self.pool.writing(argv)
+
+    def _answer(self, status: int) -> None:
+        """Tell the client how its command ended, after all that was printed."""
+        self.output.drain()
+        self.output.receiver = None
+        self.busy = False
+        self._asking.send({"status": status})
+        with contextlib.suppress(OSError):
+            self._asking.socket.shutdown(socket.SHUT_RDWR)
+
+    def _end_of_rank(self, said: Iterable[tuple[int, bytes]], status: int) -> None:
+        """End with another rank that has failed or is gone; tell the client of it, if one waits.
+
+        The main thread may be waiting for that rank for ever.
+        """
+        with self._answering:
+            if self.busy:
+                for stream, data in said:
+                    os.write(stream, data)
+                self._answer(status)
+            self.end()
 
     def _end_with(self, asking: channel.Channel) -> None:
         """Wait for the client to break off, which it does only once it has the status."""
@@ -166,67 +198,3 @@ def _as_new() -> None:
     torch.set_rng_state(torch.Generator().get_state())
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-class _Output:
-    """Whatever this process and the processes below it print, sent to the client in hand as it comes, or into a log."""
-
-    def __init__(self, end: Callable[[], None]) -> None:
-        self.receiver: channel.Channel | None = None
-        self._end = end
-        self._sending = threading.Lock()
-        self._marker = b"\0" + secrets.token_hex(16).encode() + b"\0"
-        self._drained = {1: threading.Event(), 2: threading.Event()}
-
-    def capture(self, log_path: str) -> None:
-        """From here on take what is written to standard output and error."""
-        self._log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for stream in (1, 2):
-            source, sink = os.pipe()
-            os.dup2(sink, stream)
-            os.close(sink)
-            threading.Thread(target=self._pump, args=(stream, source), name=f"output-{stream}", daemon=True).start()
-
-    def drain(self) -> None:
-        """Wait until the client has been sent all that was printed so far."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for stream, drained in self._drained.items():
-            drained.clear()
-            os.write(stream, self._marker)
-            drained.wait()
-
-    def _pump(self, stream: int, source: int) -> None:
-        try:
-            self._pass_all_on(stream, source)
-        finally:
-            self._end()  # The client is gone, or the log cannot be written: the stage would wait here for ever.
-
-    def _pass_all_on(self, stream: int, source: int) -> None:
-        held = b""
-        while data := os.read(source, _PART):
-            held += data
-            while self._marker in held:
-                before, _, held = held.partition(self._marker)
-                self._pass_on(stream, before)
-                self._drained[stream].set()
-            ready = len(held) - _overlap(held, self._marker)
-            self._pass_on(stream, held[:ready])
-            held = held[ready:]
-
-    def _pass_on(self, stream: int, data: bytes) -> None:
-        if not data:
-            return
-        receiver = self.receiver
-        if receiver is None:
-            os.write(self._log, data)
-            return
-        with self._sending:
-            receiver.send({"stream": stream, "text": data.decode("utf-8", "surrogateescape")})
-
-
-def _overlap(data: bytes, marker: bytes) -> int:
-    """Return how many bytes at the end of ``data`` may be the beginning of ``marker``."""
-    return next((n for n in range(min(len(marker) - 1, len(data)), 0, -1) if data.endswith(marker[:n])), 0)
