@@ -12,15 +12,25 @@ from earl.launchers.job import Job
 
 
 class LocalLauncher:
-    """Starts every rank as a process here; a job waits until as many GPUs as it asks for are free."""
+    """Starts every rank as a process here; a job waits until as many GPUs as it asks for are free.
+
+    Where the workflow has workers on this machine, these have the GPUs: a stage's command goes to one that has as many
+    as it asks for, and other jobs get those of workers without work.
+    """
 
     def run(self, job: Job) -> int:
         """See :class:`earl.launchers.Launcher`. The processes end with this one."""
+        from earl.workers import launcher, pool
+
         if job.resources.nodes > 1:
             raise EarlError(f"{job.name}: asks for {job.resources.nodes} nodes; the launcher 'local' has one")
-        with gpus.held(job.resources.gpu) as visible:
+        if job.resources.ranks == 1 and (status := launcher.in_worker_with_gpus(job)) is not None:
+            return status
+        with gpus.held(job.resources.gpu, launcher.end_an_idle_worker) as visible:
+            # Workers have not taken the command; it is not to ask them again.
+            alone = {pool.VARIABLE: ""} if visible else {}
             ranks = rank_variables(job.resources.tasks_per_node)
-            return _wait([child.start(job.command, visible | variables) for variables in ranks])
+            return _wait([child.start(job.command, visible | alone | variables) for variables in ranks])
 
 
 class DebugLauncher:

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import IO, Protocol
 
 from earl import code_version, processes
 from earl.workers import KINDS, channel, pool
@@ -138,29 +138,53 @@ def _reach(slot: pool.Slot, starter: Starter) -> channel.Channel:
 
 
 class Twins:
-    """Starts a worker as this process's twin, on the same machine and with the same environment."""
+    """Starts a worker as this process's twin, on the same machine and with the same environment.
+
+    Args:
+        gpus: how many GPUs of its own the worker has for as long as it lives; 0 leaves it those of this process.
+    """
+
+    def __init__(self, gpus: int = 0) -> None:
+        self.gpus = gpus
 
     def start(self, slot: pool.Slot) -> None:
         """See :class:`Starter`.
 
         The worker gets a session of its own, so that a signal to the client's group does not reach it, and no file of
         the client's: whoever reads what the client prints must not wait for the worker's end.
+
+        Raises:
+            EarlError: the machine has fewer GPUs than are asked for.
         """
         import subprocess
 
+        slot.want(identity())
+        taken, shown = self._take_gpus(slot.pool)
         command = [sys.executable, "-m", "earl", "worker", "--pool", slot.pool.path, "--name", slot.name]
         environment = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
         with open(slot.file("log"), "ab") as log:
             started = subprocess.Popen(
                 command,
-                env=environment,
+                env=environment | shown,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=[lock.fileno() for lock in taken],
             )
+        for lock in taken:  # From here on the worker holds them.
+            lock.close()
         with started.stdout as listening:
             listening.readline()
+
+    def _take_gpus(self, of: pool.Pool) -> tuple[list[IO[str]], dict[str, str]]:
+        """Wait for GPUs, those of idle workers if need be; return their locks, and the variable that shows them."""
+        if not self.gpus:
+            return [], {}
+        from earl.launchers import gpus
+
+        taken = gpus.take(self.gpus, of.end_an_idle_worker)
+        return list(taken.values()), gpus.shown(taken)
 
     def end(self, slot: pool.Slot) -> None:
         """See :class:`Starter`."""

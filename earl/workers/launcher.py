@@ -1,4 +1,4 @@
-"""The launcher `workers`: a stage's command goes to a worker that is a Slurm job, or else is a job of its own."""
+"""How launchers have a stage's command run by a worker: the launcher `workers`, and what `local` does with GPUs."""
 
 import sys
 from collections.abc import Sequence
@@ -31,13 +31,34 @@ class WorkersLauncher:
     def _in_worker(self, job: Job) -> int | None:
         """Return the exit status of a command that a worker has run, None where none has."""
         argv, found = stage(job.command), pool.from_environment(pool.SLURM)
-        if found is None or argv[:1] not in ([name] for name in EVERY_ITERATION) or record.Record.read(job.folder):
+        if found is None or not argv or argv[0] not in EVERY_ITERATION or record.Record.read(job.folder):
             return None
         from earl.workers.jobs import Starter
 
         # Two rules may ask for the same kind of worker and for different resources.
         kind = f"{KINDS[argv[0]]}.{job.resources.digest[:6]}"
         return client.ask(found, kind, argv, Starter(job.resources))
+
+
+def in_worker_with_gpus(job: Job) -> int | None:
+    """Have a worker of this machine that has as many GPUs for itself as the job asks for run its command.
+
+    Return the exit status; None where no GPU is asked for, there are no workers, or they do not take the command.
+
+    Raises:
+        EarlError: the machine has fewer GPUs.
+    """
+    argv, found = stage(job.command), pool.from_environment()
+    if found is None or not job.resources.gpu or not argv or argv[0] not in KINDS:
+        return None
+    count = job.resources.gpu
+    return client.ask(found, f"{KINDS[argv[0]]}{pool.GPUS}{count}", argv, client.Twins(count))
+
+
+def end_an_idle_worker() -> None:
+    """Where the workflow has workers on this machine, have one that has no work give up its GPUs."""
+    if found := pool.from_environment():
+        found.end_an_idle_worker()
 
 
 def stage(command: Sequence[str]) -> list[str]:

@@ -7,12 +7,13 @@
     <worker>.worker        held locked by the worker for as long as it lives
     <worker>.client        held locked by the client that is using it
     <worker>.log, .sock    what it prints when nobody listens, and its socket
-    <worker>.wanted        of a worker that is a Slurm job: the identity that it is to have
-    jobs/<worker>          ... and what is known of the job
+    <worker>.wanted        the identity that the worker is to have which is being started
+    jobs/<worker>          of a worker that is a Slurm job: what is known of the job
     outputs                held locked, one byte for each output that is being written
 
 All locks go with the process that holds them. Workers are numbered within their kind: ``engine-0``, ``judge-1``; where
-they are Slurm jobs, within those of a kind that ask for the same resources, too: ``engine.5f3a90-0``.
+they have GPUs of their own or are Slurm jobs, within those of a kind that ask for the same, too: ``engine.gpus1-0``,
+``engine.5f3a90-0``.
 
 A pool whose workers are processes of this machine lies in its folder for temporary files. One whose workers are Slurm
 jobs lies beside the runs, on the file system that all nodes share and lock files on.
@@ -39,6 +40,8 @@ VARIABLE = "EARL_WORKERS"
 LOCAL, SLURM = "local", "slurm"
 """What starts a pool's workers: clients, as processes beside them, or `earl.workers.jobs`, as Slurm jobs."""
 JOBS = "jobs"
+GPUS = ".gpus"
+"""In the name of a worker that has GPUs of its own: ``engine.gpus1-0``."""
 _PREFIX = "earl-workers-"
 _OPENING = 60.0
 """Seconds after which a pool that is being opened has its settings for sure."""
@@ -97,6 +100,20 @@ class Pool:
                 return Slot(self, f"{kind}-{index}", lock)
         raise AssertionError("there is always another number")
 
+    def end_an_idle_worker(self) -> None:
+        """End that worker with GPUs of its own which has been without work for longest, if there is one."""
+        idle = []
+        for name in (entry.removesuffix(".worker") for entry in os.listdir(self.path) if entry.endswith(".worker")):
+            if GPUS in name and Slot(self, name).is_alive():
+                last_used = os.stat(self.file(f"{name}.client")).st_mtime
+                if (lock := processes.try_lock(self.file(f"{name}.client"))) is not None:
+                    idle.append((last_used, Slot(self, name, lock)))
+        for _, slot in sorted(idle, key=lambda item: item[0])[:1]:
+            slot.end()
+        for last_used, slot in idle:
+            slot.release()
+            os.utime(slot.file("client"), (last_used, last_used))  # To look at it was no use of it.
+
     @contextlib.contextmanager
     def writing(self, argv: Sequence[str]) -> Iterator[None]:
         """Wait until no other process of the pool is writing what a command writes, and keep others from it."""
@@ -141,8 +158,11 @@ class Slot:
 
     def record(self) -> dict[str, Any] | None:
         """Return what the worker says of itself, None where none has come up."""
+        return self._read("json")
+
+    def _read(self, kind: str) -> dict[str, Any] | None:
         try:
-            with open(self.file("json"), encoding="utf-8") as stream:
+            with open(self.file(kind), encoding="utf-8") as stream:
                 return json.load(stream)
         except FileNotFoundError:
             return None
@@ -152,12 +172,12 @@ class Slot:
         self._write("json", {"address": address, "identity": identity})
 
     def want(self, identity: dict[str, Any]) -> None:
-        """Say what identity the worker that is about to be started is to have: it will run on another machine."""
+        """Say what identity the worker that is about to be started is to have: its own environment may be another."""
         self._write("wanted", identity)
 
-    def wanted(self) -> dict[str, Any]:
-        with open(self.file("wanted"), encoding="utf-8") as stream:
-            return json.load(stream)
+    def wanted(self) -> dict[str, Any] | None:
+        """Return what :meth:`want` said; None where the worker is started by hand."""
+        return self._read("wanted")
 
     def _write(self, kind: str, content: dict[str, Any]) -> None:
         temporary = self.file("new")

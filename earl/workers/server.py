@@ -43,8 +43,7 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
     try:
         secret, settings = found.secret, found.settings
         is_job = settings["starts"] == pool.SLURM
-        # A job's environment is not that of the client that had it started, which says what it wants.
-        identity = slot.wanted() if is_job else client.identity()
+        identity = slot.wanted() or client.identity()
     except (OSError, ValueError, KeyError) as error:
         raise EarlError(f"{folder}: is no pool of workers ({error}); the workflow opens one") from error
     kind, kinds = name.rpartition("-")[0].partition(".")[0], {*KINDS.values(), RANKS}
