@@ -62,11 +62,13 @@ def processes_of(pool_path: str) -> dict[int, str]:
 
 def rank(pool_path: str, number: int, kind: str = "ranks") -> int:
     """Process id of a rank of the first worker of a kind."""
-    return next(
+    (found,) = (
         pid
         for pid, words in processes_of(pool_path).items()
-        if f"earl worker --pool {pool_path} --name {kind}" in words and f"\0RANK={number}\0" in Path(f"/proc/{pid}/environ").read_text()
+        if f"earl worker --pool {pool_path} --name {kind}" in words
+        and f"\0RANK={number}\0" in Path(f"/proc/{pid}/environ").read_text()
     )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -285,17 +287,21 @@ def test_ranks_of_a_job_serve_as_a_learner(place, cold, new_run, capfd):  # noqa
 
 
 @pytest.mark.slow
-def test_ranks_on_two_nodes_stay_as_a_slurm_job(slurm, cold, new_run, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("nodes", "kind"), [(2, "learner"), (1, "ranks")])
+def test_ranks_stay_in_slurm_jobs(slurm, cold, new_run, tmp_path, nodes, kind):  # noqa: F811
+    """As the tasks of a job on two nodes, and as processes that a job of one task starts."""
     _, run = new_run(train_processes=2)
     take_inputs(run, cold)
     with slurm_workplace(tmp_path, slurm) as place:  # noqa: F811
 
         def said(iteration: int) -> list[str]:
-            return about_trainer(place.good(command(run, iteration), nodes=2, tasks_per_node=1))
+            return about_trainer(place.good(command(run, iteration), nodes=nodes, tasks_per_node=1))
 
         assert [said(1), said(2)] == [[FRESH], [kept(1)]]
-        (job,) = place.workers().values()
-        os.kill(rank(place.pool.path, 1, "learner"), signal.SIGKILL)
-        wait_until(lambda: job not in place.workers().values())
+        assert list(place.workers()) == ["learner"]
+        team = [rank(place.pool.path, each, kind) for each in (0, 1)]
+        os.kill(team[1], signal.SIGKILL)
+        wait_until(lambda: not processes.is_alive(team[0]))
         assert said(3) == [loaded(2)]
+    assert not processes_of(place.pool.path)
     assert [made_of(run, i) for i in (1, 2, 3)] == [made_of(cold, i) for i in (1, 2, 3)]
