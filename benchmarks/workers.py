@@ -23,7 +23,7 @@ from earl.config import freeze, load, paths
 from earl.config.schema import Config
 from earl.files import manifest
 from earl.layout import Run
-from earl.workers import pool
+from earl.workers import opening, pool
 
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -110,7 +110,7 @@ def main() -> None:
     config = load.load(arguments.experiment, overrides).config
     one_process.make_shared(config)
     processes.end_stages_with_this_process()
-    workers = pool.open_pool(idle_seconds=3600).path
+    workers = opening.open_pool(idle_seconds=3600).path
     ways = {"cold": (None, start_run(config, base / "cold")), "workers": (workers, start_run(config, base / "workers"))}
     taken: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for index in range(1, arguments.iterations + 1):

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 OWNER = """
 import sys
-from earl.workers import pool
-print(pool.open_pool(float(sys.argv[1]), beside=sys.argv[2]).path, flush=True)
+from earl.workers.opening import open_pool
+print(open_pool(float(sys.argv[1]), beside=sys.argv[2]).path, flush=True)
 input()
 """
 

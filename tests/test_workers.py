@@ -21,7 +21,12 @@ from earl.layout import Run
 from earl.workers import channel
 from earl.workers.pool import VARIABLE, Pool, output_of
 
-OWNER = "import sys; from earl.workers import pool; print(pool.open_pool(float(sys.argv[1])).path, flush=True); input()"
+OWNER = """
+import sys
+from earl.workers.opening import open_pool
+print(open_pool(float(sys.argv[1])).path, flush=True)
+input()
+"""
 
 
 def wait_until(condition, seconds: float = 60) -> None:

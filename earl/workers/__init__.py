@@ -5,7 +5,8 @@ command is a client of it: it sends its own command line to a worker, which runs
 what the worker prints. Without a pool, or where the worker is lost, the command runs in its own process, to the same
 bytes.
 
-* `pool`: the folder that workers and clients of one workflow share, and who may use what in it.
+* `pool`: the folder that workers and clients of one workflow share, and who may use what in it; `opening`: what the
+  workflow does with it.
 * `channel`: messages between them: JSON, with a length before it, after both sides have proved that they know the
   pool's secret.
 * `client`: what `python -m earl <stage>` does first. It imports nothing heavy, and neither do the two above.

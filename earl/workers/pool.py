@@ -19,7 +19,6 @@ A pool whose workers are processes of this machine lies in its folder for tempor
 jobs lies beside the runs, on the file system that all nodes share and lock files on.
 """
 
-import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -28,7 +27,6 @@ import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -42,9 +40,6 @@ LOCAL, SLURM = "local", "slurm"
 JOBS = "jobs"
 GPUS = ".gpus"
 """In the name of a worker that has GPUs of its own: ``engine.gpus1-0``."""
-_PREFIX = "earl-workers-"
-_OPENING = 60.0
-"""Seconds after which a pool that is being opened has its settings for sure."""
 GRACE = 10.0
 """Seconds that a worker may take to end."""
 
@@ -67,11 +62,6 @@ class Pool:
     def secret(self) -> bytes:
         with open(self.file("secret"), "rb") as stream:
             return stream.read()
-
-    @property
-    def starts(self) -> str:
-        """What starts workers: :data:`LOCAL` or :data:`SLURM`."""
-        return self.settings["starts"]
 
     def is_over(self) -> bool:
         """Return whether the process that the pool ends with is gone, or the folder in part.
@@ -129,22 +119,13 @@ class Pool:
         One whose workers are Slurm jobs stays: the next workflow looks there for jobs that may still run.
         """
         if self.is_over() and not os.path.isdir(self.file(JOBS)):
-            _remove(self.path)
+            self.remove()
 
-    def close(self) -> None:
-        """End all workers and remove the folder."""
-        if self.starts == SLURM:
-            from earl.workers import jobs
+    def remove(self) -> None:
+        """Remove the folder, as far as it is there."""
+        import shutil
 
-            jobs.end_all(self)
-        else:
-            names = [name.removesuffix(".worker") for name in os.listdir(self.path) if name.endswith(".worker")]
-            slots = [Slot(self, name) for name in names]
-            for slot in slots:
-                slot.tell(signal.SIGTERM)
-            for slot in slots:
-                slot.end()
-        _remove(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 class Slot:
@@ -228,81 +209,6 @@ class Slot:
     def release(self) -> None:
         if self._lock is not None:
             self._lock.close()
-
-
-def open_pool(idle_seconds: float, beside: str | None = None) -> Pool:
-    """Open a pool for the stages that are started from here on; it ends with this process.
-
-    Args:
-        idle_seconds: how long workers wait for work before they end; the next stage starts them again.
-        beside: folder on a file system that all nodes share, for workers that are Slurm jobs; without one, workers are
-            processes of this machine.
-
-    Raises:
-        EarlError: Slurm does not answer about jobs that a workflow has left there which was killed.
-    """
-    import secrets
-    import tempfile
-
-    folder = beside or tempfile.gettempdir()
-    os.makedirs(folder, exist_ok=True)
-    _remove_pools_of_the_dead(folder)
-    path = tempfile.mkdtemp(prefix=_PREFIX, dir=folder)
-    if beside is None and len(path) > 85:
-        # A socket's path has about 100 characters.
-        os.rmdir(path)
-        path = tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp")
-    pool = Pool(os.path.abspath(path))
-    with open(pool.file("secret"), "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
-        stream.write(secrets.token_bytes(32))
-    owner, starts = f"{socket.gethostname()}:{os.getpid()}", LOCAL
-    if beside is not None:
-        os.mkdir(pool.file(JOBS))
-        starts = SLURM
-    lock = processes.lock(pool.file("owner"))
-    with open(pool.file("pool.json"), "w", encoding="utf-8") as stream:
-        json.dump({"owner": owner, "starts": starts, "idle_seconds": idle_seconds}, stream)
-    os.environ[VARIABLE] = pool.path
-    atexit.register(_close, pool, os.getpid(), lock)
-    return pool
-
-
-def _close(pool: Pool, opener: int, lock: IO[str]) -> None:
-    # A fork of the process that opened the pool has no say in it.
-    if os.getpid() == opener:
-        pool.close()
-        lock.close()
-
-
-def _remove(path: str) -> None:
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_pools_of_the_dead(folder: str) -> None:
-    """Remove what workflows left that were killed before they had a worker, or together with their workers."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(_PREFIX):
-                with contextlib.suppress(OSError):
-                    _remove_if_dead(entry)
-
-
-def _remove_if_dead(entry: os.DirEntry[str]) -> None:
-    status, found = entry.stat(follow_symlinks=False), Pool(entry.path)
-    if status.st_uid != os.getuid():
-        return
-    # One without its settings is being opened right now, or was left half removed.
-    if not os.path.exists(found.file("pool.json")) and time.time() - status.st_mtime < _OPENING:
-        return
-    if not found.is_over():
-        return
-    if os.path.isdir(found.file(JOBS)):
-        from earl.workers import jobs
-
-        jobs.end_all(found)
-    _remove(found.path)
 
 
 def from_environment(starts: str | None = LOCAL) -> Pool | None:

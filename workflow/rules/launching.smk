@@ -3,7 +3,7 @@
 
 from earl.launchers import job as jobs
 from earl.launchers import record
-from earl.workers import pool
+from earl.workers import opening, pool
 
 BY_ITERATION = {
     "generate",
@@ -109,10 +109,10 @@ def open_workers():
         return
     idle_seconds = max(item.config.worker_idle_seconds for item in PLANS.values())
     if IN_SEGMENT or profile_setting("launcher", "local") != "slurm":
-        pool.open_pool(idle_seconds)
+        opening.open_pool(idle_seconds)
     elif WORKERS == ["submitit"] and not SEGMENTS:
         base = Path(next(iter(PLANS.values())).config.base_exp_dir)
         try:
-            pool.open_pool(idle_seconds, beside=str(base / ".workers"))
+            opening.open_pool(idle_seconds, beside=str(base / ".workers"))
         except EarlError as error:
             raise WorkflowError(str(error)) from None
