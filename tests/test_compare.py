@@ -8,7 +8,7 @@ from test_report import Page, text_of
 
 from earl.errors import EarlError
 from earl.layout import Run
-from earl.report import dots, results
+from earl.report import comparison, curves, dots, results
 from earl.stages import compare
 
 GREEDY, SAMPLED = "heldout_greedy", "heldout"
@@ -129,6 +129,17 @@ def test_the_page_shows_all_of_it_and_needs_nothing_else(folder, tmp_path):
     compare.run([str(folder / "a"), str(folder / "b")], out, published=True)
     assert out.read_bytes() == again
     assert json.loads(out.with_suffix(".json").read_text())["baseline"] == "a"
+
+
+def test_the_legend_of_many_runs_stands_once_above_their_charts():
+    runs = [curves.Curves(f"run{place}", [{"iteration": 1, "loss": place, "kl": 0.1}]) for place in range(5)]
+    few, many = comparison.training(runs[:4]), comparison.training(runs)
+    assert few["legend"] == []
+    names = [run.label for run in runs]
+    assert [[item["label"] for item in chart["legend"]] for chart in few["training"]] == [names[:4], names[:4]]
+    assert [chart["legend"] for chart in many["training"]] == [[], []]
+    assert [item["label"] for item in many["legend"]] == names
+    assert [item["colour"] for item in many["legend"]] == [0, 1, 2, 3, 4]
 
 
 def test_what_differs_in_sampling_or_judge_is_said(folder):

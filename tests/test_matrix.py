@@ -56,4 +56,4 @@ def test_make_matrix_goes_from_raw_data_to_ten_rows(tmp_path):
     html = (tmp_path / "matrix.html").read_text()
     assert Page(html).open == []
     charts = re.findall(r'<svg class="chart dots".*?</svg>', html)
-    assert [all(label in chart for label in labels) for chart in charts] == [True] * 3, "simple, complex and their mean"
+    assert [all(label in chart for label in labels) for chart in charts] == [True, True], "simple and complex"

@@ -9,6 +9,8 @@ from markupsafe import Markup
 from earl.report import curves, dots, page, results
 
 Change = tuple[str, Any, Any]
+MOST_IN_A_LEGEND = 4
+"""Runs that each training chart names beside its own values; of more, one legend stands above all charts."""
 COLUMNS = {
     "semantic_consistency": "SC",
     "perceptual_quality": "PQ",
@@ -26,7 +28,7 @@ def replay_page(source: curves.Curves, replayed: curves.Curves, changes: Sequenc
         notes=notes,
         changes={"before": source.label, "after": replayed.label, "rows": rows} if rows else None,
         results=None,
-        training=training_charts([source, replayed]),
+        **training([source, replayed]),
     )
 
 
@@ -46,20 +48,25 @@ def results_page(found: dict[str, Any], runs: Sequence[curves.Curves]) -> str:
             "apart": results.published_apart(found),
             "started": any(any(entry["start"].values()) for entry in found["entries"]),
             "failures": {entry["label"]: results.failures(entry) for entry in found["entries"]},
-            "charts": [_dots(found, name) for name in [*found["columns"], None] if name or len(found["columns"]) > 1],
+            # Of two, everyone sees the mean.
+            "charts": [_dots(found, name) for name in [*found["columns"], None] if name or len(found["columns"]) > 2],
             "measures": [(name, _measures(found, name)) for name in found["columns"]],
             "tasks": [(name, _tasks(found, name)) for name in found["columns"]],
             "labels": COLUMNS,
         },
-        training=training_charts([each for each in runs if each.metrics]),
+        **training([each for each in runs if each.metrics]),
     )
 
 
-def training_charts(runs: Sequence[curves.Curves]) -> list[page.Chart]:
-    """Return the training charts of some runs, one a measure, for the template."""
+def training(runs: Sequence[curves.Curves]) -> dict[str, list[Any]]:
+    """Return the training charts of some runs, one a measure, and the legend of them all, for the template."""
     drawn = curves.drawn(runs, page.PALETTE)
     found = [page.chart(each["title"], each["note"], each["lines"]) for each in drawn]
-    return [each for each in found if each]
+    kept = [each for each in found if each]
+    if len(runs) <= MOST_IN_A_LEGEND:
+        return {"training": kept, "legend": []}
+    legend = [{"label": run.label, "colour": place % page.PALETTE} for place, run in enumerate(runs)]
+    return {"training": [each | {"legend": []} for each in kept], "legend": legend}
 
 
 def _published(found: dict[str, Any]) -> dict[str, Any] | None:
