@@ -4,7 +4,7 @@
     PYTHONPATH=. python benchmarks/overheads.py --check --cold 20.5 --resident 9.2
 
 The first prints, for 2,000 iterations of an 8B policy and a 72B judge on eight GPUs, the seconds an iteration that are
-not work, by cause, for four ways to run it. Everything assumed stands in `CLUSTER`; --set changes it. The second
+not work, by cause, for three ways to run it. Everything assumed stands in `CLUSTER`; --set changes it. The second
 applies the same formulas to the demo on this machine, with start-up measured here, and compares the difference between
 cold and resident with what was measured (seconds an iteration from benchmarks/workers.py).
 """
@@ -20,7 +20,6 @@ GB = 1e9
 WAYS = {
     "stage": "every stage a job, cold",
     "segment": "a window a job, stages cold",
-    "resident engine and judge": "a window a job, engine and judge resident, learner of several ranks cold",
     "resident": "a window a job, all resident",
 }
 REPEATS = 3
@@ -82,17 +81,14 @@ def overhead(c: Cluster, way: str) -> dict[str, float]:
     weights and two moments beside it; the frozen reference is read in bfloat16.
     """
     policy, judge, trainer = 2 * c.policy_parameters, 2 * c.judge_parameters, 12 * c.policy_parameters
-    start = 2 * c.imports_vllm + c.engine_policy + c.engine_judge
-    load, swap = (policy + judge) / c.read, 0.0
-    start_learner, load_learner = c.imports_learner + c.ranks, (2 * policy + trainer) / c.read
-    if way.startswith("resident"):
-        start, load, swap = start / c.window, load / c.window, policy / c.swap
+    start = 2 * c.imports_vllm + c.engine_policy + c.engine_judge + c.imports_learner + c.ranks
+    load, swap = (3 * policy + judge + trainer) / c.read, 0.0
     if way == "resident":
-        start_learner, load_learner = start_learner / c.window, load_learner / c.window
+        start, load, swap = start / c.window, load / c.window, policy / c.swap
     return {
         "queue": 3 * c.queue if way == "stage" else c.queue / c.window,
-        "start": start + start_learner,
-        "load": load + load_learner + swap,
+        "start": start,
+        "load": load + swap,
         "save": (policy + trainer) / c.write,
     }
 

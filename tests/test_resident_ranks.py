@@ -14,7 +14,7 @@ from earl import processes
 from earl.config import freeze
 from earl.launchers import local
 from earl.layout import Run
-from earl.workers import channel, client, pool
+from earl.workers import channel, client, local_team, pool
 from tests.test_ranks import earl
 from tests.test_slurm_workers import workplace as slurm_workplace
 from tests.test_train_stage import made_of, make_config, new_run, write_inputs  # noqa: F401  (new_run is a fixture)
@@ -215,6 +215,17 @@ def test_what_all_ranks_meet_is_said_once_and_the_next_ranks_start_afresh(place,
     _, good = new_run("good", train_processes=2)
     write_inputs(good, 1, vocabulary)
     assert about_trainer(place.good(*command(good, 1))) == [FRESH]
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_come_up_leave_the_command_to_torchrun(place, monkeypatch, capfd):  # noqa: F811
+    ports = [variables | {"MASTER_PORT": "none"} for variables in local.rank_variables(2)]
+    monkeypatch.setattr(local, "rank_variables", lambda count: ports)
+    monkeypatch.setenv(pool.VARIABLE, place.pool.path)
+    monkeypatch.setenv(processes.WATCHED, "")  # It is set for children; what it was comes back after the test.
+    assert local_team.run(["train"], 2) is None
+    assert "2 ranks that stay: they do not come up" in capfd.readouterr().err
+    assert not processes_of(place.pool.path)
 
 
 # What ranks do among each other

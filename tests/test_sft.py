@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from earl import residents
 from earl.config import freeze, paths
 from earl.config.schema import Config
 from earl.emu3 import checkpoint
@@ -228,6 +229,13 @@ def test_it_learns_and_repeats_its_bytes(make, tmp_path):
     assert manifest.digest_folder(tmp_path / "first") == manifest.digest_folder(tmp_path / "second")
     assert not list(tmp_path.glob("*.partial"))
     checkpoint.load_policy(tmp_path / "first", torch.float32, "cpu")
+
+
+def test_what_reinforcement_learning_has_left_in_memory_makes_room(make, tmp_path):
+    for kind in ("learner", "reference"):
+        residents.put(kind, "key", kind)
+    stage.run(make(one={"steps": 1}), "one", tmp_path / "out")
+    assert [residents.take(kind, "key") for kind in ("learner", "reference")] == [None, None]
 
 
 def test_packing_changes_the_weights_by_rounding_alone(make, tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from earl import runtime
+from earl import residents, runtime
 from earl.config.paths import SFT_USES, fine_tuning, resolve
 from earl.data import mixing
 from earl.data.example import Dataset
@@ -47,6 +47,8 @@ def run(config: "Config", name: str, out: Path) -> None:
     paths = [resolve(config, path) for path in tuning.train_paths_file]
     vocabulary = Vocabulary.from_folder(base)
     datasets = [open_dataset(path, codebook_size=vocabulary.num_visual, images=False) for path in paths]
+    for kind in ("learner", "reference"):
+        residents.take(kind, None)  # Of what RL has left in memory nothing serves here, and it may fill the GPUs.
     policy = checkpoint.load_policy(base, torch.float32, device)
     mixture = mixing.mixture([len(dataset) for dataset in datasets], tuning.coefficients, tuning.random_seed)
     sequence = _sequences(tuning.reasoning, config.model_context_size, datasets, mixture, vocabulary)

@@ -69,7 +69,6 @@ class LocalTeam:
 
     def _start(self) -> None:
         """Start all, and wait until the first of them listens, which it does when all are there, or one ends."""
-        self._slot.want(client.identity())
         command = [sys.executable, "-m", "earl", "worker", "--pool", self._pool.path, "--name", self._slot.name]
         with open(self._slot.file("log"), "ab") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}

@@ -7,6 +7,7 @@
     <worker>.worker        held locked by the worker for as long as it lives
     <worker>.client        held locked by the client that is using it
     <worker>.log, .sock    what it prints when nobody listens, and its socket
+    <worker>.<rank>.log    what its other ranks print then
     <worker>.wanted        the identity that the worker is to have which is being started
     jobs/<worker>          of a worker that is a Slurm job: what is known of the job
     outputs                held locked, one byte for each output that is being written

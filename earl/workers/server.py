@@ -51,8 +51,8 @@ def serve(folder: str, name: str, host: str | None = None) -> None:
         raise EarlError(f"--name {name}: must be one of {', '.join(sorted(kinds))}, with -<number>")
     rank, size = (int(os.environ.get(variable, default)) for variable, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank == 0:
-        # A bare descriptor is closed by nothing but the end of the process.
-        with processes.lock(found.file(f"{name}.worker"), patience=0) as lock:
+        # A bare descriptor is closed by nothing but the end of the process. Who just looks has the lock for a moment.
+        with processes.lock(found.file(f"{name}.worker"), patience=1.0) as lock:
             os.dup(lock.fileno())
     # Its client did not pass this on: what it does to a stage, which just ends, is not enough here.
     os.environ[processes.WATCHED] = settings["owner"]
@@ -128,6 +128,7 @@ class _Worker:
         self._asking, self.busy = asking, True
         watch = threading.Thread(target=self._end_with, args=(asking,), name="end-with-client", daemon=True)
         watch.start()
+        status = 1
         try:
             self.output.receiver = asking
             with self._writing(argv):
@@ -136,8 +137,8 @@ class _Worker:
                 self._answer(status)
         finally:
             self.output.receiver = None
-        if status and self.leader is not None:
-            self.end()  # Ranks that failed may still be waiting for each other.
+            if status and self.leader is not None:
+                self.end()  # Ranks that failed may be waiting for each other, and hold what this one has let go of.
         watch.join()
 
     def _writing(self, argv: list[str]) -> contextlib.AbstractContextManager[None]:
@@ -159,11 +160,13 @@ class _Worker:
         The main thread may be waiting for that rank for ever.
         """
         with self._answering:
-            if self.busy:
-                for stream, data in said:
-                    os.write(stream, data)
-                self._answer(status)
-            self.end()
+            try:
+                if self.busy:
+                    for stream, data in said:
+                        os.write(stream, data)
+                    self._answer(status)
+            finally:
+                self.end()
 
     def _end_with(self, asking: channel.Channel) -> None:
         """Wait for the client to break off, which it does only once it has the status."""
