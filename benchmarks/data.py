@@ -7,9 +7,11 @@ shuffled with the rows' groups forgotten at once, as in a data set much larger t
 arrays, which an archive an example cannot do any other way than row by row.
 
     python benchmarks/data.py --examples 8192
+    python benchmarks/data.py --unpacking       # what a grid costs in other ways to store it
 """
 
 import argparse
+import io
 import json
 import statistics
 import tempfile
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -144,11 +147,53 @@ def measure(folder: Path, examples: int, repeats: int, reasoning: bool) -> list[
     return lines
 
 
+def stored_ways(rows: int) -> dict[str, pa.Array]:
+    """Return the same grids in the ways in which a column may hold them."""
+    grids = np.random.default_rng(0).integers(0, CODES, (rows, SIDE, SIDE)).astype(np.uint16)
+
+    def lists(values: pa.Array, size: int, required: bool) -> pa.Array:
+        offsets = pa.array(np.arange(0, len(values) + 1, size, dtype=np.int32))
+        element = pa.field("element", values.type, nullable=not required)
+        return pa.ListArray.from_arrays(offsets, values, type=pa.list_(element))
+
+    flat = pa.array(grids.reshape(-1))
+    return {
+        "lists of lists, as stored": lists(lists(flat, SIDE, False), SIDE, False),
+        "lists of lists without nulls": lists(lists(flat, SIDE, True), SIDE, True),
+        "one list": lists(flat, SIDE * SIDE, False),
+        "one list without nulls": lists(flat, SIDE * SIDE, True),
+        "bytes": pa.array([grid.tobytes() for grid in grids]),
+    }
+
+
+def unpacking(rows: int = 64, repeats: int = 100) -> None:
+    """Print the least CPU time in microseconds, and the bytes, that a grid of a row group takes, by way to store it."""
+    print("| a grid as | µs | bytes |", "|---|---|---|", sep="\n")
+    for name, column in stored_ways(rows).items():
+        file, table = io.BytesIO(), pa.table({"grid": column})
+        leaf = "grid" + ".list.element" * str(column.type).count("list<")
+        split = [leaf] if leaf != "grid" else False
+        pq.write_table(
+            table, file, compression="zstd", use_dictionary=False, use_byte_stream_split=split, write_page_checksum=True
+        )
+        source = pq.ParquetFile(pa.BufferReader(file.getvalue()), page_checksum_verification=True)
+        found = []
+        for _ in range(repeats):
+            start = time.process_time()
+            source.read_row_group(0, use_threads=False)
+            found.append(time.process_time() - start)
+        print(f"| {name} | {min(found) / rows * 1e6:.1f} | {len(file.getvalue()) / rows:,.0f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--unpacking", action="store_true")
     arguments = parser.parse_args()
+    if arguments.unpacking:
+        unpacking()
+        return
     torch.set_num_threads(1)
     print("| | | bytes an example | on the disk | in order | shuffled | shuffled, nothing held | whole files |")
     print("|---|---|---|---|---|---|---|---|")

@@ -8,7 +8,7 @@ from test_report import Page, text_of
 
 from earl.errors import EarlError
 from earl.layout import Run
-from earl.report import dots, results
+from earl.report import comparison, curves, dots, results
 from earl.stages import compare
 
 GREEDY, SAMPLED = "heldout_greedy", "heldout"
@@ -78,10 +78,36 @@ def test_published_rows_are_marked_and_are_the_papers(folder):
     for row in rows:
         assert sum(row["values"]) / 6 == pytest.approx(row["mean"], abs=0.011), "as printed, to two decimals"
     assert rows[-1]["values"] == [6.39, 4.47, 4.27, 4.52, 4.93, 4.19]
-    lines = [line for line in results.markdown(found).splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1
-    assert sum("(published, GPT-4o-mini)" in line for line in lines) == 5
-    assert "magicbrush" in lines[0]
+
+
+def tables_of(text: str) -> list[list[str]]:
+    """The Markdown tables of a text, as their lines."""
+    return [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+
+
+@pytest.mark.parametrize(("name", "apart"), [("magicbrush", False), (GREEDY, True)])
+def test_published_rows_stand_in_the_table_where_they_share_a_column_with_it(tmp_path, config, name, apart):
+    named = config.model_copy(update={"evaluations": {name: config.evaluations[GREEDY]}})
+    write_evaluation(tmp_path / "a", name, 2, [episode(0, 4.0)], named)
+    found = results.compare(entries(tmp_path, "a"), published=True)
+    assert results.published_apart(found) == apart
+    tables = tables_of(results.markdown(found))
+    assert len(tables) == 1 + apart
+    assert sum("(published, GPT-4o-mini)" in line for line in tables[-1]) == 5
+    assert "magicbrush" in tables[-1][0]
+    assert any(line.startswith("| a ") for line in tables[0])
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_change_in_training_is_from_the_runs_own_start(folder):
+    """b went from 1 and 1 to 5 and 8; its other evaluation, and those of a, do not know where they started."""
+    a, b = results.compare(entries(folder, "a", "b"))["entries"]
+    assert b["start"][GREEDY]["mean"] == 1.0
+    assert b["start"][GREEDY]["change"] == {"mean": 5.5, "low": 4.0, "high": 7.0, "n": 2}
+    assert b["start"][SAMPLED] is None
+    assert set(a["start"].values()) == {None}
+    assert results.compare(entries(folder, "b@0", wanted=[GREEDY]))["entries"][0]["start"] == {GREEDY: None}
 
 
 def test_the_page_shows_all_of_it_and_needs_nothing_else(folder, tmp_path):
@@ -96,12 +122,24 @@ def test_the_page_shows_all_of_it_and_needs_nothing_else(folder, tmp_path):
         for tag, attributes in parsed.elements
     )
     words = text_of(html)
-    for part in ("+2.00 [+1.00, +3.00]", "published", "GPT-4o-mini", "Best of 2", "4.50 ± 0.50", "swap", "Training"):
+    figures = ("4.50 ± 0.50", "+2.00 [+1.00, +3.00]", "+5.50 [+4.00, +7.00]")
+    for part in (*figures, "published", "GPT-4o-mini", "Best of 2", "swap", "Training"):
         assert part in words, part
     again = out.read_bytes()
     compare.run([str(folder / "a"), str(folder / "b")], out, published=True)
     assert out.read_bytes() == again
     assert json.loads(out.with_suffix(".json").read_text())["baseline"] == "a"
+
+
+def test_the_legend_of_many_runs_stands_once_above_their_charts():
+    runs = [curves.Curves(f"run{place}", [{"iteration": 1, "loss": place, "kl": 0.1}]) for place in range(5)]
+    few, many = comparison.training(runs[:4]), comparison.training(runs)
+    assert few["legend"] == []
+    names = [run.label for run in runs]
+    assert [[item["label"] for item in chart["legend"]] for chart in few["training"]] == [names[:4], names[:4]]
+    assert [chart["legend"] for chart in many["training"]] == [[], []]
+    assert [item["label"] for item in many["legend"]] == names
+    assert [item["colour"] for item in many["legend"]] == [0, 1, 2, 3, 4]
 
 
 def test_what_differs_in_sampling_or_judge_is_said(folder):
@@ -121,3 +159,12 @@ def test_a_dot_stands_where_its_value_is():
     assert f'cx="{round(left + (284 - left) / 4, 1)}"' in drawn
     assert f'd="M{left:.1f} 15.0H284.0"' in drawn
     assert 'class="ring c5" cx="284.0"' in drawn
+
+
+def test_a_dot_shows_where_it_came_from():
+    """The axis runs from 1 to 3, so the ring of 1 stands at its left end, and a line leads from there to 3."""
+    drawn = dots.dot_chart("t", [dots.Dot("ab", 3.0, before=1.0)], width=300)
+    left = 12 + 2 * dots.LETTER
+    assert f'class="way" d="M{round(left, 1)} 15.0H284.0"' in drawn
+    assert f'class="ring c5" cx="{round(left, 1)}"' in drawn
+    assert "before 1" in drawn

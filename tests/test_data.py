@@ -63,6 +63,39 @@ class TestTokenisedDataset:
         path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(4))
         assert open_dataset(path, images=False)[0].original is None
 
+    def test_a_column_may_hold_nothing_in_some_groups(self, tmp_path: Path) -> None:
+        """Of three groups of four rows: the first has all, the second nothing that may be null, the third some."""
+        columns = tokenised_columns(12)
+        columns["task"] = [*["add"] * 4, *[None] * 4, None, "swap", None, None]
+        columns["target"] = [*[PICTURE] * 4, *[None] * 4, None, PICTURE, None, None]
+        columns["reasoning"] = [*[[]] * 4, *[None] * 4, None, [{"key": "k", "value": "v"}], [], None]
+        columns["target_tokens"][4:8] = [None] * 4
+        columns["target_tokens"][10] = None
+        path = write_tokenised(tmp_path / "a.parquet", columns)
+        with pq.ParquetFile(path) as source:
+            empty = [tables.null_columns(source, tables.TOKENISED, group) for group in range(3)]
+        assert empty == [set(), {"task", "target"}, set()], "lists of nothing are not told from no lists there"
+        dataset = open_dataset(path)
+        for row in (9, 4, 0, 11, 5, 8, 10):
+            example = dataset[row]
+            assert example.task == columns["task"][row]
+            assert example.target == (columns["target"][row] and PICTURE["bytes"])
+            assert example.original == PICTURE["bytes"]
+            pairs = columns["reasoning"][row]
+            assert example.reasoning == (None if pairs is None else [(one["key"], one["value"]) for one in pairs])
+            tokens = example.target_tokens
+            assert (None if tokens is None else tokens.tolist()) == columns["target_tokens"][row]
+
+    def test_a_required_column_of_nulls_is_named(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(4) | {"instruction": [None] * 4}
+        with pytest.raises(EarlError, match=r"a\.parquet: column 'instruction' is null in row 0"):
+            open_dataset(write_tokenised(tmp_path / "a.parquet", columns))[0]
+
+    def test_an_example_is_the_readers_own(self, tmp_path: Path) -> None:
+        dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", tokenised_columns(4)))
+        dataset[1].original_tokens[:] = 7
+        assert dataset[1].original_tokens.tolist() == [[1, 1, 2], [3, 4, 5]]
+
     def test_memory_is_bounded(self, tmp_path: Path) -> None:
         columns = tokenised_columns(64)
         # 64 pictures of 4 MB each, 4 in a group: four groups fit in what is held.

@@ -164,6 +164,29 @@ def test_a_group_counts_as_equal_where_all_its_components_are():
     assert metrics["zero_std_fraction"] == 0.5
 
 
+def test_masked_groups_leave_the_step_but_not_the_figures():
+    """Group 0 is equal in all components, group 1 has one judged episode, group 2 differs."""
+    rows = [
+        *(row(0, 0), row(0, 1), row(1, 0), row(1, 1, status="failed", **dict.fromkeys(SCORES))),
+        *(row(2, 0), row(2, 1, overedit=7.0)),
+    ]
+    kept, masked = outcomes(rows), outcomes(rows, zero_variance_groups="mask")
+    failed, equal = "judgement failed", "the rewards of its group are all equal"
+    assert [outcome.reason for outcome in kept] == [None, None, None, failed, None, None]
+    assert [outcome.reason for outcome in masked] == [equal, equal, equal, failed, None, None]
+    assert [outcome.reward for outcome in masked] == [outcome.reward for outcome in kept]
+    # Components are scaled to unit size over the episodes of the step: the only two there are.
+    assert [outcome.advantage for outcome in masked[:4]] == [None] * 4
+    assert [outcome.advantage for outcome in masked[4:]] == pytest.approx([-1, 1], abs=1e-3)
+    figures = [episodes.metrics(found) for found in (kept, masked)]
+    unlike = {name for name in figures[0] if figures[0][name] != figures[1][name]}
+    assert unlike == {"used_episodes", "zero_variance_episodes", "completion_tokens"}
+    assert [found["used_episodes"] for found in figures] == [5, 2]
+    assert [found["zero_variance_episodes"] for found in figures] == [0, 3]
+    assert [found["completion_tokens"] for found in figures] == [10, 4]
+    assert figures[1]["zero_std_fraction"] == pytest.approx(2 / 3)
+
+
 def test_a_component_without_its_score_is_named():
     rows = [row(0, 0, ground_score=5.0), row(0, 1, ground_score=5.0, overedit=None)]
     with pytest.raises(EarlError, match="episode 0-1: score overedit is missing, and the reward 'semantic_consis"):

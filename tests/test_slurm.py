@@ -1,6 +1,7 @@
 """The workflow on a real Slurm, by stage and by segment: whatever comes in its way, the same policy, nothing twice."""
 
 import contextlib
+import json
 import signal
 import subprocess
 from collections import Counter
@@ -235,4 +236,24 @@ def test_the_demo_by_stage_and_by_segment_ends_in_the_bytes_of_one_process(slurm
         for index in (0, 1, 2):
             found, wanted = (manifest.digest_folder(r.iteration(index).policy) for r in (run, one_process_demo))
             assert found == wanted
+    wait_until(lambda: not slurm.jobs())
+
+
+def test_four_ranks_on_two_nodes_train_as_one_process_does(slurm, tmp_path, one_process_demo):
+    """Cold and in workers the same bytes; the step of one process up to rounding."""
+    alone = json.loads(one_process_demo.iteration(1).metrics.read_text())
+    digests = set()
+    for workers in ("none", "submitit"):
+        options = sized("stage", "train:nodes=2", "train:tasks_per_node=2")
+        fields = {"run_name": workers, "workers": workers, "num_iterations": 1}
+        command, env = demo(tmp_path, slurm, options, **fields)
+        ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        iteration = Run(tmp_path / workers).iteration(1)
+        found = json.loads(iteration.metrics.read_text())
+        assert found["ranks"] == 4
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4, abs=1e-6)
+        assert found["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-4)
+        digests.add((manifest.digest_folder(iteration.policy), manifest.digest_folder(iteration.trainer)))
+    assert len(digests) == 1
     wait_until(lambda: not slurm.jobs())

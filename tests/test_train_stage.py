@@ -391,6 +391,64 @@ def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, 
     assert metrics["corrected_fraction"] is None
 
 
+def _equal_groups(*groups: int, status: str = "ok"):
+    """An edit of rows: all episodes of some groups get the score 5, or none where their judgement failed."""
+
+    def edit(row):
+        if int(row["example_id"]) in groups:
+            names = ("edit_success", "overedit", "naturalness", "artifacts")
+            row |= {"status": status, **dict.fromkeys(names, 5.0 if status == "ok" else None)}
+
+    return edit
+
+
+def test_masked_groups_are_not_there_for_the_step(new_run, vocabulary):
+    """The step is the one that is done where these episodes cannot be used for another reason; kept, it is another."""
+    cases = {
+        "mask": ("mask", _equal_groups(1)),
+        "failed": ("keep", _equal_groups(1, status="failed")),
+        "keep": ("keep", _equal_groups(1)),
+    }
+    found = {}
+    for name, (choice, edit) in cases.items():
+        config, run = new_run(name, zero_variance_groups=choice)
+        write_inputs(run, 1, vocabulary, edit=edit)
+        train.run(config, run.path, 1)
+        found[name] = made_of(run, 1), json.loads(run.iteration(1).metrics.read_text())
+    assert found["mask"][0]["policy"] == found["failed"][0]["policy"] != found["keep"][0]["policy"]
+    assert [found[name][1]["zero_variance_episodes"] for name in cases] == [SAMPLES, 0, 0]
+    assert found["mask"][1]["reward_mean"] == found["keep"][1]["reward_mean"]
+    for name in ("loss", "kl", "counted_tokens", "completion_tokens"):
+        assert found["mask"][1][name] == found["failed"][1][name]
+    rows = tables.read_table(Run(run.path.with_name("mask")).iteration(1).episodes, tables.EPISODES).to_pylist()
+    reasons = {row["group_id"]: row["reason"] for row in rows}
+    assert list(reasons.values()) == [None, "the rewards of its group are all equal", None, None]
+    assert all((row["advantage"] is None) == (not row["used"]) == (row["reason"] is not None) for row in rows)
+
+
+def test_an_iteration_without_a_preference_takes_no_step(new_run, vocabulary):
+    """First of the run or in its middle: policy, moments and counter are those from before, and the run goes on."""
+    everything = _equal_groups(*range(GROUPS))
+    config, run = new_run(zero_variance_groups="mask")
+    for iteration in (1, 2, 3, 4):
+        write_inputs(run, iteration, vocabulary, edit=everything if iteration in (1, 3) else lambda row: None)
+        train.run(config, run.path, iteration)
+    metrics = [json.loads(run.iteration(iteration).metrics.read_text()) for iteration in (1, 2, 3, 4)]
+    assert [found["optimizer_steps"] for found in metrics] == [0, 1, 1, 2]
+    assert [found["used_episodes"] > 0 for found in metrics] == [False, True, False, True]
+    nothing = ("loss", "kl", "entropy", "gradient_norm", "logprob_mismatch_mean", "effective_sample_size")
+    assert all(metrics[0][name] is None and metrics[1][name] is not None for name in nothing)
+    assert metrics[0]["reward_mean"] == 5.0
+    policies = [manifest.digest_folder(run.iteration(iteration).policy) for iteration in range(5)]
+    assert policies[0] == policies[1] != policies[2] == policies[3] != policies[4]
+    name = "optimizer-00001-of-00001.safetensors"
+    moments = [(run.iteration(iteration).trainer / name).read_bytes() for iteration in (2, 3)]
+    assert moments[0] == moments[1]
+    drop(run, 3, 4)
+    restore.run(run.path, 4)  # over the iteration without a step
+    assert manifest.digest_folder(run.iteration(4).policy) == policies[4]
+
+
 def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary):
     config, run = new_run()
     metrics = [train_iterations(config, run, vocabulary, 1) or run.iteration(1).metrics.read_bytes() for _ in range(2)]

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import one_process
 from earl import processes, residents
+from earl.config import freeze
 from earl.files import manifest
 from earl.layout import Run
 from earl.workers import channel
@@ -193,6 +194,18 @@ def test_failed_stage_says_what_it_says_cold_and_the_worker_goes_on(place, expec
     place.good(*score(expected, out))
     assert out.read_bytes() == expected.iteration(1).scores(0).read_bytes()
     assert place.worker("judge-0") == worker
+
+
+def test_runs_share_a_worker(place, expected, small_config, tmp_path):
+    other = copy_of_start(expected, tmp_path / "other")
+    freeze.write(small_config("other", max_failed_fraction=0.5), other.config, accept_changes=True)
+    shutil.copytree(expected.iteration(1).path / "rollouts", other.iteration(1).path / "rollouts")
+    workers = set()
+    for run in (expected, other, expected):
+        place.good(*score(run, tmp_path / "scores.parquet"))
+        workers.add(place.worker("judge-0"))
+        assert (tmp_path / "scores.parquet").read_bytes() == expected.iteration(1).scores(0).read_bytes()
+    assert len(workers) == 1
 
 
 @pytest.mark.slow

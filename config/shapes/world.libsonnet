@@ -30,13 +30,17 @@ demo + {
 
   make_sft_models:: true,
   dataset(name):: 'stage:tokenise/' + name,
-  sft_steps:: demo.sft.shapes.steps,
+  // The base model has never reasoned, and its image then stands further from the original than it ever did: after the
+  // demo's 250 steps at its rate, edits with reasoning score 0.
+  thinks:: $.assistant_prefill != demo.assistant_prefill,
+  sft_steps:: if $.thinks then 500 else demo.sft.shapes.steps,
   fine_tuning(mixing):: demo.sft.shapes + {
     steps: $.sft_steps,
+    learning_rate: if $.thinks then 2e-3 else demo.sft.shapes.learning_rate,
     train_paths_file: [$.dataset(row[0]) for row in mixing],
     coefficients: [row[1] for row in mixing],
   },
 
   // The longest reasoning of this world has about 100 tokens.
-  max_response_tokens: if $.assistant_prefill == demo.assistant_prefill then demo.max_response_tokens else 200,
+  max_response_tokens: if $.thinks then 200 else demo.max_response_tokens,
 }

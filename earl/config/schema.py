@@ -221,6 +221,12 @@ class Config(_Section):
         "`semantic_consistency` is min(edit_success, overedit), `perceptual_quality` min(naturalness, artifacts), the "
         "others are sub-scores; all are 0 where there is no finished image.",
     )
+    zero_variance_groups: Literal["keep", "mask"] = _fixed(
+        "keep",
+        "Groups whose rewards are all equal, so that they have no advantage: `keep` them in the step, where their "
+        "tokens count in the KL term and in what the loss is divided by; `mask` them out of it (DAPO, arXiv "
+        "2503.14476, filters them and samples others in their place, which is not done here).",
+    )
     kl_coeff: float = _fixed(
         0.0003, "Weight of the estimate of KL(policy || reference) in the loss; 0: none, no reference is loaded.", ge=0
     )

@@ -117,7 +117,10 @@ class TokenisedDataset:
             self._held.move_to_end(index)
             return self._held[index]
         group = self._groups[index]
-        table = tables.read_group(group.file, self._source(group.file), tables.TOKENISED, self._columns, group.index)
+        source = self._source(group.file)
+        empty = tables.null_columns(source, tables.TOKENISED, group.index)
+        columns = [name for name in self._columns if name not in empty]
+        table = tables.read_group(group.file, source, tables.TOKENISED, columns, group.index)
         self._held[index] = _Rows(table, group, self._codebook_size)
         self._held_bytes += self._held[index].nbytes
         while len(self._held) > 1 and self._held_bytes > _HELD_BYTES:
@@ -135,21 +138,28 @@ class TokenisedDataset:
 
 
 class _Rows:
-    """A row group in the form that rows are handed out from."""
+    """A row group in the form that rows are handed out from: what can be done for all of them is done once."""
 
     def __init__(self, table: pa.Table, group: _Group, codebook_size: int | None) -> None:
+        """Take over a table of columns of `tables.TOKENISED`; those that hold nothing may be missing."""
         self.nbytes = table.nbytes
-        self._texts = [table.column(name).to_pylist() for name in _TEXTS]
-        self._grids = [_Grids(table.column(name).combine_chunks(), name, group, codebook_size) for name in _GRIDS]
-        present = [name in table.column_names and table.column(name).null_count < len(table) for name in _IMAGES]
-        self._images = [table.column(name) if here else None for name, here in zip(_IMAGES, present, strict=True)]
+        known = set(table.column_names)
+        absent = [None] * len(table)
+        self._texts = [
+            (*texts, None if reasoning is None else [(item["key"], item["value"]) for item in reasoning])
+            for *texts, reasoning in zip(
+                *(table.column(name).to_pylist() if name in known else absent for name in _TEXTS), strict=True
+            )
+        ]
+        self._original, self._target = (
+            _Grids(table.column(name).combine_chunks(), name, group, codebook_size) if name in known else absent
+            for name in _GRIDS
+        )
+        self._images = [table.column(name) if name in known else None for name in _IMAGES]
 
     def example(self, row: int) -> Example:
-        dataset, example_id, task, instruction, reasoning = (column[row] for column in self._texts)
-        pairs = None if reasoning is None else [(item["key"], item["value"]) for item in reasoning]
-        tokens = (grids.row(row) for grids in self._grids)
         pictures = (None if column is None else (column[row].as_py() or {}).get("bytes") for column in self._images)
-        return Example(dataset, example_id, task, instruction, pairs, *tokens, *pictures)
+        return Example(*self._texts[row], self._original[row], self._target[row], *pictures)
 
 
 class _Grids:
@@ -160,21 +170,23 @@ class _Grids:
         self._group = group
         self._codebook_size = codebook_size
         # A data set may know no targets.
-        self._known = column.is_valid().to_numpy(zero_copy_only=False)
+        self._known = column.is_valid().to_pylist()
         lines = column.values
         self._lines = column.offsets.to_numpy()
         self._places = lines.offsets.to_numpy()
         self._tokens = lines.values.to_numpy(zero_copy_only=False)
         self._whole = self._stacked()
+        self._sound = [False] * len(column)
         if self._whole is not None:
+            flat = self._whole.reshape(len(column), -1)
             limit = np.inf if codebook_size is None else codebook_size
-            self._sound = (self._whole.min(axis=(1, 2)) >= 0) & (self._whole.max(axis=(1, 2)) < limit)
+            self._sound = ((flat.min(axis=1) >= 0) & (flat.max(axis=1) < limit)).tolist()
 
-    def row(self, index: int) -> np.ndarray | None:
+    def __getitem__(self, index: int) -> np.ndarray | None:
+        if self._sound[index]:
+            return self._whole[index].astype(np.int64)
         if not self._known[index]:
             return None
-        if self._whole is not None and self._sound[index]:
-            return self._whole[index].astype(np.int64)
         where = f"{self._group.file}: row {self._group.start + index}, column {self._name!r}"
         return grid(self._listed(index), where, self._codebook_size)
 

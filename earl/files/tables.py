@@ -327,6 +327,22 @@ def read_group(
     return _read(path, source, schema, columns, group)
 
 
+def null_columns(source: pq.ParquetFile, schema: pa.Schema, group: int) -> set[str]:
+    """Return the columns that may be null and hold nothing in a row group, as its statistics say; lists are not asked.
+
+    Reading such a column costs more than knowing it.
+    """
+    found = source.metadata.row_group(group)
+    empty: dict[str, bool] = {}
+    for index in range(found.num_columns):
+        leaf = found.column(index)
+        name = leaf.path_in_schema.partition(".")[0]
+        statistics = None if ".list." in leaf.path_in_schema else leaf.statistics
+        null = statistics is not None and statistics.has_null_count and statistics.null_count == found.num_rows
+        empty[name] = empty.get(name, True) and null
+    return {name for name, null in empty.items() if null and name in schema.names and schema.field(name).nullable}
+
+
 def _read(
     path: Path | str, source: pq.ParquetFile, schema: pa.Schema, wanted: Sequence[str], group: int | None = None
 ) -> pa.Table:

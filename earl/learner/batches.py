@@ -41,6 +41,8 @@ def mini_batches(episodes: Sequence[Episode], steps: int) -> list[list[Episode]]
     groups: dict[str, list[Episode]] = {}
     for episode in sorted(episodes, key=lambda episode: episode.episode_id):
         groups.setdefault(episode.group_id, []).append(episode)
+    if not groups:
+        return []
     names, steps = sorted(groups), min(steps, len(groups))
     bounds = [len(names) * step // steps for step in range(steps + 1)]
     return [

@@ -34,6 +34,7 @@ ROLLOUT_COLUMNS = (
 )
 SCORE_COLUMNS = ("episode_id", "status", *rewards.SUB_SCORES, "ground_score")
 TOO_LONG = "longer than the learner takes"
+ZERO_VARIANCE = "the rewards of its group are all equal"
 REWARD = "reward"
 
 
@@ -50,6 +51,11 @@ class Outcome:
     @property
     def used(self) -> bool:
         return self.reason is None
+
+    @property
+    def compared(self) -> bool:
+        """Whether its reward counts in its group: of what is used, and of what is masked only after comparing."""
+        return self.used or self.reason == ZERO_VARIANCE
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,8 @@ def _check_complete(rows: list[dict], iteration: Iteration, expected: int) -> No
 def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
     """Give every episode its reward and its advantage within the group.
 
+    With `zero_variance_groups: mask`, groups that have no preference are not used; none may be left then.
+
     Raises:
         EarlError: more judgements failed than `max_failed_fraction` allows, or no episode can be used; `where` is
             named then.
@@ -134,10 +142,36 @@ def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
     rewards.check_failed_fraction(failed, len(outcomes), config.max_failed_fraction, where)
     if not any(outcome.used for outcome in outcomes):
         raise EarlError(f"{where}: none of {len(outcomes)} episodes can be used: {outcomes[0].reason}")
+    if config.zero_variance_groups == "mask":
+        outcomes = _masked(outcomes)
     return [
         replace(outcome, advantage=value if outcome.used else None)
         for outcome, value in zip(outcomes, _advantages(outcomes, config).tolist(), strict=True)
     ]
+
+
+def _masked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Leave out the episodes of groups that have no preference."""
+    equal = torch.stack(list(_equal_groups(outcomes).values())).all(0)
+    in_equal = equal[group_index([outcome.row for outcome in outcomes])].tolist()
+    return [
+        replace(outcome, reason=ZERO_VARIANCE) if outcome.used and masked else outcome
+        for outcome, masked in zip(outcomes, in_equal, strict=True)
+    ]
+
+
+def _equal_groups(outcomes: Sequence[Outcome]) -> dict[str, torch.Tensor]:
+    """bool [G] for everything that advantages are made of: True where it is the same in all of a group's episodes.
+
+    A group is of no use where all are: it has no preference then.
+    """
+    groups = group_index([outcome.row for outcome in outcomes])
+    compared = torch.tensor([outcome.compared for outcome in outcomes])
+    components = next(outcome.components for outcome in outcomes if outcome.compared)
+    return {
+        name: advantage.zero_std_groups(_column(outcomes, name), groups, compared)
+        for name in sorted(components) or [REWARD]
+    }
 
 
 def _advantages(outcomes: Sequence[Outcome], config: "Config") -> torch.Tensor:
@@ -272,22 +306,21 @@ def _viescore(row: dict[str, Any]) -> float | None:
 
 
 def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Figures of the episodes: rewards and sub-scores 0..10, fractions 0..1, lengths in tokens."""
+    """Figures of the episodes: rewards and sub-scores 0..10, fractions 0..1, lengths in tokens.
+
+    Rewards are those of all episodes that were compared, so that masking groups does not change their mean.
+    """
     used = [outcome for outcome in outcomes if outcome.used]
-    got = np.array([outcome.reward for outcome in used])
+    got = np.array([outcome.reward for outcome in outcomes if outcome.compared])
     lengths = np.array([len(outcome.row["completion_token_ids"]) for outcome in outcomes])
-    groups = group_index([outcome.row for outcome in outcomes])
-    kept = torch.tensor([outcome.used for outcome in outcomes])
-    names = sorted(used[0].components)
-    equal = {name: advantage.zero_std_groups(_column(outcomes, name), groups, kept) for name in names or [REWARD]}
-    # A group is of no use where it has no preference in anything that advantages are made of.
+    equal = _equal_groups(outcomes)
     zero_std = torch.stack(list(equal.values())).all(0)
     return {
         "reward_mean": float(got.mean()),
         "reward_std": float(got.std()),
         **{f"{name}_mean": _mean_score(outcomes, name) for name in (*rewards.SUB_SCORES, "ground_score")},
         "zero_std_fraction": float(zero_std.double().mean()),
-        **{f"zero_std_fraction_{name}": float(equal[name].double().mean()) for name in names},
+        **{f"zero_std_fraction_{name}": float(each.double().mean()) for name, each in equal.items() if name != REWARD},
         "failed_fraction": sum(outcome.reward is None for outcome in outcomes) / len(outcomes),
         "no_image_fraction": sum(outcome.row["status"] == "no_image" for outcome in outcomes) / len(outcomes),
         "completion_length_mean": float(lengths.mean()),
@@ -296,6 +329,7 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "used_episodes": len(used),
         "failed_episodes": sum(outcome.reward is None for outcome in outcomes),
         "too_long_episodes": sum(outcome.reason == TOO_LONG for outcome in outcomes),
+        "zero_variance_episodes": sum(outcome.reason == ZERO_VARIANCE for outcome in outcomes),
         "groups": len(zero_std),
         "completion_tokens": int(sum(len(outcome.row["completion_token_ids"]) for outcome in used)),
     }

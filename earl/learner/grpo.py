@@ -94,25 +94,30 @@ class Totals:
 
         Loss and gradient norm are means over the optimizer steps; `kl` is k3, whatever the loss has. Of the mismatch,
         `logprob_mismatch_kl` is k3 of KL(sampler || learner), and `effective_sample_size` (sum w)^2 / (n sum w^2), w
-        the importance ratios: 1 where all are equal, 1 / n where one token outweighs all others (Kish 1965).
+        the importance ratios: 1 where all are equal, 1 / n where one token outweighs all others (Kish 1965). Where no
+        step was done, nothing is known.
         """
-        tokens, steps, ratio = max(self.tokens, 1), len(self.gradient_norms), settings.options.ratio
-        first = max(self.mismatch_tokens, 1)
+        tokens, first, steps = self.tokens, self.mismatch_tokens, len(self.gradient_norms)
+        ratio, corrects = settings.options.ratio, settings.options.correction != "none"
         return {
-            "loss": self.loss / steps,
-            "entropy": self.entropy / tokens,
-            "kl": self.kl / tokens if with_kl else None,
-            "gradient_norm": sum(self.gradient_norms) / steps,
-            "clip_fraction_low": self.clipped_low / tokens if ratio else None,
-            "clip_fraction_high": self.clipped_high / tokens if ratio else None,
-            "corrected_fraction": self.corrected / tokens if settings.options.correction != "none" else None,
-            "logprob_mismatch_mean": self.mismatch / first,
-            "logprob_mismatch_max": self.mismatch_max,
-            "logprob_mismatch_kl": self.mismatch_kl / first,
-            "effective_sample_size": self.weight**2 / (first * self.squared_weight),
-            "counted_tokens": self.tokens,
+            "loss": _mean(self.loss, steps),
+            "entropy": _mean(self.entropy, tokens),
+            "kl": _mean(self.kl, tokens if with_kl else 0),
+            "gradient_norm": _mean(sum(self.gradient_norms), steps),
+            "clip_fraction_low": _mean(self.clipped_low, tokens if ratio else 0),
+            "clip_fraction_high": _mean(self.clipped_high, tokens if ratio else 0),
+            "corrected_fraction": _mean(self.corrected, tokens if corrects else 0),
+            "logprob_mismatch_mean": _mean(self.mismatch, first),
+            "logprob_mismatch_max": self.mismatch_max if first else None,
+            "logprob_mismatch_kl": _mean(self.mismatch_kl, first),
+            "effective_sample_size": _mean(self.weight**2, first * self.squared_weight),
+            "counted_tokens": tokens,
             "steps": steps,
         }
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def total_of(parts: Sequence[Totals]) -> Totals:
@@ -146,7 +151,8 @@ def train_iteration(
     Args:
         policy: float32 weights; computes in bfloat16 where the settings say so.
         reference: the frozen initial model; None when kl_coeff is 0.
-        episodes: the used episodes of the whole iteration, the same on all ranks; each takes part in one step.
+        episodes: the used episodes of the whole iteration, the same on all ranks; each takes part in one step. Where
+            there are none, no step is done and nothing changes.
         team: the ranks, each of which calls this and gets the same metrics; None: this process alone.
         clock: takes the seconds of each phase.
 

@@ -52,6 +52,6 @@ def summary(seconds: dict[str, float], peaks: list[int], tokens: int, device: to
         "ranks": len(peaks),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "tokens": tokens,
-        "tokens_per_second": round(tokens / learning, 2),
+        "tokens_per_second": round(tokens / learning, 2) if tokens else 0.0,
         "peak_memory_bytes": peaks,
     }

@@ -106,6 +106,8 @@ def save(
 
     from earl.learner.parts import PartWriter
 
+    if not state.optimizer_steps:
+        _put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
     tensors = _tensors(model, optimizer, with_weights)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
@@ -155,9 +157,7 @@ def load(
 
     state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
     with_weights = _check_names(folder, model)
-    for parameter in model.parameters():
-        moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(state.optimizer_steps)), **moments}
+    _put_zeros(model, optimizer, state.optimizer_steps)
     rounded = [_local(p).bfloat16() for p in model.parameters()] if with_weights else []
     tensors = _tensors(model, optimizer, with_weights)
     _read(folder, tensors, team)
@@ -175,6 +175,15 @@ def load(
         folder,
     )
     return state
+
+
+def _put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", steps: int) -> None:
+    """Give an optimizer moments of 0 and `steps` as the number of its past steps."""
+    import torch
+
+    for parameter in model.parameters():
+        moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
 
 def _check_names(folder: Path, model: "torch.nn.Module") -> bool:

@@ -9,6 +9,8 @@ from markupsafe import Markup
 from earl.report import curves, dots, page, results
 
 Change = tuple[str, Any, Any]
+MOST_IN_A_LEGEND = 4
+"""Runs that each training chart names beside its own values; of more, one legend stands above all charts."""
 COLUMNS = {
     "semantic_consistency": "SC",
     "perceptual_quality": "PQ",
@@ -26,7 +28,7 @@ def replay_page(source: curves.Curves, replayed: curves.Curves, changes: Sequenc
         notes=notes,
         changes={"before": source.label, "after": replayed.label, "rows": rows} if rows else None,
         results=None,
-        training=training_charts([source, replayed]),
+        **training([source, replayed]),
     )
 
 
@@ -43,21 +45,28 @@ def results_page(found: dict[str, Any], runs: Sequence[curves.Curves]) -> str:
             "columns": results.all_columns(found),
             "measured": found["columns"],
             "published": _published(found),
+            "apart": results.published_apart(found),
+            "started": any(any(entry["start"].values()) for entry in found["entries"]),
             "failures": {entry["label"]: results.failures(entry) for entry in found["entries"]},
-            "charts": [_dots(found, name) for name in [*found["columns"], None] if name or len(found["columns"]) > 1],
+            # Of two, everyone sees the mean.
+            "charts": [_dots(found, name) for name in [*found["columns"], None] if name or len(found["columns"]) > 2],
             "measures": [(name, _measures(found, name)) for name in found["columns"]],
             "tasks": [(name, _tasks(found, name)) for name in found["columns"]],
             "labels": COLUMNS,
         },
-        training=training_charts([each for each in runs if each.metrics]),
+        **training([each for each in runs if each.metrics]),
     )
 
 
-def training_charts(runs: Sequence[curves.Curves]) -> list[page.Chart]:
-    """Return the training charts of some runs, one a measure, for the template."""
+def training(runs: Sequence[curves.Curves]) -> dict[str, list[Any]]:
+    """Return the training charts of some runs, one a measure, and the legend of them all, for the template."""
     drawn = curves.drawn(runs, page.PALETTE)
     found = [page.chart(each["title"], each["note"], each["lines"]) for each in drawn]
-    return [each for each in found if each]
+    kept = [each for each in found if each]
+    if len(runs) <= MOST_IN_A_LEGEND:
+        return {"training": kept, "legend": []}
+    legend = [{"label": run.label, "colour": place % page.PALETTE} for place, run in enumerate(runs)]
+    return {"training": [each | {"legend": []} for each in kept], "legend": legend}
 
 
 def _published(found: dict[str, Any]) -> dict[str, Any] | None:
@@ -76,7 +85,8 @@ def _dots(found: dict[str, Any], name: str | None) -> dict[str, Any]:
         if name is None:
             rows += [] if entry["mean"] is None else [dots.Dot(entry["label"], entry["mean"])]
         elif (value := entry["evaluations"].get(name, {}).get(results.MAIN)) is not None:
-            rows.append(dots.Dot(entry["label"], value["mean"], value["low"], value["high"]))
+            start = entry["start"].get(name)
+            rows.append(dots.Dot(entry["label"], value["mean"], value["low"], value["high"], start and start["mean"]))
     published = _published(found)
     for row in published["rows"] if published and name in published["columns"] else []:
         rows.append(dots.Dot(f"{row['label']}, published", row["values"][name], other=True))
@@ -93,20 +103,15 @@ def _measures(found: dict[str, Any], name: str) -> dict[str, Any]:
     return {"parts": parts, "shown": shown, "best": best}
 
 
-def _tasks(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """One row a task of an evaluation; nothing where there is one task alone."""
-    parts = [entry["evaluations"].get(name) for entry in found["entries"]]
-    names = sorted({task for part in parts if part for task in part["tasks"]})
+def _tasks(found: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The tasks of an evaluation, and one row an entry; nothing where there is one task alone."""
+    parts = {entry["label"]: entry["evaluations"].get(name) for entry in found["entries"]}
+    names = sorted({task for part in parts.values() if part for task in part["tasks"]})
     if len(names) < 2:
-        return []
-    changes = [found["changes"].get(entry["label"], {}).get(name) for entry in found["entries"]]
-    return [
-        {
-            "task": task or "no type",
-            "cells": [
-                {"part": part and part["tasks"].get(task), "change": change and change["tasks"].get(task)}
-                for part, change in zip(parts, changes, strict=True)
-            ],
-        }
-        for task in names
-    ]
+        return None
+    rows = []
+    for label, part in parts.items():
+        changes = (found["changes"].get(label, {}).get(name) or {"tasks": {}})["tasks"]
+        cells = [{"part": part and part["tasks"].get(task), "change": changes.get(task)} for task in names]
+        rows.append({"label": label, "cells": cells})
+    return {"names": [task or "no type" for task in names], "rows": rows}

@@ -14,18 +14,22 @@ LETTER = 6.3
 
 @dataclass(frozen=True)
 class Dot:
-    """One row. Without ``low`` and ``high`` it has no interval; ``other`` marks figures that are not ours."""
+    """One row. Without ``low`` and ``high`` it has no interval; ``other`` marks figures that are not ours.
+
+    ``before`` is where it came from: a ring, from which a line leads to the mean.
+    """
 
     label: str
     mean: float
     low: float | None = None
     high: float | None = None
+    before: float | None = None
     other: bool = False
 
 
 def dot_chart(title: str, dots: Sequence[Dot], width: int = 520) -> str:
     """Draw means with their intervals over one axis; rows stand in the order given."""
-    values = [value for dot in dots for value in (dot.mean, dot.low, dot.high) if value is not None]
+    values = [value for dot in dots for value in (dot.mean, dot.low, dot.high, dot.before) if value is not None]
     axis = charts.ticks(min(values), max(values), most=6)
     left = 12 + LETTER * max(len(dot.label) for dot in dots)
     height = ROW * len(dots) + 30
@@ -54,6 +58,10 @@ def _row(dot: Dot, y: float, left: float, place) -> list[str]:
     if dot.low is not None and dot.high is not None:
         words += f" [{charts.number(dot.low)}, {charts.number(dot.high)}]"
         parts.append(f'<path class="line {colour}" d="M{place(dot.low)} {y:.1f}H{place(dot.high)}"/>')
+    if dot.before is not None:
+        words += f", before {charts.number(dot.before)}"
+        parts.append(f'<path class="way" d="M{place(dot.before)} {y:.1f}H{place(dot.mean)}"/>')
+        parts.append(f'<circle class="ring c5" cx="{place(dot.before)}" cy="{y:.1f}" r="3.5"/>')
     shape = "ring" if dot.other else "mark"
     parts.append(
         f'<circle class="{shape} {colour}" cx="{place(dot.mean)}" cy="{y:.1f}" r="4"><title>{words}</title></circle>'

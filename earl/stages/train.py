@@ -69,6 +69,8 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
         replays.check_support(config)
         log.info("train: iteration %d is of another policy's episodes, so parity_tolerance is not applied", iteration)
         settings = replace(settings, parity_tolerance=None)
+    if not used:
+        log.warning("train: iteration %d has no group whose rewards differ: no step, the policy stays", iteration)
     with clock.phase("load"):
         learner, steps = _learner(config, previous, policy_digest, team)
         reference_digest, reference = _reference(config, files.iteration(0).policy, team)
