@@ -67,7 +67,10 @@ class Leader:
             threading.Thread(target=self._hear, args=(other, failed), name=f"rank-{other.rank}", daemon=True).start()
 
     def run(self, argv: Sequence[str], stage: Stage) -> int:
-        """Run a command on all ranks; return 0 if all say so, or this rank's failure, which it has told itself."""
+        """Run a command on all ranks; return 0 if all say so, or this rank's failure, which it has told itself.
+
+        Where another rank fails this does not return: see `watch`.
+        """
         if argv[0] not in TOGETHER:
             return stage(argv)
         for other in self._others:
@@ -75,14 +78,16 @@ class Leader:
             with contextlib.suppress(channel.ProtocolError):  # Its thread notices, too.
                 other.channel.send({"argv": list(argv)})
         status = stage(argv)
-        with self._changed:
-            if status == 0:
-                self._changed.wait_for(lambda: all(other.is_done for other in self._others))
-            elif self._changed.wait_for(lambda: any(other.is_gone for other in self._others), _MOMENT):
-                time.sleep(ranks.PATIENCE)  # This rank failed since it lost that one, which is what is being told.
         if status == 0:
+            self._wait_for(lambda: all(other.is_done for other in self._others))
             self._show_what_others_said()
+        elif self._wait_for(lambda: any(other.is_gone for other in self._others), _MOMENT):
+            time.sleep(ranks.PATIENCE)  # This rank failed since it lost that one, which is what is being told.
         return status
+
+    def _wait_for(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(condition, seconds)
 
     def _show_what_others_said(self) -> None:
         sys.stdout.flush()
