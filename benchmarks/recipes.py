@@ -91,6 +91,8 @@ class SampledReadout:
         return [self._drawn(verdict, place) for place, verdict in enumerate(exact)]
 
     def _drawn(self, verdict: Verdict, place: int) -> Verdict:
+        if verdict.status != "ok":
+            return verdict
         scores = {name: getattr(verdict, name) for name in (*rewards.SUB_SCORES, "ground_score")}
         generator = seeds.generator("sampled readout", *self.key, place)
         drawn = {name: float(generator.binomial(10, value / 10)) for name, value in scores.items()}

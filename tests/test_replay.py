@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import one_process
@@ -103,6 +104,21 @@ def test_a_replay_that_was_stopped_goes_on_to_the_same_bytes(source, beside, mon
     replayed = replay.run(source.path, stopped, changes)
     assert made_of(stopped, 3) == expected
     assert "sampler_correction = truncate" in replayed.notes()[0]
+
+
+def test_groups_of_equal_rewards_can_be_masked_afterwards(source, beside):
+    """What leaves the step are the episodes of groups with one reward; what was earned stays as it was."""
+    replayed = replay.run(source.path, beside("masked"), {"zero_variance_groups": "mask"})
+    for index in (1, 2, 3):
+        rows = pq.read_table(replayed.run.iteration(index).episodes).to_pylist()
+        rewards = {}
+        for row in rows:
+            rewards.setdefault(row["group_id"], set()).add(row["reward"])
+        assert all(row["used"] == (len(rewards[row["group_id"]]) > 1) for row in rows)
+        found = metrics(replayed.run, index)
+        assert found["zero_variance_episodes"] == sum(not row["used"] for row in rows)
+        assert found["reward_mean"] == metrics(source, index)["reward_mean"]
+    assert sum(metrics(replayed.run, index)["zero_variance_episodes"] for index in (1, 2, 3)) > 0
 
 
 @pytest.mark.parametrize("field", ["temperature", "judge", "episodes_per_iteration", "raw_datasets.shapes_rl.count"])
