@@ -280,7 +280,7 @@ def picture(drawn: Mapping[str, Sequence[charts.Line]]) -> str:
     for place, (title, lines) in enumerate(drawn.items()):
         left = GAP + place * (WIDTH + GAP)
         inner = charts.line_chart(title, lines, WIDTH, HEIGHT)
-        parts.append(f'<text x="{left}" y="22" font-size="15" font-weight="600">{title}</text>')
+        parts.append(f'<text x="{left}" y="22" font-size="15" font-weight="600">{title}, by iteration</text>')
         parts.append(
             inner.replace("<svg ", f'<svg x="{left}" y="{HEAD}" width="{WIDTH}" height="{HEIGHT}" ', 1)
         )

@@ -1,6 +1,7 @@
 """`make matrix` as it is called, cut down: the ten experiments in the shapes world, from raw data to one table."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from test_report import Page
+
+from earl import processes
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -29,7 +32,9 @@ def make_matrix(runs: Path) -> str:
     # What is installed here may be older than pyproject.toml, and is not for a test to change.
     command += ["--old-file", f"{sys.prefix}/.installed"]
     command.append("SET=" + " ".join(f"{field}={value}" for field, value in SMALL.items()))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Neither what the `make` around the tests was called with, nor whose process it shall end with.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", processes.WATCHED)}
+    done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
