@@ -23,7 +23,8 @@ WITH_VLLM := $(VENV)/.installed-$(VLLM)
 comma := ,
 empty :=
 space := $(empty) $(empty)
-OVERRIDES = base_exp_dir=$(RUNS) run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) $(if $(ENGINE),engine=$(ENGINE)) $(SET)
+OVERRIDES = base_exp_dir=$(RUNS) run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) \
+  $(if $(ENGINE),engine=$(ENGINE)) $(SET)
 
 # In the order of the paper; changes in the comparison are from the first.
 MATRIX := sft_s__rl_s sft_s__rl_c sft_s__rl_sc sft_sc__rl_c sft_sc__rl_sc sft_sc2stage__rl_c sft_sc2stage__rl_sc \

@@ -24,13 +24,13 @@ def place(tmp_path_factory, monkeypatch):
         yield place
 
 
-def launch(place: Workplace, command: list[object], gpu: int) -> subprocess.Popen:
+def launch(place: Workplace, command: list[object], gpu: int, **env: str) -> subprocess.Popen:
     words = ["launch", "--launcher", "local", "--name", "stage", "--folder", Path(place.pool.path) / "none"]
-    return place.start(*words, "--resource", f"gpu={gpu}", "--", *command)
+    return place.start(*words, "--resource", f"gpu={gpu}", "--", *command, **env)
 
 
-def launched(place: Workplace, command: list[object], gpu: int) -> str:
-    child = launch(place, command, gpu)
+def launched(place: Workplace, command: list[object], gpu: int, **env: str) -> str:
+    child = launch(place, command, gpu, **env)
     out, err = child.communicate(timeout=120)
     assert child.returncode == 0, err
     return out + err
@@ -91,14 +91,16 @@ def test_a_worker_at_work_keeps_its_gpu(place, expected, tmp_path):  # noqa: F81
     assert out.read_bytes() == expected.iteration(1).scores(0).read_bytes()
 
 
-def test_a_worker_that_is_killed_leaves_its_gpu_to_the_stage(place, expected, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("visible", ["4,7", ""])
+def test_a_worker_that_is_killed_leaves_its_gpus_to_the_stage(place, expected, tmp_path, visible):  # noqa: F811
+    """Or whatever there is, on a machine without any."""
     out = tmp_path / "scores.parquet"
     arguments = [str(word) for word in score(expected, out)]
-    launched(place, stage(arguments), gpu=2)
+    launched(place, stage(arguments), gpu=2, CUDA_VISIBLE_DEVICES=visible)
     worker = place.worker("judge.gpus2-0")
     out.unlink()
     with place.pool.writing(arguments):
-        client = launch(place, stage(arguments), gpu=2)
+        client = launch(place, stage(arguments), gpu=2, CUDA_VISIBLE_DEVICES=visible)
         wait_until(lambda: any("-> POSIX" in line and str(worker) in line.split() for line in locks()))
         os.kill(worker, signal.SIGKILL)
     _, said = client.communicate(timeout=60)

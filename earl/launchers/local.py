@@ -28,7 +28,7 @@ class LocalLauncher:
             return status
         with gpus.held(job.resources.gpu, launcher.end_an_idle_worker) as visible:
             # Workers have not taken the command; it is not to ask them again.
-            alone = {pool.VARIABLE: ""} if visible else {}
+            alone = {pool.VARIABLE: ""} if job.resources.gpu else {}
             ranks = rank_variables(job.resources.tasks_per_node)
             return _wait([child.start(job.command, visible | alone | variables) for variables in ranks])
 
