@@ -77,9 +77,9 @@ def is_alive(pid: int) -> bool:
     return state not in ("Z", "X")
 
 
-def end_with(pid: int, first: Callable[[], None] | None = None) -> None:
+def end_with(pid: int) -> None:
     """End this process, without further ado, when process ``pid`` of the same machine is gone; see :func:`end_when`."""
-    end_when(lambda: not is_alive(pid), first=first)
+    end_when(lambda: not is_alive(pid))
 
 
 def end_when(is_over: Callable[[], bool], interval: float = 0.25, first: Callable[[], None] | None = None) -> None:

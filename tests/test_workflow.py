@@ -366,6 +366,20 @@ def test_no_pool_where_none_is_wanted(place):
     assert set((place.path / "log.txt.pools").read_text().split()) == {"none"}
 
 
+def test_what_a_killed_workflow_left_of_its_pool_is_cleared_up_by_one_that_has_none(place):
+    open_and_die = """
+import os, signal
+from earl.workers.opening import open_pool
+open_pool(60, beside="runs/.workers")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", open_and_die], cwd=place.path, env=env).returncode == -signal.SIGKILL
+    (left,) = (place.path / "runs" / ".workers").iterdir()
+    place.run(place.experiment("a", workers="none"))
+    assert not left.exists()
+
+
 def test_workers_that_cannot_be_had_are_refused(place):
     local, submitit = place.experiment("a", workers="local"), place.experiment("b", workers="submitit")
     assert "take a profile that has stages run as Slurm jobs" in place.run(submitit, "-n", fails=True)

@@ -94,13 +94,16 @@ def submit(job: Job, stays: bool = False) -> str:
     """
     _clear(job.folder)
     record.Record(job.name, job.digest).write(job.folder)
-    # Half of the time until the limit is the command's, the rest is for queueing the job again.
-    stage = StageTask(job.command, str(job.folder.absolute()), job.resources.warn_seconds / 2)
+    if stays:
+        task = WorkerTask(job.command)
+    else:
+        # Half of the time until the limit is the command's, the rest is for queueing the job again.
+        task = StageTask(job.command, str(job.folder.absolute()), job.resources.warn_seconds / 2)
     try:
         executor = submitit.SlurmExecutor(job.folder, max_num_timeout=job.resources.timeouts)
         executor.update_parameters(**parameters(job.resources, job.slurm_name, requeue=not stays))
         with _outside_of_jobs():
-            submitted = executor.submit(WorkerTask(job.command) if stays else stage)
+            submitted = executor.submit(task)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         (job.folder / record.RECORD).unlink(missing_ok=True)
         raise EarlError(

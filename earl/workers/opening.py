@@ -32,7 +32,7 @@ def open_pool(idle_seconds: float, beside: str | None = None) -> Pool:
     """
     folder = beside or tempfile.gettempdir()
     os.makedirs(folder, exist_ok=True)
-    _remove_pools_of_the_dead(folder)
+    clear_up(folder)
     path = tempfile.mkdtemp(prefix=_PREFIX, dir=folder)
     if beside is None and len(path) > 85:
         # A socket's path has about 100 characters.
@@ -60,8 +60,14 @@ def _close(pool: Pool, opener: int, lock: IO[str]) -> None:
         lock.close()
 
 
-def _remove_pools_of_the_dead(folder: str) -> None:
-    """Remove what workflows left that were killed before they had a worker, or together with their workers."""
+def clear_up(folder: str) -> None:
+    """End workers of workflows that are gone, as far as they have not seen it, and remove the pools in a folder.
+
+    Raises:
+        EarlError: Slurm does not answer about workers that are jobs.
+    """
+    if not os.path.isdir(folder):
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(_PREFIX):

@@ -65,6 +65,8 @@ def open_runs():
                 LOCKS.append(processes.lock(output.parent / f".{output.name}.lock"))
                 refuse_other_writers(output.parent.parent)
         for item in PLANS.values():
+            # Whatever this one has, a killed workflow's workers may not know yet that they are on their own.
+            opening.clear_up(workers_beside(item))
             LOCKS.append(processes.lock(runs.lock_file(item.run)))
             refuse_other_writers(item.run.path)
             freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)

@@ -99,6 +99,11 @@ def workers_setting():
     return found
 
 
+def workers_beside(item):
+    """Return the folder for workers that are Slurm jobs: the runs' nodes share its file system."""
+    return str(Path(item.config.base_exp_dir) / ".workers")
+
+
 def open_workers():
     """Let stages that are started from here on run in workers, unless a workflow around this one has seen to that.
 
@@ -111,8 +116,9 @@ def open_workers():
     if IN_SEGMENT or profile_setting("launcher", "local") != "slurm":
         opening.open_pool(idle_seconds)
     elif WORKERS == ["submitit"] and not SEGMENTS:
-        base = Path(next(iter(PLANS.values())).config.base_exp_dir)
         try:
-            opening.open_pool(idle_seconds, beside=str(base / ".workers"))
+            opening.open_pool(
+                idle_seconds, beside=workers_beside(next(iter(PLANS.values())))
+            )
         except EarlError as error:
             raise WorkflowError(str(error)) from None
