@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from earl.data.grids import stored
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
 
 PICTURE = images.struct(images.encode(np.zeros((64, 64, 3), np.uint8)))
+
+
+def cell(tokens: list[list[int]], codebook_size: int = 256) -> dict[str, int | bytes]:
+    return stored(np.array(tokens), codebook_size)
 
 
 def tokenised_columns(rows: int) -> dict[str, list]:
@@ -27,15 +33,15 @@ def tokenised_columns(rows: int) -> dict[str, list]:
         "task": [None] * rows,
         "instruction": [f"edit {i}" for i in range(rows)],
         "reasoning": [[{"key": "scene", "value": "a circle"}]] * rows,
-        "original_tokens": [[[i, 1, 2], [3, 4, 5]] for i in range(rows)],
-        "target_tokens": [[[i, 1, 2], [3, 4, 5]] for i in range(rows)],
+        "original_tokens": [cell([[i, 1, 2], [3, 4, 5]]) for i in range(rows)],
+        "target_tokens": [cell([[i, 1, 2], [3, 4, 5]]) for i in range(rows)],
         "original": [PICTURE] * rows,
         "target": [None] * rows,
     }
 
 
 def write_tokenised(path: Path, columns: dict[str, list], **metadata: str) -> Path:
-    tables.write_table(path, tables.TOKENISED, columns, metadata, largest_token=255, rows_per_group=4)
+    tables.write_table(path, tables.TOKENISED, columns, metadata, rows_per_group=4)
     return path
 
 
@@ -72,9 +78,6 @@ class TestTokenisedDataset:
         columns["target_tokens"][4:8] = [None] * 4
         columns["target_tokens"][10] = None
         path = write_tokenised(tmp_path / "a.parquet", columns)
-        with pq.ParquetFile(path) as source:
-            empty = [tables.null_columns(source, tables.TOKENISED, group) for group in range(3)]
-        assert empty == [set(), {"task", "target"}, set()], "lists of nothing are not told from no lists there"
         dataset = open_dataset(path)
         for row in (9, 4, 0, 11, 5, 8, 10):
             example = dataset[row]
@@ -84,7 +87,7 @@ class TestTokenisedDataset:
             pairs = columns["reasoning"][row]
             assert example.reasoning == (None if pairs is None else [(one["key"], one["value"]) for one in pairs])
             tokens = example.target_tokens
-            assert (None if tokens is None else tokens.tolist()) == columns["target_tokens"][row]
+            assert (None if tokens is None else stored(tokens, 256)) == columns["target_tokens"][row]
 
     def test_a_required_column_of_nulls_is_named(self, tmp_path: Path) -> None:
         columns = tokenised_columns(4) | {"instruction": [None] * 4}
@@ -108,7 +111,7 @@ class TestTokenisedDataset:
 
     def test_token_beyond_the_codebook(self, tmp_path: Path) -> None:
         columns = tokenised_columns(6)
-        columns["target_tokens"][5] = [[200, 1, 2], [3, 4, 5]]
+        columns["target_tokens"][5] = cell([[200, 1, 2], [3, 4, 5]])
         path = write_tokenised(tmp_path / "a.parquet", columns, codebook_size="200")
         dataset = open_dataset(path)
         assert dataset[4].example_id == "e4"
@@ -120,11 +123,47 @@ class TestTokenisedDataset:
         with pytest.raises(EarlError, match="codebook of 256, but 32768"):
             open_dataset(path, codebook_size=32768)
 
-    def test_ragged_grid(self, tmp_path: Path) -> None:
-        columns = tokenised_columns(1)
-        columns["original_tokens"] = [[[1, 2], [3]]]
-        with pytest.raises(EarlError, match=r"row 0, column 'original_tokens'.*differ in length"):
-            open_dataset(write_tokenised(tmp_path / "a.parquet", columns))[0]
+    def test_grids_of_any_shape_and_width_stand_side_by_side(self, tmp_path: Path) -> None:
+        grids = [[[1, 2, 3]], [[4], [5]], [[6, 7], [8, 9]], [[250]]]
+        columns = tokenised_columns(4) | {"original_tokens": [cell(grid) for grid in grids]}
+        dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", columns, codebook_size="256"))
+        assert [dataset[row].original_tokens.tolist() for row in (3, 0, 1, 2)] == [grids[row] for row in (3, 0, 1, 2)]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"height": 3},
+            {"height": None},
+            {"width": 0},
+            {"height": 0, "ids": b""},
+            {"ids": b"\0" * 18},
+            {"ids": b"12345"},
+            {"ids": None},
+        ],
+    )
+    def test_bytes_that_are_no_grid(self, change: dict, tmp_path: Path) -> None:
+        """Whatever is wrong with one cell, it is named, and the cells beside it are read."""
+        columns = tokenised_columns(4)
+        columns["original_tokens"][1] = cell([[1, 2, 3], [3, 4, 5]]) | change
+        dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", columns))
+        assert dataset[0].original_tokens.tolist() == [[0, 1, 2], [3, 4, 5]]
+        with pytest.raises(EarlError, match=r"a\.parquet: row 1, column 'original_tokens': \d+ bytes are no grid of"):
+            dataset[1]
+
+    def test_cells_of_another_writer(self, tmp_path: Path) -> None:
+        """Wider numbers, other bytes and another order of the fields are the same cells."""
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(3))
+        table = pq.read_table(path)
+        kind = pa.struct([("ids", pa.large_binary()), ("width", pa.int64()), ("height", pa.int32())])
+        cells = pa.array(table.column("target_tokens").to_pylist(), kind)
+        pq.write_table(table.set_column(table.schema.get_field_index("target_tokens"), "target_tokens", cells), path)
+        assert open_dataset(path)[2].target_tokens.tolist() == [[2, 1, 2], [3, 4, 5]]
+
+    def test_stored_ids_are_read_without_this_package(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(1) | {"original_tokens": [cell([[1, 258], [3, 32767]], 32768)]}
+        found = pd.read_parquet(write_tokenised(tmp_path / "a.parquet", columns)).original_tokens[0]
+        ids = np.frombuffer(found["ids"], "<u2").reshape(found["height"], found["width"])
+        assert ids.tolist() == [[1, 258], [3, 32767]]
 
     def test_wrong_and_missing_columns(self, tmp_path: Path) -> None:
         path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(2))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from earl import residents
 from earl.config import freeze, paths
 from earl.config.schema import Config
+from earl.data.grids import stored
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
 from earl.files import manifest, tables
@@ -162,19 +163,19 @@ def data(tmp_path, vocabulary):
 
     def write(name: str, rows: int = 10) -> str:
         file = tmp_path / name / "0000.parquet"
-        grids = np.random.default_rng(rows).integers(0, vocabulary.num_visual, (rows, 2, *SHAPE)).tolist()
+        grids = np.random.default_rng(rows).integers(0, vocabulary.num_visual, (rows, 2, *SHAPE))
         columns = {
             "dataset": [name] * rows,
             "example_id": [str(i) for i in range(rows)],
             "task": [None] * rows,
             "instruction": [f"{name} {i}" for i in range(rows)],
             "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] for i in range(rows)],
-            "original_tokens": [pair[0] for pair in grids],
-            "target_tokens": [pair[1] for pair in grids],
+            "original_tokens": [stored(pair[0], vocabulary.num_visual) for pair in grids],
+            "target_tokens": [stored(pair[1], vocabulary.num_visual) for pair in grids],
             "original": [None] * rows,
             "target": [None] * rows,
         }
-        tables.write_table(file, tables.TOKENISED, columns, {}, vocabulary.size - 1)
+        tables.write_table(file, tables.TOKENISED, columns, {})
         manifest.seal(file.parent)
         return str(file.parent)
 

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from earl.data.example import Example, grid
+from earl.data.example import Example
+from earl.data.grids import grid
 from earl.errors import EarlError
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from earl.data.example import CODEBOOK_SIZE
 from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
 
@@ -43,7 +42,7 @@ class ShardWriter:
 
         Args:
             folder: From `earl.files.atomic.resumable_folder`.
-            metadata: For every shard; its `CODEBOOK_SIZE` sets the type that tokens are stored in.
+            metadata: For every shard.
             rows: How many the data set has, kept or rejected.
             max_rejected_fraction: Share of ``rows`` that may be rejected.
             rows_per_group: Rows of a row group, the least that a reader reads.
@@ -79,9 +78,8 @@ class ShardWriter:
             values = {name: [getattr(reject, name) for reject in rejects] for name in tables.REJECTED.names}
             self._reject_file(number).parent.mkdir(exist_ok=True)
             tables.write_table(self._reject_file(number), tables.REJECTED, values, {})
-        largest = int(self._metadata[CODEBOOK_SIZE]) - 1
         tables.write_table(
-            self._shard(number), tables.TOKENISED, columns, self._metadata, largest, rows_per_group=self._rows_per_group
+            self._shard(number), tables.TOKENISED, columns, self._metadata, rows_per_group=self._rows_per_group
         )
         self._count(len(columns["example_id"]), rejects)
 

@@ -5,15 +5,17 @@ Rows are read by row group, and a few groups are held; so millions of rows with 
 
 import bisect
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from earl.data.example import CODEBOOK_SIZE, Dataset, Example, grid
+from earl.data.example import CODEBOOK_SIZE, Dataset, Example
+from earl.data.grids import StoredGrids
 from earl.data.reference import ReferenceDataset
 from earl.errors import EarlError
 from earl.files import manifest, tables
@@ -22,7 +24,6 @@ _HELD_BYTES = 64 * 2**20
 _OPEN_FILES = 64
 _GRIDS = ("original_tokens", "target_tokens")
 _IMAGES = ("original", "target")
-_TEXTS = ("dataset", "example_id", "task", "instruction", "reasoning")
 
 __all__ = ["CODEBOOK_SIZE", "Example", "TokenisedDataset", "open_dataset"]
 
@@ -55,6 +56,12 @@ class _Group:
     index: int
     start: int
     rows: int
+    columns: list[str]
+    """Those that hold anything and are wanted."""
+
+    def where(self, column: str, row: int) -> str:
+        """Return how messages name a cell of this group."""
+        return f"{self.file}: row {self.start + row}, column {column!r}"
 
 
 class TokenisedDataset:
@@ -62,17 +69,15 @@ class TokenisedDataset:
 
     def __init__(self, path: Path, codebook_size: int | None = None, images: bool = True) -> None:
         self.path = path
-        self._columns = [name for name in tables.TOKENISED.names if images or name not in _IMAGES]
+        wanted = [name for name in tables.TOKENISED.names if images or name not in _IMAGES]
         self._codebook_size = codebook_size
         self._groups: list[_Group] = []
         metadata: dict[str, str] = {}
         for file in _members(path):
             with tables.open_table(file) as source:
-                tables.check_columns(file, source.schema_arrow, tables.TOKENISED, self._columns)
+                tables.check_columns(file, source.schema_arrow, tables.TOKENISED, wanted)
                 metadata = tables.metadata_of(source)
-                rows = [source.metadata.row_group(index).num_rows for index in range(source.num_row_groups)]
-            starts = accumulate(rows, initial=0)
-            self._groups += [_Group(file, index, *place) for index, place in enumerate(zip(starts, rows, strict=False))]
+                self._groups += _groups(file, source, wanted)
             self._check_codebook(file, metadata)
         self._ends = list(accumulate(group.rows for group in self._groups))
         if not len(self):
@@ -117,10 +122,7 @@ class TokenisedDataset:
             self._held.move_to_end(index)
             return self._held[index]
         group = self._groups[index]
-        source = self._source(group.file)
-        empty = tables.null_columns(source, tables.TOKENISED, group.index)
-        columns = [name for name in self._columns if name not in empty]
-        table = tables.read_group(group.file, source, tables.TOKENISED, columns, group.index)
+        table = tables.read_group(group.file, self._source(group.file), tables.TOKENISED, group.columns, group.index)
         self._held[index] = _Rows(table, group, self._codebook_size)
         self._held_bytes += self._held[index].nbytes
         while len(self._held) > 1 and self._held_bytes > _HELD_BYTES:
@@ -138,73 +140,60 @@ class TokenisedDataset:
 
 
 class _Rows:
-    """A row group in the form that rows are handed out from: what can be done for all of them is done once."""
+    """A row group in the form that rows are handed out from: what can be done for all of them is done once.
+
+    What is held for long are strings and buffers alone. A tuple for each row would have Python's garbage collector
+    walk through all objects of the process every few thousand rows, which takes longer than reading them.
+    """
 
     def __init__(self, table: pa.Table, group: _Group, codebook_size: int | None) -> None:
         """Take over a table of columns of `tables.TOKENISED`; those that hold nothing may be missing."""
         self.nbytes = table.nbytes
-        known = set(table.column_names)
-        absent = [None] * len(table)
-        self._texts = [
-            (*texts, None if reasoning is None else [(item["key"], item["value"]) for item in reasoning])
-            for *texts, reasoning in zip(
-                *(table.column(name).to_pylist() if name in known else absent for name in _TEXTS), strict=True
-            )
-        ]
-        self._original, self._target = (
-            _Grids(table.column(name).combine_chunks(), name, group, codebook_size) if name in known else absent
-            for name in _GRIDS
-        )
-        self._images = [table.column(name) if name in known else None for name in _IMAGES]
+        self._columns = [_cells(table, name, group, codebook_size) for name in tables.TOKENISED.names]
 
     def example(self, row: int) -> Example:
-        pictures = (None if column is None else (column[row].as_py() or {}).get("bytes") for column in self._images)
-        return Example(*self._texts[row], self._original[row], self._target[row], *pictures)
+        return Example(*[cells[row] for cells in self._columns])
 
 
-class _Grids:
-    """A column of lists of rows of tokens. Where all have one shape, they are checked together."""
+def _cells(table: pa.Table, name: str, group: _Group, codebook_size: int | None) -> Sequence:
+    """Return a column of examples, by row."""
+    if name not in table.column_names:
+        return [None] * len(table)
+    column = table.column(name).combine_chunks()
+    if name in _GRIDS:
+        return StoredGrids(column, codebook_size, partial(group.where, name))
+    if name in _IMAGES:
+        return _Pictures(column)
+    return _Reasoning(column) if name == "reasoning" else column.to_pylist()
 
-    def __init__(self, column: pa.ListArray, name: str, group: _Group, codebook_size: int | None) -> None:
-        self._name = name
-        self._group = group
-        self._codebook_size = codebook_size
-        # A data set may know no targets.
+
+class _Pictures:
+    def __init__(self, column: pa.StructArray) -> None:
+        self._column = column
+
+    def __getitem__(self, row: int) -> bytes | None:
+        return (self._column[row].as_py() or {}).get("bytes")
+
+
+class _Reasoning:
+    def __init__(self, column: pa.ListArray) -> None:
         self._known = column.is_valid().to_pylist()
-        lines = column.values
-        self._lines = column.offsets.to_numpy()
-        self._places = lines.offsets.to_numpy()
-        self._tokens = lines.values.to_numpy(zero_copy_only=False)
-        self._whole = self._stacked()
-        self._sound = [False] * len(column)
-        if self._whole is not None:
-            flat = self._whole.reshape(len(column), -1)
-            limit = np.inf if codebook_size is None else codebook_size
-            self._sound = ((flat.min(axis=1) >= 0) & (flat.max(axis=1) < limit)).tolist()
+        self._starts = column.offsets.to_numpy().tolist()
+        self._keys, self._texts = (column.values.field(name).to_pylist() for name in ("key", "value"))
 
-    def __getitem__(self, index: int) -> np.ndarray | None:
-        if self._sound[index]:
-            return self._whole[index].astype(np.int64)
-        if not self._known[index]:
+    def __getitem__(self, row: int) -> list[tuple[str, str]] | None:
+        if not self._known[row]:
             return None
-        where = f"{self._group.file}: row {self._group.start + index}, column {self._name!r}"
-        return grid(self._listed(index), where, self._codebook_size)
+        pairs = slice(self._starts[row], self._starts[row + 1])
+        return list(zip(self._keys[pairs], self._texts[pairs], strict=True))
 
-    def _stacked(self) -> np.ndarray | None:
-        """Return the stored integers [rows, H, W], or None where shapes differ or there are no integers."""
-        heights = np.diff(self._lines)
-        widths = np.diff(self._places[self._lines[0] : self._lines[-1] + 1])
-        one_shape = len(widths) and widths[0] and (heights == heights[0]).all() and (widths == widths[0]).all()
-        if not one_shape or self._tokens.dtype.kind not in "iu":
-            return None
-        tokens = self._tokens[self._places[self._lines[0]] : self._places[self._lines[-1]]]
-        return tokens.reshape(len(heights), heights[0], widths[0])
 
-    def _listed(self, index: int) -> object:
-        """Return an array [H, W], or a list where lines differ in length."""
-        places = self._places[self._lines[index] : self._lines[index + 1] + 1]
-        lines = [self._tokens[start:end] for start, end in pairwise(places)]
-        return np.stack(lines) if len({len(line) for line in lines}) == 1 else lines
+def _groups(file: Path, source: pq.ParquetFile, wanted: list[str]) -> Iterator[_Group]:
+    start = 0
+    for index, columns in enumerate(tables.filled_columns(source, tables.TOKENISED, wanted)):
+        rows = source.metadata.row_group(index).num_rows
+        yield _Group(file, index, start, rows, columns)
+        start += rows
 
 
 def _members(path: Path) -> list[Path]:

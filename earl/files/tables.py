@@ -1,9 +1,9 @@
 """The Parquet tables: their schemas, one writer, one checking reader.
 
-Every table is Zstandard-compressed, carries page checksums and, for the image columns, the Hugging Face ``Image``
-feature, so that pandas, DuckDB and ``datasets`` open it and show pictures. The file's metadata says where it
-comes from (run, iteration, digests, code version); it holds no times and no host names, so that equal inputs give
-equal bytes.
+Every table is compressed (Zstandard, or LZ4 where it is read row by row), carries page checksums and, for the image
+columns, the Hugging Face ``Image`` feature, so that pandas, DuckDB and ``datasets`` open it and show pictures. The
+file's metadata says where it comes from (run, iteration, digests, code version); it holds no times and no host names,
+so that equal inputs give equal bytes.
 """
 
 import json
@@ -20,9 +20,9 @@ from earl.files import atomic
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Token columns are declared at their widest and stored as the smallest unsigned type that holds the vocabulary.
 TOKENS = pa.list_(pa.uint32())
-TOKEN_GRID = pa.list_(pa.list_(pa.uint32()))
+TOKEN_GRID = pa.struct([("height", pa.uint16()), ("width", pa.uint16()), ("ids", pa.binary())])
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
-_GRIDS = [pa.list_(pa.list_(leaf)) for leaf in (pa.uint8(), pa.uint16(), pa.uint32())]
+_ROWS_PER_GROUP = 512
 SCORE_RANGE = (0.0, 10.0)
 SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
 """Every score that a judge may give."""
@@ -197,7 +197,7 @@ def write_table(
     columns: Mapping[str, Sequence] | pa.Table,
     metadata: Mapping[str, str],
     largest_token: int = 2**32 - 1,
-    rows_per_group: int = 512,
+    rows_per_group: int = _ROWS_PER_GROUP,
 ) -> None:
     """Write a table atomically.
 
@@ -207,7 +207,8 @@ def write_table(
         columns: One sequence (or array) a column, all of one length.
         metadata: Strings for the file's metadata; keys get no prefix.
         largest_token: Largest id that token columns may hold; sets their stored integer type for every shard alike.
-        rows_per_group: Rows of a row group, the least that a reader of single rows must read.
+        rows_per_group: Rows of a row group, the least that a reader of single rows must read. Fewer than by default
+            make a file for such readers, which is a little larger.
 
     Raises:
         EarlError: when a column is missing, does not convert to its type, or the system refuses the write.
@@ -230,30 +231,32 @@ def write_table(
         b"huggingface": json.dumps({"info": {"features": features}}).encode(),
     }
     table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=info))
-    grids, others = _encodings(fields)
+    summarised = _summarised(fields)
+    by_row = rows_per_group < _ROWS_PER_GROUP
     with atomic.file(path) as temporary:
         pq.write_table(
             table,
             temporary,
-            compression="zstd",
+            # A page of few rows is unpacked sooner than Zstandard is set up for it, and a dictionary is one page more.
+            compression="lz4" if by_row else "zstd",
+            use_dictionary=False if by_row else summarised,
             row_group_size=rows_per_group,
             write_page_checksum=True,
-            use_dictionary=others,
-            use_byte_stream_split=grids,
+            write_statistics=summarised,
         )
 
 
-def _encodings(fields: Sequence[pa.Field]) -> tuple[list[str], list[str]]:
-    """Return the columns, down to their leaves, that are stored byte by byte, and those that get a dictionary.
+def _summarised(fields: Sequence[pa.Field]) -> list[str]:
+    """Return the columns, down to their leaves, that get a dictionary and statistics: all but the ids of grids.
 
-    Parquet stores a visual token in four bytes. Nearly every one of a row group is different, so that a dictionary only
-    adds to them; put apart, the two bytes that are always 0 vanish in the compression.
+    Hardly two grids are equal, and the least and the greatest of each row group would be stored four times more.
     """
-    grids, others = [], []
-    for field in fields:
-        leaves = _leaves(field.name, field.type)
-        (grids if field.type in _GRIDS else others).extend(leaves)
-    return grids, others
+    return [
+        leaf
+        for field in fields
+        for leaf in _leaves(field.name, field.type)
+        if field.type != TOKEN_GRID or leaf != f"{field.name}.ids"
+    ]
 
 
 def _leaves(name: str, kind: pa.DataType) -> list[str]:
@@ -327,20 +330,25 @@ def read_group(
     return _read(path, source, schema, columns, group)
 
 
-def null_columns(source: pq.ParquetFile, schema: pa.Schema, group: int) -> set[str]:
-    """Return the columns that may be null and hold nothing in a row group, as its statistics say; lists are not asked.
+def filled_columns(source: pq.ParquetFile, schema: pa.Schema, wanted: Sequence[str]) -> list[list[str]]:
+    """Return for each row group those of the wanted columns that hold anything, as the group's statistics say.
 
-    Reading such a column costs more than knowing it.
+    Reading a column of nulls takes longer than asking. Lists are not asked: an empty one counts as a null there.
     """
-    found = source.metadata.row_group(group)
-    empty: dict[str, bool] = {}
-    for index in range(found.num_columns):
-        leaf = found.column(index)
-        name = leaf.path_in_schema.partition(".")[0]
-        statistics = None if ".list." in leaf.path_in_schema else leaf.statistics
-        null = statistics is not None and statistics.has_null_count and statistics.null_count == found.num_rows
-        empty[name] = empty.get(name, True) and null
-    return {name for name, null in empty.items() if null and name in schema.names and schema.field(name).nullable}
+    leaves: dict[str, list[int]] = {}
+    for index, leaf in enumerate(source.schema):
+        name, _, below = leaf.path.partition(".")
+        if name in wanted and schema.field(name).nullable and not below.startswith("list."):
+            leaves.setdefault(name, []).append(index)
+    found = []
+    for group in map(source.metadata.row_group, range(source.num_row_groups)):
+        empty = {name for name, indices in leaves.items() if all(_is_null(group.column(index)) for index in indices)}
+        found.append([name for name in wanted if name not in empty])
+    return found
+
+
+def _is_null(leaf: pq.ColumnChunkMetaData) -> bool:
+    return leaf.is_stats_set and leaf.statistics.null_count == leaf.num_values
 
 
 def _read(
@@ -401,11 +409,14 @@ def check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray) -> 
     if not field.nullable and column.null_count:
         row = column.is_null().index(True).as_py()
         raise EarlError(f"{path}: column {field.name!r} is null in row {row}, where a value is required")
-    leaves = column.combine_chunks()
-    while pa.types.is_list(leaves.type) or pa.types.is_large_list(leaves.type):
-        leaves = leaves.flatten()
-    if not pa.types.is_floating(leaves.type):
+    kind = column.type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if not pa.types.is_floating(kind):
         return
+    leaves = column.combine_chunks()
+    while leaves.type != kind:
+        leaves = leaves.flatten()
     values = leaves.drop_null().to_numpy(zero_copy_only=False)
     if not np.isfinite(values).all():
         raise EarlError(

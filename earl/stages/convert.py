@@ -7,6 +7,7 @@ from typing import Any
 
 from earl import code_version
 from earl.data.example import CODEBOOK_SIZE, Example
+from earl.data.grids import stored
 from earl.data.reference import ReferenceDataset
 from earl.data.shards import Reject, ShardWriter
 from earl.errors import EarlError
@@ -47,7 +48,7 @@ def run(listing: Path, out: Path, codebook_size: int, dataset: str | None, max_r
         writer = ShardWriter(unfinished, metadata, len(source), max_rejected_fraction, ROWS_PER_GROUP)
         for number, rows in enumerate(_windows(len(source))):
             if not writer.is_done(number):
-                writer.write(number, *_columns(source, rows, metadata["dataset"]))
+                writer.write(number, *_columns(source, rows, metadata["dataset"], codebook_size))
             progress.update(len(rows))
         writer.finish()
     print(f"convert {metadata['dataset']}: {writer.text()}", file=sys.stderr)
@@ -57,7 +58,9 @@ def _windows(count: int) -> list[range]:
     return [range(start, min(start + ROWS_PER_FILE, count)) for start in range(0, count, ROWS_PER_FILE)]
 
 
-def _columns(source: ReferenceDataset, rows: range, dataset: str) -> tuple[dict[str, list], list[Reject]]:
+def _columns(
+    source: ReferenceDataset, rows: range, dataset: str, codebook_size: int
+) -> tuple[dict[str, list], list[Reject]]:
     examples: list[Example] = []
     rejects: list[Reject] = []
     for row in rows:
@@ -75,8 +78,8 @@ def _columns(source: ReferenceDataset, rows: range, dataset: str) -> tuple[dict[
             columns[name].append(getattr(example, name))
         pairs = example.reasoning
         columns["reasoning"].append(None if pairs is None else [{"key": key, "value": text} for key, text in pairs])
-        columns["original_tokens"].append(example.original_tokens.tolist())
-        columns["target_tokens"].append(example.target_tokens.tolist())
+        columns["original_tokens"].append(stored(example.original_tokens, codebook_size))
+        columns["target_tokens"].append(stored(example.target_tokens, codebook_size))
         columns["original"].append(None)
         columns["target"].append(None)
     return columns, rejects

@@ -21,6 +21,7 @@ from earl import code_version, runtime
 from earl.config.paths import resolve
 from earl.data import pictures
 from earl.data.example import CODEBOOK_SIZE
+from earl.data.grids import stored
 from earl.data.pictures import Rejected
 from earl.data.raw import RawRow, RawSource, Window
 from earl.data.shards import Reject, ShardWriter
@@ -173,10 +174,11 @@ class _Tokeniser:
 
     def _add(self, columns: dict[str, list], pairs: list[_Pair]) -> None:
         known = [pixels for pair in pairs for pixels in (pair.original, pair.edited) if pixels is not None]
-        tokens = iter(vision.encode(self._model, known))
+        codebook_size = self._model.config.codebook_size
+        grids = (stored(tokens, codebook_size) for tokens in vision.encode(self._model, known))
         for pair in pairs:
-            columns["original_tokens"].append(next(tokens).tolist())
-            columns["target_tokens"].append(None if pair.edited is None else next(tokens).tolist())
+            columns["original_tokens"].append(next(grids))
+            columns["target_tokens"].append(None if pair.edited is None else next(grids))
         columns["dataset"] += [self._dataset] * len(pairs)
         columns["example_id"] += [pair.row.example_id for pair in pairs]
         columns["task"] += [pair.row.task for pair in pairs]
