@@ -4,7 +4,8 @@ The archives are made up in the reference's form, of its usual size: two grids o
 instruction, and optionally a chain of thought. Ids are drawn uniformly, the worst case for any compression. Loading is
 measured from files that the system has in memory, in examples per CPU second: row by row in order, shuffled, and
 shuffled with the rows' groups forgotten at once, as in a data set much larger than what is held; and whole files into
-arrays, which an archive an example cannot do any other way than row by row.
+arrays, which an archive an example cannot do any other way than row by row. Both are read in turn; figures are medians,
+ratios those of the pairs, with the least and the greatest.
 
     python benchmarks/data.py --examples 8192
     python benchmarks/data.py --unpacking       # what a grid costs in other ways to store it
@@ -16,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +83,11 @@ def size(folder: Path) -> tuple[int, int]:
     return sum(stat.st_size for stat in stats), sum(stat.st_blocks * 512 for stat in stats)
 
 
-def rate(load: Callable[[Iterable[int]], None], rows: Iterable[int], count: int, repeats: int) -> float:
-    """Return examples per CPU second, the median of repeats after one to warm up."""
-    found = []
-    for _ in range(repeats + 1):
-        start = time.process_time()
-        load(rows)
-        found.append(count / (time.process_time() - start))
-    return statistics.median(found[1:])
+def rate(load: Callable[[Sequence[int]], None], rows: Sequence[int]) -> float:
+    """Return examples per CPU second."""
+    start = time.process_time()
+    load(rows)
+    return len(rows) / (time.process_time() - start)
 
 
 def measure(folder: Path, examples: int, repeats: int, reasoning: bool) -> list[str]:
@@ -100,21 +98,21 @@ def measure(folder: Path, examples: int, repeats: int, reasoning: bool) -> list[
     seconds = time.process_time() - start
     features = folder / "original" / "feature"
 
-    def original(rows: Iterable[int]) -> None:
+    def original(rows: Sequence[int]) -> None:
         for row in rows:
             torch.load(features / f"{row}.pth", weights_only=False)
 
-    def ours(rows: Iterable[int]) -> None:
+    def ours(rows: Sequence[int]) -> None:
         dataset = open_dataset(folder / "ours")
         for row in rows:
             dataset[row]
 
-    def ours_unheld(rows: Iterable[int]) -> None:
+    def ours_unheld(rows: Sequence[int]) -> None:
         held, tokenised._HELD_BYTES = tokenised._HELD_BYTES, 0
         ours(rows)
         tokenised._HELD_BYTES = held
 
-    def ours_whole(_: Iterable[int]) -> None:
+    def ours_whole(_: Sequence[int]) -> None:
         for file in sorted((folder / "ours").glob("*.parquet")):
             table = pq.read_table(file, use_threads=False)
             for name in ("original_tokens", "target_tokens"):
@@ -123,29 +121,21 @@ def measure(folder: Path, examples: int, repeats: int, reasoning: bool) -> list[
 
     in_order = range(examples)
     shuffled = np.random.default_rng(1).permutation(examples).tolist()
-    kinds = {
-        "original": (features, (original,) * 3),
-        "ours": (folder / "ours", (ours, ours, ours_unheld)),
-    }
-    figures = {
-        name: (
-            *(number / examples for number in size(path)),
-            *(
-                rate(load, rows, examples, repeats)
-                for load, rows in zip(loads, (in_order, shuffled, shuffled), strict=True)
-            ),
-            rate(ours_whole if name == "ours" else original, in_order, examples, repeats),
-        )
-        for name, (path, loads) in kinds.items()
-    }
+    loads = ((in_order, ours), (shuffled, ours), (shuffled, ours_unheld), (in_order, ours_whole))
+    # In turn, since a machine's speed drifts; the first pair warms up.
+    pairs = [[(rate(original, rows), rate(load, rows)) for _ in range(repeats + 1)][1:] for rows, load in loads]
+    sizes = [size(path) for path in (features, folder / "ours")]
     label = "with reasoning" if reasoning else "without"
-    lines = [
-        f"| {label} | {name} | " + " | ".join(f"{value:,.0f}" for value in values) + " |"
-        for name, values in figures.items()
-    ]
-    ratios = [a / b for a, b in zip(figures["original"][:2], figures["ours"][:2], strict=True)]
-    ratios += [b / a for a, b in zip(figures["original"][2:], figures["ours"][2:], strict=True)]
-    lines.append(f"| {label} | ratio | " + " | ".join(f"{ratio:.1f}" for ratio in ratios) + " |")
+    lines = []
+    for index, name in enumerate(("original", "ours")):
+        values = [number / examples for number in sizes[index]]
+        values += [statistics.median(pair[index] for pair in found) for found in pairs]
+        lines.append(f"| {label} | {name} | " + " | ".join(f"{value:,.0f}" for value in values) + " |")
+    ratios = [f"{theirs / own:.1f}" for theirs, own in zip(*sizes, strict=True)]
+    for found in pairs:
+        quotients = sorted(own / theirs for theirs, own in found)
+        ratios.append(f"{statistics.median(quotients):.1f} ({quotients[0]:.1f} to {quotients[-1]:.1f})")
+    lines.append(f"| {label} | ratio | " + " | ".join(ratios) + " |")
     lines.append(f"converting: {examples / seconds:,.0f} examples per CPU second")
     return lines
 
@@ -198,7 +188,7 @@ def unpacking(rows: int = 64, repeats: int = 100) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--unpacking", action="store_true")
     arguments = parser.parse_args()
     if arguments.unpacking:

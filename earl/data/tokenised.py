@@ -148,18 +148,19 @@ class _Rows:
 
     def __init__(self, table: pa.Table, group: _Group, codebook_size: int | None) -> None:
         """Take over a table of columns of `tables.TOKENISED`; those that hold nothing may be missing."""
-        self.nbytes = table.nbytes
-        self._columns = [_cells(table, name, group, codebook_size) for name in tables.TOKENISED.names]
+        (batch,) = table.combine_chunks().to_batches()
+        self.nbytes = batch.get_total_buffer_size()
+        self._columns = [_cells(batch, name, group, codebook_size) for name in tables.TOKENISED.names]
 
     def example(self, row: int) -> Example:
         return Example(*[cells[row] for cells in self._columns])
 
 
-def _cells(table: pa.Table, name: str, group: _Group, codebook_size: int | None) -> Sequence:
+def _cells(batch: pa.RecordBatch, name: str, group: _Group, codebook_size: int | None) -> Sequence:
     """Return a column of examples, by row."""
-    if name not in table.column_names:
-        return [None] * len(table)
-    column = table.column(name).combine_chunks()
+    if name not in batch.schema.names:
+        return [None] * len(batch)
+    column = batch.column(name)
     if name in _GRIDS:
         return StoredGrids(column, codebook_size, partial(group.where, name))
     if name in _IMAGES:

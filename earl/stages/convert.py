@@ -14,8 +14,6 @@ from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
 
 ROWS_PER_FILE = 8192
-# Tokens alone are small; few rows a group let a reader of single rows unpack little.
-ROWS_PER_GROUP = 64
 
 
 def run(listing: Path, out: Path, codebook_size: int, dataset: str | None, max_rejected_fraction: float) -> None:
@@ -45,7 +43,7 @@ def run(listing: Path, out: Path, codebook_size: int, dataset: str | None, max_r
         atomic.resumable_folder(out, made_from) as unfinished,
         tqdm(total=len(source), desc=f"convert {metadata['dataset']}", unit="example", file=sys.stderr) as progress,
     ):
-        writer = ShardWriter(unfinished, metadata, len(source), max_rejected_fraction, ROWS_PER_GROUP)
+        writer = ShardWriter(unfinished, metadata, len(source), max_rejected_fraction, with_images=False)
         for number, rows in enumerate(_windows(len(source))):
             if not writer.is_done(number):
                 writer.write(number, *_columns(source, rows, metadata["dataset"], codebook_size))

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from earl.config.schema import Config
 
 ROWS_PER_FILE = 1024
-# A reader of one row reads its group: few rows keep that cheap for images of 256 x 256 pixels.
-ROWS_PER_GROUP = 32
 ROWS_AT_ONCE = 128
 """Rows whose images are in memory together, from which batches of one shape are made."""
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
@@ -105,7 +103,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
         tqdm(total=len(source), desc=f"tokenise {dataset}", unit="pair", file=sys.stderr) as progress,
         ThreadPoolExecutor(config.cpu_threads) as pool,
     ):
-        writer = ShardWriter(unfinished, metadata, len(source), fraction, ROWS_PER_GROUP)
+        writer = ShardWriter(unfinished, metadata, len(source), fraction, keep_images)
         tokeniser = _Tokeniser(dataset, model, config.image_area, keep_images, pool)
         for number, window in enumerate(source.windows(ROWS_PER_FILE)):
             if not writer.is_done(number):
