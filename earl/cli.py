@@ -107,7 +107,7 @@ def convert_model(
 def convert_data(
     listing: Annotated[Path, typer.Argument(help="The tokenized_datalist.json of a pre-tokenised data set.")],
     out: Output,
-    codebook_size: Annotated[int, typer.Option(min=1, help="Codes of its vision tokenizer.")] = 32768,
+    codebook_size: Annotated[int, typer.Option(min=1, max=2**32, help="Codes of its vision tokenizer.")] = 32768,
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default its folder's.")] = None,
     max_rejected_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the archives that may be unusable.")

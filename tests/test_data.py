@@ -78,6 +78,10 @@ class TestTokenisedDataset:
         columns["target_tokens"][4:8] = [None] * 4
         columns["target_tokens"][10] = None
         path = write_tokenised(tmp_path / "a.parquet", columns)
+        with pq.ParquetFile(path) as source:
+            filled = tables.filled_columns(source, tables.TOKENISED, tables.TOKENISED.names)
+        nothing = [set(tables.TOKENISED.names) - set(names) for names in filled]
+        assert nothing == [set(), {"task", "target", "target_tokens"}, set()], "lists are not asked"
         dataset = open_dataset(path)
         for row in (9, 4, 0, 11, 5, 8, 10):
             example = dataset[row]
@@ -90,9 +94,32 @@ class TestTokenisedDataset:
             assert (None if tokens is None else stored(tokens, 256)) == columns["target_tokens"][row]
 
     def test_a_required_column_of_nulls_is_named(self, tmp_path: Path) -> None:
-        columns = tokenised_columns(4) | {"instruction": [None] * 4}
-        with pytest.raises(EarlError, match=r"a\.parquet: column 'instruction' is null in row 0"):
-            open_dataset(write_tokenised(tmp_path / "a.parquet", columns))[0]
+        columns = tokenised_columns(8)
+        columns["instruction"][6] = None
+        dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", columns))
+        assert dataset[3].instruction == "edit 3"
+        with pytest.raises(EarlError, match=r"a\.parquet: column 'instruction' is null in row 6"):
+            dataset[4]
+
+    def test_images_without_names(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(4) | {"original": [PICTURE | {"path": None}] * 4}
+        assert open_dataset(write_tokenised(tmp_path / "a.parquet", columns))[0].original == PICTURE["bytes"]
+
+    def test_reasoning_that_is_null_inside(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(8)
+        columns["reasoning"][6] = [{"key": "scene", "value": "a circle"}, {"key": "plan", "value": None}]
+        dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", columns))
+        with pytest.raises(EarlError, match=r"a\.parquet: row 6, column 'reasoning': has a key or a text that is null"):
+            dataset[4]
+
+    def test_lists_of_tokens_as_once_stored(self, tmp_path: Path) -> None:
+        path = write_tokenised(tmp_path / "a.parquet", tokenised_columns(1))
+        table = pq.read_table(path)
+        lists = pa.array([[[0, 1, 2], [3, 4, 5]]], pa.list_(pa.list_(pa.uint16())))
+        place = table.schema.get_field_index("target_tokens")
+        pq.write_table(table.set_column(place, "target_tokens", lists), path)
+        with pytest.raises(EarlError, match=r"a\.parquet: column 'target_tokens' has type list.*Run the stage that"):
+            open_dataset(path)
 
     def test_an_example_is_the_readers_own(self, tmp_path: Path) -> None:
         dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", tokenised_columns(4)))
@@ -149,6 +176,13 @@ class TestTokenisedDataset:
         assert dataset[0].original_tokens.tolist() == [[0, 1, 2], [3, 4, 5]]
         with pytest.raises(EarlError, match=r"a\.parquet: row 1, column 'original_tokens': \d+ bytes are no grid of"):
             dataset[1]
+
+    def test_a_wrong_shape_is_not_taken_for_narrower_ids(self, tmp_path: Path) -> None:
+        columns = tokenised_columns(1)
+        columns["original_tokens"] = [cell([[1, 2], [3, 4]], 32768) | {"height": 4}]
+        dataset = open_dataset(write_tokenised(tmp_path / "a.parquet", columns, codebook_size="32768"))
+        with pytest.raises(EarlError, match="8 bytes are no grid of 4 x 2 ids"):
+            dataset[0]
 
     def test_cells_of_another_writer(self, tmp_path: Path) -> None:
         """Wider numbers, other bytes and another order of the fields are the same cells."""

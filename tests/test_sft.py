@@ -285,7 +285,7 @@ def test_reasoning_that_is_missing_is_named(make, data, tmp_path):
     folder = Path(data("silent"))
     table = tables.read_table(folder / "0000.parquet", tables.TOKENISED)
     columns = table.to_pydict() | {"reasoning": [None] * len(table)}
-    tables.write_table(folder / "0000.parquet", tables.TOKENISED, columns, {}, 999)
+    tables.write_table(folder / "0000.parquet", tables.TOKENISED, columns, {})
     manifest.seal(folder)
     config = make(one={"reasoning": True, "train_paths_file": [str(folder)]})
     with pytest.raises(EarlError, match=r"silent: example \d+: column 'reasoning' is empty"):

@@ -9,7 +9,7 @@ CODEBOOK_SIZE = "codebook_size"
 
 
 class Example(NamedTuple):
-    """An image pair with its instruction, as visual tokens."""
+    """An image pair with its instruction, as visual tokens; a tuple, since one is made for each row read."""
 
     dataset: str
     example_id: str

@@ -1,8 +1,8 @@
 """Grids of visual tokens: checked, and in the form in which Parquet files hold them.
 
-A cell is a struct of height, width and the ids as bytes: row by row, little-endian unsigned integers, of the smallest
-width that holds the codebook. `numpy.frombuffer(ids, '<u2').reshape(height, width)` reads one of a codebook of 32,768.
-A list of ids would cost Parquet a repetition level for each of them, which take longer to read than the ids.
+A cell is a struct of height, width and the ids as bytes: row by row, little-endian unsigned integers of 1, 2 or 4
+bytes, the fewest that hold the codebook. `numpy.frombuffer(ids, '<u2').reshape(height, width)` reads one of a codebook
+of 32,768. A list of ids would cost Parquet a repetition level for each of them, which take longer to read than the ids.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from earl.errors import EarlError
+from earl.files import tables
 
 _ITEMSIZES = (1, 2, 4)
+_LONGEST = 2**16 - 1
 
 
 def grid(values: object, where: str, codebook_size: int | None) -> np.ndarray:
@@ -44,10 +46,19 @@ def grid(values: object, where: str, codebook_size: int | None) -> np.ndarray:
 
 
 def stored(tokens: np.ndarray, codebook_size: int) -> dict[str, int | bytes]:
-    """Return the cell of `earl.files.tables.TOKEN_GRID` for tokens [H, W], which lie in 0..codebook_size-1."""
+    """Return the cell of `earl.files.tables.TOKEN_GRID` for tokens [H, W].
+
+    Raises:
+        ValueError: when a token lies outside 0..codebook_size-1, or the codebook takes more than 32 bits.
+    """
+    if tokens.min() < 0 or tokens.max() >= codebook_size:
+        raise ValueError(f"tokens in {tokens.min()}..{tokens.max()} of a codebook of {codebook_size}")
     height, width = tokens.shape
-    kind = np.min_scalar_type(codebook_size - 1).newbyteorder("<")
-    return {"height": height, "width": width, "ids": tokens.astype(kind).tobytes()}
+    return {"height": height, "width": width, "ids": tokens.astype(_kind(codebook_size)).tobytes()}
+
+
+def _kind(codebook_size: int) -> np.dtype:
+    return np.dtype(tables.smallest_unsigned(codebook_size - 1).to_pandas_dtype()).newbyteorder("<")
 
 
 class StoredGrids:
@@ -63,6 +74,7 @@ class StoredGrids:
         """
         self._column = column
         self._codebook_size = codebook_size
+        self._itemsizes = _ITEMSIZES if codebook_size is None else (_kind(codebook_size).itemsize,)
         self._where = where
         self._known = column.is_valid().to_pylist()
         parts = dict(zip(column.type.names, column.flatten(), strict=True))
@@ -72,10 +84,11 @@ class StoredGrids:
         )
         ids = parts["ids"] if pa.types.is_binary(parts["ids"].type) else parts["ids"].cast(pa.binary())
         areas = heights * widths
-        whole = np.count_nonzero((heights > 0) & (widths > 0)) == len(column) - column.null_count
+        shaped = (heights > 0) & (widths > 0) & (np.maximum(heights, widths) <= _LONGEST)
+        whole = np.count_nonzero(shaped) == len(column) - column.null_count
         places = np.frombuffer(ids.buffers()[1], np.int32, len(ids) + 1, ids.offset * np.dtype(np.int32).itemsize)
         itemsize = (places[-1] - places[0]) // max(areas.sum(), 1)
-        if whole and itemsize in _ITEMSIZES and (np.diff(places) == areas * itemsize).all():
+        if whole and itemsize in self._itemsizes and (np.diff(places) == areas * itemsize).all():
             count = (places[-1] - places[0]) // itemsize
             self._tokens = np.frombuffer(ids.buffers()[2], f"<u{itemsize}", count, places[0])
             self._sound = codebook_size is None or int(self._tokens.max()) < codebook_size
@@ -101,7 +114,7 @@ class StoredGrids:
         cell = self._column[row].as_py()
         height, width, ids = cell["height"] or 0, cell["width"] or 0, cell["ids"] or b""
         itemsize = len(ids) // max(height * width, 1)
-        if min(height, width) < 1 or itemsize not in _ITEMSIZES or len(ids) != height * width * itemsize:
+        if min(height, width) < 1 or itemsize not in self._itemsizes or len(ids) != height * width * itemsize:
             raise EarlError(
                 f"{self._where(row)}: {len(ids)} bytes are no grid of {height} x {width} ids; "
                 "tokenise the example again"

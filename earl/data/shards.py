@@ -21,8 +21,8 @@ REJECTED = "_rejected"
 SUMMARY = "summary.json"
 # Of a row group, the least that a reader reads. Each costs a quarter of a millisecond beside its rows: many make order
 # quick, few a row from anywhere. Images of 256 x 256 pixels take longer than that.
-_ROWS_OF_TOKENS = 128
-_ROWS_WITH_IMAGES = 32
+ROWS_OF_TOKENS = 128
+ROWS_WITH_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ShardWriter:
         self._metadata = metadata
         self._rows = rows
         self._allowed = int(max_rejected_fraction * rows)
-        self._rows_per_group = _ROWS_WITH_IMAGES if with_images else _ROWS_OF_TOKENS
+        self._rows_per_group = ROWS_WITH_IMAGES if with_images else ROWS_OF_TOKENS
 
     def is_done(self, number: int) -> bool:
         """Return whether a shard is there, and count it."""

@@ -5,11 +5,12 @@ Rows are read by row group, and a few groups are held; so millions of rows with 
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,7 +123,8 @@ class TokenisedDataset:
             self._held.move_to_end(index)
             return self._held[index]
         group = self._groups[index]
-        table = tables.read_group(group.file, self._source(group.file), tables.TOKENISED, group.columns, group.index)
+        source = self._source(group.file)
+        table = tables.read_group(group.file, source, tables.TOKENISED, group.columns, group.index, group.start)
         self._held[index] = _Rows(table, group, self._codebook_size)
         self._held_bytes += self._held[index].nbytes
         while len(self._held) > 1 and self._held_bytes > _HELD_BYTES:
@@ -156,8 +158,13 @@ class _Rows:
         return Example(*[cells[row] for cells in self._columns])
 
 
-def _cells(batch: pa.RecordBatch, name: str, group: _Group, codebook_size: int | None) -> Sequence:
-    """Return a column of examples, by row."""
+class _Column(Protocol):
+    """Values of a column by row."""
+
+    def __getitem__(self, row: int) -> Any: ...
+
+
+def _cells(batch: pa.RecordBatch, name: str, group: _Group, codebook_size: int | None) -> _Column:
     if name not in batch.schema.names:
         return [None] * len(batch)
     column = batch.column(name)
@@ -165,7 +172,9 @@ def _cells(batch: pa.RecordBatch, name: str, group: _Group, codebook_size: int |
         return StoredGrids(column, codebook_size, partial(group.where, name))
     if name in _IMAGES:
         return _Pictures(column)
-    return _Reasoning(column) if name == "reasoning" else column.to_pylist()
+    if name == "reasoning":
+        return _Reasoning(column, partial(group.where, name))
+    return column.to_pylist()
 
 
 class _Pictures:
@@ -177,10 +186,14 @@ class _Pictures:
 
 
 class _Reasoning:
-    def __init__(self, column: pa.ListArray) -> None:
+    def __init__(self, column: pa.ListArray, where: Callable[[int], str]) -> None:
         self._known = column.is_valid().to_pylist()
         self._starts = column.offsets.to_numpy().tolist()
         self._keys, self._texts = (column.values.field(name).to_pylist() for name in ("key", "value"))
+        for texts in (self._keys, self._texts):
+            if None in texts:
+                row = bisect.bisect_right(self._starts, texts.index(None)) - 1
+                raise EarlError(f"{where(row)}: has a key or a text that is null; tokenise the example again")
 
     def __getitem__(self, row: int) -> list[tuple[str, str]] | None:
         if not self._known[row]:

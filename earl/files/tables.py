@@ -18,11 +18,12 @@ from earl.errors import EarlError
 from earl.files import atomic
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-# Token columns are declared at their widest and stored as the smallest unsigned type that holds the vocabulary.
+# Lists of tokens are declared at their widest and stored as the smallest unsigned type that holds the vocabulary.
 TOKENS = pa.list_(pa.uint32())
+# See `earl.data.grids`.
 TOKEN_GRID = pa.struct([("height", pa.uint16()), ("width", pa.uint16()), ("ids", pa.binary())])
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
-_ROWS_PER_GROUP = 512
+_REMEDY = "Run the stage that writes the file again, or name one of the right kind"
 SCORE_RANGE = (0.0, 10.0)
 SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
 """Every score that a judge may give."""
@@ -197,7 +198,7 @@ def write_table(
     columns: Mapping[str, Sequence] | pa.Table,
     metadata: Mapping[str, str],
     largest_token: int = 2**32 - 1,
-    rows_per_group: int = _ROWS_PER_GROUP,
+    rows_per_group: int | None = None,
 ) -> None:
     """Write a table atomically.
 
@@ -206,9 +207,9 @@ def write_table(
         schema: One of this module's schemas, possibly with further columns appended.
         columns: One sequence (or array) a column, all of one length.
         metadata: Strings for the file's metadata; keys get no prefix.
-        largest_token: Largest id that token columns may hold; sets their stored integer type for every shard alike.
-        rows_per_group: Rows of a row group, the least that a reader of single rows must read. Fewer than by default
-            make a file for such readers, which is a little larger.
+        largest_token: Largest id that lists of tokens may hold; sets their stored integer type for every shard alike.
+        rows_per_group: For a file that is read row by row: rows of a row group, the least that such a reader reads. The
+            file is quicker to unpack and a little larger. By default it is written for readers of whole columns.
 
     Raises:
         EarlError: when a column is missing, does not convert to its type, or the system refuses the write.
@@ -231,25 +232,24 @@ def write_table(
         b"huggingface": json.dumps({"info": {"features": features}}).encode(),
     }
     table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=info))
-    summarised = _summarised(fields)
-    by_row = rows_per_group < _ROWS_PER_GROUP
+    by_row = rows_per_group is not None
     with atomic.file(path) as temporary:
         pq.write_table(
             table,
             temporary,
             # A page of few rows is unpacked sooner than Zstandard is set up for it, and a dictionary is one page more.
             compression="lz4" if by_row else "zstd",
-            use_dictionary=False if by_row else summarised,
-            row_group_size=rows_per_group,
+            use_dictionary=not by_row,
+            row_group_size=rows_per_group if by_row else 512,
             write_page_checksum=True,
-            write_statistics=summarised,
+            write_statistics=_with_statistics(fields),
         )
 
 
-def _summarised(fields: Sequence[pa.Field]) -> list[str]:
-    """Return the columns, down to their leaves, that get a dictionary and statistics: all but the ids of grids.
+def _with_statistics(fields: Sequence[pa.Field]) -> list[str]:
+    """Return the columns, down to their leaves, that get statistics: all but the ids of grids.
 
-    Hardly two grids are equal, and the least and the greatest of each row group would be stored four times more.
+    The least and the greatest of them would be stored four times in each row group, and tell nothing.
     """
     return [
         leaf
@@ -320,25 +320,26 @@ def read_table(path: Path | str, schema: pa.Schema, columns: Sequence[str] | Non
 
 
 def read_group(
-    path: Path | str, source: pq.ParquetFile, schema: pa.Schema, columns: Sequence[str], group: int
+    path: Path | str, source: pq.ParquetFile, schema: pa.Schema, columns: Sequence[str], group: int, first_row: int
 ) -> pa.Table:
-    """Read one row group of an open table whose columns were checked; values are checked here.
+    """Read one row group, from ``first_row`` on, of an open table whose columns were checked; values are checked here.
 
     Raises:
         EarlError: as `read_table`.
     """
-    return _read(path, source, schema, columns, group)
+    return _read(path, source, schema, columns, group, first_row)
 
 
 def filled_columns(source: pq.ParquetFile, schema: pa.Schema, wanted: Sequence[str]) -> list[list[str]]:
     """Return for each row group those of the wanted columns that hold anything, as the group's statistics say.
 
-    Reading a column of nulls takes longer than asking. Lists are not asked: an empty one counts as a null there.
+    Reading a column of nulls takes longer than asking. Lists are not asked: an empty one counts as a null there. Grids
+    are known by their height and width.
     """
     leaves: dict[str, list[int]] = {}
     for index, leaf in enumerate(source.schema):
         name, _, below = leaf.path.partition(".")
-        if name in wanted and schema.field(name).nullable and not below.startswith("list."):
+        if name in wanted and schema.field(name).nullable and below != "ids" and not below.startswith("list."):
             leaves.setdefault(name, []).append(index)
     found = []
     for group in map(source.metadata.row_group, range(source.num_row_groups)):
@@ -352,7 +353,12 @@ def _is_null(leaf: pq.ColumnChunkMetaData) -> bool:
 
 
 def _read(
-    path: Path | str, source: pq.ParquetFile, schema: pa.Schema, wanted: Sequence[str], group: int | None = None
+    path: Path | str,
+    source: pq.ParquetFile,
+    schema: pa.Schema,
+    wanted: Sequence[str],
+    group: int | None = None,
+    first_row: int = 0,
 ) -> pa.Table:
     try:
         if group is None:
@@ -366,7 +372,7 @@ def _read(
             "delete the file and run the stage that writes it again"
         ) from error
     for name in wanted:
-        check_values(path, schema.field(name), table.column(name))
+        check_values(path, schema.field(name), table.column(name), first_row)
     return table.select(wanted)
 
 
@@ -374,10 +380,10 @@ def check_columns(path: Path | str, found: pa.Schema, schema: pa.Schema, wanted:
     """Check names and types only; see `read_table` for the errors."""
     for name in wanted:
         if name not in found.names:
-            raise EarlError(f"{path}: column {name!r} is missing; the file has {', '.join(found.names)}")
+            raise EarlError(f"{path}: column {name!r} is missing; the file has {', '.join(found.names)}. {_REMEDY}")
         expected, actual = schema.field(name).type, found.field(name).type
         if not _compatible(actual, expected):
-            raise EarlError(f"{path}: column {name!r} has type {actual} where {expected} is expected")
+            raise EarlError(f"{path}: column {name!r} has type {actual} where {expected} is expected. {_REMEDY}")
 
 
 def _compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
@@ -404,10 +410,10 @@ def _damaged_column(source: pq.ParquetFile, wanted: Sequence[str]) -> str:
     return "?"
 
 
-def check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray) -> None:
+def check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray, first_row: int = 0) -> None:
     """Check a column for nulls where there may be none, numbers that are not finite, and its range of values."""
     if not field.nullable and column.null_count:
-        row = column.is_null().index(True).as_py()
+        row = first_row + column.is_null().index(True).as_py()
         raise EarlError(f"{path}: column {field.name!r} is null in row {row}, where a value is required")
     kind = column.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind):
