@@ -4,8 +4,8 @@ The archives are made up in the reference's form, of its usual size: two grids o
 instruction, and optionally a chain of thought. Ids are drawn uniformly, the worst case for any compression. Loading is
 measured from files that the system has in memory, in examples per CPU second: row by row in order, shuffled, and
 shuffled with the rows' groups forgotten at once, as in a data set much larger than what is held; and whole files into
-arrays of the stored ids, unchecked, which an archive an example cannot do any other way than row by row. Both are read in turn; figures are medians,
-ratios those of the pairs, with the least and the greatest.
+arrays of the stored ids, unchecked, which an archive an example cannot do any other way than row by row. Both are read
+in turn; figures are medians, ratios those of the pairs, with the least and the greatest.
 
     python benchmarks/data.py --examples 8192
     python benchmarks/data.py --unpacking       # what a grid costs in other ways to store it

@@ -22,9 +22,7 @@ def sized(granularity: str, *resources: str) -> list[str]:
     return [*options, "generate:gpu=1", *resources, "--latency-wait", "2"]
 
 
-def demo(
-    base: Path, cluster: Cluster, options: list[str], **fields: object
-) -> tuple[list[str], dict[str, str]]:
+def demo(base: Path, cluster: Cluster, options: list[str], **fields: object) -> tuple[list[str], dict[str, str]]:
     """Return command and environment of the small demo through the Slurm profile; runs lie in ``base``."""
     changed = SHORT | {"base_exp_dir": str(base)} | fields
     overrides = json.dumps([f"{name}={json.dumps(value)}" for name, value in changed.items()])

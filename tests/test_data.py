@@ -300,6 +300,27 @@ class TestReference:
         example = self.EXAMPLE | {"edited_image": torch.tensor([[5, 4]])}
         assert open_dataset(self.write(tmp_path, example))[0].target_tokens.tolist() == [[5, 4]]
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"edited_image": "bfloat16"}, r"17\.pth: field 'edited_image': is no array of integers"),
+            ({"edited_image": "gradient"}, r"17\.pth: field 'edited_image': is no array of integers"),
+            ({"instruction": "\ud800"}, r"17\.pth: field 'instruction' is no text"),
+            ({"CoT": {"scene": "\ud800"}}, r"17\.pth: field 'CoT\.scene' is no text"),
+            ({"CoT": {"\ud800": "cat"}}, r"17\.pth: field 'CoT' is no text"),
+        ],
+    )
+    def test_values_of_a_kind_that_no_example_has(self, change: dict, message: str, tmp_path: Path) -> None:
+        import torch
+
+        tensors = {
+            "bfloat16": torch.zeros(2, 3, dtype=torch.bfloat16),
+            "gradient": torch.zeros(2, 3, requires_grad=True),
+        }
+        example = self.EXAMPLE | {name: tensors.get(str(value), value) for name, value in change.items()}
+        with pytest.raises(EarlError, match=message):
+            open_dataset(self.write(tmp_path, example))[0]
+
     @pytest.mark.parametrize("where", ["whole", "field", "plain", "old"])
     def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(self, where: str, tmp_path: Path) -> None:
         target = tmp_path / "was-here"

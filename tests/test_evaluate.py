@@ -3,15 +3,18 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from evaluation_files import demo_config, episode, write_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from earl import statistics
+from earl.config import load, paths
+from earl.data.grids import stored
 from earl.errors import EarlError
-from earl.files import tables
-from earl.stages import evaluate
+from earl.files import manifest, tables
+from earl.stages import evaluate, generate
 
 NAME = "heldout_greedy"
 EPISODES = [
@@ -25,6 +28,26 @@ EPISODES = [
 @pytest.fixture(scope="module")
 def config():
     return demo_config()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_prompts_of_one_name_are_refused_before_anything_is_sampled(tmp_path, same):
+    """A row twice is one prompt; two instructions under one example_id could not be told apart across policies."""
+    columns = {name: [None] * 2 for name in tables.TOKENISED.names} | {
+        "dataset": ["d"] * 2,
+        "example_id": ["17"] * 2,
+        "instruction": ["remove the cat", "remove the cat" if same else "remove the dog"],
+        "original_tokens": [stored(np.zeros((1, 1), int), 256)] * 2,
+    }
+    tables.write_table(tmp_path / "0000.parquet", tables.TOKENISED, columns, {"dataset": "d"}, rows_per_group=32)
+    manifest.seal(tmp_path)
+    # Without room for a prompt, sampling ends where it would begin.
+    fields = {f"evaluations.{NAME}.paths_file": [str(tmp_path)], f"evaluations.{NAME}.prompts": 2, "max_prompt_len": 1}
+    config = load.load("config/demo.jsonnet", fields).config
+    policy = paths.resolve(config, "package:shapes/base_policy")
+    expected = "the prompt has" if same else "two prompts of dataset 'd' have the example_id '17'; name a column"
+    with pytest.raises(EarlError, match=expected):
+        generate.run_evaluation(config, NAME, 0, policy, tmp_path / "out.parquet")
 
 
 def run(folder, episodes, config, reverse=False):

@@ -341,8 +341,9 @@ def test_reasoning_is_cut_at_its_boxes():
         ("[0, 0, 16, 8]", 0),
     ]
     assert reasoning.boxes(found) == [reasoning.Box(0, 0, 16, 8, 0), reasoning.Box(10.5, 4, 53.5, 28, 1)]
-    assert reasoning.pieces("8*8", 64, 32) == []
-    assert reasoning.pieces("cut off [0, 0, 16, 8]", 64, 32) == []
+    assert reasoning.pieces("8*8", 64, 32) == reasoning.pieces("", 64, 32) == []
+    cut_off = reasoning.pieces("scene: cat [0, 0, 16, 8] do", 64, 32)
+    assert [piece.text for piece in cut_off] == ["scene: cat ", "[0, 0, 16, 8]", f" do {reasoning.CUT_OFF}"]
 
 
 def test_the_gallery_draws_the_boxes_that_the_policy_named(config, tmp_path):

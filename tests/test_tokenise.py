@@ -144,6 +144,25 @@ class TestRejects:
         # Who takes the folder's Parquet files gets the rows that were kept.
         assert duckdb.sql(f"select count(*) from '{out}/*.parquet'").fetchall() == [(4,)]
 
+    def test_what_json_may_hold_and_no_file_may(self, tmp_path: Path) -> None:
+        columns = raw_columns(3)
+        columns["reasoning"][:2] = ['{"a": "\\ud800"}', '{"a": ' + "[" * 100_000]
+        raw, out = write_raw(tmp_path / "raw.parquet", columns), tmp_path / "out"
+        tokenise.run(parquet(raw, max_rejected_fraction=0.7), "d", raw, out)
+        reasons = [row["reason"].partition(":")[0] for row in rejected(out)]
+        assert reasons == ["reasoning is no text", "reasoning is not JSON"]
+
+    def test_rejects_are_the_same_bytes_in_every_process(self, tmp_path: Path) -> None:
+        columns = raw_columns(2)
+        columns["edited"][1] = {"bytes": b"no image", "path": ""}
+        raw = write_raw(tmp_path / "raw.parquet", columns)
+        tokenise.run(parquet(raw, max_rejected_fraction=0.5), "d", raw, tmp_path / "a")
+        assert [row["reason"] for row in rejected(tmp_path / "a")] == ["does not decode: no known image format"]
+        in_the_way = [bytearray(1000) for _ in range(1000)]  # so that objects stand elsewhere in memory
+        tokenise.run(parquet(raw, max_rejected_fraction=0.5), "d", raw, tmp_path / "b")
+        assert in_the_way
+        assert manifest.digest_folder(tmp_path / "a") == manifest.digest_folder(tmp_path / "b")
+
     def test_too_many_stop_the_run_and_raising_the_limit_goes_on(self, tmp_path: Path) -> None:
         columns = raw_columns(8)
         columns["edited"][6] = columns["edited"][7] = {"bytes": b"", "path": ""}

@@ -107,4 +107,3 @@ def test_a_worker_that_is_killed_leaves_its_gpus_to_the_stage(place, expected, t
     assert client.returncode == 0, said
     assert "going on without it" in said
     assert out.read_bytes() == expected.iteration(1).scores(0).read_bytes()
-

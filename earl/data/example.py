@@ -34,3 +34,12 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Example: ...
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written: JSON and pickles may hold halves of surrogate pairs, no file may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

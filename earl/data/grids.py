@@ -32,6 +32,8 @@ def grid(values: object, where: str, codebook_size: int | None) -> np.ndarray:
         tokens = np.asarray(values)
     except ValueError as error:
         raise EarlError(f"{where}: the rows of tokens differ in length; tokenise the example again") from error
+    except (TypeError, RuntimeError) as error:
+        raise EarlError(f"{where}: is no array of integers ({error}); tokenise the example again") from error
     if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or 0 in tokens.shape:
         raise EarlError(
             f"{where}: is an array {list(tokens.shape)} of {tokens.dtype} where a grid [H, W] of integers is expected"

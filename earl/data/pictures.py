@@ -5,10 +5,11 @@ are looked at before anything is unpacked.
 """
 
 import io
+import re
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from earl.errors import EarlError
 
@@ -50,8 +51,12 @@ def read(data: bytes | None) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise Rejected(f"decompression bomb: {error}") from error
+    except UnidentifiedImageError as error:
+        raise Rejected("does not decode: no known image format") from error
     except Exception as error:  # A damaged picture fails in any way; each means the same.
-        raise Rejected(f"does not decode: {type(error).__name__}: {error}") from error
+        # Rejected rows are written to files, which are the same in every run: no addresses of objects.
+        message = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
+        raise Rejected(f"does not decode: {type(error).__name__}: {message}") from error
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from earl.data.example import is_unicode
 from earl.data.pictures import Rejected
 from earl.errors import EarlError
 from earl.files import listing, tables
@@ -70,7 +71,7 @@ class RawRow:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise Rejected(f"reasoning is not JSON: {error}") from error
         if value is None:
             return None
@@ -79,6 +80,8 @@ class RawRow:
         pairs = [(key, text) for key, text in value.items() if text is not None]
         if not all(isinstance(text, str) for _, text in pairs):
             raise Rejected("reasoning is no JSON object of text")
+        if not all(is_unicode(part) for pair in pairs for part in pair):
+            raise Rejected("reasoning is no text: half of a surrogate pair")
         return pairs
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from earl.data.example import Example
+from earl.data.example import Example, is_unicode
 from earl.data.grids import grid
 from earl.errors import EarlError
 
@@ -64,7 +64,7 @@ class ReferenceDataset:
             tokens[name] = grid(values_of, f"{path}: field {name!r}", self._codebook_size)
         return Example(
             dataset=self.name,
-            example_id=str(_field(values, "edit_id", path)),
+            example_id=_text(str(_field(values, "edit_id", path)), "edit_id", path),
             task=None,
             instruction=_text(_field(values, "instruction", path), "instruction", path),
             reasoning=_reasoning(values.get("CoT"), path),
@@ -182,6 +182,8 @@ def _field(values: dict[str, Any], name: str, path: Path) -> Any:
 def _text(value: Any, name: str, path: Path) -> str:
     if not isinstance(value, str):
         raise EarlError(f"{path}: field {name!r} is a {type(value).__name__} where text is expected")
+    if not is_unicode(value):
+        raise EarlError(f"{path}: field {name!r} is no text: it holds half of a surrogate pair")
     return value
 
 
@@ -190,4 +192,4 @@ def _reasoning(value: Any, path: Path) -> list[tuple[str, str]] | None:
         return None
     if not isinstance(value, dict):
         raise EarlError(f"{path}: field 'CoT' is a {type(value).__name__} where a dict of text is expected")
-    return [(str(key), _text(text, f"CoT.{key}", path)) for key, text in value.items()]
+    return [(_text(key, "CoT", path), _text(text, f"CoT.{key!s}", path)) for key, text in value.items()]

@@ -74,7 +74,7 @@ def sft_ids(
     if reasoning is not None:
         thought = [
             *vocabulary.encode(START_THINKING),
-            *vocabulary.encode_plain(reasoning_text(reasoning)),
+            *vocabulary.encode_plain(f" {reasoning_text(reasoning)}"),
             *vocabulary.encode(END_THINKING),
         ]
     return [*prompt, *thought, *image_ids(target_tokens, vocabulary), vocabulary.eos], len(prompt)

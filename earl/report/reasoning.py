@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from earl.emu3.sequence import END_THINKING
 
 COLOURS = 6
+CUT_OFF = "[no end, no image]"
+# What stands before the image of a policy that does not reason.
+_SIZE_ALONE = re.compile(r"\s*(<\|image start\|>)?\s*[\d*]*\s*")
 _NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,4})?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 
@@ -36,13 +39,15 @@ class Piece:
 def pieces(completion_text: str, width: int, height: int) -> list[Piece]:
     """Return the reasoning of a completion in pieces; nothing where it holds none.
 
+    One that did not come to its end is reasoning too, and says so.
+
     Args:
         completion_text: What comes before a completion's first visual token.
         width: Pixels of the original image.
         height: Pixels of the original image.
     """
     text, end, _ = completion_text.partition(END_THINKING)
-    if not end:
+    if not end and _SIZE_ALONE.fullmatch(text):
         return []
     found: list[Piece] = []
     colours: dict[tuple[float, ...], int] = {}
@@ -57,7 +62,8 @@ def pieces(completion_text: str, width: int, height: int) -> list[Piece]:
         found.append(Piece(text[start : match.start()]))
         found.append(Piece(match[0], Box(left, top, right - left, bottom - top, colour)))
         start = match.end()
-    return [piece for piece in (*found, Piece(text[start:])) if piece.text]
+    rest = text[start:] if end else f"{text[start:]} {CUT_OFF}"
+    return [piece for piece in (*found, Piece(rest)) if piece.text]
 
 
 def _is_inside(corners: tuple[float, ...], width: int, height: int) -> bool:

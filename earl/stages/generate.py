@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from earl import code_version, engines, layout, runtime, seeds
 from earl.config.freeze import config_digest
 from earl.config.paths import evaluation_paths, resolve
@@ -71,13 +73,29 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
     wanted = config.evaluations[name]
     paths = evaluation_paths(config, name)
     coefficients = [1.0] * len(paths) if wanted.paths_file else config.val_coefficients
+    examples = _draw(config, policy, paths, coefficients, 0, wanted.prompts)
+    _check_names(name, [example for _, example in examples])
     plan = Plan(
         name=name,
-        examples=_draw(config, policy, paths, coefficients, 0, wanted.prompts),
+        examples=examples,
         samples=wanted.samples_per_prompt,
         params=engines.SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, config.max_response_tokens),
     )
     _sample_and_write(config, plan, policy, out, {"evaluation": name, "iteration": str(iteration)})
+
+
+def _check_names(evaluation: str, examples: Sequence[Example]) -> None:
+    """Refuse different prompts of one name: an evaluation tells its prompts apart by it, also across policies."""
+    seen: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        first = seen.setdefault((example.dataset, example.example_id), example)
+        same_image = np.array_equal(first.original_tokens, example.original_tokens)
+        if first.instruction != example.instruction or not same_image:
+            raise EarlError(
+                f"evaluation {evaluation!r}: two prompts of dataset {example.dataset!r} have the example_id "
+                f"{example.example_id!r}; name a column that tells them apart in raw_datasets.<name>.columns, or "
+                "example_id: null to number the rows, and tokenise the data again"
+            )
 
 
 def _draw(
