@@ -260,6 +260,20 @@ class TestColumns:
         dataset = open_dataset(tmp_path / "all")
         assert (len(dataset), dataset[9].task, dataset[9].original) == (10, None, None)
 
+    def test_other_forms_of_the_same_values(self, tmp_path: Path) -> None:
+        """Categories of pandas, views, and lists of one length."""
+        columns = {
+            "task": pa.array(["add", "swap"]).dictionary_encode(),
+            "prompts": pa.array([["", "one"], ["", "two"]], pa.list_(pa.string(), 2)),
+            "original": pa.array([PICTURE["bytes"]] * 2, pa.binary_view()),
+            "edited": pa.array([PICTURE] * 2, tables.IMAGE),
+        }
+        raw = tmp_path / "raw.parquet"
+        pq.write_table(pa.table(columns), raw)
+        tokenise.run(parquet(raw, columns={"instruction": "prompts[1]"}), "d", raw, tmp_path / "out")
+        dataset = open_dataset(tmp_path / "out")
+        assert [(dataset[i].task, dataset[i].instruction) for i in range(2)] == [("add", "one"), ("swap", "two")]
+
     def test_a_missing_item_is_a_reject(self, tmp_path: Path) -> None:
         raw = tmp_path / "raw" / "a.parquet"
         self.write(raw, 2)

@@ -24,6 +24,8 @@ from earl.files import listing, tables
 
 COLUMNS = tuple(tables.RAW.names)
 OPTIONAL = ("example_id", "task", "reasoning")
+_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 
 
@@ -240,7 +242,7 @@ def _type_at(schema: pa.Schema, place: str) -> pa.DataType | None:
     kind = schema.field(_column(place)).type
     for step in _steps(place):
         if isinstance(step, int):
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
                 return None
             kind = kind.value_type
         else:
@@ -251,9 +253,12 @@ def _type_at(schema: pa.Schema, place: str) -> pa.DataType | None:
 
 
 def _fits(name: str, kind: pa.DataType) -> bool:
+    # Categories of pandas.
+    if pa.types.is_dictionary(kind):
+        return _fits(name, kind.value_type)
     # A column in which every value is missing has no type of its own.
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    text = any(is_type(kind) for is_type in (*_TEXT, pa.types.is_null))
+    binary = any(is_type(kind) for is_type in _BINARY)
     match name:
         case "original" | "edited":
             return binary or (pa.types.is_struct(kind) and _fits(name, _field_type(kind, "bytes")))
