@@ -176,6 +176,27 @@ def test_windows_follow_each_other_and_end_in_the_same_policy(place, undisturbed
     assert place.folder("a").report.is_file()
 
 
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_what_windows_have_in_common_is_made_before_them(place, profile):
+    place.profile = profile
+    raw = {name: {"source": "shapes", "count": 8, "seed": seed} for seed, name in enumerate(("pairs", "one", "two"))}
+    own = {"own": {"prompts": 4, "paths_file": ["stage:tokenise/two"]}}
+    fields = {
+        "raw_datasets": raw,
+        "train_paths_file": ["stage:tokenise/pairs"],
+        "val_paths_file": ["stage:tokenise/one"],
+        "evaluations": own | {"usual": {"prompts": 4}},
+        "num_iterations": 2,
+        "window_length": 1,
+    }
+    both = f"{place.experiment('a', **fields)},{place.experiment('b', **fields, kl_coeff=0.5)}"
+    counts = job_counts(place.run(both, "-n", granularity="segment"))
+    assert (counts["window"], counts["raw"], counts["tokenise"]) == (4, 3, 3)
+    # Data that nobody draws from are not made.
+    counts = job_counts(place.run(both, "-n", granularity="segment", set=f"evaluations={json.dumps(own)}"))
+    assert counts["tokenise"] == 2
+
+
 @pytest.mark.parametrize("window_length", [50, 2])
 def test_killed_without_warning_and_started_again(place, undisturbed, window_length):
     experiment = place.experiment("a", window_length=window_length)
