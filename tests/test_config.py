@@ -178,7 +178,8 @@ def test_from_raw_data_to_rl_and_the_table_in_one_plan(
     parts = [ROOT / "config" / part for part in ("sft_sc2stage__rl_c.jsonnet", "data/raw.libsonnet")]
     path.write_text(" + ".join(f"(import '{part}')" for part in parts))
     config = load.load(path, {"run_name": "raw"}).config
-    stages = {stage.name: stage for stage in paths.shared_stages(config).values()}
+    made = paths.shared_stages(config).values()
+    stages = {stage.name: stage for stage in made if stage.stage in ("tokenise", "sft")}
     held_out = ["validation", *(f"benchmark_{name}" for name in BENCHMARKS)]
     assert sorted(stages) == sorted([*BOTH, *held_out, "s", "sc2stage"])
     assert stages["vismin"].inputs == (Path("/data/raw/vismin.parquet"),)
@@ -210,8 +211,24 @@ def test_missing_variable_is_named_with_file_and_remedy(variables: None, monkeyp
 
 
 def test_an_override_makes_its_variable_unnecessary(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APP__BASE_EXP_DIR")
+    config = load.load(ROOT / "config" / "sft_s__rl_s.jsonnet", {"base_exp_dir": "b"}).config
+    assert config.base_exp_dir == "b"
+
+
+def test_a_run_has_the_name_of_the_experiments_file_where_none_is_set(
+    variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [ROOT / "config" / f"{name}.jsonnet" for name in TABLE]
+    alike = [plan.plan(load.load(file).config) for file in files]
+    with pytest.raises(EarlError, match=r"/experiments/trial: two of the experiments .* unset APP__RUN_NAME"):
+        plan.choose(alike)
     monkeypatch.delenv("APP__RUN_NAME")
-    config = load.load(ROOT / "config" / "sft_s__rl_s.jsonnet", {"run_name": "b"}).config
+    configs = [load.load(file).config for file in files]
+    assert list(plan.choose([plan.plan(config) for config in configs])) == [f"/experiments/{name}" for name in TABLE]
+    assert configs[0].push_to_hub_repo_id == "imged_rl__sft_s__rl_s"
+    # An override names all that refer to it, too.
+    config = load.load(files[0], {"run_name": "b"}).config
     assert (config.run_name, config.push_to_hub_repo_id) == ("b", "imged_rl__b")
 
 

@@ -152,9 +152,15 @@ def test_an_experiment_of_the_paper_goes_from_raw_data_to_its_table_in_one_plan(
     parts = (f"(import '{ROOT}/config/{part}')" for part in ("sft_sc2stage__rl_sc.jsonnet", "data/raw.libsonnet"))
     (place.path / "x.jsonnet").write_text(" + ".join(parts))
     settings = f"num_iterations=2,wandb_mode=disabled,benchmarks={json.dumps(wanted)}"
-    counts = job_counts(place.run("x.jsonnet", "-n", set=settings))
+    place.profile = "slurm"
+    output = place.run("x.jsonnet", "-n", "-p", set=settings)
+    counts = job_counts(output)
     expected = {"tokenise": 10, "sft": 2, "train": 2, "evaluate": 6, "verify": 1, "report": 1}
     assert {name: counts[name] for name in expected} == expected
+    for stage in ("tokenise", "sft", "generate", "train", "evaluate_generate"):
+        commands = re.findall(rf" launch --launcher slurm --name {stage}-.*", output)
+        assert len(commands) == counts[stage]
+        assert all("--resource gpu=1 " in command for command in commands), stage
 
 
 def test_run_then_nothing_to_do_then_more_iterations(place):
