@@ -52,6 +52,11 @@
   reward_compute_ground_score: false,
   reward_final_reward: 'viescore',
 
+  // The paper's six benchmarks come with data/benchmarked.libsonnet.
+  evaluations: {
+    validation: { prompts: null, temperature: 1.0, every_n_iterations: 100 },
+  },
+
   wandb_mode: 'offline',
   log_episodes_every_n_iterations: 5,
   keep_checkpoints_every_n_iterations: 100,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl import runs
+from earl.config.evaluate import RUN_NAME
 from earl.errors import EarlError
 from earl.layout import Run, iteration_name
 
@@ -145,7 +146,10 @@ def choose(plans: Sequence[Plan]) -> dict[str, Plan]:
     chosen: dict[str, Plan] = {}
     for item in plans:
         if item.key in chosen:
-            raise EarlError(f"{item.key}: two of the experiments have this run folder; give each a run_name of its own")
+            raise EarlError(
+                f"{item.key}: two of the experiments have this run folder; give each a run_name of its own. "
+                f"Where {RUN_NAME} names them all, unset {RUN_NAME}: each is named after its file then"
+            )
         chosen[item.key] = item
     return chosen
 

@@ -23,6 +23,14 @@ ROOT = Path(__file__).parent.parent
 PRESETS = evaluate.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
 WITHOUT_TARGET = {"aurora", "emuedit", "i2ebench"}
 SAMPLES = 3
+SHIPPED = ROOT / "config" / "benchmarks.jsonnet"
+VARIABLES = {
+    "APP__POLICY": "/policy",
+    "APP__BENCHMARKS_DIR": "/benchmarks",
+    "APP__BASE_EXP_DIR": "/runs",
+    "APP__RUN_NAME": "base",
+    "APP__REWARD_FUNCTION_API_BASE": "http://judge:4877",
+}
 
 
 class ByHand:
@@ -91,7 +99,7 @@ def test_every_benchmark_is_taken_whole_n_times(run, config):
         rows = tables.read_table(run.evaluation(name, 0).rollouts, tables.ROLLOUTS).to_pylist()
         assert len(rows) == 4 * SAMPLES
         assert {row["example_id"] for row in rows} == {"0", "1", "2", "3"}
-        assert {row["dataset"] for row in rows} == {name}
+        assert {row["dataset"] for row in rows} == {f"benchmark_{name}"}
         assert all((row["target"] is None) == (name in WITHOUT_TARGET) for row in rows)
         assert all(images.decode(row["original"]["bytes"], "").shape == (64, 64, 3) for row in rows)
         assert (rows[0]["task"] is None) == (name == "magicbrush")
@@ -112,7 +120,7 @@ def test_the_table_has_all_six_beside_the_published_rows(run):
 
 
 def test_a_pair_without_its_target_is_no_example_to_learn_from(run, config, tmp_path):
-    folder = paths.tokenised_folder(config, "emuedit")
+    folder = paths.tokenised_folder(config, "benchmark_emuedit")
     example = open_dataset(folder)[0]
     assert (example.target_tokens, example.target) == (None, None)
     assert example.original_tokens.shape == (8, 8)
@@ -129,4 +137,29 @@ def test_without_training_there_need_be_no_training_data(config):
     with pytest.raises(EarlError, match=r"val_paths_file is empty, but evaluations draw .*: more"):
         load.changed(config, {"evaluations.more": {"prompts": 3}})
     with pytest.raises(EarlError, match=r"columns says that there is no original, which every row needs"):
-        load.changed(config, {"raw_datasets.emuedit.columns.original": None})
+        load.changed(config, {"raw_datasets.benchmark_emuedit.columns.original": None})
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_benchmarks_that_are_not_named_are_not_read(variables):
+    chosen = load.load(SHIPPED, {"benchmarks": ["vismin", "omniedit"]}).config
+    assert chosen.evaluations.keys() == {"omniedit", "vismin"}
+    assert {stage.inputs for stage in paths.shared_stages(chosen).values()} == {
+        (Path("/benchmarks/omniedit"),),
+        (Path("/benchmarks/vismin"),),
+    }
+    with pytest.raises(EarlError, match=r"benchmarks has omni, which is none of: aurora, emuedit, .*, vismin"):
+        load.load(SHIPPED, {"benchmarks": ["omni"]})
+
+
+@pytest.mark.parametrize("model", ["s", "think_s"])
+def test_a_policy_is_evaluated_as_it_was_trained(variables, monkeypatch, model):
+    monkeypatch.setenv("APP__DATA_DIR", "/data")
+    trained = load.load(ROOT / "config" / f"sft_{model}__rl_s.jsonnet").config
+    evaluated = load.load(SHIPPED, {"reasoning": model == "think_s"}).config
+    assert evaluated.assistant_prefill == trained.assistant_prefill

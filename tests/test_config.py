@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from earl import plan
 from earl.config import freeze, load, paths
 from earl.config.schema import Config
 from earl.errors import EarlError
@@ -36,6 +37,7 @@ TABLE = {
     "sft_think_s__rl_c": ("mair-lab/thinking-sft-simple", THINKING, COMPLEX),
     "sft_think_s__rl_sc": ("mair-lab/thinking-sft-simple", THINKING, BOTH),
 }
+BENCHMARKS = ["aurora", "emuedit", "i2ebench", "magicbrush", "omniedit", "vismin"]
 BASE = "BAAI/Emu3-Stage1"
 RECIPES = {
     "sft_s": {"s": (BASE, SIMPLE, False)},
@@ -168,16 +170,27 @@ def test_the_ten_in_the_shapes_world_share_what_comes_before_rl() -> None:
     assert {kind: list(stages.values()).count(kind) for kind in stages.values()} == {"raw": 9, "tokenise": 9, "sft": 4}
 
 
-def test_from_raw_data_to_rl_in_one_plan(tmp_path: Path, variables: None) -> None:
+def test_from_raw_data_to_rl_and_the_table_in_one_plan(
+    tmp_path: Path, variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APP__BENCHMARKS_DIR", "/benchmarks")
     path = tmp_path / "x.jsonnet"
     parts = [ROOT / "config" / part for part in ("sft_sc2stage__rl_c.jsonnet", "data/raw.libsonnet")]
     path.write_text(" + ".join(f"(import '{part}')" for part in parts))
     config = load.load(path, {"run_name": "raw"}).config
-    stages = list(paths.shared_stages(config).values())
-    assert [stage.name for stage in stages] == [*COMPLEX, "omniedit", "s", "sc2stage"]
-    assert stages[0].inputs == (Path("/data/raw/magic_brush.parquet"),)
-    outputs = {stage.name: stage.output for stage in stages}
-    assert stages[-1].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
+    made = paths.shared_stages(config).values()
+    stages = {stage.name: stage for stage in made if stage.stage in ("tokenise", "sft")}
+    held_out = ["validation", *(f"benchmark_{name}" for name in BENCHMARKS)]
+    assert sorted(stages) == sorted([*BOTH, *held_out, "s", "sc2stage"])
+    assert stages["vismin"].inputs == (Path("/data/raw/vismin.parquet"),)
+    assert stages["benchmark_vismin"].inputs == (Path("/benchmarks/vismin"),)
+    outputs = {name: stage.output for name, stage in stages.items()}
+    assert stages["sc2stage"].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
+
+    planned = plan.plan(config).evaluations
+    assert sorted(planned) == list(range(0, 2001, 100))
+    assert sorted(planned[0]) == sorted(planned[2000]) == sorted(["validation", *BENCHMARKS])
+    assert planned[100] == planned[1900] == ["validation"]
 
 
 def test_demo_needs_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +211,24 @@ def test_missing_variable_is_named_with_file_and_remedy(variables: None, monkeyp
 
 
 def test_an_override_makes_its_variable_unnecessary(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APP__BASE_EXP_DIR")
+    config = load.load(ROOT / "config" / "sft_s__rl_s.jsonnet", {"base_exp_dir": "b"}).config
+    assert config.base_exp_dir == "b"
+
+
+def test_a_run_has_the_name_of_the_experiments_file_where_none_is_set(
+    variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [ROOT / "config" / f"{name}.jsonnet" for name in TABLE]
+    alike = [plan.plan(load.load(file).config) for file in files]
+    with pytest.raises(EarlError, match=r"/experiments/trial: two of the experiments .* unset APP__RUN_NAME"):
+        plan.choose(alike)
     monkeypatch.delenv("APP__RUN_NAME")
-    config = load.load(ROOT / "config" / "sft_s__rl_s.jsonnet", {"run_name": "b"}).config
+    configs = [load.load(file).config for file in files]
+    assert list(plan.choose([plan.plan(config) for config in configs])) == [f"/experiments/{name}" for name in TABLE]
+    assert configs[0].push_to_hub_repo_id == "imged_rl__sft_s__rl_s"
+    # An override names all that refer to it, too.
+    config = load.load(files[0], {"run_name": "b"}).config
     assert (config.run_name, config.push_to_hub_repo_id) == ("b", "imged_rl__b")
 
 

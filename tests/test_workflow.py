@@ -136,6 +136,33 @@ def test_dry_run_plans_every_stage_and_writes_nothing(place):
     assert not (place.path / "runs").exists()
 
 
+def test_an_experiment_of_the_paper_goes_from_raw_data_to_its_table_in_one_plan(place, monkeypatch):
+    """Its files are there, and nothing else: a stage whose input no other makes would stop the dry run."""
+    variables = {"DATA_DIR": place.path, "BASE_EXP_DIR": "runs", "BENCHMARKS_DIR": place.path / "benchmarks"}
+    for name, value in (variables | {"RUN_NAME": "a", "REWARD_FUNCTION_API_BASE": "http://judge:4877"}).items():
+        monkeypatch.setenv(f"APP__{name}", str(value))
+    training = ("omniedit", "magic_brush", "aurora_ag", "aurora_kubric", "ss2", "vismin", "human-edit")
+    wanted = ("omniedit", "vismin")
+    for file in (f"raw/{name}.parquet" for name in (*training, "validation")):
+        (place.path / file).parent.mkdir(exist_ok=True)
+        (place.path / file).touch()
+    for name in wanted:
+        (place.path / "benchmarks" / name).mkdir(parents=True)
+        (place.path / "benchmarks" / name / "0.parquet").touch()
+    parts = (f"(import '{ROOT}/config/{part}')" for part in ("sft_sc2stage__rl_sc.jsonnet", "data/raw.libsonnet"))
+    (place.path / "x.jsonnet").write_text(" + ".join(parts))
+    settings = f"num_iterations=2,wandb_mode=disabled,benchmarks={json.dumps(wanted)}"
+    place.profile = "slurm"
+    output = place.run("x.jsonnet", "-n", "-p", set=settings)
+    counts = job_counts(output)
+    expected = {"tokenise": 10, "sft": 2, "train": 2, "evaluate": 6, "verify": 1, "report": 1}
+    assert {name: counts[name] for name in expected} == expected
+    for stage in ("tokenise", "sft", "generate", "train", "evaluate_generate"):
+        commands = re.findall(rf" launch --launcher slurm --name {stage}-.*", output)
+        assert len(commands) == counts[stage]
+        assert all("--resource gpu=1 " in command for command in commands), stage
+
+
 def test_run_then_nothing_to_do_then_more_iterations(place):
     experiment = place.experiment("a", evaluations={"held_out": {"prompts": 4, "every_n_iterations": 2}})
     place.run(experiment, set="num_iterations=2")
@@ -174,6 +201,27 @@ def test_windows_follow_each_other_and_end_in_the_same_policy(place, undisturbed
     place.run(experiment)
     assert place.policy("a", 3) == undisturbed
     assert place.folder("a").report.is_file()
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_what_windows_have_in_common_is_made_before_them(place, profile):
+    place.profile = profile
+    raw = {name: {"source": "shapes", "count": 8, "seed": seed} for seed, name in enumerate(("pairs", "one", "two"))}
+    own = {"own": {"prompts": 4, "paths_file": ["stage:tokenise/two"]}}
+    fields = {
+        "raw_datasets": raw,
+        "train_paths_file": ["stage:tokenise/pairs"],
+        "val_paths_file": ["stage:tokenise/one"],
+        "evaluations": own | {"usual": {"prompts": 4}},
+        "num_iterations": 2,
+        "window_length": 1,
+    }
+    both = f"{place.experiment('a', **fields)},{place.experiment('b', **fields, kl_coeff=0.5)}"
+    counts = job_counts(place.run(both, "-n", granularity="segment"))
+    assert (counts["window"], counts["raw"], counts["tokenise"]) == (4, 3, 3)
+    # Data that nobody draws from are not made.
+    counts = job_counts(place.run(both, "-n", granularity="segment", set=f"evaluations={json.dumps(own)}"))
+    assert counts["tokenise"] == 2
 
 
 @pytest.mark.parametrize("window_length", [50, 2])

@@ -3,13 +3,13 @@
 //   (import 'sft_sc2stage__rl_sc.jsonnet') + (import 'data/raw.libsonnet')
 //
 // A data set is then $APP__DATA_DIR/raw/<name>.parquet, images and text, with the columns that columns.libsonnet names;
-// the pipeline tokenises it.
+// the pipeline tokenises it. So it does with the benchmarks, see benchmarked.libsonnet; without them: benchmarks=[].
 local columns = import 'columns.libsonnet';
 local names = [row[0] for row in (import 'mixing.libsonnet').both] + ['validation'];
-{
+(import 'benchmarked.libsonnet') + {
   make_sft_models:: true,
   dataset(name):: 'stage:tokenise/' + name,
-  raw_datasets: {
+  raw_datasets+: {
     [name]: std.get(columns, name, { source: 'parquet' }) + { path: std.extVar('APP__DATA_DIR') + '/raw/' + name + '.parquet' }
     for name in names
   },

@@ -18,6 +18,8 @@ from earl.errors import EarlError
 
 PREFIX = "APP__"
 """Environment variables that begin with this are Jsonnet's external variables."""
+RUN_NAME = "APP__RUN_NAME"
+"""The one of them that need not be set: an experiment is named after its file then."""
 _MARKS = "__written_in__"
 _BARE = "bare!"
 
@@ -104,7 +106,7 @@ def evaluate(path: Path, overrides: Mapping[str, Any]) -> Evaluated:
         EarlError: naming the file, when it is missing, no Jsonnet, no object, or asks for a variable that is not set.
     """
     files = Files()
-    given = variables()
+    given = {RUN_NAME: path.stem} | variables()
     value = _run(path, overrides, files, given)
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is a {type(value).__name__}, not an object of fields")

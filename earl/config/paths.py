@@ -95,11 +95,15 @@ def sft_folder(config: Config, name: str) -> Path:
 def shared_stages(config: Config) -> dict[Path, SharedStage]:
     """Return the shared stages that a run needs, by output, each after those that it reads from."""
     found: dict[Path, SharedStage] = {}
-    held_out = [path for name in config.evaluations for path in evaluation_paths(config, name)]
-    references = [*config.train_paths_file, *held_out]
-    for reference in (*references, config.model_path, config.tokenizer_path):
+    for reference in (*prompt_paths(config), config.model_path, config.tokenizer_path):
         _collect(config, reference, found)
     return found
+
+
+def prompt_paths(config: Config) -> list[str]:
+    """Return the data sets that a run draws prompts from, each once: those of training, then those of evaluations."""
+    held_out = [path for name in config.evaluations for path in evaluation_paths(config, name)]
+    return list(dict.fromkeys([*config.train_paths_file, *held_out]))
 
 
 def evaluation_paths(config: Config, name: str) -> list[str]:

@@ -288,13 +288,14 @@ def best_effort(w):
 
 
 def before_window(w):
-    """Return the files of the iteration that a window starts from, and the data that it has in common with others."""
+    """Return the files of the iteration that a window starts from, and all data that it reads.
+
+    Data are shared: what a window made by itself, the window of another run could be making at the same time.
+    """
     item = PLANS[w.run]
     first = next(window[0] for window in item.windows if window[-1] == int(w.step))
-    held_out = item.config.val_paths_file if item.config.evaluations else []
-    data = [*item.config.train_paths_file, *held_out]
     before = checkpoint_files(item.run.iteration(first - 1)).values()
-    return [*before, *datasets(w.run, data)]
+    return [*before, *datasets(w.run, paths.prompt_paths(item.config))]
 
 
 def window_launcher(w, output, threads, resources):
