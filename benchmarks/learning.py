@@ -28,7 +28,7 @@ def run_seed(experiment: str, seed: int, overrides: dict) -> Run:
     run = Run(Path(config.base_exp_dir) / config.run_name)
     freeze.write(config, run.config)
     one_process.make_shared(config)
-    runs.start(run, paths.resolve(config, config.model_path))
+    runs.start(run, paths.policy_folder(config, config.model_path))
     for index in range(runs.newest_complete(run) + 1, config.num_iterations + 1):
         one_process.run_iteration(config, run, index)
     for index in (0, config.num_iterations):

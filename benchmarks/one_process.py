@@ -10,13 +10,14 @@ import argparse
 from pathlib import Path
 
 from earl import runs
-from earl.config import freeze, load, paths
+from earl.config import freeze, load, paths, places
 from earl.config.schema import Config
 from earl.layout import Run
 
 
 def make_shared(config: Config) -> None:
     """Make the data and models that runs share, as far as they are missing."""
+    from earl.emu3 import published
     from earl.shapes import dataset, policy, world
     from earl.stages import sft, tokenise
 
@@ -29,6 +30,8 @@ def make_shared(config: Config) -> None:
                 dataset.write_raw(output, count=raw.count, seed=raw.seed, tasks=raw.tasks or world.TASKS)
             case "policy":
                 policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
+            case "convert":
+                published.make(stage.conversion, output)
             case "tokenise":
                 tokenise.run(config, stage.name, paths.raw_file(config, stage.name), output)
             case "sft":
@@ -66,9 +69,10 @@ def is_evaluated(config: Config, index: int) -> bool:
 def run_all(config: Config) -> Run:
     """Run an experiment from raw data to the last evaluation and return its files."""
     run = Run(Path(config.base_exp_dir) / config.run_name)
+    places.check(config)
     freeze.write(config, run.config)
     make_shared(config)
-    runs.start(run, paths.resolve(config, config.model_path))
+    runs.start(run, paths.policy_folder(config, config.model_path))
     for index in range(config.num_iterations + 1):
         if index:
             run_iteration(config, run, index)

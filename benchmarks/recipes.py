@@ -109,7 +109,7 @@ def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     run = Run(Path(config.base_exp_dir) / config.run_name)
     freeze.write(config, run.config)
     one_process.make_shared(config)
-    runs.start(run, paths.resolve(config, config.model_path))
+    runs.start(run, paths.policy_folder(config, config.model_path))
     for index in range(config.num_iterations + 1):
         if index > runs.newest_complete(run):
             run_iteration(config, run, index, arm)

@@ -32,7 +32,7 @@ def start_run(config: Config, folder: Path) -> Run:
     """Return a run folder with the configuration and the link to the starting policy."""
     run = Run(folder)
     freeze.write(config, run.config)
-    runs.start(run, paths.resolve(config, config.model_path))
+    runs.start(run, paths.policy_folder(config, config.model_path))
     return run
 
 

@@ -97,10 +97,10 @@ def convert_model(
     vision: Annotated[bool, typer.Option("--vision", help="Of a checkpoint with both, its vision tokenizer.")] = False,
 ) -> None:
     """Write a published Emu3 policy or vision tokenizer as a folder that every stage reads; runs no code of it."""
+    from earl.config.hub import Conversion
     from earl.emu3 import published
 
-    tokenizer_from = published.located(tokenizer) if tokenizer else None
-    published.convert(published.located(source, revision), out, tokenizer_from, vision)
+    published.make(Conversion(source, revision, tokenizer, vision), out)
 
 
 @convert_app.command("data")

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=policy.BASE_POLICY)
     arguments = parser.parse_args()
     config = load.load(arguments.experiment, load.parse_overrides(arguments.set)).config
-    tuned = paths.resolve(config, config.model_path)
+    tuned = paths.policy_folder(config, config.model_path)
     model = checkpoint.load_policy(tuned, torch.bfloat16, "cpu")
     with atomic.folder(arguments.out) as folder:
         checkpoint.save_policy(model, folder, tuned)

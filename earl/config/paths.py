@@ -5,6 +5,7 @@
     <base_exp_dir>/shared/raw/<dataset>-<key>.parquet      pairs of the shapes world
     <base_exp_dir>/shared/tokenised/<dataset>-<key>/       `stage:tokenise/<dataset>`
     <base_exp_dir>/shared/policy/shapes-<key>/             `stage:shapes-policy`
+    <base_exp_dir>/shared/convert/<owner>--<name>-<key>/   `<owner>/<name>`, a checkpoint on the hub
     <base_exp_dir>/shared/sft/<name>-<key>/                `stage:sft/<name>`
 
 A key is twelve hexadecimal digits over exactly the fields that the stage's result depends on, those of the stages
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from earl.config import hub
 from earl.config.references import PACKAGE, STAGE
 from earl.config.schema import Config, Sft
 from earl.errors import EarlError
 from earl.files import listing
 
-Stage = Literal["raw", "tokenise", "policy", "sft"]
+Stage = Literal["raw", "tokenise", "policy", "convert", "sft"]
 
 SHAPES_POLICY_SEED = 42
 """Seed of the weights of `stage:shapes-policy`, the ones that the shipped base policy was trained from."""
@@ -36,11 +38,14 @@ class SharedStage:
 
     stage: Stage
     name: str
-    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`; ``shapes`` for `policy`."""
+    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`, on the hub for `convert`; ``shapes`` for
+    `policy`."""
     output: Path
     """A file for `raw`, a sealed folder for the others."""
     inputs: tuple[Path, ...]
-    """Files and folders that it reads, outputs of other shared stages among them; hub names are left out."""
+    """Files and folders that it reads, outputs of other shared stages among them; names on the hub are left out."""
+    conversion: hub.Conversion | None = None
+    """Of `convert`: what is converted, and how."""
 
 
 def resolve(config: Config, reference: str) -> Path:
@@ -64,6 +69,17 @@ def resolve(config: Config, reference: str) -> Path:
     raise EarlError(
         f"{reference}: is no stage; there are stage:tokenise/<raw dataset>, stage:sft/<name>, stage:shapes-policy"
     )
+
+
+def policy_folder(config: Config, reference: str) -> Path:
+    """Return the folder of a policy that a field names: as `resolve`, or what a name on the hub is converted to."""
+    return converted_folder(config, reference, False) if hub.is_name(reference) else resolve(config, reference)
+
+
+def vision_tokenizer_folder(config: Config) -> Path:
+    """Return the folder of the vision tokenizer: as `resolve`, or what a name on the hub is converted to."""
+    name = config.vision_tokenizer_path
+    return converted_folder(config, name, True) if hub.is_name(name) else resolve(config, name)
 
 
 def raw_file(config: Config, name: str) -> Path:
@@ -92,11 +108,20 @@ def sft_folder(config: Config, name: str) -> Path:
     return _shared(config, "sft") / f"{name}-{_digest(_sft_key(config, name))}"
 
 
+def converted_folder(config: Config, name: str, vision: bool) -> Path:
+    """Return the folder of a checkpoint on the hub once it is converted to a policy or a vision tokenizer."""
+    key = _digest(_converted_key(config, name, vision))
+    return _shared(config, "convert") / f"{hub.file_name(name)}-{key}"
+
+
 def shared_stages(config: Config) -> dict[Path, SharedStage]:
     """Return the shared stages that a run needs, by output, each after those that it reads from."""
     found: dict[Path, SharedStage] = {}
-    for reference in (*prompt_paths(config), config.model_path, config.tokenizer_path):
+    if hub.is_name(config.vision_tokenizer_path):
+        _collect_converted(config, config.vision_tokenizer_path, True, found)
+    for reference in (*prompt_paths(config), config.tokenizer_path):
         _collect(config, reference, found)
+    _collect_policy(config, config.model_path, found)
     return found
 
 
@@ -119,31 +144,50 @@ def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> 
         raw = raw_file(config, stage.name)
         found[raw] = SharedStage("raw", stage.name, raw, ())
     if stage.stage == "sft":
-        for needed in _read_by_sft(config, stage.name):
+        tuning = fine_tuning(config, stage.name)
+        for needed in tuning.train_paths_file:
             _collect(config, needed, found)
+        _collect_policy(config, tuning.base_model, found)
     found[stage.output] = stage
+
+
+def _collect_policy(config: Config, reference: str, found: dict[Path, SharedStage]) -> None:
+    if hub.is_name(reference):
+        _collect_converted(config, reference, False, found)
+    else:
+        _collect(config, reference, found)
+
+
+def _collect_converted(config: Config, name: str, vision: bool, found: dict[Path, SharedStage]) -> None:
+    tokenizer = _tokenizer_of(config, name, vision)
+    inputs: tuple[Path, ...] = ()
+    if tokenizer is not None and not hub.is_name(tokenizer):
+        _collect(config, tokenizer, found)
+        tokenizer, inputs = str(resolve(config, tokenizer)), (resolve(config, tokenizer),)
+    revision = _revision_of(config, name, vision)
+    output = converted_folder(config, name, vision)
+    found[output] = SharedStage("convert", name, output, inputs, hub.Conversion(name, revision, tokenizer, vision))
+
+
+def _tokenizer_of(config: Config, name: str, vision: bool) -> str | None:
+    return None if vision or config.tokenizer_path == name else config.tokenizer_path
+
+
+def _revision_of(config: Config, name: str, vision: bool) -> str | None:
+    return config.model_revision if name == config.model_path and not vision else None
 
 
 def _stage_of(config: Config, reference: str) -> SharedStage:
     output = resolve(config, reference)
     stage, _, name = reference.removeprefix(STAGE).partition("/")
     if stage == "tokenise":
-        return SharedStage("tokenise", name, output, tuple(listing.parquet_files(raw_file(config, name))))
+        vision = [vision_tokenizer_folder(config)] if hub.is_name(config.vision_tokenizer_path) else []
+        return SharedStage("tokenise", name, output, (*listing.parquet_files(raw_file(config, name)), *vision))
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
-    needed = _read_by_sft(config, name)
-    return SharedStage("sft", name, output, tuple(path for one in needed if (path := _on_disk(config, one))))
-
-
-def _read_by_sft(config: Config, name: str) -> list[str]:
     tuning = fine_tuning(config, name)
-    return [*tuning.train_paths_file, tuning.base_model]
-
-
-def _on_disk(config: Config, reference: str) -> Path | None:
-    """Return the path of a reference that can be a file, None for what may only be a name on the hub."""
-    path = resolve(config, reference)
-    return path if reference.startswith((STAGE, PACKAGE)) or path.is_absolute() or path.exists() else None
+    data = [resolve(config, path) for path in tuning.train_paths_file]
+    return SharedStage("sft", name, output, (*data, policy_folder(config, tuning.base_model)))
 
 
 def _raw(config: Config, name: str) -> Any:
@@ -179,6 +223,16 @@ def _tokenised_key(config: Config, name: str) -> Any:
     }
 
 
+def _converted_key(config: Config, name: str, vision: bool) -> Any:
+    tokenizer = _tokenizer_of(config, name, vision)
+    return {
+        "hub": name,
+        "revision": _revision_of(config, name, vision),
+        "tokenizer": tokenizer and _key(config, tokenizer),
+        "vision": vision,
+    }
+
+
 def _shapes_policy_key() -> Any:
     return {"seed": SHAPES_POLICY_SEED}
 
@@ -187,8 +241,13 @@ def _sft_key(config: Config, name: str) -> Any:
     tuning = fine_tuning(config, name)
     settings = tuning.model_dump(mode="json")
     settings["train_paths_file"] = [_key(config, path) for path in tuning.train_paths_file]
-    settings["base_model"] = _key(config, tuning.base_model)
+    settings["base_model"] = _policy_key(config, tuning.base_model)
     return {"sft": settings} | {name: getattr(config, name) for name in SFT_USES}
+
+
+def _policy_key(config: Config, reference: str) -> Any:
+    """Return what identifies the content behind a field that names a policy."""
+    return _converted_key(config, reference, False) if hub.is_name(reference) else _key(config, reference)
 
 
 def _key(config: Config, reference: str) -> Any:

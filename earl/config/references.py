@@ -33,7 +33,7 @@ def check(config: "Config") -> None:
         if not path.startswith(STAGE):
             continue
         stage, _, name = path.removeprefix(STAGE).partition("/")
-        allowed = {"tokenise"} if "paths_file" in field else {"sft", "shapes-policy"}
+        allowed = _allowed(field)
         if stage not in allowed or (stage == "shapes-policy") == bool(name):
             raise wrong(field, f"is `{path}`, which is not one of: " + ", ".join(_references(config, allowed)))
         for described in ("raw_datasets", "sft"):
@@ -47,10 +47,17 @@ _STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}
 """Fields whose entries `stage:<stage>/<name>` refers to."""
 
 
+def _allowed(field: str) -> set[str]:
+    if "paths_file" in field:
+        return {"tokenise"}
+    # A fine-tuning may start from a checkpoint that is converted with this tokenizer, so it cannot give it.
+    return {"shapes-policy"} if field == "tokenizer_path" else {"sft", "shapes-policy"}
+
+
 def _references(config: "Config", stages: set[str]) -> list[str]:
     if "tokenise" in stages:
         return [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
-    tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"]
+    tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"] if "sft" in stages else []
     return [*tunings, f"{STAGE}shapes-policy"]
 
 

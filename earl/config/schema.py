@@ -106,7 +106,8 @@ class Sft(_Section):
     """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
     base_model: Path = _fixed(
-        ..., "Model to start from: a folder, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a fine-tuning."
+        ..., "Model to start from: a folder, a hub name, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a "
+        "fine-tuning."
     )
     train_paths_file: list[Path] = _fixed(
         ..., "Tokenised data sets to train on, as in the field of the same name outside.", min_length=1
@@ -185,13 +186,21 @@ class Config(_Section):
     # Models
     model_path: Path = _fixed(
         "kazemnejad/Emu3-Base-SFT-got-Apr13_post_stochastic_256_lr1e-5-checkpoint-10800",
-        "Starting policy and frozen reference: a folder, a hub name, `stage:sft/<name>` or `stage:shapes-policy`.",
+        "Starting policy and frozen reference: a folder, `stage:sft/<name>`, `stage:shapes-policy`, or a hub name, "
+        "<owner>/<name>: a checkpoint that `earl convert model` takes; the pipeline converts it, once for all runs.",
     )
-    model_revision: str | None = _fixed(None, "Revision of `model_path` on the hub; null takes its main one.")
-    tokenizer_path: Path = _fixed("BAAI/Emu3-Gen", "Tokenizer: a folder, a hub name or `stage:shapes-policy`.")
+    model_revision: str | None = _fixed(
+        None, "Revision of `model_path` on the hub, a branch, tag or commit; null takes its main one.", min_length=1
+    )
+    tokenizer_path: Path = _fixed(
+        "BAAI/Emu3-Gen",
+        "Tokenizer that policies from the hub are converted with: a folder, a hub name or `stage:shapes-policy`. A "
+        "folder of a policy holds its own.",
+    )
     vision_tokenizer_path: Path = _fixed(
         "BAAI/Emu3-VisionTokenizer",
-        "Emu3VQVAE that turns images into tokens and back: a folder, a hub name or `package:<path>`.",
+        "Emu3VQVAE that turns images into tokens and back: a folder, `package:<path>`, or a hub name of any format that "
+        "`earl convert model` takes.",
     )
     image_area: Positive = _fixed(
         65536, "Pixels that images are resized to before tokenising, keeping the aspect ratio: width x height."

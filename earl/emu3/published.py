@@ -13,10 +13,12 @@ a repository runs.
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from earl.config.hub import Conversion
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
 from earl.errors import EarlError
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 WANTED_FILES = ("*.json", "*.safetensors", tiktoken_files.RANKS, tiktoken_files.SPECIAL)
 """What is downloaded of a repository: no code and no pickles."""
+TOKENIZER_FILES = ("tokenizer.json", tiktoken_files.RANKS, tiktoken_files.SPECIAL)
+"""What is downloaded of a repository whose tokenizer alone is wanted."""
 
 _VISION_FIELDS = {
     "codebook_size": "codebook_size",
@@ -59,8 +63,13 @@ _VISION_PREFIX = re.compile(r"^(?:model\.)?vqmodel\.")
 Rename = "Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]"
 
 
-def located(source: str, revision: str | None = None) -> Path:
+def located(source: str, revision: str | None = None, wanted: Sequence[str] = WANTED_FILES) -> Path:
     """Return the folder of a checkpoint: ``source`` itself, or the download of the repository of this name.
+
+    Args:
+        source: Folder, or name on the hub.
+        revision: Of the repository; by default its main one.
+        wanted: Patterns of the files that are downloaded.
 
     Raises:
         EarlError: when there is no such folder and the hub does not give it.
@@ -70,9 +79,19 @@ def located(source: str, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(WANTED_FILES)))
+        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(wanted)))
     except (OSError, ValueError) as error:
         raise EarlError(f"{source}: is no folder, and could not be downloaded as a repository ({error})") from error
+
+
+def make(wanted: Conversion, out: Path) -> str:
+    """Find or download a published checkpoint and `convert` it; return the digest of the folder ``out``.
+
+    Raises:
+        EarlError: see `located` and `convert`.
+    """
+    tokenizer_from = located(wanted.tokenizer, wanted=TOKENIZER_FILES) if wanted.tokenizer else None
+    return convert(located(wanted.source, wanted.revision), out, tokenizer_from, wanted.vision)
 
 
 def convert(source: Path, out: Path, tokenizer_from: Path | None = None, vision: bool = False) -> str:

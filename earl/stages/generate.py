@@ -9,7 +9,7 @@ import numpy as np
 
 from earl import code_version, engines, layout, runtime, seeds
 from earl.config.freeze import config_digest
-from earl.config.paths import evaluation_paths, resolve
+from earl.config.paths import evaluation_paths, resolve, vision_tokenizer_folder
 from earl.data import mixing
 from earl.data.tokenised import Example, open_dataset
 from earl.emu3 import checkpoint, sequence, vision
@@ -143,7 +143,7 @@ def _sample_and_write(config: "Config", plan: Plan, policy: Path, out: Path, whe
     engine = engines.get(config)
     engine.load(policy)
     completions = engine.generate(requests, plan.params)
-    vision_tokenizer = checkpoint.load_vision_tokenizer(resolve(config, config.vision_tokenizer_path), device)
+    vision_tokenizer = checkpoint.load_vision_tokenizer(vision_tokenizer_folder(config), device)
     columns = _columns(plan, requests, completions, vocabulary)
     columns |= _image_columns(plan, completions, vocabulary, vision_tokenizer)
     metadata = {

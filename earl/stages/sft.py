@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from earl import residents, runtime
-from earl.config.paths import SFT_USES, fine_tuning, resolve
+from earl.config.paths import SFT_USES, fine_tuning, policy_folder, resolve
 from earl.data import mixing
 from earl.data.example import Dataset
 from earl.data.tokenised import open_dataset
@@ -42,7 +42,7 @@ def run(config: "Config", name: str, out: Path) -> None:
             vocabulary, or too long for the model; the loss is not finite.
     """
     tuning = fine_tuning(config, name)
-    out, base = Path(out), resolve(config, tuning.base_model)
+    out, base = Path(out), policy_folder(config, tuning.base_model)
     device = runtime.prepare(config)
     paths = [resolve(config, path) for path in tuning.train_paths_file]
     vocabulary = Vocabulary.from_folder(base)

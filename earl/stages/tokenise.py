@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from earl import code_version, runtime
-from earl.config.paths import resolve
+from earl.config.paths import vision_tokenizer_folder
 from earl.data import pictures
 from earl.data.example import CODEBOOK_SIZE
 from earl.data.grids import stored
@@ -80,7 +80,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     source = RawSource(raw, entry.columns if entry else None)
     keep_images = entry.keep_images if entry else True
     device = runtime.prepare(config)
-    folder = resolve(config, config.vision_tokenizer_path)
+    folder = vision_tokenizer_folder(config)
     model = checkpoint.load_vision_tokenizer(folder, device)
     metadata = {
         "dataset": dataset,

@@ -11,7 +11,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from earl import plan, processes, runs, tracking
-from earl.config import freeze, load, paths
+from earl.config import freeze, load, paths, places
 from earl.errors import EarlError
 from earl.layout import Run
 
@@ -51,6 +51,8 @@ def make_plans():
                 if not ACCEPT_CHANGES:
                     freeze.check(resolved, run.config)
                 tracking.check(resolved)
+                if not runs.start_record(run.iteration(0)).is_file():
+                    places.check(resolved)
                 plans.append(plan.plan(resolved, last and int(last), single))
         return plan.choose(plans)
     except EarlError as error:
@@ -119,6 +121,16 @@ def shapes_options(w):
     return f"--count {raw.count} --seed {raw.seed}{tasks}"
 
 
+def published(w):
+    """Return the published checkpoint to convert, with the options of the command that does it."""
+    wanted = shared_stage(w, "convert").conversion
+    words = [wanted.source]
+    for name in ("revision", "tokenizer"):
+        if getattr(wanted, name):
+            words += [f"--{name}", getattr(wanted, name)]
+    return shlex.join([*words, *(["--vision"] if wanted.vision else [])])
+
+
 def raw_pairs(w):
     """Return the raw file that is tokenised, or the user's folder or pattern of files."""
     config = user_of(w, "tokenised").config
@@ -134,7 +146,13 @@ def datasets(run, references):
 
 
 def starting_policy(w):
-    return paths.resolve(PLANS[w.run].config, PLANS[w.run].config.model_path)
+    return paths.policy_folder(PLANS[w.run].config, PLANS[w.run].config.model_path)
+
+
+def vision_tokenizer(w):
+    """Return the file that stands for a vision tokenizer that the pipeline makes; one of the user's is no input."""
+    folder = paths.vision_tokenizer_folder(PLANS[w.run].config)
+    return stands_for(folder) if folder in SHARED else []
 
 
 def judge_gpus(w):

@@ -30,6 +30,24 @@ rule shapes_policy:
         "{params.earl} shapes policy --out {params.out} --seed {params.seed} 2>&1 | tee {log}"
 
 
+# A name on the hub that stands where a folder could. It runs where the workflow does: nodes may not reach the hub.
+rule convert:
+    input:
+        lambda w: made_from(w, "convert"),
+    output:
+        "{shared}/convert/{name}/manifest.json",
+    log:
+        "{shared}/logs/convert/{name}.log",
+    benchmark:
+        "{shared}/benchmarks/convert/{name}.tsv"
+    params:
+        earl=EARL,
+        published=published,
+        out=subpath(output[0], parent=True),
+    shell:
+        "{params.earl} convert model {params.published} --out {params.out} 2>&1 | tee {log}"
+
+
 rule tokenise:
     input:
         lambda w: made_from(w, "tokenised"),
