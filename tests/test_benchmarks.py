@@ -149,10 +149,9 @@ def variables(monkeypatch):
 def test_benchmarks_that_are_not_named_are_not_read(variables):
     chosen = load.load(SHIPPED, {"benchmarks": ["vismin", "omniedit"]}).config
     assert chosen.evaluations.keys() == {"omniedit", "vismin"}
-    assert {stage.inputs for stage in paths.shared_stages(chosen).values()} == {
-        (Path("/benchmarks/omniedit"),),
-        (Path("/benchmarks/vismin"),),
-    }
+    stages = paths.shared_stages(chosen).values()
+    read = {stage.inputs[0] for stage in stages if stage.stage == "tokenise"}
+    assert read == {Path("/benchmarks/omniedit"), Path("/benchmarks/vismin")}
     with pytest.raises(EarlError, match=r"benchmarks has omni, which is none of: aurora, emuedit, .*, vismin"):
         load.load(SHIPPED, {"benchmarks": ["omni"]})
 

@@ -182,8 +182,8 @@ def test_from_raw_data_to_rl_and_the_table_in_one_plan(
     stages = {stage.name: stage for stage in made if stage.stage in ("tokenise", "sft")}
     held_out = ["validation", *(f"benchmark_{name}" for name in BENCHMARKS)]
     assert sorted(stages) == sorted([*BOTH, *held_out, "s", "sc2stage"])
-    assert stages["vismin"].inputs == (Path("/data/raw/vismin.parquet"),)
-    assert stages["benchmark_vismin"].inputs == (Path("/benchmarks/vismin"),)
+    assert stages["vismin"].inputs[0] == Path("/data/raw/vismin.parquet")
+    assert stages["benchmark_vismin"].inputs[0] == Path("/benchmarks/vismin")
     outputs = {name: stage.output for name, stage in stages.items()}
     assert stages["sc2stage"].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
 

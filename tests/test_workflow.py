@@ -224,6 +224,15 @@ def test_what_windows_have_in_common_is_made_before_them(place, profile):
     assert counts["tokenise"] == 2
 
 
+@pytest.mark.parametrize(("profile", "cores"), [("local", 8), ("slurm", 4)])
+def test_windows_of_two_runs_share_cores_that_only_bound_jobs_elsewhere(place, profile, cores):
+    place.profile = profile
+    both = ",".join(place.experiment(name, window_length=2) for name in "ab")
+    output = place.run(both, "-n", "-p", "--cores", "8")
+    assert re.findall(r"-m snakemake .*--cores (\d+) ", output) == [str(cores)] * 4
+    assert output.count(f"threads: {cores}\n") == 4
+
+
 @pytest.mark.parametrize("window_length", [50, 2])
 def test_killed_without_warning_and_started_again(place, undisturbed, window_length):
     experiment = place.experiment("a", window_length=window_length)

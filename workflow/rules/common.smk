@@ -316,6 +316,19 @@ def before_window(w):
     return [*before, *datasets(w.run, paths.prompt_paths(item.config))]
 
 
+def window_cores():
+    """Return the cores that a window plans with: all of them here, where the windows of runs follow one another.
+
+    Where stages are jobs elsewhere, cores only bound how many there are at once. Then the windows of all runs go side
+    by side and share that bound, as far as each can still hold the largest stage of a run.
+    """
+    if profile_setting("launcher", "local") != "slurm":
+        return workflow.cores
+    configs = [item.config for item in PLANS.values() if item.windows]
+    largest = max(one.cpu_threads * one.train_processes for one in configs)
+    return min(workflow.cores, max(largest, workflow.cores // len(configs)))
+
+
 def window_launcher(w, output, threads, resources):
     """Return the words that have a whole window run as one job, where windows are segments.
 
@@ -331,7 +344,7 @@ def window_launcher(w, output, threads, resources):
 def window_command(w, resources):
     """Return the command that plans and runs one window: this Snakemake again, with the same settings."""
     settings = {**config, "window": f"{w.run}:{int(w.step)}"}
-    cores, gpus = workflow.cores, []
+    cores, gpus = window_cores(), []
     if SEGMENTS:
         settings["granularity"] = "segment"
         cores = resources.get("cpus_per_task", 1)

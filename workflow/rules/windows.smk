@@ -13,7 +13,7 @@ rule window:
         "{run}/logs/window/{step}.log",
     wildcard_constraints:
         run=WINDOW_ENDS,
-    threads: 1 if SEGMENTS else workflow.cores
+    threads: lambda w: 1 if SEGMENTS else window_cores()
     params:
         launch=window_launcher,
         snakemake=window_command,
