@@ -174,9 +174,10 @@ def test_from_raw_data_to_rl_in_one_plan(tmp_path: Path, variables: None) -> Non
     path.write_text(" + ".join(f"(import '{part}')" for part in parts))
     config = load.load(path, {"run_name": "raw"}).config
     stages = list(paths.shared_stages(config).values())
-    assert [stage.name for stage in stages] == [*COMPLEX, "omniedit", "s", "sc2stage"]
-    assert stages[0].inputs == (Path("/data/raw/magic_brush.parquet"),)
+    vision = "BAAI/Emu3-VisionTokenizer"
+    assert [stage.name for stage in stages] == [vision, *COMPLEX, "omniedit", BASE, "s", "sc2stage"]
     outputs = {stage.name: stage.output for stage in stages}
+    assert stages[1].inputs == (Path("/data/raw/magic_brush.parquet"), outputs[vision])
     assert stages[-1].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
 
 
@@ -263,6 +264,7 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"model_path": "stage:sft"}, ["model_path", "stage:sft/<name>"]),
         ({"model_path": "stage:shapes-policy/a"}, ["model_path", "stage:shapes-policy"]),
         ({"model_path": "stage:sft/a"}, ["model_path", "sft has only: (nothing)"]),
+        ({"tokenizer_path": "stage:sft/s", "sft": {"s": TUNING}}, ["tokenizer_path", "one of: stage:shapes-policy"]),
         ({"model_path": "stage:sft/a", "sft": {"s": TUNING}}, ["model_path", "sft has only: s"]),
         ({"sft": {"s": TUNING | {"base_model": "stage:tokenise/x"}}}, ["sft.s.base_model", "stage:sft/s"]),
         ({"sft": {"s": TUNING | {"coefficients": [1, 2]}}}, ["sft.s.coefficients has 2 values for 1 data sets"]),

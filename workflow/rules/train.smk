@@ -21,7 +21,7 @@ rule judge_gate:
 rule start:
     input:
         policy=lambda w: stands_for(starting_policy(w)),
-        # Sampling needs it, in every iteration.
+        # What samples needs it; here, it is there before windows of several runs begin side by side.
         vision=lambda w: ancient(vision_tokenizer(w)),
         gate=lambda w: ancient(judge_check(w)),
     output:
