@@ -78,7 +78,8 @@ class Bench:
         script.chmod(0o755)
         experiment = {
             "run_name": "bench", "base_exp_dir": "runs", "train_paths_file": ["data.parquet"],
-            "val_paths_file": ["data.parquet"], "model_path": "model", "judge": "program", "engine": "torch",
+            "val_paths_file": ["data.parquet"], "model_path": "model", "vision_tokenizer_path": "model",
+            "judge": "program", "engine": "torch",
             "num_iterations": iterations, "rollout_shards": shards, "window_length": window, "cpu_threads": 1,
             "engine_batch_size": 16,
             "evaluations": {"held_out": {"prompts": 1, "every_n_iterations": 20}},

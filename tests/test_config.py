@@ -180,9 +180,12 @@ def test_from_raw_data_to_rl_and_the_table_in_one_plan(
     config = load.load(path, {"run_name": "raw"}).config
     made = paths.shared_stages(config).values()
     stages = {stage.name: stage for stage in made if stage.stage in ("tokenise", "sft")}
+    converted = {stage.name: stage.output for stage in made if stage.stage == "convert"}
+    vision = "BAAI/Emu3-VisionTokenizer"
+    assert sorted(converted) == sorted([vision, BASE])
     held_out = ["validation", *(f"benchmark_{name}" for name in BENCHMARKS)]
     assert sorted(stages) == sorted([*BOTH, *held_out, "s", "sc2stage"])
-    assert stages["vismin"].inputs[0] == Path("/data/raw/vismin.parquet")
+    assert stages["vismin"].inputs == (Path("/data/raw/vismin.parquet"), converted[vision])
     assert stages["benchmark_vismin"].inputs[0] == Path("/benchmarks/vismin")
     outputs = {name: stage.output for name, stage in stages.items()}
     assert stages["sc2stage"].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
@@ -292,6 +295,7 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"model_path": "stage:sft"}, ["model_path", "stage:sft/<name>"]),
         ({"model_path": "stage:shapes-policy/a"}, ["model_path", "stage:shapes-policy"]),
         ({"model_path": "stage:sft/a"}, ["model_path", "sft has only: (nothing)"]),
+        ({"tokenizer_path": "stage:sft/s", "sft": {"s": TUNING}}, ["tokenizer_path", "one of: stage:shapes-policy"]),
         ({"model_path": "stage:sft/a", "sft": {"s": TUNING}}, ["model_path", "sft has only: s"]),
         ({"sft": {"s": TUNING | {"base_model": "stage:tokenise/x"}}}, ["sft.s.base_model", "stage:sft/s"]),
         ({"sft": {"s": TUNING | {"coefficients": [1, 2]}}}, ["sft.s.coefficients has 2 values for 1 data sets"]),

@@ -199,7 +199,7 @@ class Config(_Section):
     )
     vision_tokenizer_path: Path = _fixed(
         "BAAI/Emu3-VisionTokenizer",
-        "Emu3VQVAE that turns images into tokens and back: a folder, `package:<path>`, or a hub name of any format that "
+        "Emu3VQVAE that turns images into tokens and back: a folder, `package:<path>`, or a hub name of a format that "
         "`earl convert model` takes.",
     )
     image_area: Positive = _fixed(

@@ -121,6 +121,15 @@ def shapes_options(w):
     return f"--count {raw.count} --seed {raw.seed}{tasks}"
 
 
+def vision_tokenizer_to_start(w):
+    """As `vision_tokenizer`, for a run that has not started: its windows, beside those of others, then find it made.
+
+    One that has started does not start anew where it is made again; what samples still waits for it.
+    """
+    started = runs.start_record(PLANS[w.run].run.iteration(0)).is_file()
+    return [] if started else vision_tokenizer(w)
+
+
 def published(w):
     """Return the published checkpoint to convert, with the options of the command that does it."""
     wanted = shared_stage(w, "convert").conversion

@@ -4,6 +4,7 @@
 rule evaluate_generate:
     input:
         policy=policy,
+        vision=lambda w: ancient(vision_tokenizer(w)),
         prompts=lambda w: datasets(
             w.run, paths.evaluation_paths(PLANS[w.run].config, w.evaluation)
         ),

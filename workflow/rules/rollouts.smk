@@ -4,6 +4,7 @@
 rule generate:
     input:
         policy=previous_policy,
+        vision=lambda w: ancient(vision_tokenizer(w)),
         prompts=lambda w: datasets(w.run, PLANS[w.run].config.train_paths_file),
     output:
         "{run}/iterations/{step}/rollouts/{shard}.parquet",

@@ -21,8 +21,7 @@ rule judge_gate:
 rule start:
     input:
         policy=lambda w: stands_for(starting_policy(w)),
-        # Sampling needs it, in every iteration.
-        vision=lambda w: ancient(vision_tokenizer(w)),
+        vision=vision_tokenizer_to_start,
         gate=lambda w: ancient(judge_check(w)),
     output:
         "{run}/iterations/000000/start.json",
