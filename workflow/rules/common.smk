@@ -119,6 +119,12 @@ def shapes_options(w):
     return f"--count {raw.count} --seed {raw.seed}{tasks}"
 
 
+def sft_threads(w):
+    """Return the processor cores of a fine-tuning: those of all its ranks on a machine."""
+    config = user_of(w, "sft").config
+    return config.cpu_threads * config.train_processes
+
+
 def raw_pairs(w):
     """Return the raw file that is tokenised, or the user's folder or pattern of files."""
     config = user_of(w, "tokenised").config
