@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from earl import processes
 from earl.errors import EarlError
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
 
 app = typer.Typer(
     help="Reinforcement learning for autoregressive image editing, one stage a command.",
@@ -188,11 +191,14 @@ def tokenise(
 def sft(
     config: ConfigFile, name: Annotated[str, typer.Option(help="Name in the configuration's sft.")], out: Output
 ) -> None:
-    """Warm-start a policy by supervised fine-tuning."""
+    """Warm-start a policy by supervised fine-tuning; by `train_processes` ranks, or those of torchrun."""
     from earl.config.load import read
+
+    settings = read(config)
+    _leave_to_ranks(settings, "sft", "--config", config, "--name", name, "--out", out)
     from earl.stages import sft as stage
 
-    stage.run(read(config), name, out)
+    stage.run(settings, name, out)
 
 
 @app.command()
@@ -229,15 +235,24 @@ def score(config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollo
 def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None:
     """Derive rewards and advantages from the scores and train; by `train_processes` ranks, or those of torchrun."""
     from earl.config.load import read
-    from earl.learner import ranks
 
     settings = read(config)
-    if settings.train_processes > 1 and not ranks.is_launched():
-        arguments = ["train", "--config", config, "--iteration", iteration, "--run", run]
-        raise typer.Exit(ranks.launch(settings, [str(argument) for argument in arguments], settings.train_processes))
+    _leave_to_ranks(settings, "train", "--config", config, "--iteration", iteration, "--run", run)
     from earl.stages import train as stage
 
     stage.run(settings, run, iteration)
+
+
+def _leave_to_ranks(config: "Config", *arguments: object) -> None:
+    """Have the `train_processes` ranks run this command, and end with their status; return where this is one, or alone.
+
+    Raises:
+        EarlError: see `ranks.launch`.
+    """
+    from earl.learner import ranks
+
+    if config.train_processes > 1 and not ranks.is_launched():
+        raise typer.Exit(ranks.launch(config, [str(argument) for argument in arguments], config.train_processes))
 
 
 @app.command()

@@ -341,7 +341,7 @@ def test_what_another_configuration_left_is_not_resumed(make, tmp_path, monkeypa
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("earl.stages.sft.checkpoint.save_policy", stop)
+        patch.setattr("earl.stages.sft.sharding.save", stop)
         with pytest.raises(KeyboardInterrupt):
             stage.run(make(one={"learning_rate": 1e-3, "steps": 4}), "one", out)
     assert list((tmp_path / "out.partial").glob("step-*"))

@@ -463,6 +463,27 @@ def test_the_slurm_profile_says_what_each_job_asks_for(place):
     assert re.findall(r"launch --launcher slurm --name (\S+)", output) == ["window-000000", "window-000001"]
 
 
+def test_a_fine_tuning_by_ranks_asks_for_their_processors_and_gpus(place):
+    place.profile = "slurm"
+    sft = {"base_model": "stage:shapes-policy", "train_paths_file": ["train.parquet"], "steps": 1}
+    fields = {"model_path": "stage:sft/s", "sft": {"s": sft}, "num_iterations": 1, "cpu_threads": 2}
+    experiment = place.experiment("a", train_processes=8, **fields)
+
+    def asked(*resources: str) -> str:
+        output = place.run(experiment, "-n", "-p", "--set-resources", *resources)
+        (line,) = (line for line in output.splitlines() if " launch --launcher slurm --name sft-" in line)
+        return line
+
+    # By torchrun on one node, then as the tasks of a job.
+    line = asked("sft:gpu=8")
+    assert "--resource cpus_per_task=16" in line
+    assert "--resource gpu=8" in line
+    experiment = place.experiment("b", **fields)
+    line = asked("sft:nodes=2", "sft:tasks_per_node=4", "sft:gpu=4")
+    assert "--resource nodes=2 --resource tasks_per_node=4" in line
+    assert "--resource gpu=4" in line
+
+
 def test_lint_and_format():
     config = ["--config", "experiment=config/demo.jsonnet"]
     lint = subprocess.run([*SNAKEMAKE, "--lint", *config], cwd=ROOT, capture_output=True, text=True)

@@ -285,8 +285,8 @@ class Config(_Section):
     per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner, on each of its processes.")
     train_processes: Positive = _free(
         1,
-        "Processes that the policy is trained by, which split it, each on a GPU of its own: torchrun starts them. The "
-        "same step within rounding; metrics.json says how many there were.",
+        "Processes that the policy is trained by, in RL and fine-tuning, which split it, each on a GPU of its own: "
+        "torchrun starts them. The same step within rounding; metrics.json says how many there were.",
     )
     reference_offload: bool = _free(
         False, "Keep the reference model in main memory, and take a layer at a time to the GPU."

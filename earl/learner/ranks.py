@@ -16,10 +16,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from earl import residents, runtime
 from earl.errors import EarlError
+from earl.files import atomic
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +93,19 @@ def rounds(batches: Sequence[Item], ranks: Ranks) -> Iterator[tuple[Item, bool]]
     for start in range(0, len(batches), ranks.size):
         index = start + ranks.rank
         yield batches[min(index, len(batches) - 1)], index < len(batches)
+
+
+@contextmanager
+def folder(path: Path, team: Ranks) -> Iterator[Path]:
+    """Yield a temporary folder, the same on all ranks, that becomes `path` when all have left the block."""
+    if team.first:
+        with atomic.folder(path) as temporary:
+            team.of_first(temporary)
+            yield temporary
+            team.of_first(None)
+    else:
+        yield team.of_first(path)
+        team.of_first(None)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Supervised fine-tuning: a loop over steps that can be killed at any time and goes on to the same bytes.
 
 Reads top to bottom: `fine_tune` is the loop. A step is that of `grpo` with another loss: its micro-batches, padded or
-packed, its log-probs by blocks, its clipping. What step s sees is a function of (seed, s) alone, so a checkpoint needs
-weights, optimizer moments and the step. Left out on purpose: several ranks.
+packed, its log-probs by blocks, its clipping, its sharing out over several ranks, each of which runs this loop. What
+step s sees is a function of (seed, s) alone, so a checkpoint needs weights, optimizer moments and the step.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,17 +22,16 @@ from tqdm import tqdm
 
 from earl import seeds
 from earl.errors import EarlError
-from earl.files import atomic, manifest
-from earl.learner import batches, grpo, logprobs, objective, trainer_state
+from earl.files import manifest
+from earl.learner import batches, grpo, logprobs, objective, ranks, trainer_state
 from earl.learner.batches import Episode
-from earl.learner.ranks import alone
+from earl.learner.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
 
 CHECKPOINTS = 20
 """Checkpoints over a whole fine-tuning: a kill costs at most one twentieth of it."""
-WEIGHTS = "weights.safetensors"
 STATE = "state.json"
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class Settings:
 
     steps: int
     batch_size: int  # sequences in an optimizer step
-    micro_batch: int  # sequences in memory at a time; changes no result beyond rounding
+    micro_batch: int  # sequences in memory at a time, on each rank; changes no result beyond rounding
     learning_rate: float
     warmup_steps: int
     seed: int
@@ -96,6 +95,7 @@ def fine_tune(
     settings: Settings,
     checkpoints: Path,
     identity: str,
+    team: Ranks | None = None,
 ) -> list[float]:
     """Change `policy` in place; return the loss of every step.
 
@@ -103,22 +103,26 @@ def fine_tune(
         sequence: returns training sequence i, 0 <= i < count.
         checkpoints: folder for what a killed process leaves to its successor; the caller removes it in the end.
         identity: digest of everything the result depends on; checkpoints of another identity are not resumed.
+        team: the ranks, over which `policy` is split, and each of which calls this with the same arguments; None: this
+            process alone.
 
     Raises:
         EarlError: loss or gradient is not finite, a checkpoint is damaged or cannot be written.
     """
+    team = team or ranks.alone(policy.device)
     optimizer = grpo.new_optimizer(policy, settings.learning_rate)
-    progress = resume(checkpoints, policy, optimizer, identity)
+    progress = resume(checkpoints, policy, optimizer, identity, team)
     every = math.ceil(settings.steps / CHECKPOINTS)
+    shown = {"desc": "sft", "unit": "step", "total": settings.steps, "initial": progress.step}
     with (
         grpo.ready_to_learn(policy, settings.objective),
-        tqdm(total=settings.steps, initial=progress.step, desc="sft", unit="step", mininterval=1) as bar,
+        tqdm(**shown, mininterval=1, disable=not team.first) as bar,
     ):
         started, tokens = time.monotonic(), 0
         while progress.step < settings.steps:
             indices = batch_indices(settings.seed, progress.step, settings.batch_size, count)
             batch = [sequence(index) for index in indices]
-            loss = train_step(policy, optimizer, batch, settings, progress.step)
+            loss = train_step(policy, optimizer, batch, settings, progress.step, team)
             progress.losses.append(loss)
             progress.step += 1
             tokens += sum(map(len, batch))
@@ -126,7 +130,7 @@ def fine_tune(
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             bar.update()
             if progress.step % every == 0 and progress.step < settings.steps:
-                save_checkpoint(checkpoints, policy, optimizer, progress, identity)
+                save_checkpoint(checkpoints, policy, optimizer, progress, identity, team)
     return progress.losses
 
 
@@ -147,18 +151,25 @@ def train_step(
     batch: Sequence[Example],
     settings: Settings,
     step: int,
+    team: Ranks | None = None,
 ) -> float:
-    """One optimizer step on the mean cross-entropy of the batch's counted tokens; return that loss."""
+    """One optimizer step on the mean cross-entropy of the batch's counted tokens; return that loss.
+
+    Of several ranks each computes its share of the batch, divided by the tokens of all of it.
+    """
+    team = team or ranks.alone(policy.device)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     optimizer.zero_grad(set_to_none=True)
     denominator = sum(len(example.completion) for example in batch)
-    total = 0.0
-    for part, _ in batches.micro_batches(as_episodes(batch), settings.objective, alone(policy.device)):
+    own = 0.0
+    for part, counts in batches.micro_batches(as_episodes(batch), settings.objective, team):
         logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
         loss = objective.sft_loss(logp, denominator)
-        loss.backward()
-        total += loss.item()
+        (loss if counts else 0 * loss).backward()
+        if counts:
+            own += loss.item()
+    total = sum(team.gather(own))
     try:
         grpo.optimizer_step(policy, optimizer, grpo.Totals(loss=total, tokens=denominator))
     except EarlError as error:
@@ -191,42 +202,55 @@ def as_episodes(batch: Sequence[Example]) -> list[Episode]:
 
 
 def save_checkpoint(
-    checkpoints: Path, policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, progress: Progress, identity: str
+    checkpoints: Path,
+    policy: "Emu3ForCausalLM",
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: str,
+    team: Ranks,
 ) -> None:
-    """Write `step-000200/`, sealed; then drop the one before."""
-    from safetensors.torch import save_file
-
+    """Write `step-000200/`, sealed, each rank what it holds; then drop the one before."""
     current = checkpoints / f"step-{progress.step:06d}"
-    with atomic.folder(current) as folder:
-        save_file({name: weight.detach().cpu() for name, weight in policy.named_parameters()}, folder / WEIGHTS)
-        save_file(trainer_state.optimizer_tensors(policy, optimizer), folder / trainer_state.OPTIMIZER)
-        state = {"identity": identity, "step": progress.step, "losses": progress.losses}
-        (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        manifest.seal(folder)
-    for old in checkpoints.glob("step-*"):
-        if old != current:
-            shutil.rmtree(old)
+    with ranks.folder(current, team) as folder:
+        trainer_state.write_parts(folder, policy, optimizer, team, with_weights=True)
+        if team.first:
+            state = {"identity": identity, "step": progress.step, "losses": progress.losses}
+            (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+            manifest.seal(folder)
+    if team.first:
+        for old in checkpoints.glob("step-*"):
+            if old != current:
+                shutil.rmtree(old)
 
 
-def resume(checkpoints: Path, policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, identity: str) -> Progress:
-    """Load the newest checkpoint, if there is one of this identity, and say so."""
-    from safetensors.torch import load_file
+def resume(
+    checkpoints: Path, policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, identity: str, team: Ranks
+) -> Progress:
+    """Load the newest checkpoint, if there is one of this identity, and say so; any number of ranks may have left it.
 
-    found = sorted(folder for folder in checkpoints.glob("step-*") if (folder / manifest.NAME).is_file())
-    if not found:
+    Raises:
+        EarlError: it is damaged.
+    """
+    found = team.of_first(_newest(checkpoints, identity) if team.first else None)
+    if found is None:
         return Progress()
-    newest = found[-1]
-    manifest.check(newest, deep=True)
-    state = json.loads((newest / STATE).read_text(encoding="utf-8"))
-    if state["identity"] != identity:
-        log.warning("sft: %s is of another configuration, model or data; starting from step 0", checkpoints)
-        shutil.rmtree(checkpoints)
-        return Progress()
-    weights = load_file(newest / WEIGHTS)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameter.copy_(weights[name])
-    path = newest / trainer_state.OPTIMIZER
-    trainer_state.put_optimizer_tensors(policy, optimizer, load_file(path), state["step"], path)
+    newest, state = found
+    remedy = f"remove {checkpoints} to begin anew"
+    trainer_state.has_weights(newest, policy, remedy)
+    trainer_state.read_parts(newest, policy, optimizer, state["step"], team, with_weights=True, remedy=remedy)
     log.info("sft: resumed at step %d from %s", state["step"], newest)
     return Progress(state["step"], state["losses"])
+
+
+def _newest(checkpoints: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint and its `state.json`; those of another identity are removed."""
+    found = sorted(folder for folder in checkpoints.glob("step-*") if (folder / manifest.NAME).is_file())
+    if not found:
+        return None
+    manifest.check(found[-1], deep=True)
+    state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+    if state["identity"] == identity:
+        return found[-1], state
+    log.warning("sft: %s is of another configuration, model or data; starting from step 0", checkpoints)
+    shutil.rmtree(checkpoints)
+    return None

@@ -100,6 +100,19 @@ def _call(model: "Emu3ForCausalLM", function: Callable[..., Result], *arguments:
     return function(model, *arguments)
 
 
+def save(
+    model: "Emu3ForCausalLM", folder: Path, tokenizer_from: Path, team: Ranks, dtype: torch.dtype | None = None
+) -> str:
+    """Write a policy by the first rank, see `checkpoint.save_policy`; all ranks call this and get its digest."""
+    digest = ""
+    if team.first:
+        digest = checkpoint.save_policy(model, folder, tokenizer_from, dtype)
+    else:
+        for _ in checkpoint.whole_weights(model, dtype):
+            pass
+    return team.of_first(digest)
+
+
 def forward(model: "Emu3ForCausalLM", function: Callable[..., Result], *arguments: Any) -> Result:
     """Return `function(model, *arguments)`, a forward pass, for which the weights of a split model are gathered.
 

@@ -27,10 +27,10 @@ from earl.learner.ranks import Ranks
 if TYPE_CHECKING:
     import torch
 
-OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
+_REMEDY = "restore the iteration (earl restore) or train it again"
 
 log = logging.getLogger(__name__)
 
@@ -46,49 +46,6 @@ class TrainerState:
     code_version: str
 
 
-def optimizer_tensors(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer") -> dict[str, "torch.Tensor"]:
-    """Adam's two moments by name of moment and parameter; empty before the first step."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for moment in MOMENTS:
-            if moment in optimizer.state.get(parameter, {}):
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].detach().cpu().contiguous()
-    return tensors
-
-
-def put_optimizer_tensors(
-    model: "torch.nn.Module",
-    optimizer: "torch.optim.Optimizer",
-    tensors: dict[str, "torch.Tensor"],
-    steps: int,
-    path: Path,
-) -> None:
-    """Give an optimizer the moments read from `path`, and `steps` as the number of its past steps.
-
-    Raises:
-        EarlError: a moment is missing, left over, not finite, or of another shape than its parameter.
-    """
-    import torch
-
-    expected = {f"{moment}.{name}": p for name, p in model.named_parameters() for moment in MOMENTS}
-    if unlike := sorted(expected.keys() ^ tensors.keys()):
-        raise EarlError(f"{path}: tensor {unlike[0]!r} is missing or belongs to another model; {_REMEDY}")
-    for key, parameter in expected.items():
-        if tensors[key].shape != parameter.shape:
-            raise EarlError(
-                f"{path}: tensor {key!r} has shape {tuple(tensors[key].shape)} where the policy has "
-                f"{tuple(parameter.shape)}; {_REMEDY}"
-            )
-        if not torch.isfinite(tensors[key]).all():
-            raise EarlError(f"{path}: tensor {key!r} is not finite; {_REMEDY}")
-    for name, parameter in model.named_parameters():
-        moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
-
-
-_REMEDY = "restore the iteration (earl restore) or train it again"
-
-
 def save(
     folder: Path,
     model: "torch.nn.Module",
@@ -102,20 +59,27 @@ def save(
     Args:
         with_weights: also write the weights themselves, where the policy's files hold them rounded.
     """
+    if not state.optimizer_steps:
+        _put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
+    write_parts(folder, model, optimizer, team, with_weights)
+    if team.first:
+        (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        manifest.seal(folder)
+
+
+def write_parts(
+    folder: Path, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", team: Ranks, with_weights: bool
+) -> None:
+    """Write the moments, and the weights if wanted, each rank what it holds of them; return when all have."""
     import torch.distributed.checkpoint as dcp
 
     from earl.learner.parts import PartWriter
 
-    if not state.optimizer_steps:
-        _put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
     tensors = _tensors(model, optimizer, with_weights)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
         dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
-    team.of_first(None)  # all have written
-    if team.first:
-        (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        manifest.seal(folder)
+    team.of_first(None)
 
 
 def _tensors(
@@ -156,14 +120,9 @@ def load(
     import torch
 
     state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
-    with_weights = _check_names(folder, model)
-    _put_zeros(model, optimizer, state.optimizer_steps)
+    with_weights = has_weights(folder, model)
     rounded = [_local(p).bfloat16() for p in model.parameters()] if with_weights else []
-    tensors = _tensors(model, optimizer, with_weights)
-    _read(folder, tensors, team)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(_local(tensor)).all():
-            raise EarlError(f"{folder}: tensor {name!r} is not finite; {_REMEDY}")
+    read_parts(folder, model, optimizer, state.optimizer_steps, team, with_weights)
     for (name, parameter), before in zip(model.named_parameters(), rounded, strict=False):
         if not torch.equal(_local(parameter).bfloat16(), before):
             raise EarlError(f"{folder}: tensor '{WEIGHT}.{name}' is not what the policy rounds; {_REMEDY}")
@@ -177,6 +136,34 @@ def load(
     return state
 
 
+def read_parts(
+    folder: Path,
+    model: "torch.nn.Module",
+    optimizer: "torch.optim.Optimizer",
+    steps: int,
+    team: Ranks,
+    with_weights: bool,
+    remedy: str = _REMEDY,
+) -> None:
+    """Give an optimizer the moments, and `model` the weights if wanted, that any number of ranks has written.
+
+    Args:
+        steps: the number of the optimizer's past steps.
+        remedy: what an error advises.
+
+    Raises:
+        EarlError: a file cannot be read, or holds what is not finite.
+    """
+    import torch
+
+    _put_zeros(model, optimizer, steps)
+    tensors = _tensors(model, optimizer, with_weights)
+    _read(folder, tensors, team, remedy)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(_local(tensor)).all():
+            raise EarlError(f"{folder}: tensor {name!r} is not finite; {remedy}")
+
+
 def _put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", steps: int) -> None:
     """Give an optimizer moments of 0 and `steps` as the number of its past steps."""
     import torch
@@ -186,30 +173,34 @@ def _put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", ste
         optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
 
-def _check_names(folder: Path, model: "torch.nn.Module") -> bool:
-    """Compare names and shapes of what is stored with the model; return whether weights are among it."""
+def has_weights(folder: Path, model: "torch.nn.Module", remedy: str = _REMEDY) -> bool:
+    """Return whether weights are among what a folder holds.
+
+    Raises:
+        EarlError: names or shapes of what it holds are not the model's.
+    """
     from safetensors import SafetensorError
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     try:
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise EarlError(f"{folder}: cannot be read ({error}); {_REMEDY}") from error
+        raise EarlError(f"{folder}: cannot be read ({error}); {remedy}") from error
     with_weights = any(name.startswith(f"{WEIGHT}.") for name in stored)
     kinds = (*MOMENTS, WEIGHT) if with_weights else MOMENTS
     expected = {f"{kind}.{name}": p.shape for name, p in model.named_parameters() for kind in kinds}
     if unlike := sorted(expected.keys() ^ stored.keys()):
-        raise EarlError(f"{folder}: tensor {unlike[0]!r} is missing or belongs to another model; {_REMEDY}")
+        raise EarlError(f"{folder}: tensor {unlike[0]!r} is missing or belongs to another model; {remedy}")
     for name, shape in expected.items():
         if stored[name].size != shape:
             raise EarlError(
                 f"{folder}: tensor {name!r} has shape {tuple(stored[name].size)} where the policy has {tuple(shape)}; "
-                f"{_REMEDY}"
+                f"{remedy}"
             )
     return with_weights
 
 
-def _read(folder: Path, tensors: dict[str, "torch.Tensor"], team: Ranks) -> None:
+def _read(folder: Path, tensors: dict[str, "torch.Tensor"], team: Ranks, remedy: str) -> None:
     import torch.distributed.checkpoint as dcp
     from safetensors import SafetensorError
 
@@ -219,7 +210,7 @@ def _read(folder: Path, tensors: dict[str, "torch.Tensor"], team: Ranks) -> None
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, storage_reader=reader, no_dist=not team.splits)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        raise EarlError(f"{folder}: cannot be read ({error}); {_REMEDY}") from error
+        raise EarlError(f"{folder}: cannot be read ({error}); {remedy}") from error
 
 
 def _local(tensor: "torch.Tensor") -> "torch.Tensor":

@@ -16,12 +16,12 @@ from earl.config.paths import SFT_USES, fine_tuning, policy_folder, resolve
 from earl.data import mixing
 from earl.data.example import Dataset
 from earl.data.tokenised import open_dataset
-from earl.emu3 import checkpoint
 from earl.emu3 import sequence as grammar
 from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
-from earl.files import atomic, manifest
-from earl.learner import attention, sft
+from earl.files import manifest
+from earl.learner import attention, ranks, sft, sharding
+from earl.learner.ranks import Ranks
 
 if TYPE_CHECKING:
     from earl.config.schema import Config, Sft
@@ -35,33 +35,43 @@ def run(config: "Config", name: str, out: Path) -> None:
     """Write the policy folder `out` of the fine-tuning `name`, with the loss of every step in its `sft.json`.
 
     Checkpoints go to `<out>.partial` beside it: killed at any time and started again, the stage goes on from the last
-    one and ends in the same bytes. The folder is removed once `out` is complete.
+    one and ends in the same bytes. The folder is removed once `out` is complete. Under torchrun every rank calls this;
+    another number of them changes the weights by rounding alone.
 
     Raises:
         EarlError: the configuration has no such fine-tuning; model or data are missing, damaged, of another
             vocabulary, or too long for the model; the loss is not finite.
     """
     tuning = fine_tuning(config, name)
-    out, base = Path(out), policy_folder(config, tuning.base_model)
-    device = runtime.prepare(config)
+    with ranks.joined(runtime.prepare(config)) as team:
+        _run(config, name, tuning, Path(out), team)
+
+
+def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> None:
+    base = policy_folder(config, tuning.base_model)
     paths = [resolve(config, path) for path in tuning.train_paths_file]
     vocabulary = Vocabulary.from_folder(base)
     datasets = [open_dataset(path, codebook_size=vocabulary.num_visual, images=False) for path in paths]
     for kind in ("learner", "reference"):
         residents.take(kind, None)  # Of what RL has left in memory nothing serves here, and it may fill the GPUs.
-    policy = checkpoint.load_policy(base, torch.float32, device)
+    policy = sharding.load(base, team, config.dtype == "bfloat16")
     mixture = mixing.mixture([len(dataset) for dataset in datasets], tuning.coefficients, tuning.random_seed)
     sequence = _sequences(tuning.reasoning, config.model_context_size, datasets, mixture, vocabulary)
     checkpoints = out.parent / f"{out.name}.partial"
     identity = _identity(config, tuning, base, paths)
-    settings = _settings(config, tuning, device)
-    losses = sft.fine_tune(policy, sequence, len(mixture), settings, checkpoints, identity)
-    with atomic.folder(out) as folder:
-        # Neither time nor code version: the folder's digest is that of the policy, whoever made the same weights.
-        (folder / LOSSES).write_text(json.dumps({"loss": losses}, indent=1) + "\n", encoding="utf-8")
-        digest = checkpoint.save_policy(policy, folder, base)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    log.info("sft %s: %d steps, loss %.3f, policy %s in %s", name, len(losses), losses[-1], digest[:12], out)
+    settings = _settings(config, tuning, team.device)
+    losses = sft.fine_tune(policy, sequence, len(mixture), settings, checkpoints, identity, team)
+    with ranks.folder(out, team) as folder:
+        if team.first:
+            # Neither time nor code version: the folder's digest is that of the policy, whoever made the same weights.
+            (folder / LOSSES).write_text(json.dumps({"loss": losses}, indent=1) + "\n", encoding="utf-8")
+        digest = sharding.save(policy, folder, base, team)
+    if team.first:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    log.info(
+        "sft %s: %d steps by %d ranks, loss %.3f, policy %s in %s",
+        *(name, len(losses), team.size, losses[-1], digest[:12], out),
+    )
 
 
 def _sequences(

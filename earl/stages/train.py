@@ -1,8 +1,6 @@
 """Train stage: from policy i-1 and its scored rollouts to policy i."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from earl.config.freeze import config_digest
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
-from earl.files import atomic, manifest, objects
+from earl.files import manifest, objects
 from earl.layout import Iteration, Run
 from earl.learner import attention, episodes, grpo, objective, performance, ranks, sharding, trainer_state
 from earl.learner.performance import Clock
@@ -218,9 +216,10 @@ def _write(
         current.metrics.unlink(missing_ok=True)
     with clock.phase("save"):
         dtype = runtime.policy_dtype(config)
-        policy_digest = _save_policy(learner.policy, current.policy, previous.policy, dtype, team)
+        with ranks.folder(current.policy, team) as folder:
+            policy_digest = sharding.save(learner.policy, folder, previous.policy, team, dtype)
         state = TrainerState(current.index, metrics["optimizer_steps"], policy_digest, **origin)
-        with _folder_of_all(current.trainer, team) as folder:
+        with ranks.folder(current.trainer, team) as folder:
             trainer_state.save(folder, learner.policy, learner.optimizer, state, team, dtype == torch.bfloat16)
     metrics = {"iteration": current.index, **metrics, "policy_digest": policy_digest, **origin}
     peaks = team.gather(performance.peak_memory(team.device))
@@ -231,31 +230,6 @@ def _write(
         objects.write(current.performance, _performance(clock, peaks, outcomes, team))
         objects.write(current.metrics, metrics)
     return metrics
-
-
-def _save_policy(policy: "Emu3ForCausalLM", path: Path, tokenizer_from: Path, dtype: torch.dtype, team: Ranks) -> str:
-    """Write the policy's folder from the first rank; return its digest on all."""
-    digest = ""
-    if team.first:
-        with atomic.folder(path) as folder:
-            digest = checkpoint.save_policy(policy, folder, tokenizer_from, dtype)
-    else:
-        for _ in checkpoint.whole_weights(policy, dtype):
-            pass
-    return team.of_first(digest)
-
-
-@contextmanager
-def _folder_of_all(path: Path, team: Ranks) -> Iterator[Path]:
-    """Yield a temporary folder, the same on all ranks, that becomes `path` when all have left the block."""
-    if team.first:
-        with atomic.folder(path) as folder:
-            team.of_first(folder)
-            yield folder
-            team.of_first(None)
-    else:
-        yield team.of_first(path)
-        team.of_first(None)
 
 
 def _performance(clock: Clock, peaks: list[int], outcomes: list[episodes.Outcome], team: Ranks) -> dict[str, Any]:

@@ -31,7 +31,7 @@ set process-wide switches of their own and, on GPUs, have shares of memory of th
 RANKS = "ranks"
 """Kind of a worker that is several ranks, and that a learner's worker has started for its own commands."""
 
-TOGETHER = ("train",)
+TOGETHER = ("sft", "train")
 """Commands that all ranks of a worker run; any other its first rank runs alone."""
 
 EVERY_ITERATION = ("generate", "score", "train")

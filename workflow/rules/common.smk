@@ -140,6 +140,12 @@ def published(w):
     return shlex.join([*words, *(["--vision"] if wanted.vision else [])])
 
 
+def sft_threads(w):
+    """Return the processor cores of a fine-tuning: those of all its ranks on a machine."""
+    config = user_of(w, "sft").config
+    return config.cpu_threads * config.train_processes
+
+
 def raw_pairs(w):
     """Return the raw file that is tokenised, or the user's folder or pattern of files."""
     config = user_of(w, "tokenised").config

@@ -10,7 +10,7 @@ rule sft:
         "{shared}/logs/sft/{name}.log",
     benchmark:
         "{shared}/benchmarks/sft/{name}.tsv"
-    threads: lambda w: user_of(w, "sft").config.cpu_threads
+    threads: sft_threads
     params:
         earl=launched("sft"),
         config=lambda w: user_of(w, "sft").run.config,
