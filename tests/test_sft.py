@@ -295,7 +295,8 @@ def test_reasoning_that_is_missing_is_named(make, data, tmp_path):
 def test_two_stages_are_one_after_the_other(make, data, tmp_path):
     both = {"train_paths_file": [data("simple"), data("complex", 4)], "coefficients": [1.0, 2.0]}
     config = make(first={}, then=both | {"base_model": "stage:sft/first"})
-    assert list(paths.shared_stages(config.model_copy(update={"model_path": "stage:sft/then"}))) == [
+    start = {"model_path": "stage:sft/then", "vision_tokenizer_path": "package:shapes/vision_tokenizer"}
+    assert list(paths.shared_stages(config.model_copy(update=start))) == [
         paths.resolve(config, f"stage:sft/{name}") for name in ("first", "then")
     ]
     first, then = tuned(config, "first"), tuned(config, "then")
