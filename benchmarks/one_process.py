@@ -10,13 +10,14 @@ import argparse
 from pathlib import Path
 
 from earl import runs
-from earl.config import freeze, load, paths, places
+from earl.config import freeze, hub, load, paths, places
 from earl.config.schema import Config
 from earl.layout import Run
 
 
 def make_shared(config: Config) -> None:
     """Make the data and models that runs share, as far as they are missing."""
+    from earl.data import hub_files
     from earl.emu3 import published
     from earl.shapes import dataset, policy, world
     from earl.stages import sft, tokenise
@@ -30,6 +31,8 @@ def make_shared(config: Config) -> None:
                 dataset.write_raw(output, count=raw.count, seed=raw.seed, tasks=raw.tasks or world.TASKS)
             case "policy":
                 policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
+            case "download":
+                hub_files.download(hub.data_files(stage.name), output)
             case "convert":
                 published.make(stage.conversion, output)
             case "tokenise":

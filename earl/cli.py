@@ -122,6 +122,24 @@ def convert_data(
     stage.run(listing, out, codebook_size, dataset, max_rejected_fraction)
 
 
+@app.command()
+def download(
+    files: Annotated[str, typer.Argument(help="hf://datasets/<owner>/<name>[@<revision>]/<path or pattern>.parquet")],
+    out: Output,
+) -> None:
+    """Download Parquet files of a data set on the hub as a folder."""
+    from earl.config import hub
+    from earl.data import hub_files
+
+    try:
+        wanted = hub.data_files(files)
+    except ValueError as error:
+        raise EarlError(f"{files}: {error}") from error
+    if wanted is None:
+        raise EarlError(f"{files}: is no name on the hub, which begins with hf://datasets/")
+    hub_files.download(wanted, out)
+
+
 @judge_app.command("check")
 def judge_check(
     config: ConfigFile,

@@ -12,11 +12,13 @@ import pytest
 from benchmarks import one_process
 from earl.config import load, paths, places
 from earl.config.schema import Config
+from earl.data.raw import RawSource
 from earl.emu3 import checkpoint
 from earl.emu3.published import Conversion
 from earl.errors import EarlError
 from earl.files import manifest, tables
 from earl.layout import Run
+from earl.shapes import dataset
 from tests import emu3_files
 from tests.test_workflow import Workplace
 
@@ -256,3 +258,76 @@ def test_in_one_process_too(hub: Path, here: Path, monkeypatch: pytest.MonkeyPat
     asked.clear()
     one_process.make_shared(config(model_revision="v1", run_name="b"))
     assert asked == []
+
+
+URL = "hf://datasets/osunlp/pairs@v1/data/train-*.parquet"
+
+
+@pytest.fixture
+def data_hub(tmp_path: Path) -> Path:
+    """Pairs in a repository of two folders, laid out as downloaded; three files, of which two are wanted."""
+    source = tmp_path / "source"
+    for seed, name in enumerate(("data/train-0", "data/train-1", "data/validation-0")):
+        dataset.write_raw(source / f"{name}.parquet", count=3, seed=seed)
+    repository = tmp_path / "hub" / "datasets--osunlp--pairs"
+    shutil.copytree(source, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text("0" * 40)
+    return tmp_path / "hub"
+
+
+def from_hub(**fields: object) -> Config:
+    return config(raw_datasets={"pairs": {"source": "parquet", "path": URL, **fields}})
+
+
+class TestDataSets:
+    def test_files_are_downloaded_once_for_all_that_read_them(self, here: Path) -> None:
+        made, other = from_hub(), from_hub(columns={"task": None}, keep_images=False)
+        [stage] = [one for one in paths.shared_stages(made).values() if one.stage == "download"]
+        assert stage.name == URL
+        assert stage.output == paths.raw_file(made, "pairs") == paths.raw_file(other, "pairs")
+        assert paths.tokenised_folder(made, "pairs") != paths.tokenised_folder(other, "pairs")
+        tokenise = paths.shared_stages(made)[paths.tokenised_folder(made, "pairs")]
+        assert stage.output in tokenise.inputs
+
+    def test_a_run_downloads_once_and_then_tokenises(self, place: Workplace) -> None:
+        pairs = {"source": "parquet", "path": URL}
+        fields = {"train_paths_file": ["stage:tokenise/a", "stage:tokenise/b"], "num_iterations": 1}
+        place.run(place.experiment("a", **fields, raw_datasets={"a": pairs, "b": pairs | {"keep_images": False}}))
+        shared = [words for words in map(str.split, place.stages()) if words[0] in ("download", "tokenise")]
+        assert [words[0] for words in shared] == ["download", "tokenise", "tokenise"]
+        assert shared[0][1] == URL
+        out = shared[0][3]
+        assert [words[words.index("--raw") + 1] for words in shared[1:]] == [out, out]
+
+    @pytest.mark.parametrize(
+        "path", ["hf://datasets/osunlp/pairs", "hf://osunlp/pairs/a.parquet", "hf://datasets/a/b/c.csv"]
+    )
+    def test_what_names_no_files_is_refused_by_field(self, here: Path, path: str) -> None:
+        pairs = {"source": "parquet", "path": path}
+        (here / "a.jsonnet").write_text(json.dumps(EXPERIMENT | {"raw_datasets": {"pairs": pairs}}))
+        with pytest.raises(EarlError, match=r"raw_datasets\.pairs\.path.*hf://datasets/<owner>/<name>/"):
+            load.load(here / "a.jsonnet")
+
+    def test_the_files_that_the_pattern_means_and_no_others(self, data_hub: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+
+        def download(url: str) -> subprocess.CompletedProcess:
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(data_hub), "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, "-m", "earl", "download", url, "--out", str(out)]
+            return subprocess.run(command, env=env, capture_output=True, text=True)
+
+        done = download(URL)
+        assert done.returncode == 0, done.stderr
+        assert sorted(file.name for file in out.glob("*.parquet")) == ["data--train-0.parquet", "data--train-1.parquet"]
+        manifest.check(out, deep=True)
+        source = RawSource(out)
+        assert len(source) == 6
+        for url, message in (
+            (URL.replace("train", "test"), "has no such file"),
+            (URL.replace("pairs", "others"), "could not be downloaded"),
+            ("data/train.parquet", "is no name on the hub"),
+        ):
+            failed = download(url)
+            assert failed.returncode == 2
+            assert message in failed.stderr

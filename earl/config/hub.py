@@ -1,14 +1,17 @@
-"""Names of published checkpoints in a configuration: told from folders, and which fields take one.
+"""Names on the Hugging Face hub in a configuration: of published checkpoints, and of the files of data sets.
 
 ``model_path``, ``sft.<name>.base_model`` and ``vision_tokenizer_path`` may name a repository of the Hugging Face hub.
 The pipeline downloads and converts it, once for all runs that name it (`earl.config.paths`). ``tokenizer_path`` may
-name the one that such a policy's tokenizer comes from.
+name the one that such a policy's tokenizer comes from. ``raw_datasets.<name>.path`` may name files of a data set,
+``hf://datasets/<owner>/<name>/<files>``, which the pipeline downloads in the same way.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+# A path has one slash where the name had two.
+_DATA_FILES = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+\.parquet)", re.ASCII)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -32,3 +35,32 @@ class Conversion:
     """Folder or repository of a policy's tokenizer; None takes that of ``source``."""
     vision: bool = False
     """Whether the vision tokenizer is wanted, not the policy."""
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """Parquet files of a data set on the hub, as `earl download` is called with."""
+
+    repository: str
+    revision: str | None
+    """A branch, tag or commit; None takes the main one."""
+    files: str
+    """A path in the repository, or a pattern, in which ``*`` stands for slashes too."""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf://datasets/{self.repository}{revision}/{self.files}"
+
+
+def data_files(path: Path | str) -> DataFiles | None:
+    """Return the files that ``hf://datasets/<owner>/<name>[@<revision>]/<path or pattern>.parquet`` names, or None.
+
+    Raises:
+        ValueError: when it begins like such a name and is none.
+    """
+    if not str(path).startswith("hf:"):
+        return None
+    found = _DATA_FILES.fullmatch(str(path))
+    if found is None:
+        raise ValueError("does not name Parquet files as `hf://datasets/<owner>/<name>/<path or pattern>.parquet` does")
+    return DataFiles(*found.groups())

@@ -3,6 +3,7 @@
 ::
 
     <base_exp_dir>/shared/raw/<dataset>-<key>.parquet      pairs of the shapes world
+    <base_exp_dir>/shared/download/<owner>--<name>-<key>/  `hf://datasets/<owner>/<name>/...`, Parquet files on the hub
     <base_exp_dir>/shared/tokenised/<dataset>-<key>/       `stage:tokenise/<dataset>`
     <base_exp_dir>/shared/policy/shapes-<key>/             `stage:shapes-policy`
     <base_exp_dir>/shared/convert/<owner>--<name>-<key>/   `<owner>/<name>`, a checkpoint on the hub
@@ -24,7 +25,7 @@ from earl.config.schema import Config, Sft
 from earl.errors import EarlError
 from earl.files import listing
 
-Stage = Literal["raw", "tokenise", "policy", "convert", "sft"]
+Stage = Literal["raw", "download", "tokenise", "policy", "convert", "sft"]
 
 SHAPES_POLICY_SEED = 42
 """Seed of the weights of `stage:shapes-policy`, the ones that the shipped base policy was trained from."""
@@ -38,8 +39,8 @@ class SharedStage:
 
     stage: Stage
     name: str
-    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`, on the hub for `convert`; ``shapes`` for
-    `policy`."""
+    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`, on the hub for `convert` and `download`;
+    ``shapes`` for `policy`."""
     output: Path
     """A file for `raw`, a sealed folder for the others."""
     inputs: tuple[Path, ...]
@@ -85,12 +86,18 @@ def vision_tokenizer_folder(config: Config) -> Path:
 def raw_file(config: Config, name: str) -> Path:
     """Return the raw Parquet file of an entry of ``raw_datasets``: generated, or the user's own.
 
-    The user's may be a folder or a pattern, too (`earl.files.listing`).
+    The user's may be a folder or a pattern, too (`earl.files.listing`); what is downloaded is a folder.
     """
     raw = _raw(config, name)
     if raw.path is not None:
-        return Path(raw.path)
+        wanted = hub.data_files(raw.path)
+        return downloaded_folder(config, wanted) if wanted else Path(raw.path)
     return _shared(config, "raw") / f"{name}-{_digest(_raw_key(config, name))}.parquet"
+
+
+def downloaded_folder(config: Config, wanted: hub.DataFiles) -> Path:
+    """Return the folder of files of a data set on the hub once they are downloaded."""
+    return _shared(config, "download") / f"{hub.file_name(wanted.repository)}-{_digest(str(wanted))}"
 
 
 def tokenised_folder(config: Config, name: str) -> Path:
@@ -140,9 +147,12 @@ def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> 
     if not reference.startswith(STAGE) or resolve(config, reference) in found:
         return
     stage = _stage_of(config, reference)
-    if stage.stage == "tokenise" and config.raw_datasets[stage.name].source == "shapes":
-        raw = raw_file(config, stage.name)
-        found[raw] = SharedStage("raw", stage.name, raw, ())
+    if stage.stage == "tokenise":
+        raw, wanted = raw_file(config, stage.name), _on_hub(config, stage.name)
+        if wanted:
+            found[raw] = SharedStage("download", str(wanted), raw, ())
+        elif config.raw_datasets[stage.name].source == "shapes":
+            found[raw] = SharedStage("raw", stage.name, raw, ())
     if stage.stage == "sft":
         tuning = fine_tuning(config, stage.name)
         for needed in tuning.train_paths_file:
@@ -182,12 +192,18 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     stage, _, name = reference.removeprefix(STAGE).partition("/")
     if stage == "tokenise":
         vision = [vision_tokenizer_folder(config)] if hub.is_name(config.vision_tokenizer_path) else []
-        return SharedStage("tokenise", name, output, (*listing.parquet_files(raw_file(config, name)), *vision))
+        raw = raw_file(config, name)
+        files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
+        return SharedStage("tokenise", name, output, (*files, *vision))
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
     tuning = fine_tuning(config, name)
     data = [resolve(config, path) for path in tuning.train_paths_file]
     return SharedStage("sft", name, output, (*data, policy_folder(config, tuning.base_model)))
+
+
+def _on_hub(config: Config, name: str) -> hub.DataFiles | None:
+    return hub.data_files(_raw(config, name).path or "")
 
 
 def _raw(config: Config, name: str) -> Any:

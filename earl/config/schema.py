@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from earl.config import checks, references
+from earl.config import checks, hub, references
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that becomes part of a file's path: letters, digits, dot, underscore, hyphen."""
@@ -59,7 +59,9 @@ class RawDataset(_Section):
         ..., "Where the pairs come from: `shapes` generates them, `parquet` reads them."
     )
     path: Path | None = _fixed(
-        None, "parquet: a file, a folder of files, or a pattern such as `data/train-*.parquet` in a folder."
+        None,
+        "parquet: a file, a folder of files, or a pattern such as `data/train-*.parquet` in a folder; or files on the "
+        "hub, `hf://datasets/<owner>/<name>[@<revision>]/<file or pattern>`, which the pipeline downloads.",
     )
     columns: dict[Literal[COLUMNS], Place | None] = _fixed(
         dict,
@@ -94,6 +96,10 @@ class RawDataset(_Section):
         for name in foreign:
             if getattr(self, name) not in (None, {}):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
+        try:
+            hub.data_files(self.path or "")
+        except ValueError as error:
+            raise checks.wrong("path", f"is `{self.path}`, which {error}") from error
         for name in ("instruction", "original"):
             if self.columns.get(name, name) is None:
                 raise checks.wrong(

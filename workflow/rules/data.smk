@@ -48,6 +48,22 @@ rule convert:
         "{params.earl} convert model {params.published} --out {params.out} 2>&1 | tee {log}"
 
 
+# Raw pairs on the hub; runs where the workflow does, as `convert`.
+rule download:
+    output:
+        "{shared}/download/{name}/manifest.json",
+    log:
+        "{shared}/logs/download/{name}.log",
+    benchmark:
+        "{shared}/benchmarks/download/{name}.tsv"
+    params:
+        earl=EARL,
+        files=lambda w: shared_stage(w, "download").name,
+        out=subpath(output[0], parent=True),
+    shell:
+        "{params.earl} download {params.files:q} --out {params.out} 2>&1 | tee {log}"
+
+
 rule tokenise:
     input:
         lambda w: made_from(w, "tokenised"),
