@@ -53,8 +53,8 @@ def test_reasoning_stands_between_its_markers_and_is_cut(vocabulary):
     tokens = np.zeros((1, 1), int)
     ids, start = sequence.sft_ids(tokens, "x", tokens, [("plan", "y" * 3000)], vocabulary)
     text = sequence.completion_text(ids[start:], vocabulary)
-    assert text.startswith(" Let's think step by step. <|start thinking|>plan: yyy")
-    assert len(text.split("<|start thinking|>")[1].split("<|end thinking|>")[0]) == 1750
+    assert text.startswith(" Let's think step by step. <|start thinking|> plan: yyy")
+    assert len(text.split("<|start thinking|> ")[1].split("<|end thinking|>")[0]) == 1750
     assert "<|end thinking|><|image start|>1*1" in text
 
 

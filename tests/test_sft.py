@@ -274,7 +274,7 @@ def test_mixed_takes_each_data_set_by_its_coefficient(make, data, seen, vocabula
 @pytest.mark.parametrize("reasoning", [False, True])
 def test_sequences_are_those_of_the_grammar(make, seen, vocabulary, tmp_path, reasoning):
     stage.run(make(one={"reasoning": reasoning}), "one", tmp_path / "out")
-    thought = " Let's think step by step. <|start thinking|>box: [0, 0, 7, 8]<|end thinking|>" if reasoning else ""
+    thought = " Let's think step by step. <|start thinking|> box: [0, 0, 7, 8]<|end thinking|>" if reasoning else ""
     assert vocabulary.decode(seen[7].prompt).endswith("<|image end|>simple 7")
     completion = vocabulary.decode(seen[7].completion)
     assert completion.startswith(f"{thought}<|image start|>2*3<|image token|><|visual token ")
