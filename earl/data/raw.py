@@ -64,7 +64,7 @@ class RawRow:
         return self.instruction
 
     def reasoning_pairs(self) -> list[tuple[str, str]] | None:
-        """Return the (key, text) pairs of a JSON object or a struct.
+        """Return the (key, text) pairs of a JSON object or a struct, None where there are none.
 
         Raises:
             Rejected: when it is something else.
@@ -84,7 +84,7 @@ class RawRow:
             raise Rejected("reasoning is no JSON object of text")
         if not all(is_unicode(part) for pair in pairs for part in pair):
             raise Rejected("reasoning is no text: half of a surrogate pair")
-        return pairs
+        return pairs or None
 
 
 class RawSource:
