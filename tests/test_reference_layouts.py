@@ -128,7 +128,7 @@ class TestLayouts:
 class TestContents:
     @pytest.mark.parametrize("cot", ["", "The cat sits [1, 2, 3, 4].", {}, None, {"a": None}])
     def test_no_reasoning(self, cot: Any, tmp_path: Path) -> None:
-        """None, not an empty list: training on reasoning refuses such an example instead of learning to think nothing."""
+        """None, not an empty list: training on reasoning refuses such an example, and learns no empty thought."""
         listing = write(tmp_path, ["0.pth"], ["feature/0.pth"], CoT=cot)
         assert open_dataset(listing)[0].reasoning is None
         convert.run(listing, tmp_path / "out", 6, None, 0.0)
@@ -140,7 +140,8 @@ class TestContents:
         assert open_dataset(listing)[0].reasoning == [("thinking", " first "), ("count", "3"), ("share", "0.5")]
 
     @pytest.mark.parametrize(
-        ("given", "expected"), [(17, "17"), ("17.pth", "17.pth"), (torch.tensor(5), "5"), (np.int64(6), "6"), (None, "0")]
+        ("given", "expected"),
+        [(17, "17"), ("17.pth", "17.pth"), (torch.tensor(5), "5"), (np.int64(6), "6"), (None, "0")],
     )
     def test_edit_id(self, given: Any, expected: str, tmp_path: Path) -> None:
         listing = write(tmp_path, ["0.pth"], ["feature/0.pth"], edit_id=given)

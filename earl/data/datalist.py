@@ -6,8 +6,8 @@
     B   <dir>/list/tokenized_datalist.json   names "feature/17.pth"   <dir>/feature/17.pth
     C   <dir>/list/tokenized_datalist.json   names "17.pth"           <dir>/17.pth
 
-``list`` may be linked into ``feature``. Where none of these holds the files, they are those of the list's ``prefix``. The
-folder is chosen once for a list, by looking at some of its files.
+``list`` may be linked into ``feature``. Where none of these holds the files, they are those of the list's ``prefix``.
+The folder is chosen once for a list, by looking at some of its files.
 """
 
 import json
