@@ -124,7 +124,9 @@ def convert_data(
 
 @app.command()
 def download(
-    files: Annotated[str, typer.Argument(help="hf://datasets/<owner>/<name>[@<revision>]/<path or pattern>.parquet, or .arrow")],
+    files: Annotated[
+        str, typer.Argument(help="hf://datasets/<owner>/<name>[@<revision>]/<path or pattern>.parquet (or .arrow)")
+    ],
     out: Output,
 ) -> None:
     """Download Parquet or Arrow files of a data set on the hub as a folder."""

@@ -170,23 +170,25 @@ def test_the_ten_in_the_shapes_world_share_what_comes_before_rl() -> None:
     assert {kind: list(stages.values()).count(kind) for kind in stages.values()} == {"raw": 9, "tokenise": 9, "sft": 4}
 
 
-def test_from_raw_data_to_rl_and_the_table_in_one_plan(
-    tmp_path: Path, variables: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("APP__BENCHMARKS_DIR", "/benchmarks")
+def test_from_raw_data_to_rl_and_the_table_in_one_plan(tmp_path: Path, variables: None) -> None:
     path = tmp_path / "x.jsonnet"
     parts = [ROOT / "config" / part for part in ("sft_sc2stage__rl_c.jsonnet", "data/raw.libsonnet")]
     path.write_text(" + ".join(f"(import '{part}')" for part in parts))
-    config = load.load(path, {"run_name": "raw"}).config
+    files = [tmp_path / "vismin" / f"{task}-00001.parquet" for task in ("counting", "relation")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    config = load.load(path, {"run_name": "raw", "benchmarks_dir": str(tmp_path)}).config
     made = paths.shared_stages(config).values()
     stages = {stage.name: stage for stage in made if stage.stage in ("tokenise", "sft")}
     converted = {stage.name: stage.output for stage in made if stage.stage == "convert"}
     vision = "BAAI/Emu3-VisionTokenizer"
     assert sorted(converted) == sorted([vision, BASE])
-    held_out = ["validation", *(f"benchmark_{name}" for name in BENCHMARKS)]
+    held_out = ["validation", *(f"benchmark_{name}" for name in BENCHMARKS if name != "vismin")]
+    held_out += ["benchmark_vismin_counting", "benchmark_vismin_relation"]
     assert sorted(stages) == sorted([*BOTH, *held_out, "s", "sc2stage"])
     assert stages["vismin"].inputs == (Path("/data/raw/vismin.parquet"), converted[vision])
-    assert stages["benchmark_vismin"].inputs[0] == Path("/benchmarks/vismin")
+    assert stages["benchmark_vismin_counting"].inputs[0] == files[0]
     outputs = {name: stage.output for name, stage in stages.items()}
     assert stages["sc2stage"].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
 

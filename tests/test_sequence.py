@@ -104,3 +104,15 @@ def test_the_recogniser_knows_images(letters: str) -> None:
 @pytest.mark.parametrize("letters", ["", "vvLFE", "IFE", "ILFE", "IvvLvLFE", "IvvLFS", "IvvFE", "FIvLFE", "IvLvFE"])
 def test_the_recogniser_refuses_others(letters: str) -> None:
     assert not has_image(letters)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 12), (8, 8)])
+def test_a_prefill_may_say_the_size_of_the_image(vocabulary, shape) -> None:
+    """What follows such a prefill completes an image whose tokens are those of a written one, size and all."""
+    original, v = np.zeros(shape, int), vocabulary
+    prompt = sequence.prompt_ids(original, "add", "<|image start|>{H}*{W}", v)
+    written = sequence.image_ids(original, v)
+    size = written[: written.index(v.img)]
+    assert prompt == [*sequence.prompt_ids(original, "add", "", v), *size]
+    # Braces of an instruction are the user's own.
+    assert v.decode(sequence.prompt_ids(original, "{H}", "", v)).endswith("{H}")

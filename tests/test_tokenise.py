@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from earl.config import evaluate, freeze, load, paths
-from earl.config.schema import Config, RawDataset
+from earl.config import freeze, load, paths
+from earl.config.schema import Config
 from earl.data.tokenised import open_dataset
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
@@ -310,43 +310,6 @@ class TestColumns:
     def test_a_pattern_without_files_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(EarlError, match=r"x-\*\.parquet: there is no such Parquet file"):
             tokenise.run(demo(), "d", tmp_path / "x-*.parquet", tmp_path / "out")
-
-
-class TestPresets:
-    """The shipped mappings read files of the columns that they name."""
-
-    PRESETS = evaluate.evaluate(ROOT / "config" / "data" / "columns.libsonnet", {}).value
-
-    def test_there_is_one_for_each_data_set_of_the_paper(self) -> None:
-        assert set(self.PRESETS) == {
-            "omniedit",
-            "magic_brush",
-            "aurora_ag",
-            "aurora_kubric",
-            "ss2",
-            "vismin",
-            "human-edit",
-        }
-
-    @pytest.mark.parametrize("name", sorted(PRESETS))
-    def test_it_reads(self, name: str, tmp_path: Path) -> None:
-        preset = self.PRESETS[name] | {"path": str(tmp_path / "a.parquet")}
-        RawDataset.model_validate(preset)
-        places = preset["columns"]
-        values = {"example_id": "x7", "task": "add", "original": PICTURE, "edited": PICTURE, "instruction": "add a cat"}
-        columns = {}
-        for ours, place in places.items():
-            if place is not None:
-                item = place.endswith("[0]")
-                columns[place.removesuffix("[0]")] = [[values[ours], "other words"]] if item else [values[ours]]
-        columns |= {"unused": [1]}
-        pq.write_table(pa.table(columns), preset["path"])
-        config = demo(**{f"raw_datasets.{name}": preset})
-        tokenise.run(config, name, Path(preset["path"]), tmp_path / "out")
-        example = open_dataset(tmp_path / "out")[0]
-        assert (example.dataset, example.instruction) == (name, "add a cat")
-        assert example.example_id == ("x7" if places.get("example_id") else "0")
-        assert example.task == ("add" if places.get("task") else None)
 
 
 KILLED = """

@@ -138,7 +138,7 @@ def test_dry_run_plans_every_stage_and_writes_nothing(place):
 
 def test_an_experiment_of_the_paper_goes_from_raw_data_to_its_table_in_one_plan(place, monkeypatch):
     """Its files are there, and nothing else: a stage whose input no other makes would stop the dry run."""
-    variables = {"DATA_DIR": place.path, "BASE_EXP_DIR": "runs", "BENCHMARKS_DIR": place.path / "benchmarks"}
+    variables = {"DATA_DIR": place.path, "BASE_EXP_DIR": "runs"}
     for name, value in (variables | {"RUN_NAME": "a", "REWARD_FUNCTION_API_BASE": "http://judge:4877"}).items():
         monkeypatch.setenv(f"APP__{name}", str(value))
     training = ("omniedit", "magic_brush", "aurora_ag", "aurora_kubric", "ss2", "vismin", "human-edit")
@@ -148,14 +148,17 @@ def test_an_experiment_of_the_paper_goes_from_raw_data_to_its_table_in_one_plan(
         (place.path / file).touch()
     for name in wanted:
         (place.path / "benchmarks" / name).mkdir(parents=True)
-        (place.path / "benchmarks" / name / "0.parquet").touch()
+        for file in ("counting", "relation") if name == "vismin" else ("0",):
+            (place.path / "benchmarks" / name / f"{file}.parquet").touch()
     parts = (f"(import '{ROOT}/config/{part}')" for part in ("sft_sc2stage__rl_sc.jsonnet", "data/raw.libsonnet"))
     (place.path / "x.jsonnet").write_text(" + ".join(parts))
     settings = f"num_iterations=2,wandb_mode=disabled,benchmarks={json.dumps(wanted)}"
+    settings += f",benchmarks_dir={place.path}/benchmarks"
     place.profile = "slurm"
     output = place.run("x.jsonnet", "-n", "-p", set=settings)
     counts = job_counts(output)
-    expected = {"tokenise": 10, "sft": 2, "train": 2, "evaluate": 6, "verify": 1, "report": 1}
+    # Seven to train on, those for validation, OmniEdit, and two of VisMin.
+    expected = {"tokenise": 11, "sft": 2, "train": 2, "evaluate": 6, "verify": 1, "report": 1}
     assert {name: counts[name] for name in expected} == expected
     for stage in ("tokenise", "sft", "generate", "train", "evaluate_generate"):
         commands = re.findall(rf" launch --launcher slurm --name {stage}-.*", output)

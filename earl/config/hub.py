@@ -63,6 +63,6 @@ def data_files(path: Path | str) -> DataFiles | None:
     found = _DATA_FILES.fullmatch(str(path))
     if found is None:
         raise ValueError(
-            "does not name files as `hf://datasets/<owner>/<name>/<path or pattern>.parquet` does; `.arrow` will do, too"
+            "does not name files as `hf://datasets/<owner>/<name>/<path or pattern>.parquet` (or .arrow) does"
         )
     return DataFiles(*found.groups())

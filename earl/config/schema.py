@@ -185,6 +185,9 @@ class Evaluation(_Section):
         list, "Tokenised data sets to draw prompts from, each taken once; empty: those of `val_paths_file`."
     )
     samples_per_prompt: Positive = _fixed(1, "Completions for each prompt.")
+    assistant_prefill: str | None = _fixed(
+        None, "Text that completions start from, as the field of the same name outside; null: that of the run."
+    )
     temperature: float = _fixed(1.0, "Sampling temperature; 0.1 is near-greedy.", gt=0)
     top_p: float = _fixed(1.0, "Nucleus sampling; 1 turns it off.", gt=0, le=1)
     top_k: int = _fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
@@ -261,7 +264,8 @@ class Config(_Section):
     )
     assistant_prefill: str = _fixed(
         " Let's think step by step. <|start thinking|>",
-        "Text that every completion starts from: this one forces reasoning, `<|image start|>` an image at once.",
+        "Text that every completion starts from: this one forces reasoning, `<|image start|>` an image at once. "
+        "`{H}` and `{W}` stand for the height and width of the original image in visual tokens.",
     )
 
     # Training

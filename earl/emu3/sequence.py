@@ -47,12 +47,17 @@ def image_ids(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
 
 
 def prompt_ids(original_tokens: np.ndarray, instruction: str, prefill: str, vocabulary: Vocabulary) -> list[int]:
-    """Return the prompt's ids; ``prefill`` is `<|image start|>` or the opening of forced reasoning."""
+    """Return the prompt's ids; ``prefill`` is `<|image start|>` or the opening of forced reasoning.
+
+    In it, ``{H}`` and ``{W}`` stand for the size of the original: `<|image start|>{H}*{W}` says that of the edit.
+    """
+    image = image_ids(original_tokens, vocabulary)
+    height, width = np.shape(original_tokens)
     return [
         vocabulary.bos,
-        *image_ids(original_tokens, vocabulary),
+        *image,
         *vocabulary.encode_plain(instruction),
-        *vocabulary.encode(prefill),
+        *vocabulary.encode(prefill.replace("{H}", str(height)).replace("{W}", str(width))),
     ]
 
 

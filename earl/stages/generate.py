@@ -30,6 +30,7 @@ class Plan:
     examples: list[tuple[int, Example]]
     """Index of each prompt within the iteration, and its example."""
     samples: int
+    prefill: str
     params: engines.SamplingParams
 
 
@@ -56,6 +57,7 @@ def run(config: "Config", iteration: int, shard: int, policy: Path, out: Path) -
         name=layout.iteration_name(iteration),
         examples=examples,
         samples=config.generations_per_sample,
+        prefill=config.assistant_prefill,
         params=engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens),
     )
     _sample_and_write(config, plan, policy, out, {"iteration": str(iteration), "shard": str(shard)})
@@ -79,6 +81,7 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
         name=name,
         examples=examples,
         samples=wanted.samples_per_prompt,
+        prefill=config.assistant_prefill if wanted.assistant_prefill is None else wanted.assistant_prefill,
         params=engines.SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, config.max_response_tokens),
     )
     _sample_and_write(config, plan, policy, out, {"evaluation": name, "iteration": str(iteration)})
@@ -157,7 +160,7 @@ def _sample_and_write(config: "Config", plan: Plan, policy: Path, out: Path, whe
 
 
 def _request(config: "Config", plan: Plan, index: int, example: Example, vocabulary: Vocabulary) -> engines.Request:
-    prompt = sequence.prompt_ids(example.original_tokens, example.instruction, config.assistant_prefill, vocabulary)
+    prompt = sequence.prompt_ids(example.original_tokens, example.instruction, plan.prefill, vocabulary)
     room = config.model_context_size - plan.params.max_tokens
     if config.max_prompt_len is not None:
         room = min(room, config.max_prompt_len)
