@@ -17,7 +17,7 @@ from earl.layout import Run
 
 def make_shared(config: Config) -> None:
     """Make the data and models that runs share, as far as they are missing."""
-    from earl.data import hub_files
+    from earl.data import catalogue, fetch, hub_files
     from earl.emu3 import published
     from earl.shapes import dataset, policy, world
     from earl.stages import sft, tokenise
@@ -33,6 +33,8 @@ def make_shared(config: Config) -> None:
                 policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
             case "download":
                 hub_files.download(hub.data_files(stage.name), output)
+            case "fetch":
+                fetch.make(catalogue.entries()[stage.name], output)
             case "convert":
                 published.make(stage.conversion, output)
             case "tokenise":

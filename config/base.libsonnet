@@ -2,15 +2,15 @@
 {
   run_name: std.extVar('APP__RUN_NAME'),
   base_exp_dir: std.extVar('APP__BASE_EXP_DIR'),
-  val_paths_file: [
-    std.extVar('APP__DATA_DIR') + '/validation_22march_256/feature/list/tokenized_datalist.json',
-  ],
+  val_paths_file: [$.validation],
   val_coefficients: [1.0],
 
   // Hidden fields, which other files use and --set can change: whether to make SFT models instead of taking published
-  // ones, where a data set of data/mixing.libsonnet lies, and what the fine-tunings in models/ have in common.
+  // ones, where the data lie, and what the fine-tunings in models/ have in common. `earl data fetch experiments --to
+  // $APP__DATA_DIR` puts the data there; data/fetched.libsonnet leaves that to the pipeline.
   make_sft_models:: false,
-  dataset(name):: std.extVar('APP__DATA_DIR') + '/earl-datasets/' + name + '/train/list/tokenized_datalist.json',
+  validation:: std.extVar('APP__DATA_DIR') + '/validation_22march_256/tokenised',
+  dataset(name):: std.extVar('APP__DATA_DIR') + '/earl-datasets/' + name + '/train/tokenised',
 
   fine_tuning(mixing):: {
     base_model: 'BAAI/Emu3-Stage1',

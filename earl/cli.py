@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from earl import processes
+from earl import cli_data, processes
 from earl.errors import EarlError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ convert_app = typer.Typer(help="Models and data of other formats, turned into ou
 judge_app = typer.Typer(help="Judges: check one, start a server.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(convert_app, name="convert")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(judge_app, name="judge")
 app.add_typer(shapes_app, name="shapes")
 

@@ -75,7 +75,7 @@ def write_one(command: str, options: dict[str, str]) -> None:
     # `shapes raw` and `shapes policy` are two words, which shifts the pairs.
     out = Path(sys.argv[sys.argv.index("--out") + 1])
     text = digest(*parts)
-    if command in ("tokenise", "sft", "shapes", "convert", "download"):
+    if command in ("tokenise", "sft", "shapes", "convert", "download", "data"):
         if out.suffix:
             atomic.write_text(out, text)
         else:

@@ -49,7 +49,7 @@ RECIPES = {
 SHARED = {
     "run_name": "trial",
     "base_exp_dir": "/experiments",
-    "val_paths_file": ["/data/validation_22march_256/feature/list/tokenized_datalist.json"],
+    "val_paths_file": ["/data/validation_22march_256/tokenised"],
     "val_coefficients": [1.0],
     "tokenizer_path": "BAAI/Emu3-Gen",
     "vision_tokenizer_path": "BAAI/Emu3-VisionTokenizer",
@@ -120,7 +120,7 @@ def test_each_experiment_resolves_to_the_papers_table(name: str, variables: None
     config = load.load(ROOT / "config" / f"{name}.jsonnet").config.model_dump()
     assert config["model_path"] == model
     assert config["assistant_prefill"] == prefill
-    names = [f"/data/earl-datasets/{name}/train/list/tokenized_datalist.json" for name in data]
+    names = [f"/data/earl-datasets/{name}/train/tokenised" for name in data]
     assert config["train_paths_file"] == names
     assert config["coefficients"] == list(data.values())
     assert {field: config[field] for field in SHARED} == SHARED
@@ -138,7 +138,7 @@ def test_each_model_describes_its_fine_tunings(kind: str, variables: None) -> No
     for tuning, (base, data, reasoning) in RECIPES[kind].items():
         found = config.sft[tuning]
         assert (found.base_model, found.reasoning) == (base, reasoning)
-        names = [f"/data/earl-datasets/{name}/train/list/tokenized_datalist.json" for name in data]
+        names = [f"/data/earl-datasets/{name}/train/tokenised" for name in data]
         assert (found.train_paths_file, found.coefficients) == (names, list(data.values()))
     assert config.sft.keys() == RECIPES[kind].keys()
     own = load.load(ROOT / "config" / f"{name}.jsonnet", {"make_sft_models": True}).config

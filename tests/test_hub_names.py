@@ -178,9 +178,8 @@ class TestFoldersThatAreMissing:
 class TestThePlan:
     def test_a_papers_experiment_converts_what_it_names(self, place: Workplace) -> None:
         data = place.path / "data"
-        for name in ("earl-datasets/omniedit/train", "validation_22march_256/feature"):
-            (data / name / "list").mkdir(parents=True)
-            (data / name / "list" / "tokenized_datalist.json").write_text("[]")
+        for name in ("earl-datasets/omniedit/train", "validation_22march_256"):
+            (data / name / "tokenised").mkdir(parents=True)
         variables = {"DATA_DIR": data, "BASE_EXP_DIR": "runs", "RUN_NAME": "trial"}
         variables |= {"REWARD_FUNCTION_API_BASE": "http://judge:4877"}
         env = {f"APP__{name}": str(value) for name, value in variables.items()}

@@ -13,5 +13,5 @@ local names = [row[0] for row in (import 'mixing.libsonnet').both] + ['validatio
     [name]: std.get(columns, name, { source: 'parquet' }) + { path: std.extVar('APP__DATA_DIR') + '/raw/' + name + '.parquet' }
     for name in names
   },
-  val_paths_file: [$.dataset('validation')],
+  validation:: $.dataset('validation'),
 }

@@ -4,6 +4,7 @@
 
     <base_exp_dir>/shared/raw/<dataset>-<key>.parquet      pairs of the shapes world
     <base_exp_dir>/shared/download/<owner>--<name>-<key>/  `hf://datasets/<owner>/<name>/...`, files on the hub
+    <base_exp_dir>/shared/fetched/<dataset>-<key>/         `stage:fetch/<dataset>`, published tokenised data
     <base_exp_dir>/shared/tokenised/<dataset>-<key>/       `stage:tokenise/<dataset>`
     <base_exp_dir>/shared/policy/shapes-<key>/             `stage:shapes-policy`
     <base_exp_dir>/shared/convert/<owner>--<name>-<key>/   `<owner>/<name>`, a checkpoint on the hub
@@ -22,10 +23,11 @@ from typing import Any, Literal
 from earl.config import hub
 from earl.config.references import PACKAGE, STAGE
 from earl.config.schema import Config, Sft
+from earl.data import catalogue
 from earl.errors import EarlError
 from earl.files import listing
 
-Stage = Literal["raw", "download", "tokenise", "policy", "convert", "sft"]
+Stage = Literal["raw", "download", "fetch", "tokenise", "policy", "convert", "sft"]
 
 SHAPES_POLICY_SEED = 42
 """Seed of the weights of `stage:shapes-policy`, the ones that the shipped base policy was trained from."""
@@ -39,8 +41,8 @@ class SharedStage:
 
     stage: Stage
     name: str
-    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`, on the hub for `convert` and `download`;
-    ``shapes`` for `policy`."""
+    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`, on the hub for `convert` and `download`,
+    in the catalogue for `fetch`; ``shapes`` for `policy`."""
     output: Path
     """A file for `raw`, a sealed folder for the others."""
     inputs: tuple[Path, ...]
@@ -63,12 +65,15 @@ def resolve(config: Config, reference: str) -> Path:
     match stage:
         case "tokenise":
             return tokenised_folder(config, name)
+        case "fetch":
+            return fetched_folder(config, name)
         case "shapes-policy":
             return shapes_policy_folder(config)
         case "sft":
             return sft_folder(config, name)
     raise EarlError(
-        f"{reference}: is no stage; there are stage:tokenise/<raw dataset>, stage:sft/<name>, stage:shapes-policy"
+        f"{reference}: is no stage; there are stage:tokenise/<raw dataset>, stage:fetch/<published data set>, "
+        "stage:sft/<name>, stage:shapes-policy"
     )
 
 
@@ -98,6 +103,11 @@ def raw_file(config: Config, name: str) -> Path:
 def downloaded_folder(config: Config, wanted: hub.DataFiles) -> Path:
     """Return the folder of files of a data set on the hub once they are downloaded."""
     return _shared(config, "download") / f"{hub.file_name(wanted.repository)}-{_digest(str(wanted))}"
+
+
+def fetched_folder(config: Config, name: str) -> Path:
+    """Return the folder of a published tokenised data set once it is fetched and converted."""
+    return _shared(config, "fetched") / f"{name}-{_digest(_fetched_key(name))}"
 
 
 def tokenised_folder(config: Config, name: str) -> Path:
@@ -195,6 +205,8 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
         raw = raw_file(config, name)
         files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
         return SharedStage("tokenise", name, output, (*files, *vision))
+    if stage == "fetch":
+        return SharedStage("fetch", name, output, ())
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
     tuning = fine_tuning(config, name)
@@ -226,6 +238,10 @@ def _shared(config: Config, kind: str) -> Path:
 def _raw_key(config: Config, name: str) -> Any:
     # How many rows may be rejected does not change those that are kept.
     return _raw(config, name).model_dump(mode="json", exclude={"max_rejected_fraction"})
+
+
+def _fetched_key(name: str) -> Any:
+    return catalogue.entries()[name].key
 
 
 def _tokenised_key(config: Config, name: str) -> Any:
@@ -270,6 +286,8 @@ def _key(config: Config, reference: str) -> Any:
     """Return what identifies the content behind a path field."""
     if reference.startswith(f"{STAGE}tokenise/"):
         return _tokenised_key(config, reference.removeprefix(f"{STAGE}tokenise/"))
+    if reference.startswith(f"{STAGE}fetch/"):
+        return _fetched_key(reference.removeprefix(f"{STAGE}fetch/"))
     if reference.startswith(f"{STAGE}sft/"):
         return _sft_key(config, reference.removeprefix(f"{STAGE}sft/"))
     if reference == f"{STAGE}shapes-policy":

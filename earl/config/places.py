@@ -5,7 +5,7 @@ from pathlib import Path
 from earl.config import hub, paths
 from earl.config.references import STAGE
 from earl.config.schema import Config
-from earl.data import datalist
+from earl.data import catalogue, datalist
 from earl.errors import EarlError
 from earl.files import manifest
 
@@ -29,7 +29,7 @@ def check(config: Config) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Raise where a field names a ``tokenized_datalist.json`` that cannot be read, or whose files are not found.
+    """Raise where a field names tokenised data that are not there, or a list whose files are not found.
 
     Raises:
         EarlError: naming field, list and remedy.
@@ -40,6 +40,19 @@ def check_data(config: Config) -> None:
                 datalist.read(Path(value))
             except EarlError as error:
                 raise EarlError(f"field {field}: {error}") from error
+        elif not paths.resolve(config, value).exists() and not value.startswith(STAGE):
+            raise EarlError(f"field {field} is {value!r}, which is not there; {_remedy(Path(value))}")
+
+
+def _remedy(path: Path) -> str:
+    listing = path.parent / "list" / datalist.FILE
+    if path.name == catalogue.TOKENISED and listing.is_file():
+        return f"make it by `earl convert data {listing} --out {path}`"
+    entry = catalogue.at(path)
+    if entry:
+        to = path.as_posix().removesuffix(f"/{entry.place}/{catalogue.TOKENISED}")
+        return f"fetch it by `earl data fetch {entry.name} --to {to}`, or name one of your own"
+    return "name a tokenised data set that is there"
 
 
 def _lists(config: Config) -> dict[str, str]:

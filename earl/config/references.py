@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING
 
 from earl.config.checks import wrong
+from earl.data import catalogue
 
 if TYPE_CHECKING:
     from earl.config.schema import Config, Sft
 
 STAGE = "stage:"
-"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:sft/<name>``,
-``stage:shapes-policy``."""
+"""Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:fetch/<published
+data set>``, ``stage:sft/<name>``, ``stage:shapes-policy``."""
 PACKAGE = "package:"
 """Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
 
@@ -34,12 +35,15 @@ def check(config: "Config") -> None:
             continue
         stage, _, name = path.removeprefix(STAGE).partition("/")
         allowed = _allowed(field)
-        if stage not in allowed or (stage == "shapes-policy") == bool(name):
+        if stage not in allowed or (stage != "fetch" and (stage == "shapes-policy") == bool(name)):
             raise wrong(field, f"is `{path}`, which is not one of: " + ", ".join(_references(config, allowed)))
         for described in ("raw_datasets", "sft"):
             known = getattr(config, described)
             if stage == _STAGE_OF[described] and name not in known:
                 raise wrong(field, f"is `{path}`, but {described} has only: {', '.join(known) or '(nothing)'}")
+        published = [one.name for one in catalogue.entries().values() if one.kind == "tokenised"]
+        if stage == "fetch" and name not in published:
+            raise wrong(field, f"is `{path}`, but the published tokenised data sets are: {', '.join(published)}")
     _check_chains(config.sft)
 
 
@@ -49,14 +53,15 @@ _STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}
 
 def _allowed(field: str) -> set[str]:
     if "paths_file" in field:
-        return {"tokenise"}
+        return {"tokenise", "fetch"}
     # A fine-tuning may start from a checkpoint that is converted with this tokenizer, so it cannot give it.
     return {"shapes-policy"} if field == "tokenizer_path" else {"sft", "shapes-policy"}
 
 
 def _references(config: "Config", stages: set[str]) -> list[str]:
     if "tokenise" in stages:
-        return [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
+        raw = [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
+        return [*raw, f"{STAGE}fetch/<published data set>"]
     tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"] if "sft" in stages else []
     return [*tunings, f"{STAGE}shapes-policy"]
 

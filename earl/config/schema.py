@@ -220,8 +220,8 @@ class Config(_Section):
     base_exp_dir: Path = _free(..., "Folder of all runs and of the stages that they share.")
     train_paths_file: list[Path] = _fixed(
         list,
-        "Tokenised data sets to draw prompts from: `tokenized_datalist.json` files, Parquet files or folders, or "
-        "`stage:tokenise/<name>`.",
+        "Tokenised data sets to draw prompts from: `tokenized_datalist.json` files, Parquet files or folders, "
+        "`stage:tokenise/<name>`, or `stage:fetch/<name>`, a published one by its name in `earl data list`.",
     )
     coefficients: list[Coefficient] = _fixed(
         list,

@@ -49,6 +49,11 @@ def is_archive(name: str) -> bool:
     return name.endswith(_SUFFIXES)
 
 
+def stem(name: str) -> str:
+    """Return an archive's name without its suffix."""
+    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
+
+
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive, compressed or not; what ``folder`` held before goes.
 

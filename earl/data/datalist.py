@@ -32,7 +32,7 @@ class Datalist:
     @property
     def dataset(self) -> str:
         """Name of the data set: the two folders above ``list``."""
-        root = _root(self.path)
+        root = root_of(self.path)
         return f"{root.parent.name}/{root.name}"
 
     def file(self, row: int) -> Path:
@@ -71,14 +71,15 @@ def read(path: Path) -> Datalist:
     return Datalist(path, names, found[0])
 
 
-def _root(path: Path) -> Path:
+def root_of(path: Path) -> Path:
+    """Return the folder that holds `list`, though the list be named by way of a link in `feature`."""
     above = path.absolute().parent.parent
     return above.parent if above.name == "feature" else above
 
 
 def _beside(path: Path) -> list[Path]:
     """Return the folders of layouts A, B and C; B and C are told apart by the names alone."""
-    root = _root(path)
+    root = root_of(path)
     return [root, root / "feature"]
 
 
@@ -95,7 +96,7 @@ def _names(path: Path) -> tuple[list[str], str]:
     try:
         listing = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        unlinked = _root(path) / "list" / path.name
+        unlinked = root_of(path) / "list" / path.name
         hint = f"there is {unlinked}: name that" if unlinked.is_file() else "check the path in the configuration"
         raise EarlError(f"{path}: does not exist; {hint}") from error
     except OSError as error:

@@ -37,11 +37,11 @@ def download(wanted: DataFiles, out: Path) -> str:
         raise EarlError(f"{wanted}: the data set has no such file; look at its files on the hub and mend the pattern")
     with atomic.folder(out) as folder:
         for name in names:
-            _take((snapshot / name).resolve(), folder / name.replace("/", "--"))
+            take((snapshot / name).resolve(), folder / name.replace("/", "--"))
         return manifest.seal(folder)
 
 
-def _take(file: Path, to: Path) -> None:
+def take(file: Path, to: Path) -> None:
     try:
         os.link(file, to)
     except OSError:  # another file system, or one without such links

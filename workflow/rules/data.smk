@@ -64,6 +64,22 @@ rule download:
         "{params.earl} download {params.files:q} --out {params.out} 2>&1 | tee {log}"
 
 
+# Published tokenised data on the hub; runs where the workflow does, as `convert`.
+rule fetch:
+    output:
+        "{shared}/fetched/{name}/manifest.json",
+    log:
+        "{shared}/logs/fetch/{name}.log",
+    benchmark:
+        "{shared}/benchmarks/fetch/{name}.tsv"
+    params:
+        earl=EARL,
+        data=lambda w: shared_stage(w, "fetched").name,
+        out=subpath(output[0], parent=True),
+    shell:
+        "{params.earl} data fetch {params.data} --out {params.out} 2>&1 | tee {log}"
+
+
 rule tokenise:
     input:
         lambda w: made_from(w, "tokenised"),
