@@ -55,7 +55,8 @@ class DataHub:
         for path, content in self.files[name].items():
             found: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": git_sha1(content)}
             if path.endswith(LARGE):
-                found["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                sha256 = hashlib.sha256(content).hexdigest()
+                found["lfs"] = {"sha256": sha256, "oid": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(found)
         card = {"cardData": {"license": self.licence}} if self.licence else {}
         return {"id": name, "sha": self.commit(name), "private": False, "tags": [], "siblings": siblings, **card}
@@ -72,13 +73,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         hub, path = self.hub, unquote(self.path.partition("?")[0])
         hub.calls.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
-        found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(?:revision|resolve)/([^/]+)(?:/(.+))?)?", path)
+        found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(?:revision|resolve|tree)/([^/]+)(?:/(.+))?)?", path)
         if found is None or found[1] not in hub.files:
             self._answer(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
         elif hub.gated and found[3]:
             self._answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, b"{}")
         elif not found[3]:
-            self._answer(200, {"Content-Type": "application/json"}, json.dumps(hub.info(found[1])).encode())
+            told = hub.info(found[1])
+            if "/tree/" in path:
+                names = {"rfilename": "path", "blobId": "oid"}
+                files = [{names.get(key, key): value for key, value in one.items()} for one in told["siblings"]]
+                told = [{"type": "file", **one} for one in files]
+            self._answer(200, {"Content-Type": "application/json"}, json.dumps(told).encode())
         elif found[3] not in hub.files[found[1]]:
             self._answer(404, {"X-Error-Code": "EntryNotFound"}, b"{}")
         else:

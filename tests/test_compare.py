@@ -93,7 +93,7 @@ def test_published_rows_stand_in_the_table_where_they_share_a_column_with_it(tmp
     assert results.published_apart(found) == apart
     tables = tables_of(results.markdown(found))
     assert len(tables) == 1 + apart
-    assert sum("(published, GPT-4o-mini)" in line for line in tables[-1]) == 5
+    assert sum("(published, GPT-4o-mini)" in line for line in tables[-1]) == 7
     assert "magicbrush" in tables[-1][0]
     assert any(line.startswith("| a ") for line in tables[0])
     for lines in tables:

@@ -18,13 +18,15 @@ import torch
 
 from earl.config import evaluate, hub, load, paths, places
 from earl.config.schema import Config
-from earl.data import catalogue, fetch
+from earl.data import catalogue, fetch, hub_files
 from earl.data.raw import RawSource
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
 from earl.errors import EarlError
 from earl.files import images, manifest
 from tests.data_hub import DataHub
+from tests.test_workflow import Workplace
+from tests.test_workflow import place as workplace  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parent.parent
 VALIDATION = "mair-lab/omniedit-got-tokenized-256"
@@ -230,6 +232,15 @@ class TestErrors:
 
 
 class TestOthers:
+    @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+    def test_the_download_stage_takes_parquet_or_arrow(self, suffix: str, server: DataHub, tmp_path: Path) -> None:
+        names = ("train/data-0.parquet", "train/data-1.arrow", "dev/data-0.arrow", "dev/data-1.parquet")
+        server.files["mair-lab/vismin"] = {name: name.encode() for name in names}
+        wanted = hub.data_files(f"hf://datasets/mair-lab/vismin/*.{suffix}")
+        hub_files.download(wanted, tmp_path / "out")
+        found = {one.name: one.read_text() for one in (tmp_path / "out").iterdir() if one.name != "manifest.json"}
+        assert found == {name.replace("/", "--"): name for name in names if name.endswith(suffix)}
+
     def test_pairs_are_files_with_a_record(self, server: DataHub, tmp_path: Path) -> None:
         made = io.BytesIO()
         columns = {"source_img": [PICTURE], "target_img": [PICTURE], "instruction": ["add"]}
@@ -393,6 +404,16 @@ class TestStage:
         made = paths.shared_stages(load.load(tmp_path / "a.jsonnet").config)
         fetched = {stage.name for stage in made.values() if stage.stage == "fetch"}
         assert fetched == {one.name for one in named("experiments")}
+
+    @pytest.mark.slow
+    def test_a_run_fetches_once_for_all_that_read_it(self, workplace: Workplace) -> None:  # noqa: F811
+        fields = {"train_paths_file": ["stage:fetch/omniedit", "stage:fetch/ss2"], "num_iterations": 1}
+        both = [workplace.experiment(name, **fields, kl_coeff=kl) for name, kl in (("a", 0.1), ("b", 0.2))]
+        workplace.run(",".join(both))
+        fetched = [words for words in map(str.split, workplace.stages()) if words[0] == "data"]
+        assert sorted(words[2] for words in fetched) == ["omniedit", "ss2"]
+        assert all(words[1] == "fetch" and "/shared/fetched/" in words[4] for words in fetched)
+        assert "Nothing to be done" in workplace.run(both[0])
 
     def test_what_is_not_there_says_how_to_get_it(self, tmp_path: Path) -> None:
         wanted = tmp_path / "earl-datasets" / "omniedit" / "train" / "tokenised"
