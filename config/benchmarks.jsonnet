@@ -1,5 +1,5 @@
 // A policy on the six benchmarks: a run without iterations. APP__POLICY is the policy's folder, for example
-// <run>/iterations/002000/policy; $APP__BENCHMARKS_DIR/<benchmark>/ holds the Parquet files of each.
+// <run>/iterations/002000/policy. data/benchmarked.libsonnet says where the benchmarks' files come from.
 (import 'base.libsonnet') + {
   model_path: std.extVar('APP__POLICY'),
   num_iterations: 0,

@@ -18,7 +18,7 @@ import torch
 
 from earl.config import evaluate, hub, load, paths, places
 from earl.config.schema import Config
-from earl.data import catalogue, fetch, hub_files
+from earl.data import archives, catalogue, fetch, hub_files
 from earl.data.raw import RawSource
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
@@ -157,6 +157,29 @@ class TestTokenised:
         place = tmp_path / "earl-datasets" / "omniedit" / "train"
         assert len(ReferenceDataset(place / "list" / "tokenized_datalist.json")) == 3
         assert len(open_dataset(place / "tokenised")) == 3
+
+    def test_an_archive_of_another_data_set_is_not_taken_for_it(self, server: DataHub, tmp_path: Path) -> None:
+        """All of them have a folder `train`; no file of this name, so that whatever archive there is is looked into."""
+        server.files["mair-lab/earl-datasets"] = {"all.tar.gz": tar(examples("all/magic_brush/train"))}
+        with pytest.raises(EarlError, match=r"omniedit: .* should hold earl-datasets/omniedit/train, but has .*magic"):
+            fetch.fetch(named("omniedit"), tmp_path)
+        fetch.fetch(named("magic_brush"), tmp_path)
+        assert len(open_dataset(tmp_path / "earl-datasets" / "magic_brush" / "train" / "tokenised")) == 3
+
+    def test_one_archive_that_is_found_by_several_patterns_is_unpacked_once(
+        self, server: DataHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        complex_edits = named("complex")
+        files: dict[str, bytes] = {}
+        for number, one in enumerate(complex_edits):
+            files |= examples(one.place, number + 1)
+        server.files["mair-lab/earl-datasets"] = {"earl.tar.gz": tar(files)}
+        unpacked = []
+        unpack = archives.unpack
+        monkeypatch.setattr(archives, "unpack", lambda *paths: (unpacked.append(paths), unpack(*paths)))
+        fetch.fetch(complex_edits, tmp_path)
+        assert [len(open_dataset(tmp_path / one.place / "tokenised")) for one in complex_edits] == [1, 2, 3, 4, 5, 6]
+        assert len(unpacked) == 1
 
     def test_an_archive_without_a_folder_of_its_own(self, validation: DataHub, tmp_path: Path) -> None:
         files = {name.removeprefix("x/"): content for name, content in examples("x").items()}

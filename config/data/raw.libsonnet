@@ -2,8 +2,8 @@
 //
 //   (import 'sft_sc2stage__rl_sc.jsonnet') + (import 'data/raw.libsonnet')
 //
-// A data set is then $APP__DATA_DIR/raw/<name>.parquet, images and text, with the columns that columns.libsonnet names;
-// the pipeline tokenises it. So it does with the benchmarks, see benchmarked.libsonnet; without them: benchmarks=[].
+// A data set is then $APP__DATA_DIR/raw/<name>.parquet, images and text, of the form that columns.libsonnet describes; the
+// pipeline tokenises it. So it does with the benchmarks, see benchmarked.libsonnet; without them: benchmarks=[].
 local columns = import 'columns.libsonnet';
 local names = [row[0] for row in (import 'mixing.libsonnet').both] + ['validation'];
 (import 'benchmarked.libsonnet') + {

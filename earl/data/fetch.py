@@ -15,13 +15,14 @@ fetched again.
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from earl.data import archives, datalist, hub_files, imgedit
 from earl.data.catalogue import TOKENISED, Entry
@@ -78,17 +79,16 @@ def fetch(entries: Sequence[Entry], to: Path, keep_archives: bool = True, max_re
     for one in entries:
         if one not in missing:
             _say(f"{one.name}: {to / one.place} is there already")
-    while missing:
-        first, rest = missing[0], missing[1:]
+    # What is laid out only waits to be converted.
+    sources = {one: look_up(one) for one in missing if not (to / one.place / RECORD).is_file()}
+    for source in dict.fromkeys(sources.values()):
         # Data sets of one archive are unpacked together.
-        together = [first, *(one for one in rest if (one.repository, one.files) == (first.repository, first.files))]
-        _fetch_together(together, to)
-        for one in together:
-            if one.kind == "tokenised":
-                _convert(one, to / one.place, to / one.place / TOKENISED, max_rejected_fraction)
-                if not keep_archives:
-                    _drop_archives(to / one.place)
-        missing = [one for one in rest if one not in together]
+        _fetch_together([one for one in sources if sources[one] == source], source, to)
+    for one in missing:
+        if one.kind == "tokenised":
+            _convert(one, to / one.place, to / one.place / TOKENISED, max_rejected_fraction)
+            if not keep_archives:
+                _drop_archives(to / one.place)
 
 
 def make(entry: Entry, out: Path, max_rejected_fraction: float = 0.0) -> None:
@@ -100,7 +100,7 @@ def make(entry: Entry, out: Path, max_rejected_fraction: float = 0.0) -> None:
     if entry.kind != "tokenised":
         raise EarlError(f"{entry.name}: is not tokenised; --out is for tokenised data, --to for any")
     with _scratch(out.parent / f".{out.name}.fetched") as scratch:
-        _fetch_together([entry], scratch)
+        _fetch_together([entry], look_up(entry), scratch)
         _convert(entry, scratch / entry.place, out, max_rejected_fraction)
 
 
@@ -136,12 +136,8 @@ def _is_there(place: Path, entry: Entry) -> bool:
     return (place / manifest.NAME).is_file()
 
 
-def _fetch_together(entries: Sequence[Entry], to: Path) -> None:
-    """Download and lay out data sets that share their files, as far as they are not laid out."""
-    entries = [one for one in entries if not (to / one.place / RECORD).is_file()]
-    if not entries:
-        return
-    source = look_up(entries[0])
+def _fetch_together(entries: Sequence[Entry], source: Source, to: Path) -> None:
+    """Download and lay out data sets that share their files."""
     _say(f"{', '.join(one.name for one in entries)}: fetching {source.text}")
     if entries[0].kind == "pairs":
         for one in entries:
@@ -212,7 +208,7 @@ def _lay_out(entry: Entry, scratch: Path, place: Path, source: Source) -> None:
     roots = sorted({datalist.root_of(path) for path in scratch.rglob(datalist.FILE)})
     wanted = Path(entry.place).parts
     depth = {root: _common_tail(root.relative_to(scratch).parts, wanted) for root in roots}
-    best = [root for root in roots if depth[root] == max(depth.values()) > 0]
+    best = [root for root in roots if depth[root] == max(depth.values()) > 0 and _names(root, scratch, entry)]
     if len(best) != 1:
         there = ", ".join(root.relative_to(scratch).as_posix() for root in (best or roots)) or "no list"
         raise EarlError(f"{entry.name}: {source.repository} should hold {entry.place}, but has {there}")
@@ -225,6 +221,16 @@ def _lay_out(entry: Entry, scratch: Path, place: Path, source: Source) -> None:
     _record(root, source)
     place.parent.mkdir(parents=True, exist_ok=True)
     os.rename(root, place)
+
+
+def _names(root: Path, scratch: Path, entry: Entry) -> bool:
+    """Return whether a folder's path, its archive's name included, names the data set: all have a `train`."""
+    wanted = PurePosixPath(entry.place).parts[-2:][0]
+    return _plain(wanted) in _plain(root.relative_to(scratch).as_posix())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9/]", "", name.lower())
 
 
 def _common_tail(one: Sequence[str], other: Sequence[str]) -> int:
