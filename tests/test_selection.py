@@ -57,7 +57,7 @@ FORMS = ("a.parquet", "a.stream.arrow", "a.file.arrow")
 def source(path: Path, **fields: Any) -> RawSource:
     """The source that an entry of raw_datasets means."""
     entry = RawDataset.model_validate({"source": "parquet", "path": str(path), "columns": COLUMNS} | fields)
-    return RawSource(path, entry.columns, Selection.of(entry), entry.instruction_prefix, entry.task)
+    return RawSource(path, entry.columns, Selection.of(entry), entry.instruction_prefix, entry.task_name)
 
 
 def read(found: RawSource, window: int = 1024, at_once: int = 128) -> list[RawRow]:
@@ -270,7 +270,7 @@ class TestText:
     def test_a_task_for_all(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.parquet", table(2))
         columns = {name: place for name, place in COLUMNS.items() if name != "task"}
-        assert [row.task for row in read(source(path, columns=columns, task="counting"))] == ["counting"] * 2
+        assert [row.task for row in read(source(path, columns=columns, task_name="counting"))] == ["counting"] * 2
 
 
 class TestTokenise:
@@ -317,14 +317,18 @@ class TestTokenise:
     [
         ({"columns": {"original": ["a", "b"]}}, r"columns has the list \['a', 'b'\] for original; .* reasoning alone"),
         ({"columns": {"reasoning": []}}, r"columns has the list \[\] for reasoning"),
-        ({"filter": {"a": []}}, r"filter\.a is an empty list"),
-        ({"filter": {"a": 1.5}}, r"filter\.a"),
+        ({"filter": {"a": []}}, r"filter\.a is \[\]: must be a text, a whole number"),
+        ({"filter": {"a": 1.5}}, r"filter\.a is 1\.5: must be a text, a whole number"),
+        ({"filter": {"a": ["b", None]}}, r"filter\.a is \[\"b\", null\]: must be a text"),
+        ({"columns": {"task": 3}}, r"columns\.task is 3: is no place in a row, such as"),
+        ({"columns": {"reasoning": ["a", None]}}, r"columns\.reasoning is \[\"a\", null\]: is no place in a row"),
+        ({"columns": {"reasoning": ["a", "b["]}}, r"columns\.reasoning is \[\"a\", \"b\[\"\]: is no place in a row"),
         ({"filter": {"a.": "x"}}, r"filter"),
         ({"subset": {"rows": 0, "seed": 1}}, r"subset\.rows is 0"),
         ({"subset": {"rows": 1}}, r"subset\.seed is missing"),
         ({"pairing": {"image_id": "a"}}, r"pairing\.original_id is missing"),
         ({"instruction_prefix": ""}, r"instruction_prefix"),
-        ({"task": "x", "columns": {"task": "y"}}, r"task is set, but columns\.task names a column"),
+        ({"task_name": "x", "columns": {"task": "y"}}, r"task_name is set, but columns\.task names a column"),
     ],
 )
 def test_mistakes_in_the_configuration(fields: dict, part: str) -> None:
@@ -332,11 +336,11 @@ def test_mistakes_in_the_configuration(fields: dict, part: str) -> None:
         parquet(Path("/a.parquet"), **fields)
 
 
-@pytest.mark.parametrize("name", ["filter", "pairing", "subset", "instruction_prefix", "task"])
+@pytest.mark.parametrize("name", ["filter", "pairing", "subset", "instruction_prefix", "task_name"])
 def test_the_shapes_world_has_no_such_fields(name: str) -> None:
     values = {
         "filter": {"a": "b"}, "pairing": {"image_id": "a", "original_id": "b"}, "subset": {"rows": 1, "seed": 1},
-        "instruction_prefix": "a", "task": "a",
+        "instruction_prefix": "a", "task_name": "a",
     }  # fmt: skip
     with pytest.raises(EarlError, match=rf"{name} has no meaning when source is `shapes`"):
         demo(**{"raw_datasets.d": {"source": "shapes", "count": 1, "seed": 1, name: values[name]}})

@@ -42,7 +42,7 @@ local thousand = { subset: { seed: 42, rows: 1000 } };
       'mair-lab/escher-vismin-dev/data/train/%s-00001.parquet' % task,
       'vismin/*%s*.parquet' % task,
       'source_image', 'edited_image', 'edit_instruction', null,
-    ) + { task: task, instruction_prefix: 'edit_instruction: ' }
+    ) + { task_name: task, instruction_prefix: 'edit_instruction: ' }
     for task in ['counting', 'relation']
   },
   // 1,000 rows.

@@ -5,9 +5,11 @@ results, and then it is part of the configuration's digest and frozen under a ``
 between two calls of the same run (``free`` below): how long to run, what to log and keep, where files lie.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from earl.config import checks, hub, references
 
@@ -29,11 +31,33 @@ RewardComponent = Literal[
 
 COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited")
 """Columns of a raw data set."""
-Place = Annotated[str, StringConstraints(pattern=r"^[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*$")]
+PLACE = r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*"
+Place = Annotated[str, StringConstraints(pattern=rf"^{PLACE}$")]
 """A place in a row of a raw data set: a column, then names of fields and numbers of items."""
-FilterValue = str | int | bool
-ROW_FIELDS = ("filter", "pairing", "subset", "instruction_prefix", "task")
+ROW_FIELDS = ("filter", "pairing", "subset", "instruction_prefix", "task_name")
 """Fields of a raw data set that say which rows of its files are taken, and what they lack."""
+
+
+def _places(value: Any) -> Any:
+    if value is None:
+        return value
+    for place in value if isinstance(value, list) else [value]:
+        if not (isinstance(place, str) and re.fullmatch(PLACE, place)):
+            raise PydanticCustomError("place", "is no place in a row, such as `src_img`, `prompts[0]` or `edit.text`")
+    return value
+
+
+def _filter_values(value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, str | int) for one in values):
+        raise PydanticCustomError("filter", "must be a text, a whole number, true or false, or a list of these")
+    return value
+
+
+Places = Annotated[Any, AfterValidator(_places)]
+"""A place, a list of places, or null. Checked in one, since a union has a message for each of its members."""
+FilterValues = Annotated[Any, AfterValidator(_filter_values)]
+"""A value, or a list of values."""
 
 
 def _fixed(default: Any, description: str, **limits: Any) -> Any:
@@ -82,14 +106,14 @@ class RawDataset(_Section):
         "parquet: a file, a folder of files, or a pattern such as `data/train-*.parquet` in a folder; or files on the "
         "hub, `hf://datasets/<owner>/<name>[@<revision>]/<file or pattern>`, which the pipeline downloads.",
     )
-    columns: dict[Literal[COLUMNS], Place | list[Place] | None] = _fixed(
+    columns: dict[Literal[COLUMNS], Places] = _fixed(
         dict,
         "parquet: where instruction, original, edited (images), example_id, task and reasoning stand, by place in a "
         "row: `src_img`, `prompts[0]`, `edit.text`; null: not there. What is left out has its own name; example_id, "
         "task and reasoning may be missing. Without `edited`, rows are prompts to evaluate on, no examples to learn. "
         "reasoning may be a list of text columns, whose names become the keys of its parts; blank texts are left out.",
     )
-    filter: dict[Place, FilterValue | list[FilterValue]] = _fixed(
+    filter: dict[Place, FilterValues] = _fixed(
         dict, "parquet: take the rows that have this value, or one of these, at a place: `{source: 'ag'}`."
     )
     pairing: Pairing | None = _fixed(
@@ -100,7 +124,7 @@ class RawDataset(_Section):
     instruction_prefix: str | None = _fixed(
         None, "parquet: text to cut off the beginning of instructions that begin with it.", min_length=1
     )
-    task: str | None = _fixed(None, "parquet: task of every row, where no column holds it.", min_length=1)
+    task_name: str | None = _fixed(None, "parquet: task of every row, where no column holds it.", min_length=1)
     keep_images: bool = _fixed(
         True,
         "Store the images, resized and lossless, beside their tokens; without, files take about a fiftieth of the room "
@@ -137,11 +161,8 @@ class RawDataset(_Section):
                 raise checks.wrong(
                     "columns", f"has the list {place} for {name}; a list of one column or more is for reasoning alone"
                 )
-        for place, wanted in self.filter.items():
-            if wanted == []:
-                raise checks.wrong(f"filter.{place}", "is an empty list, which no row matches; name values")
-        if self.task is not None and self.columns.get("task") is not None:
-            raise checks.wrong("task", "is set, but columns.task names a column for it; leave one of the two out")
+        if self.task_name is not None and self.columns.get("task") is not None:
+            raise checks.wrong("task_name", "is set, but columns.task names a column for it; leave one of the two out")
         for name in ("instruction", "original"):
             if self.columns.get(name, name) is None:
                 raise checks.wrong(

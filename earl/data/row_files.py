@@ -85,11 +85,15 @@ def read(
         yield numbers[done:].tolist(), pa.Table.from_batches(held)
 
 
+def count(path: Path) -> int:
+    """Return how many rows a file has, without reading them."""
+    with open_file(path) as source:
+        return sum(source.group_rows)
+
+
 def read_values(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Return the values of some columns of all rows."""
-    with open_file(path) as source:
-        count = sum(source.group_rows)
-    return [row for _, table in read(path, range(count), columns, 2**14) for row in table.to_pylist()]
+    return [row for _, table in read(path, range(count(path)), columns, 2**14) for row in table.to_pylist()]
 
 
 class _Parquet:

@@ -79,7 +79,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
 
     entry = config.raw_datasets.get(dataset)
     source = (
-        RawSource(raw, entry.columns, Selection.of(entry), entry.instruction_prefix, entry.task)
+        RawSource(raw, entry.columns, Selection.of(entry), entry.instruction_prefix, entry.task_name)
         if entry
         else RawSource(raw)
     )
