@@ -167,7 +167,7 @@ def config(**fields: Any) -> Config:
         "model_path": "package:shapes/base_policy", "vision_tokenizer_path": "package:shapes/vision_tokenizer",
         "reward_function_api_base": "http://judge:1",
     }  # fmt: skip
-    return load.changed(Config.model_validate(base | {"train_paths_file": ["x"]}), fields)
+    return load.changed(Config.model_validate(base | {"train_paths_file": ["stage:fetch/omniedit"]}), fields)
 
 
 class TestThePlan:
