@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from earl import plan
 from earl.config import freeze, load, paths
-from earl.config.schema import Config
+from earl.config.schema import Config, Evaluation, JudgeGate, RawDataset, Sft
 from earl.errors import EarlError
 
 ROOT = Path(__file__).parent.parent
@@ -559,4 +560,133 @@ def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, mes
     ],
 )
 def test_objectives_that_go_together_are_accepted(tmp_path, fields):
+    load.load(experiment(tmp_path, **fields))
+
+
+def integer_fields(model: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields that hold a whole number, in sections too; `*` stands for an entry's name."""
+    found = []
+    for name, field in model.model_fields.items():
+        text = str(field.annotation)
+        sections = [inner for inner in (RawDataset, Sft, Evaluation, JudgeGate) if inner.__name__ in text]
+        for section in sections:
+            found += integer_fields(section, f"{prefix}{name}." + ("*." if "dict" in text else ""))
+        if not sections and re.search(r"\bint\b", text):
+            found.append(prefix + name)
+    return found
+
+
+SECTIONS = {"raw_datasets.*.": {"source": "shapes", "count": 1, "seed": 1}, "sft.*.": TUNING}
+SECTIONS |= {"evaluations.*.": {"prompts": 1}, "judge_gate.": {}}
+
+
+def nested(name: str, value: object) -> dict:
+    """Fields of an experiment that set one dotted name, in a section that holds what it must."""
+    prefix = next((prefix for prefix in SECTIONS if name.startswith(prefix)), "")
+    if not prefix:
+        return {name: value}
+    inner = SECTIONS[prefix] | {name.removeprefix(prefix): value}
+    outer = prefix.split(".")[0]
+    return {outer: {"a": inner} if "*" in prefix else inner}
+
+
+INEXACT = 2**53 + 1
+"""The smallest whole number that a double does not hold."""
+
+
+class TestNumbersThatJsonnetDoesNotKeep:
+    """Jsonnet's numbers are doubles: a seed above 2^53 would be another one, which nothing says."""
+
+    def test_there_are_integers_everywhere(self) -> None:
+        names = integer_fields()
+        assert {"random_seed", "raw_datasets.*.seed", "sft.*.steps", "evaluations.*.prompts", "judge_gate.seed"} <= set(
+            names
+        )
+
+    @pytest.mark.parametrize("name", integer_fields())
+    def test_no_integer_field_takes_them(self, name: str) -> None:
+        for value in (INEXACT, -INEXACT, 1e300):
+            with pytest.raises(ValidationError) as caught:
+                Config.model_validate(MINIMAL | nested(name, value))
+            (error,) = (error for error in caught.value.errors() if error["type"] == "inexact")
+            assert ".".join(map(str, error["loc"])) == name.replace("*", "a")
+
+    def test_a_file_that_holds_one_is_named_with_the_field(self, tmp_path: Path) -> None:
+        path = experiment(tmp_path, raw_datasets={"a": {"source": "shapes", "count": 1, "seed": INEXACT}})
+        assert f"{path}: field raw_datasets.a.seed is beyond 9007199254740991" in error_of(path)
+
+    def test_the_largest_exact_one_stays(self, tmp_path: Path) -> None:
+        path = experiment(tmp_path, random_seed=2**53 - 1)
+        config = load.load(path).config
+        assert config.random_seed == 9007199254740991
+        freeze.write(config, tmp_path / "config.json")
+        assert load.read(tmp_path / "config.json").random_seed == 9007199254740991
+
+    def test_nor_an_override_a_variable_or_a_frozen_configuration(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wanted = r"field random_seed .*9007199254740991"
+        with pytest.raises(EarlError, match=wanted):
+            load.load(experiment(tmp_path), load.parse_overrides(f"random_seed={INEXACT}"))
+        config = load.load(experiment(tmp_path)).config
+        with pytest.raises(EarlError, match=wanted):
+            load.changed(config, {"random_seed": INEXACT})
+        path = tmp_path / "config.json"
+        path.write_text(freeze.frozen_text(config).replace('"random_seed": 42', f'"random_seed": {INEXACT}'))
+        with pytest.raises(EarlError, match=wanted):
+            load.read(path)
+        monkeypatch.setenv("APP__SEED", str(INEXACT))
+        (tmp_path / "y.jsonnet").write_text(
+            "(import 'x.jsonnet') + {random_seed: std.parseInt(std.extVar('APP__SEED'))}"
+        )
+        with pytest.raises(EarlError, match=r"random_seed \(in .*APP__SEED.*9007199254740991"):
+            load.load(tmp_path / "y.jsonnet")
+
+    @pytest.mark.parametrize("text", ["1e400", "-1e400", "Infinity", "NaN"])
+    def test_what_is_no_finite_number_is_named(self, text: str, tmp_path: Path) -> None:
+        with pytest.raises(EarlError, match=f"learning_rate.*{text}.*finite"):
+            load.load(experiment(tmp_path), load.parse_overrides([f"learning_rate={text}"]))
+        with pytest.raises(EarlError, match=f"coefficients.*{re.escape(f'[{text}]')}.*finite"):
+            load.load(experiment(tmp_path), load.parse_overrides([f"coefficients=[{text}]"]))
+        path = tmp_path / "config.json"
+        frozen = freeze.frozen_text(load.load(experiment(tmp_path)).config)
+        path.write_text(frozen.replace('"learning_rate": 3e-06', f'"learning_rate": {text}'))
+        with pytest.raises(EarlError, match=r"config\.json.*learning_rate.*finite"):
+            load.read(path)
+
+    def test_a_literal_that_is_too_large_is_named_with_its_line(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.jsonnet"
+        path.write_text(json.dumps(MINIMAL)[:-1] + ",\nlearning_rate: 1e400}")
+        message = error_of(path)
+        assert "x.jsonnet:2" in message
+        assert "1.8e308" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"generations_per_sample": 1}, "generations_per_sample is 1.*advantage.*set it to 2 or more"),
+        (
+            {"generations_per_sample": 1, "advantage_components": {"overedit": 1.0}},
+            "generations_per_sample is 1.*advantage",
+        ),
+        (
+            {"train_text_tokens_only": True, "assistant_prefill": "<|image start|>"},
+            "train_text_tokens_only is true.*assistant_prefill",
+        ),
+    ],
+)
+def test_runs_that_cannot_learn_are_refused(tmp_path, fields, message):
+    assert re.search(message, error_of(experiment(tmp_path, **fields)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_iterations": 0, "generations_per_sample": 1},
+        {"train_text_tokens_only": True},
+        {"train_text_tokens_only": True, "text_only_steps": 0, "assistant_prefill": "<|image start|>"},
+    ],
+)
+def test_what_can_learn_is_accepted(tmp_path, fields):
     load.load(experiment(tmp_path, **fields))

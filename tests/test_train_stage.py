@@ -465,7 +465,8 @@ def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary)
 
 
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):
-    config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1)
+    reasons = {"assistant_prefill": sequence.START_THINKING}
+    config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1, **reasons)
     train_iterations(config, run, vocabulary, 2)
     first, second = (json.loads(run.iteration(i).metrics.read_text()) for i in (1, 2))
     text = len(vocabulary.encode("2*3")) + 1

@@ -167,6 +167,8 @@ def _explained(path: Path, message: str) -> EarlError:
     place = re.match(r"\s*(/.*?):(\d+)", trace[0]) if trace else None
     where = f"{shown(place[1])}:{place[2]}" if place else shown(path)
     variable = re.search(r"undefined external variable: (\S+)", first)
+    if variable is None and first.endswith("ERROR: overflow"):
+        return EarlError(f"{where}: a number is not finite; give one below 1.8e308 (while resolving {shown(path)})")
     if variable is None:
         text = re.sub(r"^(RUNTIME|STATIC) ERROR: ", "", first).replace(f"{Path.cwd()}/", "")
         return EarlError(f"{where}: {text} (while resolving {shown(path)})")

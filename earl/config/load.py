@@ -159,6 +159,10 @@ def _override(name: str, text: str) -> Any:
         value = json.loads(text)
     except ValueError:
         return text
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise EarlError(f"field {name} (in {OVERRIDE}) is {text}: not a finite number; give one below 1.8e308") from error
     takes_text = field is not None and (field.annotation is str or str in get_args(field.annotation))
     # run_name=7 is a name, though 7 alone reads as a number; null and quoted text keep their meaning.
     return text if takes_text and isinstance(value, int | float) else value
@@ -192,7 +196,7 @@ def _problem(problem: Mapping[str, Any], path: str, source: Callable[[str], str]
             given = difflib.get_close_matches(location[-1], list(problem["input"]), n=1, cutoff=0.75)
             near = f"; the nearest name given is {given[0]}" if given else ""
             return f"{place} is missing{near}. It is: {_description(location)}"
-        case "cross_field":
+        case "cross_field" | "inexact":
             return f"{place} {problem['msg']}"
     message = problem["msg"]
     found = json.dumps(problem["input"], default=str)
