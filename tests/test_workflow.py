@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from earl import plan, processes, runs
 from earl.config.load import read
-from earl.files import manifest
+from earl.files import manifest, tables
 from earl.layout import Run
 from earl.workers import pool
 
@@ -28,7 +29,7 @@ EXPERIMENT = {
     "val_paths_file": ["held_out.parquet"],
     "model_path": "model",
     "tokenizer_path": "model",
-    "vision_tokenizer_path": "model",
+    "vision_tokenizer_path": "package:shapes/vision_tokenizer",
     "engine": "torch",
     "judge": "program",
     "num_iterations": 3,
@@ -36,6 +37,14 @@ EXPERIMENT = {
     "keep_checkpoints_every_n_iterations": None,
     "save_checkpoints_every_n_iterations": None,
 }
+
+
+def write_tokenised(path: Path, dataset: str, rows: int = 16) -> None:
+    """Write a tokenised data set of so many rows; as raw pairs it only has rows, too."""
+    columns: dict[str, list] = {name: [None] * rows for name in tables.TOKENISED.names}
+    columns |= {"dataset": [dataset] * rows, "example_id": list(map(str, range(rows))), "instruction": ["edit"] * rows}
+    columns |= {"original_tokens": [{"height": 1, "width": 1, "ids": b"\0"}] * rows}
+    tables.write_table(path, tables.TOKENISED, columns, {"dataset": dataset})
 
 
 class Workplace:
@@ -46,9 +55,10 @@ class Workplace:
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "model").mkdir()
-        (path / "model" / "config.json").write_text("{}")
+        for name in ("config.json", "tokenizer.json"):
+            shutil.copy(ROOT / "earl" / "shapes" / "base_policy" / name, path / "model")
         for name in ("train", "held_out"):
-            (path / f"{name}.parquet").write_text(name)
+            write_tokenised(path / f"{name}.parquet", name)
 
     def experiment(self, name: str, **fields: object) -> str:
         (self.path / f"{name}.jsonnet").write_text(json.dumps(EXPERIMENT | {"run_name": name} | fields))
@@ -145,10 +155,10 @@ def test_an_experiment_of_the_paper_goes_from_raw_data_to_its_table_in_one_plan(
     wanted = ("omniedit", "vismin")
     for file in (f"raw/{name}.parquet" for name in (*training, "validation")):
         (place.path / file).parent.mkdir(exist_ok=True)
-        (place.path / file).touch()
+        shutil.copy(place.path / "train.parquet", place.path / file)
     for name in wanted:
         (place.path / "benchmarks" / name).mkdir(parents=True)
-        (place.path / "benchmarks" / name / "0.parquet").touch()
+        shutil.copy(place.path / "train.parquet", place.path / "benchmarks" / name / "0.parquet")
     parts = (f"(import '{ROOT}/config/{part}')" for part in ("sft_sc2stage__rl_sc.jsonnet", "data/raw.libsonnet"))
     (place.path / "x.jsonnet").write_text(" + ".join(parts))
     settings = f"num_iterations=2,wandb_mode=disabled,benchmarks={json.dumps(wanted)}"

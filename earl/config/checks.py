@@ -104,8 +104,8 @@ def _check_iteration(config: "Config") -> None:
     if config.train_text_tokens_only and config.text_only_steps and config.assistant_prefill.endswith(IMAGE_START):
         raise wrong(
             "train_text_tokens_only",
-            f"is true, but assistant_prefill is `{config.assistant_prefill}`: the only text of a completion is then the "
-            "size of its image, which is not worth learning; let assistant_prefill open the reasoning, or set this to "
+            f"is true, but assistant_prefill is `{config.assistant_prefill}`: the only text of a completion is then "
+            "the size of its image, so nothing is learned; let assistant_prefill open the reasoning, or set this to "
             "false",
         )
     for kind in ("text", "vision"):

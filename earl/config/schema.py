@@ -340,7 +340,14 @@ class Config(_Section):
         2048, "Longest completion in tokens; cut there, its finish_reason is `length`."
     )
     max_prompt_len: Positive | None = _fixed(
-        None, "Longest prompt that the learner takes, in tokens; null: as long as they come."
+        None, "Longest prompt, in tokens; null: as long as `model_context_size` has room for. See `long_prompts`."
+    )
+    long_prompts: Literal["leave_out", "stop"] = _free(
+        "leave_out",
+        "Prompts of training that are longer than `max_prompt_len` or leave less of `model_context_size` than "
+        "`max_response_tokens`, or whose image takes more than that. `leave_out`: the next draw takes their place, and "
+        "`left_out_prompts` of metrics.json counts them; `stop`: iteration 1 looks at all prompts before it samples, "
+        "and the run stops. Evaluations always stop.",
     )
     max_completion_len: Positive | None = _fixed(
         None, "Longest completion that the learner takes, in tokens; null: as long as they come."

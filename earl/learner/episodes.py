@@ -66,6 +66,7 @@ class Source:
     rollouts: list[str]
     scores: list[str]
     rubrics: str | None  # digest of what the judge was asked by; None where it has no rubrics
+    left_out: int = 0  # prompts that were too long to be sampled
 
 
 def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -> Source:
@@ -97,7 +98,9 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
         )
     _check_complete(rows, iteration, expected)
     ordered = sorted(rows, key=lambda row: row["episode_id"])
-    return Source(ordered, rollout_digests, score_digests, *rubrics)
+    # Every shard tells of the whole iteration.
+    left_out = int(tables.read_metadata(iteration.rollouts(0)).get(tables.LEFT_OUT, 0))
+    return Source(ordered, rollout_digests, score_digests, *rubrics, left_out)
 
 
 def _check_metadata(path: Path, key: str, expected: str, remedy: str) -> None:

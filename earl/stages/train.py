@@ -92,6 +92,7 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
         "counted": settings.counted,
         "learning_rate": config.learning_rate,
         "optimizer_steps": steps + done,
+        "left_out_prompts": source.left_out,
         "rubrics_digest": source.rubrics,
         "ranks": team.size,
         "inputs": inputs,
