@@ -214,6 +214,26 @@ def test_missing_variable_is_named_with_file_and_remedy(variables: None, monkeyp
     assert "libsonnet:" in message
 
 
+def test_all_missing_variables_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    message = error_of(ROOT / "config" / "sft_s__rl_c.jsonnet")
+    for name in ("DATA_DIR", "BASE_EXP_DIR", "REWARD_FUNCTION_API_BASE"):
+        assert f"export APP__{name}=" in message
+        assert re.search(rf"\w+\.libsonnet:\d+: .*APP__{name} ", message)
+    assert "APP__RUN_NAME" not in message
+    # What an override makes unnecessary is not asked for.
+    assert "APP__BASE_EXP_DIR" not in error_of(ROOT / "config" / "sft_s__rl_c.jsonnet", base_exp_dir="b")
+
+
+def test_missing_variables_beside_one_that_is_a_number(tmp_path: Path) -> None:
+    fields = "episodes_per_iteration: std.parseInt(std.extVar('APP__NUMBER')), base_exp_dir: std.extVar('APP__FOLDER')"
+    (tmp_path / "x.jsonnet").write_text(f"{json.dumps(MINIMAL)} + {{{fields}}}")
+    message = error_of(tmp_path / "x.jsonnet")
+    assert "export APP__FOLDER=" in message
+    assert "export APP__NUMBER=" in message
+
+
 def test_an_override_makes_its_variable_unnecessary(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("APP__BASE_EXP_DIR")
     config = load.load(ROOT / "config" / "sft_s__rl_s.jsonnet", {"base_exp_dir": "b"}).config
@@ -398,11 +418,52 @@ class TestFrozen:
         assert load.read(path) == other
         assert freeze.config_digest(other) == freeze.config_digest(config)
 
-    def test_an_evaluation_that_stays_keeps_its_sampling(self, tmp_path: Path) -> None:
-        freeze.write(load.load(ROOT / "config" / "demo.jsonnet").config, tmp_path / "config.json")
-        other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.temperature": 0.7}).config
-        with pytest.raises(EarlError, match=r"evaluations\.heldout\.temperature"):
-            freeze.check(other, tmp_path / "config.json")
+    CHANGES = (("prompts", 100), ("samples_per_prompt", 2), ("temperature", 0.7), ("top_p", 0.5), ("top_k", 9))
+
+    @pytest.mark.parametrize(("field", "value"), CHANGES)
+    def test_how_an_evaluation_samples_may_change_until_it_has_results(self, field, value, tmp_path: Path) -> None:
+        path, name = tmp_path / "config.json", f"evaluations.heldout.{field}"
+        first = load.load(ROOT / "config" / "demo.jsonnet").config
+        freeze.write(first, path)
+        other = load.load(ROOT / "config" / "demo.jsonnet", {name: value}).config
+        freeze.write(other, path)
+        assert load.read(path) == other
+        # Rollouts that a killed evaluation left are results as well.
+        results = tmp_path / "evaluations" / "heldout"
+        results.mkdir(parents=True)
+        (results / "000005.rollouts.parquet").touch()
+        for accept in (False, True):
+            with pytest.raises(EarlError) as caught:
+                freeze.write(first, path, accept_changes=accept)
+            rows = [line.split() for line in str(caught.value).splitlines()]
+            old = getattr(first.evaluations["heldout"], field)
+            assert [name, json.dumps(value), json.dumps(old)] in rows
+            assert f"remove {results}" in str(caught.value)
+            assert load.read(path) == other
+        renamed = load.load(ROOT / "config" / "demo.jsonnet", {name: value, "evaluations.new": {"prompts": 3}}).config
+        freeze.write(renamed, path)
+
+    def test_an_evaluation_that_was_left_out_for_a_while_keeps_its_curve_clean(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        without = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations": {}}).config
+        freeze.write(without, path)
+        first = load.load(ROOT / "config" / "demo.jsonnet").config
+        results = tmp_path / "evaluations" / "heldout"
+        results.mkdir(parents=True)
+        summary = {"iteration": 5, "prompts": 3, **freeze.recorded(first, "heldout")}
+        (results / "000005.json").write_text(json.dumps(summary))
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.prompts": 100}).config
+        with pytest.raises(EarlError, match=r"evaluations\.heldout\.prompts +210 +100"):
+            freeze.write(other, path)
+        freeze.write(first, path)
+
+    def test_where_an_evaluations_prompts_come_from_is_frozen(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        first = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.paths_file": ["a"]}).config
+        freeze.write(first, path)
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.paths_file": ["b"]}).config
+        with pytest.raises(EarlError, match=r"evaluations\.heldout\.paths_file"):
+            freeze.check(other, path)
 
     def test_damage_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "config.json"

@@ -338,6 +338,16 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
+def warnings(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return why an iteration teaches nothing, in words; nothing where it does."""
+    found = []
+    if all(outcome.row["status"] == "no_image" for outcome in outcomes if outcome.reward is not None):
+        found.append("no completion holds a finished image")
+    if bool(torch.stack(list(_equal_groups(outcomes).values())).all()):
+        found.append("no group's rewards differ, so no episode has an advantage")
+    return found
+
+
 def _mean_score(outcomes: Sequence[Outcome], name: str) -> float | None:
     """Mean over the judged episodes, or None where the judge did not give this score."""
     judged = [outcome.row[name] for outcome in outcomes if outcome.row["status"] == "ok"]
