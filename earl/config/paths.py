@@ -15,6 +15,8 @@ before it included. So runs that agree in these fields use the same folder, and 
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +141,14 @@ class Mixed:
     field: str
     references: list[str]
     coefficients: list[float]
+
+    @contextmanager
+    def named(self, where: str = "") -> Iterator[None]:
+        """Have errors that the data are to blame for name the field, after ``where``."""
+        try:
+            yield
+        except EarlError as error:
+            raise EarlError(f"{where}field {self.field}: {error}") from error
 
 
 def training_data(config: Config) -> Mixed:

@@ -347,7 +347,8 @@ class Config(_Section):
         "Prompts of training that are longer than `max_prompt_len` or leave less of `model_context_size` than "
         "`max_response_tokens`, or whose image takes more than that. `leave_out`: the next draw takes their place, and "
         "`left_out_prompts` of metrics.json counts them; `stop`: iteration 1 looks at all prompts before it samples, "
-        "and the run stops. Evaluations always stop.",
+        "and the run stops. Evaluations always stop; a fine-tuning does the same with sequences longer than "
+        "`model_context_size`, which `sft.json` counts.",
     )
     max_completion_len: Positive | None = _fixed(
         None, "Longest completion that the learner takes, in tokens; null: as long as they come."

@@ -5,8 +5,7 @@ whichever shard, passes over the same ones and takes the next draws in their pla
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +48,7 @@ def of_iteration(config: "Config", iteration: int, policy: Path, wanted: range) 
     """
     data, vocabulary = paths.training_data(config), Vocabulary.from_folder(policy)
     count = config.prompts_per_iteration
-    with _field(data):
+    with data.named():
         datasets = _open(config, data, vocabulary)
         mixture = mixing.mixture([len(dataset) for dataset in datasets], data.coefficients, config.random_seed)
         mixing.check_rows(mixture.distinct, count)
@@ -95,7 +94,7 @@ def of_evaluation(config: "Config", name: str, policy: Path) -> Drawn:
             f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}"
         )
     data, vocabulary = paths.evaluation_data(config, name), Vocabulary.from_folder(policy)
-    with _field(data, f"evaluation {name!r}, "):
+    with data.named(f"evaluation {name!r}, "):
         datasets = _open(config, data, vocabulary)
         mixture = mixing.mixture([len(dataset) for dataset in datasets], data.coefficients, config.random_seed)
         wanted = config.evaluations[name].prompts
@@ -148,15 +147,6 @@ def _check_all(config: "Config", datasets: list[Dataset], mixture: mixing.Mixtur
 def _open(config: "Config", data: paths.Mixed, vocabulary: Vocabulary, images: bool = True) -> list[Dataset]:
     found = [paths.resolve(config, reference) for reference in data.references]
     return [open_dataset(path, vocabulary.num_visual, images) for path in found]
-
-
-@contextmanager
-def _field(data: paths.Mixed, where: str = "") -> Iterator[None]:
-    """Have errors name the field that the data are from."""
-    try:
-        yield
-    except EarlError as error:
-        raise EarlError(f"{where}field {data.field}: {error}") from error
 
 
 def _name(example: Example) -> str:
