@@ -731,6 +731,9 @@ class TestNumbersThatJsonnetDoesNotKeep:
             {"generations_per_sample": 1, "advantage_components": {"overedit": 1.0}},
             "generations_per_sample is 1.*advantage",
         ),
+        ({"top_k": 1}, "top_k is 1.*advantage.*set it to -1"),
+        ({"learning_rate": 0}, "learning_rate is 0.*greater than 0"),
+        ({"learning_rate": 1e-400}, "learning_rate is 0.*greater than 0"),
         (
             {"train_text_tokens_only": True, "assistant_prefill": "<|image start|>"},
             "train_text_tokens_only is true.*assistant_prefill",
@@ -745,6 +748,7 @@ def test_runs_that_cannot_learn_are_refused(tmp_path, fields, message):
     "fields",
     [
         {"num_iterations": 0, "generations_per_sample": 1},
+        {"num_iterations": 0, "top_k": 1},
         {"train_text_tokens_only": True},
         {"train_text_tokens_only": True, "text_only_steps": 0, "assistant_prefill": "<|image start|>"},
     ],

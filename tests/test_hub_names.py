@@ -152,7 +152,9 @@ class TestFoldersThatAreMissing:
     @pytest.mark.parametrize("value", ["/no/model", "./no/model", "~/model", "model", "a/b/c", "package:no"])
     @pytest.mark.parametrize("field", ["model_path", "tokenizer_path", "vision_tokenizer_path"])
     def test_field_and_path_are_named(self, here: Path, field: str, value: str) -> None:
-        with pytest.raises(EarlError, match=rf"\n  field {field} is '{value}', but there is no folder /.*<owner>/<name>"):
+        with pytest.raises(
+            EarlError, match=rf"\n  field {field} is '{value}', but there is no folder /.*<owner>/<name>"
+        ):
             places.check(config(**{field: value}))
 
     def test_of_a_fine_tuning_until_it_is_made(self, here: Path) -> None:

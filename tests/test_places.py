@@ -39,21 +39,21 @@ class TestData:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"train_paths_file": ["no/train"]}, "field train_paths_file has 'no/train', but there is no /"),
+            ({"train_paths_file": ["no/train"]}, "field train_paths_file names what is not there: /"),
             (
                 {"val_paths_file": ["no.json"], "evaluations": {"e": {"prompts": 1}}},
-                "field val_paths_file has 'no.json', but there is no /",
+                "field val_paths_file names what is not there: /",
             ),
             (
                 {"evaluations": {"e": {"prompts": 1, "paths_file": ["no.parquet"]}}},
-                "field evaluations.e.paths_file has 'no.parquet', but there is no /",
+                "field evaluations.e.paths_file names what is not there: /",
             ),
             (
                 {
                     "model_path": "stage:sft/s",
                     "sft": {"s": {"base_model": "model", "train_paths_file": ["no"], "steps": 1}},
                 },
-                "field sft.s.train_paths_file has 'no', but there is no /",
+                "field sft.s.train_paths_file names what is not there: /",
             ),
         ],
     )
@@ -174,7 +174,9 @@ class TestWhatElse:
         loaded = load.load("x.jsonnet", {"model_path": "/no/model"}, load.WORKFLOW)
         with pytest.raises(EarlError) as caught:
             places.check(loaded.config, loaded.origin)
-        assert "field train_paths_file (in data.libsonnet) has 'no/train'" in str(caught.value)
+        assert f"field train_paths_file (in data.libsonnet) names what is not there: {place.path}/no/train;" in str(
+            caught.value
+        )
         assert "field model_path (in set=) is '/no/model'" in str(caught.value)
 
 

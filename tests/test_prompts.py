@@ -56,7 +56,7 @@ def test_what_is_too_long_is_left_out_and_counted(data: Path) -> None:
 
 def test_it_is_the_same_for_any_shards(data: Path) -> None:
     whole = config(data)
-    shards = [range(0, 5), range(5, 6), range(6, 16)]
+    shards = [range(5), range(5, 6), range(6, 16)]
     parts = [prompts.of_iteration(whole, 2, POLICY, shard) for shard in shards]
     assert [index for part in parts for index, _ in part.examples] == list(range(16))
     assert {i: e.example_id for part in parts for i, e in part.examples} == drawn(whole, 2)
@@ -74,7 +74,9 @@ def test_stop_looks_at_all_prompts_before_anything_is_sampled(tmp_path: Path, da
     with pytest.raises(EarlError) as caught:
         drawn(strict, 1)
     message = str(caught.value)
-    assert "field train_paths_file: 5 of 40 prompts are too long; first dataset 'd', example 'e3': the prompt" in message
+    assert (
+        "field train_paths_file: 5 of 40 prompts are too long; first dataset 'd', example 'e3': the prompt" in message
+    )
     assert "long_prompts" in message
     # Also where iteration 1 does not draw it.
     order = [row for _, row in mixing.draws(mixing.mixture([ROWS], [], 42), 42, 1)]
@@ -127,5 +129,3 @@ def test_the_length_is_that_of_what_is_sampled(data: Path) -> None:
     for fields in ({"max_prompt_len": len(ids) - 1}, context | {"max_response_tokens": 101}):
         reason = prompts.too_long(example, config(data, **fields), vocabulary)
         assert f"the prompt has {len(ids)} tokens where {len(ids) - 1} fit" in reason
-
-

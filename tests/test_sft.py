@@ -342,9 +342,7 @@ def test_what_another_configuration_left_is_not_resumed(make, tmp_path, monkeypa
 
 def test_an_example_that_is_too_long_gives_its_place_to_the_next_one_and_is_counted(make, data, seen, tmp_path):
     # Sequences of instructions of 1 word fit, those of 200 do not.
-    config = make(s={"train_paths_file": [data("mixed", long=(0, 5, 6))]}).model_copy(
-        update={"model_context_size": 64}
-    )
+    config = make(s={"train_paths_file": [data("mixed", long=(0, 5, 6))]}).model_copy(update={"model_context_size": 64})
     stage.run(config, "s", tmp_path / "s")
     assert json.loads((tmp_path / "s" / "sft.json").read_text())["left_out_examples"] == 3
     lengths = [len(example) for example in seen]
@@ -363,5 +361,7 @@ def test_an_example_that_is_too_long_gives_its_place_to_the_next_one_and_is_coun
 def test_what_cannot_be_learned_from_is_found_before_the_first_step(make, data, monkeypatch, tmp_path):
     monkeypatch.setattr(sft, "fine_tune", lambda *_: pytest.fail("the fine-tuning has begun"))
     config = make(s={"train_paths_file": [data("silent", reasoned=False)], "reasoning": True})
-    with pytest.raises(EarlError, match=r"field sft\.s\.train_paths_file: silent: example 0: column 'reasoning' is empty"):
+    with pytest.raises(
+        EarlError, match=r"field sft\.s\.train_paths_file: silent: example 0: column 'reasoning' is empty"
+    ):
         stage.run(config, "s", tmp_path / "s")

@@ -93,6 +93,11 @@ def _check_iteration(config: "Config") -> None:
             f"({config.engine_batch_size}) episodes; lower one of the two",
         )
     check_top_k(config.top_k)
+    if config.top_k == 1 and config.num_iterations:
+        raise wrong(
+            "top_k",
+            "is 1, so all completions of a prompt are the same and none has an advantage; raise it, or set it to -1",
+        )
     if config.max_response_tokens >= config.model_context_size:
         raise wrong(
             "max_response_tokens",

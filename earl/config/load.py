@@ -83,6 +83,9 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, options: 
     return Loaded(_validated(evaluated.value, shown(path), source), evaluated, options)
 
 
+_AGAIN = "remove it, and start the run again with its experiment, which writes it"
+
+
 def read(path: Path | str) -> Config:
     """Read a run's frozen ``config.json``.
 
@@ -94,9 +97,9 @@ def read(path: Path | str) -> Config:
     except FileNotFoundError as error:
         raise EarlError(f"{path}: does not exist; `earl config freeze` writes it") from error
     except (OSError, ValueError) as error:
-        raise EarlError(f"{path}: cannot be read as JSON ({error}); `earl config freeze` writes it again") from error
+        raise EarlError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
-        raise EarlError(f"{path}: is no object of fields; `earl config freeze` writes it again")
+        raise EarlError(f"{path}: is no object of fields; {_AGAIN}")
     return _validated(value, str(path), lambda name: str(path))
 
 
@@ -134,7 +137,7 @@ def parse_overrides(items: Iterable[str] | str, options: Options = COMMAND_LINE)
         try:
             overrides[name.strip()] = _override(name.strip(), text)
         except ValueError as error:
-            raise EarlError(f"{options.set}{item}: holds a number that is not finite; give one below 1.8e308") from error
+            raise EarlError(f"{options.set}{item}: holds a number that is not finite; give a finite one") from error
     return overrides
 
 

@@ -36,9 +36,7 @@ Problem = tuple[str, str]
 """A field's dotted name, and what is wrong with its value, with the remedy."""
 
 
-def check(
-    config: Config, origin: Callable[[str], str] | None = None, started: bool = False, here: bool = True
-) -> None:
+def check(config: Config, origin: Callable[[str], str] | None = None, started: bool = False, here: bool = True) -> None:
     """Raise where a run is sure to fail.
 
     Args:
@@ -106,14 +104,13 @@ def _raw_rows(path: str) -> int:
 def _tokenised_data(config: Config) -> Iterator[Problem]:
     """Look for the tokenised data sets that the pipeline does not make."""
     for data in _drawn_from(config):
-        for reference in dict.fromkeys(data.references):
-            path = paths.resolve(config, reference)
-            if not reference.startswith(STAGE) and not path.exists():
-                yield (
-                    data.field,
-                    f"has {reference!r}, but there is no {path.absolute()}; name a tokenised data set that is there, "
-                    f"or have raw pairs tokenised (raw_datasets.<name>) and name them as {_TOKENISE}<name>",
-                )
+        named = [paths.resolve(config, one) for one in dict.fromkeys(data.references) if not one.startswith(STAGE)]
+        if missing := [str(path.absolute()) for path in named if not path.exists()]:
+            yield (
+                data.field,
+                f"names what is not there: {', '.join(missing)}; name tokenised data sets that are there, or have raw "
+                f"pairs tokenised (raw_datasets.<name>) and name them as {_TOKENISE}<name>",
+            )
 
 
 def _rows(config: Config) -> Iterator[Problem]:

@@ -114,8 +114,9 @@ class Sft(_Section):
     """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
     base_model: Path = _fixed(
-        ..., "Model to start from: a folder, a hub name, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a "
-        "fine-tuning."
+        ...,
+        "Model to start from: a folder, a hub name, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a "
+        "fine-tuning.",
     )
     train_paths_file: list[Path] = _fixed(
         ..., "Tokenised data sets to train on, as in the field of the same name outside.", min_length=1

@@ -111,8 +111,6 @@ def of_evaluation(config: "Config", name: str, policy: Path) -> Drawn:
     return Drawn(list(enumerate(examples)))
 
 
-
-
 def too_long(example: Example, config: "Config", vocabulary: Vocabulary) -> str | None:
     """Return why a prompt cannot be answered within the configured lengths, or None."""
     prompt = len(
