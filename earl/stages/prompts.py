@@ -101,13 +101,13 @@ def of_evaluation(config: "Config", name: str, policy: Path) -> Drawn:
         count = mixture.distinct if wanted is None else wanted
         drawn = mixing.prompts(mixture, config.random_seed, 0, count)
         examples = [datasets[dataset][row] for dataset, row in drawn]
+        _check_names(examples)
         reasons = [(example, too_long(example, config, vocabulary)) for example in examples]
         if found := [f"{_name(example)}: {reason}" for example, reason in reasons if reason]:
             raise EarlError(
                 f"{len(found)} of {count} prompts are too long, and an evaluation leaves none out; first {found[0]}; "
                 f"{_REMEDY}"
             )
-        _check_names(examples)
     return Drawn(list(enumerate(examples)))
 
 
