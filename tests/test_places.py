@@ -167,6 +167,13 @@ class TestWhatElse:
         assert "field judge_rubric_perceptual_quality is 'no.jsonnet', which is no rubric" in message
         assert "ground_score" not in message
 
+    def test_a_judges_model_and_pairs_that_are_missing(self, place: Workplace) -> None:
+        fields = {"judge": "vllm", "reward_function_api_model_name": "/no/judge", "judge_gate": {"pairs": "no.parquet"}}
+        message = refusal(**fields)
+        assert "field reward_function_api_model_name is '/no/judge', but there is no folder /no/judge" in message
+        assert f"field judge_gate.pairs is 'no.parquet', but there is no file {place.path}/no.parquet" in message
+        places.check(config(judge="vllm"), here=False)
+
     def test_everything_at_once_with_where_it_was_written(self, place: Workplace) -> None:
         (place.path / "data.libsonnet").write_text("{train_paths_file: ['no/train']}")
         rest = {name: value for name, value in EXPERIMENT.items() if name != "train_paths_file"}

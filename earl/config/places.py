@@ -49,9 +49,9 @@ def check(config: Config, origin: Callable[[str], str] | None = None, started: b
     """
     problems = [*_raw_data(config), *_tokenised_data(config)]
     problems += [] if problems else _rows(config)
-    problems += _rubrics(config)
+    problems += _judge(config)
     if not started:
-        problems += [*_models(config), *_room(config)]
+        problems += [*_judge_gate(config), *_models(config), *_room(config)]
     if here:
         problems += _packages(config)
     if problems:
@@ -154,9 +154,23 @@ def _size(config: Config, reference: str) -> int | None:
     return None if hub.data_files(raw.path) or _is_made(summary.parent) else _raw_rows(raw.path)
 
 
-def _rubrics(config: Config) -> Iterator[Problem]:
+def _judge_gate(config: Config) -> Iterator[Problem]:
+    pairs = config.judge_gate and config.judge_gate.pairs
+    if pairs and not Path(pairs).is_file():
+        yield "judge_gate.pairs", f"is {pairs!r}, but there is no file {Path(pairs).absolute()}; name one that is there"
+
+
+def _judge(config: Config) -> Iterator[Problem]:
+    """Look for the rubrics that the judge is asked by, and for the model that it loads."""
     if config.judge == "program":
         return
+    model = config.reward_function_api_model_name
+    if config.judge == "vllm" and not hub.is_name(model) and not Path(model).is_dir():
+        yield (
+            "reward_function_api_model_name",
+            f"is {model!r}, but there is no folder {Path(model).absolute()}; name one that is there, or a model on "
+            "the hub as <owner>/<name>",
+        )
     for used, fields in _RUBRICS.items():
         for field in fields if getattr(config, used) else ():
             try:
