@@ -198,6 +198,16 @@ def test_texts_from_data_and_models_cannot_become_markup(copied, config):
     assert all(tag != "script" for tag, _ in Page(html).elements)
 
 
+def test_what_iterations_warned_of_is_shown(copied):
+    assert "taught less" not in page.render(contents.read(copied))
+    for iteration, more in ((1, {"warnings": ["no completion holds a finished image"]}), (2, {"left_out_prompts": 3})):
+        path = copied / "iterations" / f"{iteration:06d}" / "train" / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    html = page.render(contents.read(copied))
+    assert "1 of 2 iterations (1): no completion holds a finished image" in html
+    assert "1 of 2 iterations (2): prompts that were too long have been left out" in html
+
+
 def test_problems_of_the_verification_are_listed(copied):
     write_verification(copied, [{"file": "runs/small/x.parquet", "problem": "was changed"}])
     words = text_of(html_of(copied))

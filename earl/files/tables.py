@@ -24,6 +24,10 @@ TOKENS = pa.list_(pa.uint32())
 TOKEN_GRID = pa.struct([("height", pa.uint16()), ("width", pa.uint16()), ("ids", pa.binary())])
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 _REMEDY = "Run the stage that writes the file again, or name one of the right kind"
+LEFT_OUT = "left_out_prompts"
+"""Metadata of an iteration's rollouts: prompts that the whole iteration passed over, being too long."""
+SAMPLING = "sampling"
+"""Metadata of an evaluation's rollouts: `earl.config.freeze.sampling` as JSON."""
 SCORE_RANGE = (0.0, 10.0)
 SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
 """Every score that a judge may give."""
