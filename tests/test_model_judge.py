@@ -81,6 +81,27 @@ def test_an_answer_without_scores_is_asked_for_again_with_a_new_seed_and_only_th
     ]
 
 
+def test_an_answer_without_text_is_asked_for_again_and_reported_in_the_servers_words():
+    refused = Reply([Pass("", "stop", refusal="I cannot help with that picture.")])
+    judge, model = judge_by(lambda question, before: says(8) if before else refused)
+    (verdict,) = judge.score([judgement()])
+    assert (verdict.status, verdict.ground_score) == ("ok", 8)
+    assert len({question.seed for question in model.asked}) == 2
+    judge, model = judge_by(lambda question, before: refused, retries=2)
+    (verdict,) = judge.score([judgement()])
+    assert (verdict.status, len(model.asked)) == ("failed", 3)
+    assert verdict.failure == "ground score: I cannot help with that picture."
+    assert [one["failure"] for request in verdict.requests for one in request["passes"]] == [
+        "I cannot help with that picture."
+    ] * 3
+
+
+def test_a_refusal_outweighs_scores_beside_it():
+    both = Reply([Pass('{"ground_score": 8}', "stop", refusal="no")])
+    judge, _ = judge_by(lambda question, before: both, retries=0)
+    assert judge.score([judgement()])[0].failure == "ground score: no"
+
+
 def test_asking_again_is_bounded_and_ends_in_a_failure_with_the_words():
     judge, model = judge_by(lambda question, before: says(11), retries=2)
     (verdict,) = judge.score([judgement()])

@@ -191,6 +191,8 @@ class ModelJudge:
         """Write an answer's scores into its record, or why it has none, or put it with those that are open."""
         case, answer, record = item.case, item.answer, item.record
         try:
+            if answer.refusal is not None:
+                raise Unusable(answer.refusal)
             scores: dict[str, float] = answers.parse(answer.text, answer.finish_reason, case.rubric)
             if self._settings.expected:
                 scores, item.unclear = readout.expected(answer, case.rubric, continued)
@@ -206,19 +208,23 @@ class ModelJudge:
         probes = [(item, unclear) for item in opened for unclear in item.unclear]
         questions = [self._continuation(item.case, unclear, attempt) for item, unclear in probes]
         found: dict[int, dict[int, chat.Token]] = {}
+        refusals: dict[int, str] = {}
 
         def take(index: int, reply: Reply) -> None:
             item, unclear = probes[index]
             _record(item.case, attempt, questions[index].seed, reply, continues=unclear.beginning)
             if reply.passes and reply.passes[0].tokens:
                 found.setdefault(id(item), {})[unclear.which] = reply.passes[0].tokens[0]
+            elif reply.passes and reply.passes[0].refusal:
+                refusals[id(item)] = reply.passes[0].refusal
 
         self._all(questions, take)
         for item in opened:
             still: list[_Open] = []
             self._read(item, still, found.get(id(item)))
             if still:
-                reason = item.case.failure if item.case.hopeless else "no log-probabilities"
+                refusal = refusals.get(id(item), "no log-probabilities")
+                reason = item.case.failure if item.case.hopeless else refusal
                 item.record["failure"] = item.case.failure = f"the model does not tell 1 from 10: {reason}"
             self._keep(item.case)
 
