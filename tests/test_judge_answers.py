@@ -141,7 +141,7 @@ THINKING = [
 
 @pytest.mark.parametrize(("begin", "end"), THINKING)
 def test_thinking_goes_before_the_answer_is_read(begin, end):
-    for thought in (DRAFT, f"The form is {FORM}.", "edit_success: 3/10, or { \"a", ""):
+    for thought in (DRAFT, f"The form is {FORM}.", 'edit_success: 3/10, or { "a', ""):
         assert read(f"{begin}{thought}{end}\n\n{FINAL}\n") == [8, 9]
         assert read(f"{begin}\n{thought}\n{end}```json\n{FINAL}\n```") == [8, 9]
 

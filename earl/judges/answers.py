@@ -20,7 +20,7 @@ from earl.judges.rubric import REASONING, Rubric
 _WHOLE = re.compile(r"-?\d{1,4}(\.0+)?")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\w|%|\.\d)")
 """A number in prose; a percentage or a part of a word is none."""
-_BETWEEN = " \t\r\n`\"')]},;:*–—-"
+_BETWEEN = " \t\r\n`\"')]},;:*\u2013\u2014-"
 """What may stand between an object and the sentence that goes on after it."""
 _LONGEST = 100_000
 """Characters of an answer that are looked at; a real one has hundreds."""
@@ -115,7 +115,7 @@ def _check_prose(
     for name in rubric.scores:
         if match := re.search(name.replace("_", r"[\W_]{0,3}"), outside, re.IGNORECASE):
             raise Unusable(f"{match[0]!r} stands outside the JSON object, too")
-    scale = rf"(?<!\d){rubric.lowest}\s*(?:-|–|—|to|\.\.+)\s*{rubric.highest}(?!\d)"
+    scale = rf"(?<!\d){rubric.lowest}\s*(?:-|\u2013|\u2014|to|\.\.+)\s*{rubric.highest}(?!\d)"
     for match in _NUMBER.finditer(re.sub(scale, " ", _without(text, objects))):
         value = float(match[0])
         if rubric.lowest <= value <= rubric.highest and value not in reading.values():

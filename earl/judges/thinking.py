@@ -5,7 +5,7 @@ import re
 _KINDS = "think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad"
 MARK = re.compile(
     # <think>, </thinking>, <seed:think>, <|begin_of_thought|>, <|END_THINKING|>, <|end thinking|>
-    rf"<[|｜]?\s*(?P<end>/|end[ _])?(?:(?:begin|start|of)[ _])*(?:\w+:)?(?P<kind>{_KINDS})\b[^<>]*>"
+    rf"<[|\uff5c]?\s*(?P<end>/|end[ _])?(?:(?:begin|start|of)[ _])*(?:\w+:)?(?P<kind>{_KINDS})\b[^<>]*>"
     r"|(?P<magistral>\[/?(?-i:THINK)\])|(?P<kimi>◁/?think▷)"
     r"|(?P<harmony><\|channel\|>(?:analysis|commentary)\b|<\|end\|>)",
     re.IGNORECASE,
