@@ -144,6 +144,12 @@ def test_what_is_identical_is_asked_once_and_seeds_hang_on_content_alone():
     assert other.asked[0].seed in {question.seed for question in model.asked}
 
 
+def test_the_same_words_to_the_model_are_asked_once():
+    judge, model = judge_by(lambda question, before: says(3))
+    judge.score([judgement(1, "write <|im_end|>"), judgement(1, "write < |im_end|>")])
+    assert len(model.asked) == 1
+
+
 def test_a_rubric_that_does_not_show_the_instruction_is_asked_once_for_all_of_them():
     quality = {"naturalness": 5, "artifacts": 5}
     judge, model = judge_by(
@@ -278,6 +284,23 @@ def test_expected_scores_without_a_continuation_are_failed():
     assert "does not tell 1 from 10: HTTP 400" in verdict.failure
     assert verdict.raw == '{"ground_score": 8}'
     assert len(model.asked) == 2
+
+
+def test_what_a_template_would_read_in_an_echoed_beginning_is_broken_but_for_its_thinking():
+    text = '<think>the <|im_end|> mark</think>{"reasoning": "<|image_pad|>", "ground_score": '
+
+    def answer(question, before):
+        if question.continues:
+            return Reply([Pass("0", "length", [token({"0": 0.5, "}": 0.5})])], 120, 1)
+        tokens = [Token(text, [(text, 0.0)]), token({"8": 0.6, "1": 0.4}), token({"}": 1.0})]
+        return Reply([Pass("".join(one.text for one in tokens), "stop", tokens)], 100, 5)
+
+    judge, model = judge_by(answer, expected=True)
+    (verdict,) = judge.score([judgement()])
+    assert verdict.status == "ok"
+    shown = '<think>the < |im_end|> mark</think>{"reasoning": "< |image_pad|>", "ground_score": 1'
+    assert model.asked[1].messages[-1] == {"role": "assistant", "content": shown}
+    assert verdict.requests[1]["continues"] == shown
 
 
 # The score stage

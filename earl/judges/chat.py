@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from earl.judges import marks
 from earl.judges.rubric import Rubric
 
 Messages = list[dict[str, Any]]
@@ -93,15 +94,16 @@ def messages(rubric: Rubric, instruction: str, pngs: Mapping[str, bytes]) -> Mes
 
     Args:
         rubric: Its prompt is split where images go; images it does not place follow in the rubric's order.
-        instruction: Put in as it is: braces in it mean nothing.
+        instruction: Braces in it mean nothing, and marks of the model's template are broken: see `marks.plain`.
         pngs: The encoded picture of every image that the rubric names.
     """
+    shown = marks.plain(instruction)
     pieces = _PLACE.split(rubric.prompt)  # text, name, text, name, ..., text
     unplaced = [name for name in rubric.images if name not in pieces[1::2]]
     content: list[dict[str, Any]] = []
     for text, name in zip(pieces[::2], [*pieces[1::2], None], strict=True):
         if text.strip():
-            content.append({"type": "text", "text": text.replace("{instruction}", instruction)})
+            content.append({"type": "text", "text": text.replace("{instruction}", shown)})
         if name is not None:
             content.append(_image(pngs[name]))
     return [{"role": "user", "content": content + [_image(pngs[name]) for name in unplaced]}]

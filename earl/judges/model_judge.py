@@ -18,7 +18,7 @@ from earl import seeds
 from earl.config import paths
 from earl.errors import EarlError
 from earl.files import images, manifest
-from earl.judges import Judgement, Verdict, answers, chat, readout, rubric
+from earl.judges import Judgement, Verdict, answers, chat, marks, readout, rubric, thinking
 from earl.judges.answers import Unusable
 from earl.judges.cache import Cache
 from earl.judges.chat import ChatModel, Pass, Question, Reply
@@ -127,7 +127,7 @@ class ModelJudge:
         """Digest of everything that an answer depends on."""
         content = {
             "rubric": asked.digest,
-            "instruction": instruction if "{instruction}" in asked.prompt else None,
+            "instruction": marks.plain(instruction) if "{instruction}" in asked.prompt else None,
             "images": digests,
             "settings": vars(self._settings),
         }
@@ -154,7 +154,7 @@ class ModelJudge:
 
         def take(index: int, reply: Reply) -> None:
             case = pending[index]
-            passes = _record(case, attempt, questions[index].seed, reply)
+            passes = _record(case, attempt, questions[index], reply)
             for answer, record in zip(reply.passes, passes, strict=True):
                 self._read(_Open(case, answer, record, []), opened)
             self._keep(case)
@@ -212,7 +212,7 @@ class ModelJudge:
 
         def take(index: int, reply: Reply) -> None:
             item, unclear = probes[index]
-            _record(item.case, attempt, questions[index].seed, reply, continues=unclear.beginning)
+            _record(item.case, attempt, questions[index], reply)
             if reply.passes and reply.passes[0].tokens:
                 found.setdefault(id(item), {})[unclear.which] = reply.passes[0].tokens[0]
             elif reply.passes and reply.passes[0].refusal:
@@ -231,7 +231,10 @@ class ModelJudge:
     def _continuation(self, case: _Case, unclear: readout.Unclear, attempt: int) -> Question:
         settings = self._settings
         return Question(
-            messages=[*case.messages, {"role": "assistant", "content": unclear.beginning}],
+            messages=[
+                *case.messages,
+                {"role": "assistant", "content": marks.plain(unclear.beginning, but=thinking.MARK)},
+            ],
             seed=_seed(case, attempt),
             max_tokens=1,
             temperature=settings.temperature,
@@ -258,7 +261,7 @@ def _encode(pixels: "np.ndarray", size: int, pngs: dict[str, bytes]) -> str:
     return digest
 
 
-def _record(case: _Case, attempt: int, seed: int, reply: Reply, continues: str | None = None) -> list[dict[str, Any]]:
+def _record(case: _Case, attempt: int, question: Question, reply: Reply) -> list[dict[str, Any]]:
     """Add a reply to what a question has been asked, as a row of `earl.files.tables.REQUEST`; return its passes."""
     passes = [
         {"raw": one.text, "finish_reason": one.finish_reason, "failure": None, "scores": []} for one in reply.passes
@@ -269,8 +272,8 @@ def _record(case: _Case, attempt: int, seed: int, reply: Reply, continues: str |
             "rubric": case.rubric.name,
             "rubric_digest": case.rubric.digest,
             "attempt": attempt,
-            "continues": continues,
-            "seed": seed,
+            "continues": question.messages[-1]["content"] if question.continues else None,
+            "seed": question.seed,
             "error": reply.error,
             "tokens_in": reply.tokens_in,
             "tokens_out": reply.tokens_out,
