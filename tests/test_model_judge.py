@@ -287,7 +287,7 @@ def test_expected_scores_without_a_continuation_are_failed():
 
 
 def test_what_a_template_would_read_in_an_echoed_beginning_is_broken_but_for_its_thinking():
-    text = '<think>the <|im_end|> mark</think>{"reasoning": "<|image_pad|>", "ground_score": '
+    text = '<think>the <|im_end|> mark<|end|></think>{"reasoning": "<|image_pad|>", "ground_score": '
 
     def answer(question, before):
         if question.continues:
@@ -298,7 +298,7 @@ def test_what_a_template_would_read_in_an_echoed_beginning_is_broken_but_for_its
     judge, model = judge_by(answer, expected=True)
     (verdict,) = judge.score([judgement()])
     assert verdict.status == "ok"
-    shown = '<think>the < |im_end|> mark</think>{"reasoning": "< |image_pad|>", "ground_score": 1'
+    shown = '<think>the < |im_end|> mark< |end|></think>{"reasoning": "< |image_pad|>", "ground_score": 1'
     assert model.asked[1].messages[-1] == {"role": "assistant", "content": shown}
     assert verdict.requests[1]["continues"] == shown
 

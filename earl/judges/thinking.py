@@ -3,13 +3,14 @@
 import re
 
 _KINDS = "think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad"
-MARK = re.compile(
+_TAG = (
     # <think>, </thinking>, <seed:think>, <|begin_of_thought|>, <|END_THINKING|>, <|end thinking|>
     rf"<[|\uff5c]?\s*(?P<end>/|end[ _])?(?:(?:begin|start|of)[ _])*(?:\w+:)?(?P<kind>{_KINDS})\b[^<>]*>"
     r"|(?P<magistral>\[/?(?-i:THINK)\])|(?P<kimi>◁/?think▷)"
-    r"|(?P<harmony><\|channel\|>(?:analysis|commentary)\b|<\|end\|>)",
-    re.IGNORECASE,
 )
+TAG = re.compile(_TAG, re.IGNORECASE)
+"""What stands around thinking and nothing else."""
+MARK = re.compile(rf"{_TAG}|(?P<harmony><\|channel\|>(?:analysis|commentary)\b|<\|end\|>)", re.IGNORECASE)
 """What begins or ends thinking."""
 
 
