@@ -233,7 +233,7 @@ class ModelJudge:
         return Question(
             messages=[
                 *case.messages,
-                {"role": "assistant", "content": marks.plain(unclear.beginning, but=thinking.MARK)},
+                {"role": "assistant", "content": marks.plain(unclear.beginning, but=thinking.TAG)},
             ],
             seed=_seed(case, attempt),
             max_tokens=1,
