@@ -532,6 +532,7 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line in this process."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no UTF-8
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:

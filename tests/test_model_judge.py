@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -332,6 +333,63 @@ def test_the_stage_writes_every_answer(tmp_path, monkeypatch):
     assert metadata[b"earl_table"] == b"scores"
     assert metadata[b"rubrics_digest"].decode() == judge.rubrics_digest
     tables.read_table(tmp_path / "scores.parquet", tables.SCORES)
+
+
+HALF = "\ud83d"
+
+
+def answers_with_halves(question, before):
+    text = json.dumps({"reasoning": "a smile ", "ground_score": 3}).replace("smile ", f"smile {HALF}")
+    bad = Reply([Pass(f"no {HALF}", f"stop{HALF}", refusal=HALF)], error=None)
+    if "instruction was: bad" in json.dumps(question.messages):
+        return bad
+    if "instruction was: gone" in json.dumps(question.messages):
+        return Reply(error=f"HTTP 500 {HALF}")
+    return Reply([Pass(text, "stop")], 100, 10, 0.5)
+
+
+def test_half_a_surrogate_pair_ends_no_stage_neither_new_nor_kept(tmp_path, monkeypatch):
+    changes = ({"episode_id": "p-bad", "instruction": "bad"}, {"episode_id": "p-gone", "instruction": "gone"})
+    judge_files.write_rollouts(tmp_path / "rollouts.parquet", 1, *changes)
+
+    def stage(answer) -> list[dict]:
+        judge, _ = judge_by(answer, cache=Cache(tmp_path / "s.sqlite"), retries=1)
+        monkeypatch.setattr("earl.judges.get", lambda config: judge)
+        score.run(judge_files.config(tmp_path, "m"), tmp_path / "rollouts.parquet", tmp_path / "scores.parquet")
+        return tables.read_table(tmp_path / "scores.parquet", tables.MODEL_SCORES).to_pylist()
+
+    first = stage(answers_with_halves)
+    assert [row["status"] for row in first] == ["ok"] * 4 + ["no_image", "failed", "failed"]
+    assert first[0]["raw"] == '{"reasoning": "a smile \ufffd", "ground_score": 3}'
+    assert [row["failure"] for row in first[5:]] == ["ground score: \ufffd", "ground score: HTTP 500 \ufffd"]
+    # As an earlier version kept it.
+    with sqlite3.connect(tmp_path / "s.sqlite") as database:
+        assert database.execute("SELECT count(*) FROM answers WHERE value LIKE '%ufffd%'").fetchone() == (4,)
+        database.execute(r"UPDATE answers SET value = replace(value, '\ufffd', '\ud83d')")
+    assert stage(answers_with_halves) == first
+
+
+def test_whole_pairs_stay(tmp_path):
+    smile = json.dumps({"reasoning": "\U0001f600", "ground_score": 3}, ensure_ascii=False)
+    asked = judge_by(lambda question, before: Reply([Pass(smile, "stop")]), cache=Cache(tmp_path / "s.sqlite"))[0]
+    assert asked.score([judgement()])[0].raw == smile
+    asked = judge_by(None, cache=Cache(tmp_path / "s.sqlite"))[0]
+    assert asked.score([judgement()])[0].raw == smile
+
+
+@pytest.mark.parametrize("draft", ["9", "4"])
+def test_what_was_once_read_from_a_draft_is_not_taken_from_the_store(tmp_path, draft):
+    # As an earlier version kept it: a score that the answer, as it is read now, does not give.
+    said = '<think>{"ground_score": 9}</think>{"ground_score": 4}' if draft == "9" else 'not {"ground_score": 4} but 9'
+    judge_by(lambda question, before: says(3), cache=Cache(tmp_path / "s.sqlite"))[0].score([judgement()])
+    with sqlite3.connect(tmp_path / "s.sqlite") as database:
+        kept = json.loads(database.execute("SELECT value FROM answers").fetchone()[0])
+        kept[0]["passes"][0] |= {"raw": said, "scores": [{"name": "ground_score", "value": float(draft)}]}
+        database.execute("UPDATE answers SET value = ?", (json.dumps(kept),))
+    judge, model = judge_by(lambda question, before: says(6), cache=Cache(tmp_path / "s.sqlite"))
+    assert (judge.score([judgement()])[0].ground_score, len(model.asked)) == (6, 1)
+    judge, model = judge_by(None, cache=Cache(tmp_path / "s.sqlite"))
+    assert (judge.score([judgement()])[0].ground_score, len(model.asked)) == (6, 0)
 
 
 def test_a_stage_run_again_writes_the_same_bytes_from_the_store(tmp_path, monkeypatch):

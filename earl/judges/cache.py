@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from earl.errors import EarlError
+from earl.text import encodable
 
 _PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""
@@ -43,7 +44,13 @@ class Cache:
             return self._new[key]
         with self._errors():
             row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-            return None if row is None else json.loads(row[0])
+            return None if row is None else _read(row[0])
+
+    def drop(self, key: str) -> None:
+        """Forget what is kept under a key."""
+        self._new.pop(key, None)
+        with self._errors(), self._database:
+            self._database.execute("DELETE FROM answers WHERE key = ?", (key,))
 
     def put(self, key: str, value: Any) -> None:
         """Keep a value; it is on disk after some more of them, or `flush`. What is there already stays."""
@@ -67,3 +74,9 @@ class Cache:
                 f"{self._path}: the store of judgements cannot be used ({error}); remove the file, or set "
                 "judge_cache=false where its file system knows no locks"
             ) from error
+
+
+def _read(text: str) -> Any:
+    """The value of a row; earlier versions kept halves of surrogate pairs, too."""
+    value = json.loads(text)
+    return json.loads(encodable(json.dumps(value, ensure_ascii=False))) if "\\ud" in text else value

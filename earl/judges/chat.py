@@ -7,11 +7,12 @@ keep a server busy.
 import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from earl.judges import marks
 from earl.judges.rubric import Rubric
+from earl.text import encodable
 
 Messages = list[dict[str, Any]]
 """Messages of the OpenAI chat API: plain dicts, images as data URLs."""
@@ -75,6 +76,20 @@ class Reply:
     """How long the request took; in a batch, the batch's time divided by its questions."""
     error: str | None = None
     """Why there is no answer, after everything that can be tried again has been."""
+
+
+def storable(reply: Reply) -> Reply:
+    """Return a reply whose texts can be written to files, whatever JSON they came in."""
+    passes = [
+        replace(
+            one,
+            text=encodable(one.text),
+            finish_reason=encodable(one.finish_reason),
+            refusal=one.refusal and encodable(one.refusal),
+        )
+        for one in reply.passes
+    ]
+    return replace(reply, passes=passes, error=reply.error and encodable(reply.error))
 
 
 class ChatModel(Protocol):

@@ -136,13 +136,27 @@ class ModelJudge:
     def _answer(self, cases: list[_Case]) -> None:
         for case in cases:
             if self._cache is not None and (kept := self._cache.get(case.key)) is not None:
-                case.requests = kept
+                if self._reads_alike(kept, case.rubric):
+                    case.requests = kept
+                else:
+                    self._cache.drop(case.key)
         log.info("judge: %d questions, %d of them answered before", len(cases), sum(self._is_done(c) for c in cases))
         for attempt in range(1 + self._retries):
             pending = [case for case in cases if not self._is_done(case) and not case.hopeless]
             if not pending:
                 break
             self._ask(pending, attempt)
+
+    def _reads_alike(self, kept: list[dict[str, Any]], asked: Rubric) -> bool:
+        """Whether answers that are kept are read now as they were then; an earlier version took drafts for scores."""
+        for one in (one for request in kept for one in request["passes"] if one["scores"]):
+            try:
+                found = answers.parse(one["raw"], one["finish_reason"], asked)
+            except Unusable:
+                return False
+            if not self._settings.expected and found != {score["name"]: score["value"] for score in one["scores"]}:
+                return False
+        return True
 
     def _is_done(self, case: _Case) -> bool:
         return len(case.passes) == self._settings.samples
@@ -169,7 +183,7 @@ class ModelJudge:
 
         def count(index: int, reply: Reply) -> None:
             missing.remove(index)
-            take(index, reply)
+            take(index, chat.storable(reply))
 
         self._chat_model.ask(questions, count)
         if missing:
