@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from earl import cli
+from earl.config import freeze
 from earl.errors import EarlError
-from earl.files import tables
+from earl.files import manifest, tables
 from earl.judges import Judgement, model_judge, rubric
 from earl.judges.cache import Cache
 from earl.judges.chat import Pass, Question, Reply, Token
 from earl.judges.model_judge import ModelJudge, Settings
+from earl.layout import Run
 from earl.stages import score
 from tests import judge_files
 
@@ -333,6 +338,123 @@ def test_the_stage_writes_every_answer(tmp_path, monkeypatch):
     assert metadata[b"earl_table"] == b"scores"
     assert metadata[b"rubrics_digest"].decode() == judge.rubrics_digest
     tables.read_table(tmp_path / "scores.parquet", tables.SCORES)
+
+
+class Again:
+    """A score stage whose judge can be exchanged; counts what is asked."""
+
+    def __init__(self, folder: Path, monkeypatch, samples=2, retries=1) -> None:
+        changes = [{"episode_id": f"p-{name}", "instruction": name} for name in ("bad", "worse", "lost")]
+        self.rows = judge_files.write_rollouts(folder / "rollouts.parquet", 1, *changes)
+        self.config = judge_files.config(folder, "m", judge_samples=samples, judge_retries=retries)
+        self.rollouts, self.scores = folder / "rollouts.parquet", folder / "scores.parquet"
+        self.monkeypatch, self.samples, self.retries = monkeypatch, samples, retries
+
+    def judge(self, answer, **settings) -> Model:
+        settings = {"samples": self.samples} | settings
+        judge, model = judge_by(answer, retries=self.retries, **settings)
+        self.monkeypatch.setattr("earl.judges.get", lambda config: judge)
+        return model
+
+    def read(self) -> list[dict]:
+        return tables.read_table(self.scores, tables.MODEL_SCORES).to_pylist()
+
+
+def about(question: Question, *words: str) -> bool:
+    return any(f"instruction was: {word}\n" in json.dumps(question.messages).replace("\\n", "\n") for word in words)
+
+
+def first_answers(question: Question, before: int) -> Reply:
+    if about(question, "lost"):
+        return Reply(error="no connection")
+    if about(question, "bad", "worse"):
+        return says(4, 99) if before == 0 else says(99)
+    return says(*[3] * question.passes)
+
+
+def test_failed_judgements_alone_are_asked_again_with_new_seeds(tmp_path, monkeypatch):
+    stage = Again(tmp_path, monkeypatch)
+    first_model = stage.judge(first_answers)
+    score.run(stage.config, stage.rollouts, stage.scores)
+    first, digest = stage.read(), manifest.digest_file(stage.scores)
+    assert [row["status"] for row in first] == ["ok"] * 4 + ["no_image"] + ["failed"] * 3
+
+    model = stage.judge(lambda question, before: says(99) if about(question, "worse") else says(*[8] * question.passes))
+    assert score.run_again(stage.config, stage.rollouts, stage.scores) == (3, 1)
+    second = stage.read()
+    assert second[:5] == first[:5]
+    assert [row["episode_id"] for row in second] == [row["episode_id"] for row in stage.rows]
+    assert [(row["status"], row["ground_score"]) for row in second[5:]] == [("ok", 6), ("failed", None), ("ok", 8)]
+    assert second[6]["failure"] == "ground score: ground_score is 99, outside 0..10"
+    # What was answered is kept, and only what was missing asked, with seeds that follow those of the first time.
+    assert sorted(question.passes for question in model.asked) == [1, 1, 1, 2]
+    asked = [request for row in second[5:] for request in row["requests"]]
+    assert len({request["seed"] for request in asked}) == len(asked)
+    assert [request["attempt"] for request in second[5]["requests"]] == [0, 1, 2]
+    assert [request["attempt"] for request in second[6]["requests"]] == [0, 1, 2, 3]
+    assert second[5]["requests"][:2] == first[5]["requests"]
+    assert len(first_model.asked) == 4 + 2 + 2 + 1
+    told = tables.read_metadata(stage.scores)
+    assert told["asked_again"] == digest
+    assert told["rollouts_digest"] == manifest.digest_file(stage.rollouts)
+
+
+def test_asking_again_is_a_function_of_the_files(tmp_path, monkeypatch):
+    stage = Again(tmp_path, monkeypatch)
+    stage.judge(first_answers)
+    score.run(stage.config, stage.rollouts, stage.scores)
+    before, found = stage.scores.read_bytes(), []
+    for _ in range(2):
+        stage.scores.write_bytes(before)
+        stage.judge(lambda question, before: says(*[question.seed % 11] * question.passes))
+        score.run_again(stage.config, stage.rollouts, stage.scores)
+        found.append(stage.scores.read_bytes())
+    assert found[0] == found[1] != before
+    model = stage.judge(None)
+    assert score.run_again(stage.config, stage.rollouts, stage.scores) == (0, 0)
+    assert (stage.scores.read_bytes(), model.asked) == (found[0], []), "nothing failed, so nothing is written"
+
+
+@pytest.mark.parametrize("what", ["configuration", "rollouts", "rubrics"])
+def test_what_another_judge_scored_is_not_mixed(tmp_path, monkeypatch, what):
+    stage = Again(tmp_path, monkeypatch)
+    stage.judge(first_answers)
+    score.run(stage.config, stage.rollouts, stage.scores)
+    before = stage.scores.read_bytes()
+    if what == "configuration":
+        stage.config = judge_files.config(tmp_path, "m", judge_samples=2, judge_retries=1, judge_temperature=0.5)
+    elif what == "rollouts":
+        judge_files.write_rollouts(stage.rollouts, 1, {"episode_id": "other"})
+    else:
+        judge, _ = judge_by(None, [RUBRICS["perceptual_quality"]])
+        monkeypatch.setattr("earl.judges.get", lambda config: judge)
+    key = {"configuration": "config_digest", "rollouts": "rollouts_digest", "rubrics": "rubrics_digest"}[what]
+    with pytest.raises(EarlError, match=rf"scores\.parquet: .*{key}"):
+        score.run_again(stage.config, stage.rollouts, stage.scores)
+    assert stage.scores.read_bytes() == before
+
+
+def test_the_failed_judgements_of_a_run_are_one_command(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run")
+    stage = Again(tmp_path, monkeypatch)
+    freeze.write(stage.config, run.config)
+    for rollouts, scores in (
+        (run.iteration(1).rollouts(0), run.iteration(1).scores(0)),
+        (run.iteration(2).rollouts(0), run.iteration(2).scores(0)),
+        (run.evaluation("heldout", 1).rollouts, run.evaluation("heldout", 1).scores),
+    ):
+        rollouts.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stage.rollouts, rollouts)
+        stage.judge(first_answers)
+        score.run(stage.config, rollouts, scores)
+    stage.judge(lambda question, before: says(*[8] * question.passes))
+    told = CliRunner().invoke(cli.app, ["judge", "again", "--run", str(run.path), "--iteration", "2"])
+    line = "{}: 3 judgements had failed, 0 still have\n"
+    assert told.output == line.format(run.iteration(2).scores(0))
+    told = CliRunner().invoke(cli.app, ["judge", "again", "--run", str(run.path)])
+    assert told.output == "".join(map(line.format, (run.iteration(1).scores(0), run.evaluation("heldout", 1).scores)))
+    told = CliRunner().invoke(cli.app, ["judge", "again", "--run", str(run.path)])
+    assert told.output == f"{run.path}: no judgement has failed\n"
 
 
 HALF = "\ud83d"

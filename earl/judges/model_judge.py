@@ -60,6 +60,11 @@ class _Case:
     hopeless: bool = False
 
     @property
+    def attempt(self) -> int:
+        """Number of the next try."""
+        return 1 + max((request["attempt"] for request in self.requests), default=-1)
+
+    @property
     def passes(self) -> list[dict[str, Any]]:
         """The answers that give scores."""
         return [one for request in self.requests for one in request["passes"] if one["scores"]]
@@ -72,6 +77,7 @@ class _Open:
     case: _Case
     answer: Pass
     record: dict[str, Any]
+    attempt: int
     unclear: list[readout.Unclear]
 
 
@@ -91,11 +97,19 @@ class ModelJudge:
         self.rubrics, self.rubrics_digest = list(rubrics), rubric.digest_all(rubrics)
         self._chat_model, self._settings, self._retries, self._cache = chat_model, settings, retries, cache
 
-    def score(self, judgements: Sequence[Judgement]) -> list[Verdict]:
-        """See `earl.judges.Judge`. What is identical is asked once."""
+    def score(self, judgements: Sequence[Judgement], before: Sequence[Sequence[dict[str, Any]]] = ()) -> list[Verdict]:
+        """See `earl.judges.Judge`. What is identical is asked once.
+
+        Args:
+            before: What was asked for these judgements earlier, rows of `earl.files.tables.REQUEST`: answers among it
+                are kept, and the tries go on after the last one, with seeds of their own.
+        """
         pngs: dict[str, bytes] = {}
         cases: dict[str, _Case] = {}
         rows = [[self._case(judgement, one, pngs, cases) for one in self.rubrics] for judgement in judgements]
+        for question, requests in _by_question(before).items():
+            if question in cases and self._reads_alike(requests, cases[question].rubric):
+                cases[question].requests = requests
         try:
             self._answer(list(cases.values()))
         finally:
@@ -141,11 +155,11 @@ class ModelJudge:
                 else:
                     self._cache.drop(case.key)
         log.info("judge: %d questions, %d of them answered before", len(cases), sum(self._is_done(c) for c in cases))
-        for attempt in range(1 + self._retries):
+        for _ in range(1 + self._retries):
             pending = [case for case in cases if not self._is_done(case) and not case.hopeless]
             if not pending:
                 break
-            self._ask(pending, attempt)
+            self._ask(pending)
 
     def _reads_alike(self, kept: list[dict[str, Any]], asked: Rubric) -> bool:
         """Whether answers that are kept are read now as they were then; an earlier version took drafts for scores."""
@@ -161,20 +175,21 @@ class ModelJudge:
     def _is_done(self, case: _Case) -> bool:
         return len(case.passes) == self._settings.samples
 
-    def _ask(self, pending: list[_Case], attempt: int) -> None:
+    def _ask(self, pending: list[_Case]) -> None:
         """Ask for the passes that are missing, once."""
         opened: list[_Open] = []
-        questions = [self._question(case, attempt) for case in pending]
+        attempts = [case.attempt for case in pending]
+        questions = [self._question(case) for case in pending]
 
         def take(index: int, reply: Reply) -> None:
-            case = pending[index]
+            case, attempt = pending[index], attempts[index]
             passes = _record(case, attempt, questions[index], reply)
             for answer, record in zip(reply.passes, passes, strict=True):
-                self._read(_Open(case, answer, record, []), opened)
+                self._read(_Open(case, answer, record, attempt, []), opened)
             self._keep(case)
 
         self._all(questions, take)
-        self._continue(opened, attempt)
+        self._continue(opened)
 
     def _all(self, questions: list[Question], take: Callable[[int, Reply], None]) -> None:
         if not questions:
@@ -189,11 +204,11 @@ class ModelJudge:
         if missing:
             raise EarlError(f"judge {self.name!r} gave no reply to {len(missing)} of {len(questions)} questions")
 
-    def _question(self, case: _Case, attempt: int) -> Question:
+    def _question(self, case: _Case) -> Question:
         settings = self._settings
         return Question(
             messages=case.messages,
-            seed=_seed(case, attempt),
+            seed=_seed(case, case.attempt),
             passes=settings.samples - len(case.passes),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
@@ -217,16 +232,16 @@ class ModelJudge:
         except Unusable as error:
             record["failure"] = case.failure = str(error)
 
-    def _continue(self, opened: list[_Open], attempt: int) -> None:
+    def _continue(self, opened: list[_Open]) -> None:
         """Have the beginnings up to a "1" continued, and read those answers again."""
         probes = [(item, unclear) for item in opened for unclear in item.unclear]
-        questions = [self._continuation(item.case, unclear, attempt) for item, unclear in probes]
+        questions = [self._continuation(item, unclear) for item, unclear in probes]
         found: dict[int, dict[int, chat.Token]] = {}
         refusals: dict[int, str] = {}
 
         def take(index: int, reply: Reply) -> None:
             item, unclear = probes[index]
-            _record(item.case, attempt, questions[index], reply)
+            _record(item.case, item.attempt, questions[index], reply)
             if reply.passes and reply.passes[0].tokens:
                 found.setdefault(id(item), {})[unclear.which] = reply.passes[0].tokens[0]
             elif reply.passes and reply.passes[0].refusal:
@@ -242,17 +257,15 @@ class ModelJudge:
                 item.record["failure"] = item.case.failure = f"the model does not tell 1 from 10: {reason}"
             self._keep(item.case)
 
-    def _continuation(self, case: _Case, unclear: readout.Unclear, attempt: int) -> Question:
+    def _continuation(self, item: _Open, unclear: readout.Unclear) -> Question:
         settings = self._settings
+        beginning = marks.plain(unclear.beginning, but=thinking.TAG)
         return Question(
-            messages=[
-                *case.messages,
-                {"role": "assistant", "content": marks.plain(unclear.beginning, but=thinking.TAG)},
-            ],
-            seed=_seed(case, attempt),
+            messages=[*item.case.messages, {"role": "assistant", "content": beginning}],
+            seed=_seed(item.case, item.attempt),
             max_tokens=1,
             temperature=settings.temperature,
-            regex=answers.rest_pattern(case.rubric, unclear.which) if settings.structured else None,
+            regex=answers.rest_pattern(item.case.rubric, unclear.which) if settings.structured else None,
             logprobs=True,
             continues=True,
         )
@@ -260,6 +273,17 @@ class ModelJudge:
     def _keep(self, case: _Case) -> None:
         if self._cache is not None and self._is_done(case):
             self._cache.put(case.key, case.requests)
+
+
+def _by_question(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """What was asked for some judgements, by question; rows that share a question hold the same of it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        own: dict[str, list[dict[str, Any]]] = {}
+        for request in row:
+            own.setdefault(request["question"], []).append(request)
+        found |= own
+    return found
 
 
 def _seed(case: _Case, attempt: int) -> int:
