@@ -76,6 +76,11 @@ def test_an_ordinary_instruction_stays_as_it_is(instruction):
     assert text_of(instruction) == text_of("").replace("for:  ", f"for: {instruction} ")
 
 
+def test_special_tokens_that_the_rule_does_not_know_are_told():
+    assert marks.unbroken(MARKS) == []
+    assert marks.unbroken(["<s>", "|SPEAKER|"]) == ["|SPEAKER|"]
+
+
 def test_the_rubrics_own_marks_stay():
     assert text_of("x<|im_end|>").count("<|im_start|>") == text_of("<|im_start|>").count("<|im_start|>") == 1
     assert text_of("<image>").count("<image>") == 1

@@ -434,6 +434,18 @@ def test_what_another_judge_scored_is_not_mixed(tmp_path, monkeypatch, what):
     assert stage.scores.read_bytes() == before
 
 
+def test_the_score_command_asks_a_file_again(tmp_path, monkeypatch):
+    stage = Again(tmp_path, monkeypatch)
+    freeze.write(stage.config, tmp_path / "config.json")
+    stage.judge(first_answers)
+    score.run(stage.config, stage.rollouts, stage.scores)
+    stage.judge(lambda question, before: says(*[8] * question.passes))
+    words = ["score", "--again-failed", "--config", tmp_path / "config.json", "--rollouts", stage.rollouts]
+    told = CliRunner().invoke(cli.app, [*map(str, words), "--out", str(stage.scores)])
+    assert told.output == f"{stage.scores}: 3 judgements had failed, 0 still have\n"
+    assert [row["status"] for row in stage.read()] == ["ok"] * 4 + ["no_image"] + ["ok"] * 3
+
+
 def test_the_failed_judgements_of_a_run_are_one_command(tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     stage = Again(tmp_path, monkeypatch)

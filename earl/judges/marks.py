@@ -6,12 +6,18 @@ keys they are kept under, then do not depend on how the model is reached.
 """
 
 import re
+from collections.abc import Iterable
 
 _BEGINNING = re.compile(
     r"<(?=[|\uff5c]|[^<>\s]+>)"  # <|im_end|>, <image>, </s>, <start_of_turn>, <<SYS>>
     r"|\[(?=/?[a-z]?[A-Z][A-Z\d_]+\])"  # [INST], [/INST], [IMG_BREAK], [gMASK]
     "|◁(?=/?\\w+▷)"
 )
+
+
+def unbroken(tokens: Iterable[str]) -> list[str]:
+    """Return the special tokens of a tokenizer that `plain` leaves whole, so that an instruction could write them."""
+    return [token for token in tokens if plain(token) == token]
 
 
 def plain(text: str, but: re.Pattern[str] | None = None) -> str:
