@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from earl.errors import EarlError
@@ -255,6 +255,7 @@ def thoughts(draw) -> str:
     return draw(st.sampled_from(["", begin])) + inside + end if not thinking.MARK.search(inside) else ""
 
 
+@settings(deadline=None)
 @given(ANSWERS, BEFORE, AFTER, thoughts())
 def test_a_valid_answer_in_harmless_prose_reads_the_same(answer, before, after, thought):
     assume(not thinking.MARK.search(answer))
@@ -265,6 +266,7 @@ def test_a_valid_answer_in_harmless_prose_reads_the_same(answer, before, after, 
     assert all(place > text.rindex(answer) for place in answers.places(text, TWO))
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(DRAFTS, thoughts(), BEFORE, AFTER), max_size=6), st.sampled_from(["", " ", "\n"]))
 def test_scores_are_those_of_the_last_object_or_none(parts, between):
     text = between.join(parts)
@@ -279,6 +281,7 @@ def test_scores_are_those_of_the_last_object_or_none(parts, between):
     assert set(map(int, re.findall(r"\d+", after))) <= set(scores)
 
 
+@settings(deadline=None)
 @given(ANSWERS, ANSWERS, BEFORE, AFTER)
 def test_two_readings_are_none(one, other, before, after):
     assume([json.loads(one)[name] for name in TWO.scores] != [json.loads(other)[name] for name in TWO.scores])

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -86,6 +86,7 @@ def test_the_rubrics_own_marks_stay():
     assert text_of("<image>").count("<image>") == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*MARKS, "<", "<|", "|>", ">", "[", "]", "im_end", "/", " "]) | st.text(max_size=5)))
 def test_whatever_is_written_no_mark_is_left(parts):
     text = "".join(parts)
@@ -95,6 +96,7 @@ def test_whatever_is_written_no_mark_is_left(parts):
     assert shown.replace(" ", "") == text.replace(" ", "")
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*write_tiny_judge.SPECIAL, "<", "|", ">", "im_end"]) | st.text(max_size=5)))
 def test_no_special_id_comes_from_an_instruction(parts):
     tokenizer = write_tiny_judge.build_tokenizer()
