@@ -564,11 +564,11 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line in this process."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no UTF-8
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no UTF-8
     status = call(sys.argv[1:])
     if "LOCAL_RANK" in os.environ:
         processes.end_at_once(status)
