@@ -166,10 +166,11 @@ def _listing(path: Path) -> tuple[list[str], str]:
     except ValueError as error:
         raise EarlError(f"{path}: is damaged ({error}); download it again") from error
     names = listing.get("path_list") if isinstance(listing, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) and is_unicode(name) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise EarlError(f"{path}: field 'path_list' must be a list of file names")
     if not names:
         raise EarlError(f"{path}: the data set is empty; leave it out of the configuration")
+    names = [_text(name, "path_list", path) for name in names]
     return names, _text(listing.get("prefix") or "", "prefix", path)
 
 

@@ -44,7 +44,11 @@ class Cache:
             return self._new[key]
         with self._errors():
             row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-            return None if row is None else _read(row[0])
+            if row is None:
+                return None
+            value = json.loads(row[0])
+            # Earlier versions kept halves of surrogate pairs, too.
+            return json.loads(encodable(json.dumps(value, ensure_ascii=False))) if "\\ud" in row[0] else value
 
     def drop(self, key: str) -> None:
         """Forget what is kept under a key."""
@@ -74,9 +78,3 @@ class Cache:
                 f"{self._path}: the store of judgements cannot be used ({error}); remove the file, or set "
                 "judge_cache=false where its file system knows no locks"
             ) from error
-
-
-def _read(text: str) -> Any:
-    """The value of a row; earlier versions kept halves of surrogate pairs, too."""
-    value = json.loads(text)
-    return json.loads(encodable(json.dumps(value, ensure_ascii=False))) if "\\ud" in text else value
