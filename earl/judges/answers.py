@@ -4,7 +4,8 @@ The parser also takes the answers of servers that know no schema: JSON in a code
 with its fields in any order. It gives up wherever two readings are possible or a number is not one of the rubric's:
 
     After thinking, an answer is one JSON object with the scores, around which prose names no score, has no number in
-    range but those of the object (and the scale, as in "0 to 10"), and does not go on with the object's sentence.
+    range but those of the object (and the scale, "0 to 10" or "out of 10", and labels, "image 1"), and does not go on
+    with the object's sentence.
 
 So a draft or a quotation ("an answer such as {...} would be too harsh. I give 8 and 9") is not taken for the answer.
 """
@@ -115,8 +116,9 @@ def _check_prose(
     for name in rubric.scores:
         if match := re.search(name.replace("_", r"[\W_]{0,3}"), outside, re.IGNORECASE):
             raise Unusable(f"{match[0]!r} stands outside the JSON object, too")
-    scale = rf"(?<!\d){rubric.lowest}\s*(?:-|\u2013|\u2014|to|\.\.+)\s*{rubric.highest}(?!\d)"
-    for match in _NUMBER.finditer(re.sub(scale, " ", _without(text, objects))):
+    scale = rf"(?<!\d){rubric.lowest}\s*(?:-|\u2013|\u2014|to|\.\.+)\s*{rubric.highest}|(?:out of|/)\s*{rubric.highest}"
+    harmless = rf"(?:{scale}|\b(?:image|picture)\s+\d)(?![\d.]*\d)"
+    for match in _NUMBER.finditer(re.sub(harmless, " ", _without(text, objects), flags=re.IGNORECASE)):
         value = float(match[0])
         if rubric.lowest <= value <= rubric.highest and value not in reading.values():
             raise Unusable(f"the number {match[0]} stands outside the JSON object and may be a score")
