@@ -19,8 +19,8 @@ from earl.judges import thinking
 from earl.judges.rubric import REASONING, Rubric
 
 _WHOLE = re.compile(r"-?\d{1,4}(\.0+)?")
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\w|%|\.\d)")
-"""A number in prose; a percentage or a part of a word is none."""
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\d|%|\.\d|(?:st|nd|rd|th)\b)")
+"""A number in prose; a percentage, an ordinal or the end of a word is none."""
 _BETWEEN = " \t\r\n`\"')]},;:*\u2013\u2014-"
 """What may stand between an object and the sentence that goes on after it."""
 _LONGEST = 100_000
