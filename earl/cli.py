@@ -167,6 +167,27 @@ def judge_check(
         check.write(found, out)
 
 
+@judge_app.command("again")
+def judge_again(
+    run: RunFolder,
+    iterations: Annotated[
+        list[int] | None, typer.Option("--iteration", min=0, help="Only this iteration; may be repeated.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation; may be repeated.")
+    ] = None,
+) -> None:
+    """Ask the failed judgements of a run again; scores that were given stay."""
+    from earl.stages import again
+
+    count = 0
+    for asked in again.run(run, iterations or (), evaluations or ()):
+        count += 1
+        typer.echo(f"{asked.scores}: {asked.failed} judgements had failed, {asked.still} still have")
+    if not count:
+        typer.echo(f"{run}: no judgement has failed")
+
+
 @judge_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def judge_serve(
     context: typer.Context,
@@ -241,12 +262,23 @@ def generate(
 
 
 @app.command()
-def score(config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")], out: Output) -> None:
+def score(
+    config: ConfigFile,
+    rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")],
+    out: Output,
+    again_failed: Annotated[
+        bool, typer.Option("--again-failed", help="Ask only the failed judgements of the file --out again.")
+    ] = False,
+) -> None:
     """Ask the judge about rollouts."""
     from earl.config.load import read
     from earl.stages import score as stage
 
-    stage.run(read(config), rollouts, out)
+    if again_failed:
+        failed, still = stage.run_again(read(config), rollouts, out)
+        typer.echo(f"{out}: {failed} judgements had failed, {still} still have")
+    else:
+        stage.run(read(config), rollouts, out)
 
 
 @app.command()
@@ -536,6 +568,7 @@ def main() -> None:
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no UTF-8
     status = call(sys.argv[1:])
     if "LOCAL_RANK" in os.environ:
         processes.end_at_once(status)

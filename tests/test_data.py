@@ -375,7 +375,14 @@ class TestReference:
             open_dataset(path)[0]
 
     @pytest.mark.parametrize(
-        ("text", "part"), [("{", "damaged"), ("[]", "path_list"), ('{"path_list": [1]}', "path_list")]
+        ("text", "part"),
+        [
+            ("{", "damaged"),
+            ("[]", "path_list"),
+            ('{"path_list": [1]}', "path_list"),
+            (r'{"path_list": ["\ud83d.pth"]}', "path_list"),
+            (r'{"path_list": ["a"], "prefix": "\ud83d"}', "prefix"),
+        ],
     )
     def test_wrong_listing(self, text: str, part: str, tmp_path: Path) -> None:
         path = tmp_path / "tokenized_datalist.json"

@@ -170,7 +170,8 @@ def _listing(path: Path) -> tuple[list[str], str]:
         raise EarlError(f"{path}: field 'path_list' must be a list of file names")
     if not names:
         raise EarlError(f"{path}: the data set is empty; leave it out of the configuration")
-    return names, str(listing.get("prefix") or "")
+    names = [_text(name, "path_list", path) for name in names]
+    return names, _text(listing.get("prefix") or "", "prefix", path)
 
 
 def _field(values: dict[str, Any], name: str, path: Path) -> Any:

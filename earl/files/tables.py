@@ -227,7 +227,7 @@ def write_table(
             arrays.append(_array(columns[field.name], field.type))
         except KeyError as error:
             raise EarlError(f"{path}: column {field.name!r} is missing from what is to be written") from error
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
             raise EarlError(f"{path}: column {field.name!r} does not convert to {field.type}: {error}") from error
     features = {field.name: _feature(field.type) for field in fields}
     info = {

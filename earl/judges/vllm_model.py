@@ -14,6 +14,7 @@ from earl.errors import EarlError
 from earl.files import manifest
 from earl.judges import server
 from earl.judges.chat import Pass, Question, Reply, Token
+from earl.judges.marks import unbroken
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -139,6 +140,8 @@ class VllmModel:
                 f"{self.model}: does not load in vLLM ({error}); check reward_function_api_model_name, its revision, "
                 "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
             ) from error
+        if odd := unbroken(self._llm.get_tokenizer().all_special_tokens):
+            log.warning("judge: %s: instructions may hold its special tokens %s", self.model, ", ".join(odd))
         log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)
 
 

@@ -71,7 +71,7 @@ def run(
     files = Run(Path(run_path))
     folder = files.path / "rescored" / name
     config = _config(files, folder, overrides)
-    found = list(_stored(files, folder, iterations, evaluations))
+    found = list(stored(files, folder, iterations, evaluations))
     if not found:
         raise EarlError(f"{files.path}: has no scored rollouts of these iterations and evaluations; name others")
     with runs.exclusive(Run(folder)):
@@ -101,7 +101,7 @@ def _config(files: Run, folder: Path, overrides: Mapping[str, Any]) -> "Config":
     return config
 
 
-def _stored(files: Run, folder: Path, iterations: Sequence[int], evaluations: Sequence[str]) -> Iterator[Scored]:
+def stored(files: Run, folder: Path, iterations: Sequence[int], evaluations: Sequence[str]) -> Iterator[Scored]:
     """Yield what has been scored, in the order of iterations and names of evaluations."""
     wanted = set(iterations)
     indices = [index for index in runs.iterations(files) if index and (not wanted or index in wanted)]
