@@ -57,6 +57,8 @@ class Pass:
     """``stop`` where the model ended by itself; anything else means that the text is cut off."""
     tokens: Sequence[Token] | None = None
     """Only where log-probabilities were asked for."""
+    refusal: str | None = None
+    """Why there is no text, in the server's words."""
 
 
 @dataclass(frozen=True)
