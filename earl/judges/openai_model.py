@@ -174,20 +174,18 @@ class OpenAIModel:
 
     def _check_time(self, failure: Failure, patience: _Patience) -> None:
         """Give up where the server has had no time for this question, nor for any other, for too long."""
-        pace = self._pace
+        pace, most = self._pace, max(self.patience, self.timeout)
         pace.turned_away.add(patience.index)
         if patience.turned_away is None:
             patience.turned_away = _now()
-        waited = _now() - max(pace.served, patience.turned_away)
-        if waited < self.patience or patience.tries == 1:
-            return
-        said = f"no time for {waited:.3g} s (judge_retry_seconds): {failure}"
-        if pace.served <= patience.turned_away and len(pace.turned_away) > 1:
+        idle, waited = _now() - pace.served, _now() - max(pace.served, patience.turned_away)
+        if idle >= most and len(pace.turned_away) > 1:
             raise EarlError(
-                f"{self._url}: the server has {said}; what it answered is kept: start again when it has time, lower "
-                "judge_concurrency, or raise judge_retry_seconds"
+                f"{self._url}: the server has had no time for {idle:.0f} s (judge_retry_seconds): {failure}; what it "
+                "answered before is kept: start again when it has time, or raise judge_retry_seconds"
             )
-        raise Failure(f"after {patience.tries} tries: {said}")
+        if waited >= most and patience.tries > 1:
+            raise Failure(f"after {patience.tries} tries: no time for {waited:.0f} s (judge_retry_seconds): {failure}")
 
     async def _speak(self, client: "httpx2.AsyncClient", question: Question, done: int) -> tuple[Any, list[Pass]]:
         """Ask once, in the form that this server takes: found out where it refuses one."""
