@@ -133,7 +133,7 @@ async def expects_tls(url: str) -> bool:
 
 def failed(status: int, said: str, wish: float | None = None) -> Failure:
     """Return what a status other than 200 means; ``said`` are the server's words."""
-    kind = Busy if status in BUSY else Faulty if status >= 500 or status in AGAIN else Refused
+    kind = Busy if status in BUSY else Faulty if (status >= 500 and status not in FORM) or status in AGAIN else Refused
     return kind(f"HTTP {status}: {said[:SHOWN]}", status, wish, said)
 
 
