@@ -1,5 +1,6 @@
 """What every client here does alike: a proxy that cannot work is named before it is used, and a failure is one line."""
 
+import json
 import os
 import socket
 import ssl
@@ -10,6 +11,7 @@ from earl.errors import EarlError
 
 PROXIES = tuple(name for one in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for name in (one, one.lower()))
 """Environment variables that send requests through a proxy."""
+CHECK_HUB = "check the name, the network (HF_ENDPOINT and proxies included) and the token (`hf auth whoami`)"
 NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 """What OpenSSL, in its several versions, says to a server that answers without TLS."""
 
@@ -64,7 +66,9 @@ def reason(error: BaseException) -> str:
     if found := hopeless(error):
         return found
     causes = list(_causes(error))
-    if any(type(cause).__name__ == "JSONDecodeError" for cause in causes):
+    if any(isinstance(cause, UnicodeEncodeError) for cause in causes):
+        return "the token or the address holds what is not ASCII"
+    if any(isinstance(cause, json.JSONDecodeError) for cause in causes):
         return "the answer is no JSON: a login page, or another server?"
     said = [" ".join(str(cause).split()) or type(cause).__name__ for cause in (causes[0], causes[-1])]
     return said[0] if said[1] in said[0] else f"{said[0]} ({said[1]})"
@@ -79,10 +83,10 @@ def failures(what: str, remedy: str) -> Iterator[None]:
     """
     import httpx2
 
-    check_proxies()
     try:
         yield
-    except (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+    except (ImportError, OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+        check_proxies()
         raise EarlError(f"{what}: {reason(error)}; {remedy}") from error
 
 
