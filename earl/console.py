@@ -43,7 +43,7 @@ class Console:
                 self._stream.write(redacted(text))
             elif "\r" in (plain := text.replace("\r\n", "\n")):
                 self._progress(plain)
-            elif self._bar and "\n" in plain and not _MOVES.sub("", plain).strip("\n"):
+            elif self._bar and not self._text and "\n" in plain and not _MOVES.sub("", plain).strip("\n"):
                 self._show(self._bar)
             else:
                 *lines, self._text = (self._text + _MOVES.sub("", plain)).split("\n")

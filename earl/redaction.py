@@ -50,4 +50,5 @@ def _spellings(secret: str) -> Iterator[str]:
     yield ascii(secret)[1:-1]
     yield repr(data)[2:-1]
     yield json.dumps(secret)[1:-1]
+    yield quote(data)
     yield quote(data, safe="")
