@@ -41,8 +41,9 @@ def hopeless(error: BaseException) -> str | None:
     """Return why a connection will fail every time, or None where it may go well later."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
+            why = getattr(cause, "verify_message", cause)
             return (
-                f"its certificate is not trusted ({cause.verify_message}); set SSL_CERT_FILE to a file with the "
+                f"its certificate is not trusted ({why}); set SSL_CERT_FILE to a file with the "
                 "certificate of the authority that signed it"
             )
         if isinstance(cause, ssl.SSLError) and cause.reason in NO_TLS:
