@@ -111,6 +111,9 @@ class Server:
         if path.endswith("/models"):
             await send(writer, 200, json.dumps({"data": [{"id": MODEL, "owned_by": "the tests"}]}))
             return
+        if b"image_url" not in body:
+            await send(writer, 200, answered("1"))
+            return
         scores, fault, passes_by, identity = read(json.loads(body))
         self.seen[identity] += 1
         if passes_by and self.seen[identity] > 1:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SMALLEST = Question([{"role": "user", "content": "1"}], seed=0, max_tokens=1)
+
 _known: dict[tuple[str, str], Dialect] = {}
 """What this process has found out, by address and model."""
 
@@ -151,7 +153,7 @@ class OpenAIModel:
         """
         patience.tries += 1
         if isinstance(failure, Busy):
-            self._check_time(failure, patience)
+            await self._check_time(client, failure, patience)
             return
         patience.turned_away = None
         if not isinstance(failure, Slow | Unreachable):
@@ -172,20 +174,27 @@ class OpenAIModel:
     def _bounded(self, wish: float | None) -> float | None:
         return None if wish is None else min(wish, self.patience)
 
-    def _check_time(self, failure: Failure, patience: _Patience) -> None:
-        """Give up where the server has had no time for this question, nor for any other, for too long."""
-        pace, most = self._pace, max(self.patience, self.timeout)
-        pace.turned_away.add(patience.index)
+    async def _check_time(self, client: "httpx2.AsyncClient", failure: Failure, patience: _Patience) -> None:
+        """Give up where the server has had no time for this question, nor for any other, for too long.
+
+        Whether it is the server or this question is asked, with the smallest question there is.
+        """
+        most = max(self.patience, self.timeout)
         if patience.turned_away is None:
             patience.turned_away = _now()
-        idle, waited = _now() - pace.served, _now() - max(pace.served, patience.turned_away)
-        if idle >= most and len(pace.turned_away) > 1:
+        if (idle := _now() - self._pace.served) < most:
+            return
+        try:
+            await self._request(client, self._dialect, _SMALLEST, 0)
+        except (Busy, Slow, Unreachable) as error:
             raise EarlError(
-                f"{self._url}: the server has had no time for {idle:.0f} s (judge_retry_seconds): {failure}; what it "
+                f"{self._url}: the server has had no time for {idle:.0f} s (judge_retry_seconds): {error}; what it "
                 "answered before is kept: start again when it has time, or raise judge_retry_seconds"
-            )
-        if waited >= most and patience.tries > 1:
-            raise Failure(f"after {patience.tries} tries: no time for {waited:.0f} s (judge_retry_seconds): {failure}")
+            ) from error
+        except Failure:
+            pass  # not the words that were hoped for, but words
+        if _now() - patience.turned_away >= most:
+            raise Failure(f"after {patience.tries} tries: no time for it, only for others: {failure}")
 
     async def _speak(self, client: "httpx2.AsyncClient", question: Question, done: int) -> tuple[Any, list[Pass]]:
         """Ask once, in the form that this server takes: found out where it refuses one."""

@@ -26,8 +26,6 @@ class Pace:
         self.limit = float(most)
         self.served = asyncio.get_running_loop().time()
         """When the server last dealt with a question, whatever it said."""
-        self.turned_away: set[int] = set()
-        """Questions that it has had no time for since."""
         self._most, self._pause = most, pause
         self._busy, self._streak = 0, 0
         self._until = self._lowered = float("-inf")
@@ -75,7 +73,6 @@ class Pace:
         """Note that the server has dealt with a question, and raise the limit a little."""
         self.limit = min(float(self._most), self.limit + max(1.0, self._most / 16) / self.limit)
         self.served, self._streak = asyncio.get_running_loop().time(), 0
-        self.turned_away.clear()
 
     def _admit(self) -> None:
         if asyncio.get_running_loop().time() < self._until:
