@@ -118,8 +118,7 @@ def _guarded(name: str, check: Callable[[], tuple[bool | None, str]]) -> Finding
         return Finding(name, *check())
     except Exception as error:
         # Whatever a broken node raises is what is to be reported.
-        detail = str(error) if isinstance(error, EarlError) else redacted(f"{type(error).__name__}: {error}")
-        return Finding(name, False, detail)
+        return Finding(name, False, redacted(f"{type(error).__name__}: {error}"))
 
 
 def all_reduce(ranks: Ranks) -> tuple[bool | None, str]:
@@ -225,10 +224,13 @@ def judge(wanted: Wanted) -> tuple[bool | None, str]:
         return None, "no address was given"
     from earl.judges import address, openai_model
 
-    url = address.resolve(wanted.judge)
-    if url is None:
-        return False, f"{wanted.judge}: the file is not there yet; start one with `earl judge serve`"
-    return True, f"{url}: {openai_model.listed(url)}"
+    try:
+        url = address.resolve(wanted.judge)
+        if url is None:
+            return False, f"{wanted.judge}: the file is not there yet; start one with `earl judge serve`"
+        return True, f"{url}: {openai_model.listed(url)}"
+    except EarlError as error:
+        return False, str(error)
 
 
 def _probe(path: Path, check: str) -> Path:
