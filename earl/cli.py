@@ -3,7 +3,6 @@
 Stages are imported when they are called, so that ``--help`` answers at once.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from earl import processes
+from earl import console, processes
 from earl.errors import EarlError
 
 if TYPE_CHECKING:
@@ -564,7 +563,7 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line in this process."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    console.set_up()
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself

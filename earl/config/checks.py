@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticCustomError
 
+from earl.judges import address
+
 if TYPE_CHECKING:
     from earl.config.schema import Config
 
@@ -218,6 +220,11 @@ def _check_reward(config: "Config") -> None:
             raise wrong(name, f"is false, but advantage_components has `{component}`")
     if config.judge == "openai" and config.reward_function_api_base is None:
         raise wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
+    if config.reward_function_api_base is not None:
+        try:
+            address.check(config.reward_function_api_base)
+        except ValueError as error:
+            raise wrong("reward_function_api_base", str(error)) from error
 
 
 def _check_hub(config: "Config") -> None:

@@ -447,6 +447,12 @@ class Config(_Section):
     )
     judge_concurrency: Positive = _free(64, "Questions that are under way at once, for the judge `openai`.")
     judge_timeout_seconds: float = _free(120.0, "Seconds that a server may take for one question.", gt=0)
+    judge_retry_seconds: float = _free(
+        300.0,
+        "Seconds after which the judge `openai` gives up a question whose tries all fail, and a server that has time "
+        "for none. Waiting for a turn does not count.",
+        gt=0,
+    )
     judge_startup_seconds: float = _free(1800.0, "Seconds to wait for a server to come up.", gt=0)
     judge_tensor_parallel_size: Positive = _free(1, "GPUs that the judge `vllm` is split over.")
     judge_context_size: Positive = _free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")

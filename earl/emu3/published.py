@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from earl import network
 from earl.config.hub import Conversion
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
@@ -78,10 +79,8 @@ def located(source: str, revision: str | None = None, wanted: Sequence[str] = WA
         return Path(source)
     import huggingface_hub
 
-    try:
+    with network.failures(f"{source}: is no folder, and could not be downloaded as a repository", network.CHECK_HUB):
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(wanted)))
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{source}: is no folder, and could not be downloaded as a repository ({error})") from error
 
 
 def make(wanted: Conversion, out: Path) -> str:

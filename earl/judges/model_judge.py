@@ -276,6 +276,7 @@ def from_config(config: "Config") -> ModelJudge:
             concurrency=config.judge_concurrency,
             timeout=config.judge_timeout_seconds,
             startup=config.judge_startup_seconds,
+            patience=config.judge_retry_seconds,
         )
     else:
         from earl.judges.vllm_model import VllmModel
