@@ -138,7 +138,9 @@ def test_what_is_half_transparent_is_converted_before_it_lies_on_white() -> None
 @pytest.mark.parametrize(("order", "photometric"), [("<", 0), ("<", 1), (">", 1)])
 def test_tiff_of_sixteen_bits_says_which_end_is_white(order: str, photometric: int, compressed: bool) -> None:
     grey = RAMP if photometric else 65535 - RAMP
-    assert_near(pictures.read(tiff(grey, photometric, order, compressed=compressed)), np.repeat(RAMP / 257, 3, axis=2), 0.51)
+    assert_near(
+        pictures.read(tiff(grey, photometric, order, compressed=compressed)), np.repeat(RAMP / 257, 3, axis=2), 0.51
+    )
 
 
 def test_tiff_of_twelve_bits_is_not_black() -> None:

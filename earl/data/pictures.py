@@ -105,7 +105,7 @@ def _shown(image: Image.Image, data: bytes) -> np.ndarray:
 
 
 def _samples(image: Image.Image) -> np.ndarray:
-    """Return samples [H, W, C]: grey, RGB or CMYK, and after grey or RGB their alpha where the image has bands of it."""
+    """Return samples [H, W, C]: grey, RGB or CMYK; alpha, where the image has it, comes last."""
     if image.mode.startswith("I;16"):
         return _deep_grey(image)[..., None]
     if image.mode in ("P", "PA"):

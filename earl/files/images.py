@@ -40,4 +40,5 @@ def decode(data: bytes | None, where: str) -> np.ndarray:
     try:
         return pictures.read(data, smallest=1)
     except pictures.Rejected as problem:
-        raise EarlError(f"{where}: the image cannot be used ({problem}); replace it or remove its row") from problem
+        reason = str(problem).removeprefix("does not decode: ")
+        raise EarlError(f"{where}: the image does not decode ({reason}); replace it or remove its row") from problem
