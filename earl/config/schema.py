@@ -26,6 +26,7 @@ RewardComponent = Literal[
     "artifacts",
     "ground_score",
 ]
+BoxUnit = Literal["pixels", "relative", "none"]
 
 COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited")
 """Columns of a raw data set."""
@@ -74,6 +75,13 @@ class RawDataset(_Section):
         "Store the images, resized and lossless, beside their tokens; without, files take about a fiftieth of the room "
         "and judges see the images that the tokens decode to.",
     )
+    boxes: BoxUnit = _fixed(
+        "pixels",
+        "parquet: unit of the boxes `[x1, y1, x2, y2]` in reasoning: `pixels` of the original, which scale with it; "
+        "`relative`, 0..1 of width and height, which hold at any size; `none`: four numbers are no box. What is no box "
+        "in that unit (x2 < x1, beyond the image, all of it below 1 pixel, after `RGBA`) stays as it is; tokenising "
+        "says how many there were.",
+    )
     max_rejected_fraction: float = _fixed(
         0.05, "parquet: share of the rows that may be unusable before tokenising stops.", ge=0, le=1
     )
@@ -86,7 +94,7 @@ class RawDataset(_Section):
     @model_validator(mode="after")
     def _source_has_its_fields(self) -> Self:
         needed, foreign = (
-            (("count", "seed"), ("path", "columns"))
+            (("count", "seed"), ("path", "columns", "boxes"))
             if self.source == "shapes"
             else (("path",), ("count", "seed", "tasks"))
         )
@@ -94,7 +102,7 @@ class RawDataset(_Section):
             if getattr(self, name) is None:
                 raise checks.wrong(name, f"is needed when source is `{self.source}`")
         for name in foreign:
-            if getattr(self, name) not in (None, {}):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
         try:
             hub.data_files(self.path or "")
@@ -112,8 +120,9 @@ class Sft(_Section):
     """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
     base_model: Path = _fixed(
-        ..., "Model to start from: a folder, a hub name, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a "
-        "fine-tuning."
+        ...,
+        "Model to start from: a folder, a hub name, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a "
+        "fine-tuning.",
     )
     train_paths_file: list[Path] = _fixed(
         ..., "Tokenised data sets to train on, as in the field of the same name outside.", min_length=1

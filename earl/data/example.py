@@ -16,7 +16,7 @@ class Example(NamedTuple):
     task: str | None
     instruction: str
     reasoning: list[tuple[str, str]] | None
-    """(key, text) pairs in their order; boxes in the text are in pixels of the images here."""
+    """(key, text) pairs in their order; boxes in pixels are in those of the images here."""
     original_tokens: np.ndarray
     """int64 [H, W], codebook indices."""
     target_tokens: np.ndarray | None
