@@ -220,6 +220,16 @@ class TestRejects:
         # Who takes the folder's Parquet files gets the rows that were kept.
         assert duckdb.sql(f"select count(*) from '{out}/*.parquet'").fetchall() == [(4,)]
 
+    def test_a_text_that_is_not_utf8_is_one_of_them(self, tmp_path: Path) -> None:
+        table = pa.table(raw_columns(3), schema=tables.RAW)
+        bad = pa.array([b"add", b"\xff", b"cut"]).view(pa.string())
+        raw, out = tmp_path / "raw.parquet", tmp_path / "out"
+        pq.write_table(table.set_column(table.schema.get_field_index("instruction"), "instruction", bad), raw)
+        tokenise.run(parquet(raw, max_rejected_fraction=0.4), "d", raw, out)
+        assert [(row["row"], row["column"], row["reason"].partition(":")[0]) for row in rejected(out)] == [
+            (1, "instruction", "text is not UTF-8")
+        ]
+
     def test_what_json_may_hold_and_no_file_may(self, tmp_path: Path) -> None:
         columns = raw_columns(3)
         columns["reasoning"][:2] = ['{"a": "\\ud800"}', '{"a": ' + "[" * 100_000]

@@ -43,3 +43,8 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def has_words(text: str) -> bool:
+    """Return whether there is anything to see in a text: more than spaces and characters without a shape."""
+    return any(character.isprintable() and not character.isspace() for character in text)

@@ -210,6 +210,8 @@ def _one_ahead(
 
 def _prepared(row: RawRow, area: int, factor: int, unit: "BoxUnit") -> _Pair | _Problem:
     """Decode, check and resize one row."""
+    if row.unreadable:
+        return _Problem(*row.unreadable)
     column = "instruction"
     try:
         instruction = row.checked_instruction()
