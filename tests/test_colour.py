@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
@@ -110,6 +110,22 @@ def test_inks_are_those_of_the_profile() -> None:
         assert_near(pixels[8, 13], np.array([255, 255, 255]), 3)
 
 
+def test_inks_of_sixteen_bits_are_those_of_eight() -> None:
+    corners = np.zeros((2, 2, 2, 2, 3))
+    corners[..., 0] = 100 * (1 - np.indices((2, 2, 2, 2)).sum(axis=0) / 4)
+    samples = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    data = cmyk_profile(corners)
+    shallow = pictures.read(tiff(samples, 5, profile=data))
+    deep = pictures.read(tiff(samples.astype(np.uint16) * 257, 5, profile=data))
+    assert np.array_equal(deep, shallow)
+    assert np.ptp(shallow) > 50
+
+
+def test_lab_is_what_it_says() -> None:
+    samples = np.full((8, 8, 3), (round(54 * 2.55), 40, 20), np.uint8)
+    assert_near(pictures.read(tiff(samples, 8)), np.broadcast_to(lab_in_srgb(54, 40, 20), (8, 8, 3)), 2)
+
+
 def lab_in_srgb(lightness: float, a: float, b: float) -> np.ndarray:
     fy = (lightness + 16) / 116
     f = np.array([fy + a / 500, fy, fy - b / 200])
@@ -184,9 +200,6 @@ def stored(draw: st.DrawFn) -> tuple:
     return colour, depth, samples, alpha, palette, transparency
 
 
-PROFILES = {None: [None], **{gamma: [None, DISPLAY_P3] for gamma in (1.0, 1.8, 2.2)}}
-
-
 @given(stored(), st.sampled_from([None, 1.0, 1.8, 2.2]))
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_png_means_what_its_chunks_say(stored: tuple, gamma: float | None) -> None:
@@ -196,10 +209,48 @@ def test_any_png_means_what_its_chunks_say(stored: tuple, gamma: float | None) -
     data = None if gamma is None else profile(gamma, primaries)
     found = pictures.read(png(samples, depth, colour, palette, transparency, data))
     values = palette[samples[..., 0]] / 255 if colour == PALETTE else samples[..., :light] / (2**depth - 1)
+    check(found, values, alpha, gamma, primaries, depth)
+
+
+@given(
+    st.sampled_from([(0, 1), (1, 1), (1, 2), (2, 3), (2, 4)]),
+    st.sampled_from([np.uint8, np.uint16]),
+    st.sampled_from("<>"),
+    st.booleans(),
+    st.sampled_from([None, 1.0, 1.8, 2.2]),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_tiff_means_what_its_tags_say(
+    form: tuple[int, int], kind: type, order: str, compressed: bool, gamma: float | None, seed: int
+) -> None:
+    photometric, channels = form
+    # Pillow knows neither grey of 16 bits with alpha, nor big-endian with white as 0.
+    assume(kind == np.uint8 or (form != (1, 2) and (form != (0, 1) or order == "<")))
+    largest = np.iinfo(kind).max
+    samples = np.random.default_rng(seed).integers(0, largest, (8, 9, channels), kind, endpoint=True)
+    light = 1 if channels < 3 else 3
+    primaries = DISPLAY_P3 if light == 3 else None
+    data = None if gamma is None else profile(gamma, primaries)
+    extra = {"extra": 2} if channels > light else {}
+    found = pictures.read(tiff(samples, photometric, order, compressed=compressed, profile=data, **extra))
+    values = samples[..., :light] / largest
+    alpha = samples[..., light:] / largest if extra else np.ones((8, 9, 1))
+    depth = np.dtype(kind).itemsize * 8
+    check(found, values if photometric else 1 - values, alpha, gamma, primaries, depth)
+
+
+def check(
+    found: np.ndarray, values: np.ndarray, alpha: np.ndarray, gamma: float | None, primaries: tuple | None, depth: int
+) -> None:
+    """Compare pixels with the values 0..1 that they are made of, to the rounding that is to be expected."""
     if gamma is None:
-        colours = np.repeat(values, 3 // light, axis=2) * 255
+        colours = np.repeat(values, 3 // values.shape[2], axis=2) * 255
     else:
         # What profiles hold: a gamma in 256ths.
         colours = in_srgb(values ** (round(gamma * 256) / 256), primaries)
     expected = colours * alpha + 255 * (1 - alpha)
-    assert_near(found, expected, 1.01 if gamma is None else 2.5 if depth == 16 else 1.5)
+    # Between the levels of 8 bits, colours at the edge of sRGB are interpolated: few are off by more than 2.
+    interpolated = depth == 16 and primaries is not None
+    assert_near(found, expected, 1 if gamma is None else 7 if interpolated else 1.5)
+    assert np.abs(found - expected).mean() < 0.6

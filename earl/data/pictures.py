@@ -94,8 +94,7 @@ def _shown(image: Image.Image, data: bytes) -> np.ndarray:
     image.load()
     profile = image.info.get("icc_profile")
     ImageOps.exif_transpose(image, in_place=True)
-    deep = raw_mode in _OTHER_BYTES and (profile or "transparency" in image.info)
-    samples = _sixteen_bits(image, data, raw_mode) if deep else _samples(image)
+    samples = _sixteen_bits(image, data, raw_mode) if raw_mode in _OTHER_BYTES else _samples(image)
     colours = 1 if samples.shape[2] < 3 else 4 if image.mode == "CMYK" else 3
     alpha = samples[..., colours:] if samples.shape[2] > colours else None
     if alpha is None and "transparency" in image.info and image.mode not in ("P", "PA"):
@@ -108,9 +107,9 @@ def _samples(image: Image.Image) -> np.ndarray:
     """Return samples [H, W, C]: grey, RGB or CMYK; alpha, where the image has it, comes last."""
     if image.mode.startswith("I;16"):
         return _deep_grey(image)[..., None]
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image = image.convert({"1": "L", "La": "LA", "RGBa": "RGBA", "YCbCr": "RGB", "RGBX": "RGB"}.get(image.mode))
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        plain = {"1": "L", "La": "LA", "RGBa": "RGBA"}
+        image = image.convert(plain.get(image.mode, "RGBA" if image.has_transparency_data else "RGB"))
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -120,9 +119,9 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     grey = np.asarray(image).astype(np.uint16)
     if image.format != "TIFF":
         return grey
-    if image.tag_v2[ExifTags.Base.BitsPerSample] == (12,):
+    if image.tag_v2.get(ExifTags.Base.BitsPerSample) == (12,):
         grey = (grey.astype(np.uint32) * 65535 // 4095).astype(np.uint16)
-    white_is_zero = image.tag_v2[ExifTags.Base.PhotometricInterpretation] == 0
+    white_is_zero = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation, 0) == 0
     return 65535 - grey if white_is_zero else grey
 
 
