@@ -77,10 +77,10 @@ class RawDataset(_Section):
     )
     boxes: BoxUnit = _fixed(
         "pixels",
-        "parquet: unit of the boxes `[x1, y1, x2, y2]` in reasoning: `pixels` of the original, which scale with it; "
-        "`relative`, 0..1 of width and height, which hold at any size; `none`: four numbers are no box. What is no box "
-        "in that unit (x2 < x1, beyond the image, all of it below 1 pixel, after `RGBA`) stays as it is; tokenising "
-        "says how many there were.",
+        "parquet: unit of the boxes `[x1, y1, x2, y2]` in reasoning. `pixels`: of the original; they scale with it. "
+        "`relative`: 0..1 of width and height; they hold at any size. `none`: four numbers are not boxes. Numbers that "
+        "cannot be a box in that unit (x2 < x1, beyond the image, in `pixels` all of them at most 1, after `RGBA`) "
+        "stay as they are, and tokenising reports how many there were.",
     )
     max_rejected_fraction: float = _fixed(
         0.05, "parquet: share of the rows that may be unusable before tokenising stops.", ge=0, le=1

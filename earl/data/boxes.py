@@ -1,4 +1,4 @@
-"""Boxes ``[x1, y1, x2, y2]`` in reasoning text: those in pixels scale with the image that they are of."""
+"""Boxes ``[x1, y1, x2, y2]`` in reasoning text. Boxes in pixels scale with their image."""
 
 import math
 import re
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _FOUR = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _COLOUR = re.compile(r"\b(?:rgb|rgba|bgr|bgra|argb|hsl|hsla|hsv|hsva|hsb|cmyk|colou?rs?)\W{0,4}$", re.IGNORECASE)
-"""Before four numbers that are no box."""
+"""Words before four numbers that are a colour, not a box."""
 
 
 def scale_boxes(text: str, scale_x: float, scale_y: float, width: float = math.inf, height: float = math.inf) -> str:
@@ -19,10 +19,10 @@ def scale_boxes(text: str, scale_x: float, scale_y: float, width: float = math.i
 
     Args:
         text: Reasoning.
-        scale_x: Factor of the width, new by old.
-        scale_y: Factor of the height.
-        width: Of the image before; four numbers that are no box inside it stay as they are, and so do colours.
-        height: Of the image before.
+        scale_x: New width divided by the old one.
+        scale_y: New height divided by the old one.
+        width: Old width in pixels. Numbers that are not a box inside the image stay as they are; so do colours.
+        height: Old height in pixels.
     """
     if scale_x == scale_y == 1:
         return text
@@ -38,7 +38,7 @@ def scale_boxes(text: str, scale_x: float, scale_y: float, width: float = math.i
 
 
 def misfits(text: str, unit: "BoxUnit", width: float, height: float) -> list[str]:
-    """Return what looks like a box and is none in this unit, as it stands in a text; nothing where there are none."""
+    """Return the lists of four numbers in a text, colours aside, that are not boxes in this unit."""
     is_box = _in_unit(unit, width, height)
     return [
         match[0] for match in _FOUR.finditer(text) if not _is_colour(match) and not is_box(*map(float, match.groups()))
@@ -47,7 +47,7 @@ def misfits(text: str, unit: "BoxUnit", width: float, height: float) -> list[str
 
 def _in_unit(unit: "BoxUnit", width: float, height: float) -> Callable[[float, float, float, float], bool]:
     def in_pixels(x1: float, y1: float, x2: float, y2: float) -> bool:
-        # A box of less than a pixel is one in another unit.
+        # A box smaller than a pixel is in another unit.
         return 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height and max(x2, y2) > 1
 
     def relative(x1: float, y1: float, x2: float, y2: float) -> bool:

@@ -1,4 +1,4 @@
-"""Cells of raw tables as plain values, whatever wrote the table: one bad cell costs its row, not the file."""
+"""Cells of raw tables as Python values. A cell that cannot be read rejects its row, not the file."""
 
 import json
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value that no Python value can hold, or that means nothing."""
+    """Takes the place of a value that cannot be read."""
 
     reason: str
     """A few fixed words, then after a colon what was found."""
 
 
 def rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Return the rows of a table; inside of their cells, text that is not UTF-8 is `Unreadable`."""
+    """Return the rows of a table. Text that is not UTF-8 becomes `Unreadable`, inside lists and structs too."""
     try:
         return table.to_pylist()
     except ValueError:
@@ -38,7 +38,7 @@ def _value(cell: pa.Scalar) -> Any:
 
 
 def first_unreadable(value: Any) -> Unreadable | None:
-    """Return what is unreadable in a value, of a struct or a list too."""
+    """Return the first unreadable value in a value, which may be a list or a struct."""
     if isinstance(value, Unreadable):
         return value
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -46,14 +46,14 @@ def first_unreadable(value: Any) -> Unreadable | None:
 
 
 def class_names(schema: pa.Schema, column: str, steps: Sequence[str | int]) -> list[str] | None:
-    """Return the names of classes that a column, or a place inside of it, holds the numbers of; None for other values.
+    """Return the class names of a Hugging Face `ClassLabel` column, or None for another column.
 
-    They stand in the metadata that Hugging Face ``datasets`` writes (`ClassLabel`).
+    ``datasets`` writes them into the metadata of the schema.
 
     Args:
         schema: Of the file.
         column: Name of the column.
-        steps: Fields and items inside of it.
+        steps: Names of fields and indices of items that lead to the class inside the column.
     """
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
@@ -76,7 +76,7 @@ def _inside(feature: Any, step: str | int) -> Any:
 
 
 def named(value: Any, names: Sequence[str]) -> Any:
-    """Return the name of a class for its number; -1 stands for no class."""
+    """Return the name of a class for its index; -1 means no class."""
     if not isinstance(value, int) or value == -1:
         return None if isinstance(value, int) else value
     return names[value] if 0 <= value < len(names) else Unreadable(f"no such class: {value} of {len(names)}")

@@ -1,7 +1,7 @@
-"""Colour: samples of an image, with or without an ICC profile, become sRGB.
+"""Converts the samples of an image to sRGB, by its ICC profile if it has one.
 
-A profile is followed with relative colorimetric intent. One that cannot be read, or is for another kind of samples,
-changes nothing, as in viewers; nor does one that is sRGB but for rounding, so that lossless sRGB stays lossless.
+The intent is relative colorimetric. A profile that cannot be read, or is for another kind of samples, is ignored. So is
+a profile that equals sRGB up to rounding: lossless sRGB stays lossless.
 """
 
 import io
@@ -13,18 +13,18 @@ from PIL import Image, ImageCms
 
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _ROUNDING = 1
-"""Levels of 255 by which a profile may alter colours and still be sRGB."""
+"""Largest change, in levels of 255, that a profile of sRGB makes."""
 _ROWS = 256
-"""Rows of 16 bits that are converted together, to bound memory."""
+"""Rows of 16-bit samples that are converted at once, which bounds memory."""
 
 
 def to_srgb(samples: np.ndarray, profile: bytes | None) -> np.ndarray:
     """Return colours as uint8 [H, W, 3].
 
     Args:
-        samples: uint8 or uint16 [H, W, C] over their whole range: grey (C = 1), RGB (3), or CMYK (4, full ink the
-            largest value).
-        profile: ICC profile that the samples are in; None: sRGB, or plain grey or inks.
+        samples: uint8 or uint16 [H, W, C] over their whole range: grey (C = 1), RGB (3) or CMYK (4; the largest value
+            is full ink).
+        profile: ICC profile of the samples. None means sRGB, or inks without a profile.
     """
     transform = _transform(profile, MODES[samples.shape[2]]) if profile else None
     if transform is not None:
@@ -36,7 +36,7 @@ def to_srgb(samples: np.ndarray, profile: bytes | None) -> np.ndarray:
 
 
 def to_eight_bits(samples: np.ndarray) -> np.ndarray:
-    """Return uint16 samples as the nearest uint8; uint8 stays."""
+    """Round uint16 samples to uint8; return uint8 samples as they are."""
     if samples.dtype == np.uint8:
         return samples
     return ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
@@ -48,9 +48,9 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> Transform | None:
-    """Return the way to sRGB, or None where there is nothing to do or the profile cannot be followed."""
+    """Return the conversion to sRGB, or None if there is nothing to do or the profile cannot be used."""
     srgb = ImageCms.createProfile("sRGB")
-    # What littleCMS makes of a curve of grey to be quicker is off by 10 levels where the curve is steep.
+    # The optimised conversion of grey is off by 10 levels where the curve is steep.
     flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
     try:
         found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -74,7 +74,7 @@ def _transform(profile: bytes, mode: str) -> Transform | None:
 
 
 def _fine(transform: Transform, samples: np.ndarray) -> np.ndarray:
-    """Convert uint16 samples with a transform that takes 8 bits, linearly between its levels."""
+    """Convert uint16 samples with a transform of 8 bits, interpolating linearly between its levels."""
     colours = np.empty((*samples.shape[:2], 3), np.uint8)
     for top in range(0, len(samples), _ROWS):
         part = samples[top : top + _ROWS]

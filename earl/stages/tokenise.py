@@ -48,7 +48,7 @@ class _Pair:
     original: np.ndarray
     edited: np.ndarray | None
     misfits: list[str]
-    """What looks like a box in the reasoning and is none in the unit of the data set."""
+    """Lists of four numbers in the reasoning that are not boxes in the unit of the data set."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _prepared(row: RawRow, area: int, factor: int, unit: "BoxUnit") -> _Pair | _
 
 
 def _fitted(text: str, unit: "BoxUnit", before: tuple[int, int], after: tuple[int, int]) -> str:
-    # What is relative to an image is so at any size.
+    # Relative boxes hold at any size.
     if unit != "pixels":
         return text
     return scale_boxes(text, after[0] / before[0], after[1] / before[1], *before)
