@@ -73,6 +73,47 @@ def test_some_may_be_left_out(tmp_path: Path) -> None:
     assert [(row["file"], row["row"]) for row in rejects] == [("1.pth", 1), ("3.pth", 3)]
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (5, "5"),
+        ("a5", "a5"),
+        (torch.tensor(5), "5"),
+        (torch.tensor([5]), "5"),
+        (np.int64(5), "5"),
+        (np.array(5), "5"),
+        (np.array([5], np.uint8), "5"),
+    ],
+)
+def test_ids_of_any_library_are_numbers(value: object, expected: str, tmp_path: Path) -> None:
+    listing = write_archives(tmp_path / "in", 1, at0={"edit_id": value})
+    convert.run(listing, tmp_path / "out", 32768, "mine", 0.0)
+    assert open_dataset(tmp_path / "out")[0].example_id == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"instruction": ""},
+        {"instruction": " \n\t"},
+        {"instruction": "\u200b"},
+        {"edit_id": None},
+        {"edit_id": True},
+        {"edit_id": 5.0},
+        {"edit_id": b"a5"},
+        {"edit_id": torch.tensor(5.0)},
+        {"edit_id": torch.tensor([5, 6])},
+        {"edit_id": ["a5"]},
+    ],
+)
+def test_what_says_nothing_is_rejected_as_in_raw_pairs(change: dict, tmp_path: Path) -> None:
+    listing = write_archives(tmp_path / "in", 2, at1=change)
+    with pytest.raises(EarlError, match=rf"1\.pth: row 1: cannot be used: field '{next(iter(change))}'"):
+        convert.run(listing, tmp_path / "none", 32768, "mine", 0.0)
+    convert.run(listing, tmp_path / "out", 32768, "mine", 0.5)
+    assert [row["row"] for row in pq.read_table(tmp_path / "out" / "_rejected").to_pylist()] == [1]
+
+
 def test_the_command(tmp_path: Path) -> None:
     listing = write_archives(tmp_path / "in", 3)
     command = [sys.executable, "-m", "earl", "convert", "data", str(listing), "--out", str(tmp_path / "out")]

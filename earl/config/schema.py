@@ -28,6 +28,7 @@ RewardComponent = Literal[
     "artifacts",
     "ground_score",
 ]
+BoxUnit = Literal["pixels", "relative", "none"]
 
 COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited")
 """Columns of a raw data set."""
@@ -76,6 +77,13 @@ class RawDataset(_Section):
         "Store the images, resized and lossless, beside their tokens; without, files take about a fiftieth of the room "
         "and judges see the images that the tokens decode to.",
     )
+    boxes: BoxUnit = _fixed(
+        "pixels",
+        "parquet: unit of the boxes `[x1, y1, x2, y2]` in reasoning. `pixels`: of the original; they scale with it. "
+        "`relative`: 0..1 of width and height; they hold at any size. `none`: four numbers are not boxes. Numbers that "
+        "cannot be a box in that unit (x2 < x1, beyond the image, in `pixels` all of them at most 1, after `RGBA`) "
+        "stay as they are, and tokenising reports how many there were.",
+    )
     max_rejected_fraction: float = _fixed(
         0.05, "parquet: share of the rows that may be unusable before tokenising stops.", ge=0, le=1
     )
@@ -88,7 +96,7 @@ class RawDataset(_Section):
     @model_validator(mode="after")
     def _source_has_its_fields(self) -> Self:
         needed, foreign = (
-            (("count", "seed"), ("path", "columns"))
+            (("count", "seed"), ("path", "columns", "boxes"))
             if self.source == "shapes"
             else (("path",), ("count", "seed", "tasks"))
         )
@@ -96,7 +104,7 @@ class RawDataset(_Section):
             if getattr(self, name) is None:
                 raise checks.wrong(name, f"is needed when source is `{self.source}`")
         for name in foreign:
-            if getattr(self, name) not in (None, {}):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
         try:
             hub.data_files(self.path or "")

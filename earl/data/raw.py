@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from earl.data.example import is_unicode
+from earl.data import cells
+from earl.data.example import has_words, is_unicode
 from earl.data.pictures import Rejected
 from earl.errors import EarlError
 from earl.files import listing, tables
@@ -52,6 +53,8 @@ class RawRow:
     edited: bytes | None
     has_edited: bool = True
     """Whether the data set has edited images at all; one that has not can only be prompted with."""
+    unreadable: tuple[str, str] | None = None
+    """Our column that could not be read, and why; its value is None then."""
 
     def checked_instruction(self) -> str:
         """Return the instruction.
@@ -59,7 +62,7 @@ class RawRow:
         Raises:
             Rejected: when there is none.
         """
-        if not self.instruction or not self.instruction.strip():
+        if not self.instruction or not has_words(self.instruction):
             raise Rejected("no instruction")
         return self.instruction
 
@@ -106,6 +109,7 @@ class RawSource:
         self.files = listing.parquet_files(path)
         self._given = dict(columns or {})
         self._rows: list[int] = []
+        self._class_names: dict[Path, dict[str, list[str]]] = {}
         self.places: dict[str, str] = {}
         for index, file in enumerate(self.files):
             with tables.open_table(file) as source:
@@ -151,36 +155,51 @@ class RawSource:
         """
         number = window.row
         for table in _tables(window, sorted({_column(place) for place in self.places.values()}), rows):
-            part = [self._row(values, number + offset) for offset, values in enumerate(table.to_pylist())]
+            names = self._class_names[window.file]
+            part = [self._row(values, number + offset, names) for offset, values in enumerate(cells.rows(table))]
             number += len(part)
             yield part
 
     def _found(self, file: Path, schema: pa.Schema) -> dict[str, str]:
         """Return the places of the columns that a file has."""
         places = {}
+        self._class_names[file] = {}
         for name in COLUMNS:
             place = self._given.get(name, name)
             if place is None or (name in OPTIONAL and name not in self._given and name not in schema.names):
                 continue
+            if schema.names.count(_column(place)) > 1:
+                raise EarlError(
+                    f"{file}: column {_column(place)!r} stands twice in the file; rename or remove one of them"
+                )
             kind = _type_at(schema, place)
             if kind is None:
                 raise EarlError(f"{file}: column {place!r} ({name}) is missing; the file has {', '.join(schema.names)}")
+            class_names = cells.class_names(schema, _column(place), _steps(place))
+            if class_names and pa.types.is_integer(kind):
+                self._class_names[file][name] = class_names
+                kind = pa.string()
             if not _fits(name, kind):
                 raise EarlError(f"{file}: column {place!r} has type {kind}, which cannot be {name}")
             places[name] = place
         return places
 
-    def _row(self, values: dict[str, Any], number: int) -> RawRow:
+    def _row(self, values: dict[str, Any], number: int, class_names: Mapping[str, list[str]]) -> RawRow:
         found = {name: _value_at(values, place) for name, place in self.places.items()}
+        found |= {name: _bytes(found[name]) for name in ("original", "edited") if name in found}
+        found |= {name: cells.named(found[name], names) for name, names in class_names.items()}
+        unreadable = {name: problem for name, value in found.items() if (problem := cells.first_unreadable(value))}
+        found |= dict.fromkeys(unreadable)
         task, example_id = found.get("task"), found.get("example_id")
         return RawRow(
             example_id=str(number if example_id is None else example_id),
             task=None if task is None else str(task),
             instruction=found["instruction"],
             reasoning=found.get("reasoning"),
-            original=_bytes(found["original"]),
-            edited=_bytes(found.get("edited")),
+            original=found["original"],
+            edited=found.get("edited"),
             has_edited="edited" in found,
+            unreadable=next(((name, problem.reason) for name, problem in unreadable.items()), None),
         )
 
 
@@ -263,9 +282,15 @@ def _fits(name: str, kind: pa.DataType) -> bool:
         case "original" | "edited":
             return binary or (pa.types.is_struct(kind) and _fits(name, _field_type(kind, "bytes")))
         case "example_id" | "task":
-            return text or pa.types.is_integer(kind)
+            return text or pa.types.is_integer(kind) or isinstance(kind, pa.UuidType)
         case "reasoning":
-            return text or (pa.types.is_struct(kind) and all(_fits("instruction", field.type) for field in kind))
+            # A struct may have a field twice, a text cannot have two values.
+            struct = pa.types.is_struct(kind) and len({field.name for field in kind}) == kind.num_fields
+            return (
+                text
+                or isinstance(kind, pa.JsonType)
+                or (struct and all(_fits("instruction", field.type) for field in kind))
+            )
     return text
 
 
@@ -276,7 +301,9 @@ def _field_type(kind: pa.StructType, name: str) -> pa.DataType:
 def _value_at(values: dict[str, Any], place: str) -> Any:
     value = values[_column(place)]
     for step in _steps(place):
-        if value is None or (isinstance(step, int) and step >= len(value)):
+        if value is None or isinstance(value, cells.Unreadable):
+            return value
+        if isinstance(step, int) and step >= len(value):
             return None
         value = value[step]
     return value

@@ -11,13 +11,16 @@ integer arrays. Whatever else a pickle asks for is refused before anything runs.
 """
 
 import json
+import math
 import pickle
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from earl.data.example import Example, is_unicode
+import numpy as np
+
+from earl.data.example import Example, has_words, is_unicode
 from earl.data.grids import grid
 from earl.errors import EarlError
 
@@ -64,9 +67,9 @@ class ReferenceDataset:
             tokens[name] = grid(values_of, f"{path}: field {name!r}", self._codebook_size)
         return Example(
             dataset=self.name,
-            example_id=_text(str(_field(values, "edit_id", path)), "edit_id", path),
+            example_id=_text(_id(_field(values, "edit_id", path), path), "edit_id", path),
             task=None,
-            instruction=_text(_field(values, "instruction", path), "instruction", path),
+            instruction=_instruction(_field(values, "instruction", path), path),
             reasoning=_reasoning(values.get("CoT"), path),
             original_tokens=tokens["original_image"],
             target_tokens=tokens["edited_image"],
@@ -119,8 +122,6 @@ class _FromBuffer:
     __slots__ = ()
 
     def __call__(self, buffer: bytes, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
-        import numpy as np
-
         return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
 
 
@@ -146,7 +147,6 @@ def _allowed() -> dict[str, Any]:
     """Return what integer arrays are made of, by the name that pickles use."""
     import _codecs
 
-    import numpy as np
     from numpy._core import multiarray
 
     integers = {type(np.dtype(name)) for name in _INTEGERS}
@@ -178,6 +178,29 @@ def _field(values: dict[str, Any], name: str, path: Path) -> Any:
     if name not in values:
         raise EarlError(f"{path}: field {name!r} is missing; the file has {', '.join(map(str, values))}")
     return values[name]
+
+
+def _id(value: Any, path: Path) -> str:
+    """Return an id, which may be a text or any library's whole number."""
+    import torch
+
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        # A number may be wrapped in an array of one.
+        value = value.item() if math.prod(value.shape) == 1 else value.tolist()
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise EarlError(
+            f"{path}: field 'edit_id' is a {type(value).__name__} where a text or a whole number is expected"
+        )
+    return str(value)
+
+
+def _instruction(value: Any, path: Path) -> str:
+    text = _text(value, "instruction", path)
+    if not has_words(text):
+        raise EarlError(f"{path}: field 'instruction' is empty; leave the example out (`earl convert data` can)")
+    return text
 
 
 def _text(value: Any, name: str, path: Path) -> str:
