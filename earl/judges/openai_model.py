@@ -45,6 +45,8 @@ class _Patience:
 
     index: int
     tries: int = 0
+    seconds: float = 0.0
+    """Of all its tries."""
     spent: float = 0.0
     """Seconds of its own tries that failed, and of the pauses after them; not those in which it waited its turn."""
     turned_away: float | None = None
@@ -100,18 +102,15 @@ class OpenAIModel:
     async def _ask(self, client: "httpx2.AsyncClient", index: int, question: Question) -> Reply:
         patience, passes = _Patience(index), list[Pass]()
         tokens_in = tokens_out = None
-        seconds = 0.0
         try:
             while len(passes) < question.passes:
-                started = _now()
                 answer, found = await self._post(client, question, len(passes), patience)
                 passes += found
                 used_in, used_out = responses.usage(answer)
                 tokens_in, tokens_out = _sum(tokens_in, used_in), _sum(tokens_out, used_out)
-                seconds += _now() - started
         except Failure as error:
-            return Reply(seconds=seconds + patience.spent, error=str(error))
-        return Reply(passes, tokens_in, tokens_out, seconds)
+            return Reply(seconds=patience.seconds, error=str(error))
+        return Reply(passes, tokens_in, tokens_out, patience.seconds)
 
     async def _post(
         self, client: "httpx2.AsyncClient", question: Question, done: int, patience: _Patience
@@ -139,7 +138,9 @@ class OpenAIModel:
                     self._pace.answered()
                     self._has_answered = True
                     return answer, found
-                tried = _now() - started
+                finally:
+                    tried = _now() - started
+                    patience.seconds += tried
             await self._bear(client, failure, started, tried, patience)
 
     async def _bear(

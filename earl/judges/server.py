@@ -6,18 +6,20 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from earl import processes
 from earl.errors import EarlError
@@ -92,7 +94,13 @@ def serve(arguments: list[str], host: str, port: int, host_file: Path | None, pa
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
     url = f"http://{address.in_url(shown)}:{port}"
     # A group of its own: vLLM's workers end with it, and an interrupt from the keyboard reaches it through us alone.
-    server = subprocess.Popen(arguments, env=environment, start_new_session=True, preexec_fn=processes.end_with_parent)
+    # Without a terminal what it prints goes through ours, where progress becomes lines.
+    stderr = None if sys.stderr.isatty() else subprocess.PIPE
+    server = subprocess.Popen(
+        arguments, env=environment, stderr=stderr, start_new_session=True, preexec_fn=processes.end_with_parent
+    )
+    if server.stderr is not None:
+        threading.Thread(target=_pass_on, args=(server.stderr,), name="server-output", daemon=True).start()
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -146,6 +154,12 @@ def _wait(server: subprocess.Popen, url: str, patience: float) -> None:
         if time.monotonic() > deadline:
             raise EarlError(f"the judge server did not answer at {url} within {patience:g} s")
         time.sleep(0.5)
+
+
+def _pass_on(output: IO[bytes]) -> None:
+    # Line ends stay as they are: a carriage return is that of a progress bar.
+    for line in io.TextIOWrapper(output, encoding="utf-8", errors="backslashreplace", newline=""):
+        sys.stderr.write(line)
 
 
 def _stop(server: subprocess.Popen, patience: float = 20.0) -> None:
