@@ -94,6 +94,8 @@ SHARED = {
 }
 MINIMAL = {"run_name": "a", "base_exp_dir": "runs", "train_paths_file": ["x"], "val_paths_file": [], "judge": "program"}
 TUNING = {"base_model": "model", "train_paths_file": ["x"], "steps": 1}
+ASKED = {"judge": "openai", "reward_function_api_base": "http://localhost:1"}
+"""A judge that says what it is asked for alone."""
 
 
 @pytest.fixture
@@ -287,7 +289,8 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"rollout_shards": 5}, ["rollout_shards is 5", "4 batches"]),
         ({"train_text_tokens_only": True, "train_vision_tokens_only": True}, ["train_vision_tokens_only", "both"]),
         ({"text_only_steps": 11}, ["text_only_steps is 11", "text_only_cycle_steps: 10"]),
-        ({"reward_final_reward": "ground_score"}, ["reward_compute_ground_score"]),
+        (ASKED | {"reward_final_reward": "ground_score"}, ["reward_compute_ground_score", "earl replay"]),
+        (ASKED | {"reward_compute_viescore": False}, ["reward_compute_viescore", "reward_final_reward needs"]),
         ({"judge": "openai"}, ["reward_function_api_base"]),
         ({"max_response_tokens": 4096}, ["max_response_tokens", "model_context_size"]),
         ({"train_paths_file": ["stage:tokenise/no"]}, ["train_paths_file.0", "raw_datasets"]),
@@ -532,7 +535,7 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
             },
             "logprob_support.*the first step only; set optimizer_steps_per_iteration to 1",
         ),
-        ({"advantage_components": {"ground_score": 1.0}}, "reward_compute_ground_score.*advantage_components"),
+        (ASKED | {"advantage_components": {"ground_score": 1}}, "reward_compute_ground_score.*advantage_components"),
         ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
         ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
     ],
@@ -556,6 +559,8 @@ def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, mes
         {"logprob_support": "sampled", "optimizer_steps_per_iteration": 2, "importance_ratio": "behavior"},
         {"logprob_support": "full", "separate_language_and_vision_vocabs": False},
         {"advantage_components": {"semantic_consistency": 1.0, "perceptual_quality": 0.5}},
+        # The demo's judge, a program, gives every score.
+        {"reward_final_reward": "sqrt(viescore_pqxground_score)", "advantage_components": {"ground_score": 1}},
     ],
 )
 def test_objectives_that_go_together_are_accepted(tmp_path, fields):

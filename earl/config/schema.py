@@ -397,8 +397,8 @@ class Config(_Section):
     reward_function_api_model_revision: str | None = _fixed(
         None, "Revision of that model: the judge `vllm` loads it, every judge records it; null takes the main one."
     )
-    reward_compute_viescore: bool = _fixed(True, "Ask the judge for semantic consistency and perceptual quality.")
-    reward_compute_ground_score: bool = _fixed(False, "Ask the judge to compare with the ground-truth edit.")
+    reward_compute_viescore: bool = _fixed(True, "Ask the judge model for semantic consistency and perceptual quality.")
+    reward_compute_ground_score: bool = _fixed(False, "Ask the judge model to compare with the ground-truth edit.")
     reward_final_reward: Literal["viescore", "ground_score", "sqrt(viescore_pqxground_score)"] = _fixed(
         "viescore", "Score that becomes the reward, 0..10."
     )
