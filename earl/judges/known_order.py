@@ -15,7 +15,7 @@ import numpy as np
 
 from earl import seeds
 from earl.errors import EarlError
-from earl.files import images, tables
+from earl.files import images, remedies, tables
 from earl.judges import Judgement
 from earl.shapes import world
 
@@ -72,7 +72,7 @@ def read(path: Path, examples: int | None = None) -> list[Ranked]:
     Raises:
         EarlError: naming file and column, as `earl.files.tables.read_table`; or when there is nothing to compare.
     """
-    rows = tables.read_table(path, tables.RANKED).to_pylist()
+    rows = tables.read_table(path, tables.RANKED, remedies=remedies.GIVEN).to_pylist()
     chosen = list(dict.fromkeys(row["example_id"] for row in rows))[:examples]
     kept = [(index, row) for index, row in enumerate(rows) if row["example_id"] in set(chosen)]
     if not kept:
