@@ -17,7 +17,7 @@ from earl.data.tokenised import open_dataset
 from earl.emu3 import checkpoint, published
 from earl.errors import EarlError
 from earl.files import listing, manifest, tables
-from earl.judges import known_order
+from earl.judges import known_order, rubric
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123456789\n"
 PARQUET = pa.BufferOutputStream()
@@ -229,6 +229,11 @@ class TestOtherPlaces:
         message = error_of(ReferenceDataset(path).__getitem__, 0)
         assert "17.pth: is a Git LFS pointer" in message
         assert "trust" not in message
+
+    def test_a_pointer_for_a_rubric(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.jsonnet"
+        path.write_bytes(POINTER)
+        assert "git lfs pull" in error_of(rubric.load, path)
 
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
     def test_pointers_in_a_model(self, name: str, tmp_path: Path) -> None:

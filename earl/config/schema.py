@@ -474,7 +474,7 @@ class Config(_Section):
     wandb_mode: Literal["disabled", "offline", "online"] = _free(
         "disabled",
         "Weights & Biases: `online` sends as the run goes on, `offline` writes a folder for `wandb sync` at the end; "
-        "both need earl[tracking].",
+        "both need wandb: pip install -e '.[tracking]' in EARL's folder.",
     )
     wandb_project: Name = _free("earl", "Project of the run's page on Weights & Biases.")
     wandb_entity: str | None = _free(None, "User or team whose project it is; null: wandb's own default.", min_length=1)

@@ -56,7 +56,7 @@ _MAGIC = {
 
 def is_pointer(path: Path) -> bool:
     """Return whether a file is what Git LFS leaves where the content has not been downloaded."""
-    return path.stat().st_size < _POINTER_BYTES and path.read_bytes().startswith(_POINTER)
+    return path.is_file() and path.stat().st_size < _POINTER_BYTES and path.read_bytes().startswith(_POINTER)
 
 
 def refuse_pointers(folder: Path) -> None:
@@ -66,7 +66,7 @@ def refuse_pointers(folder: Path) -> None:
         EarlError: naming a file that is a Git LFS pointer.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_file() and is_pointer(path):
+        if is_pointer(path):
             raise EarlError(f"{path}: {described(path)}")
 
 
