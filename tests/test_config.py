@@ -271,7 +271,7 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
     ("fields", "parts"),
     [
         ({"learning_rat": 1e-6}, ["learning_rat ", "unknown", "learning_rate"]),
-        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "nearest known name is steps"]),
+        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "did you mean steps?"]),
         ({"raw_datasets": {"a": {"source": "shapes", "conut": 1}}}, ["raw_datasets.a.conut", "count"]),
         ({"evaluations": {"prompts": {"prompts": 1, "top_kk": 1}}}, ["evaluations.prompts.top_kk", "top_k"]),
         ({"learning_rate": "3e-6"}, ['learning_rate is "3e-6"', "valid number"]),
@@ -323,7 +323,7 @@ def test_missing_field_names_the_nearest_given_one(tmp_path: Path) -> None:
     path.write_text(json.dumps({k: v for k, v in MINIMAL.items() if k != "run_name"} | {"run_nam": "a"}))
     message = error_of(path)
     assert "field run_name is missing; the nearest name given is run_nam" in message
-    assert "field run_nam is unknown; the nearest known name is run_name" in message
+    assert "field run_nam is unknown; did you mean run_name?" in message
 
 
 @pytest.mark.parametrize(("text", "part"), [("{a: ", "x.jsonnet:1"), ("[1]", "not an object"), ("import 'no'", "no")])

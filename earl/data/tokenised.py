@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from earl.data.example import CODEBOOK_SIZE, Dataset, Example
 from earl.data.grids import StoredGrids
 from earl.data.reference import ReferenceDataset
+from earl.data.shards import DATA
 from earl.errors import EarlError
 from earl.files import manifest, remedies, tables
 
@@ -33,8 +34,8 @@ def open_dataset(path: Path | str, codebook_size: int | None = None, images: boo
     """Open a tokenised data set.
 
     Args:
-        path: A sealed folder of Parquet files or one Parquet file, both of schema `earl.files.tables.TOKENISED`, or
-            the reference's ``tokenized_datalist.json``.
+        path: A sealed folder that holds Parquet files or `earl.data.shards.DATA` with them, this one in it, or one
+            Parquet file, all of schema `earl.files.tables.TOKENISED`; or the reference's ``tokenized_datalist.json``.
         codebook_size: Number of visual tokens of the policy; token ids must lie below it. By default the number that
             the files themselves state.
         images: Whether examples bring the images beside their tokens; without, reading is quicker.
@@ -215,14 +216,16 @@ def _groups(file: Path, source: pq.ParquetFile, wanted: list[str]) -> Iterator[_
 def _members(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    if not (path / manifest.NAME).is_file():
+    rows = path / DATA if (path / DATA).is_dir() else path
+    sealed = path.parent if path.name == DATA and not (path / manifest.NAME).is_file() else path
+    if not (sealed / manifest.NAME).is_file():
         raise EarlError(
             f"{path}: has no {manifest.NAME}, so it is no tokenised data set, or not a complete one; "
             f"{remedies.TOKENISED.wrong}"
         )
-    remedies.refuse_pointers(path)
-    manifest.check(path)
-    files = sorted(path.glob("*.parquet"))
+    remedies.refuse_pointers(rows)
+    manifest.check(sealed)
+    files = sorted(rows.glob("*.parquet"))
     if not files:
         raise EarlError(f"{path}: holds no Parquet file; give the folder that `earl tokenise` wrote")
     return files

@@ -1,9 +1,9 @@
 """The Parquet tables: their schemas, one writer, one checking reader.
 
 Every table is compressed (Zstandard, or LZ4 where it is read row by row), carries page checksums and, for the image
-columns, the Hugging Face ``Image`` feature, so that pandas, DuckDB and ``datasets`` open it and show pictures. The
-file's metadata says where it comes from (run, iteration, digests, code version); it holds no times and no host names,
-so that equal inputs give equal bytes.
+columns, the Hugging Face ``Image`` feature, so that pandas, polars, DuckDB and ``datasets`` (3 or newer) open it and
+show pictures. The file's metadata says where it comes from (run, iteration, digests, code version); it holds no times
+and no host names, so that equal inputs give equal bytes.
 """
 
 import json
@@ -182,11 +182,17 @@ def _narrowed(kind: pa.DataType, leaf: pa.DataType) -> pa.DataType:
     return leaf if pa.types.is_unsigned_integer(kind) else kind
 
 
+def features(fields: Sequence[pa.Field]) -> dict[str, object]:
+    """Return what `datasets`, of any version, is told about columns in the metadata of a file."""
+    return {field.name: _feature(field.type) for field in fields}
+
+
 def _feature(kind: pa.DataType) -> object:
     if kind == IMAGE:
         return {"_type": "Image"}
     if pa.types.is_list(kind):
-        return {"feature": _feature(kind.value_type), "_type": "List"}
+        # A plain list is known to every version of `datasets`; a name for it, `Sequence` or `List`, only to some.
+        return [_feature(kind.value_type)]
     if pa.types.is_struct(kind):
         return {field.name: _feature(field.type) for field in kind}
     return {"dtype": {"float": "float32", "double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
@@ -225,11 +231,10 @@ def write_table(
             raise EarlError(f"{path}: column {field.name!r} is missing from what is to be written") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise EarlError(f"{path}: column {field.name!r} does not convert to {field.type}: {error}") from error
-    features = {field.name: _feature(field.type) for field in fields}
     info = {
         **(schema.metadata or {}),
         **{key.encode(): value.encode() for key, value in metadata.items()},
-        b"huggingface": json.dumps({"info": {"features": features}}).encode(),
+        b"huggingface": json.dumps({"info": {"features": features(fields)}}).encode(),
     }
     table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=info))
     by_row = rows_per_group is not None
