@@ -146,7 +146,7 @@ class TestRejects:
         }
         manifest.check(out, deep=True)
         # Who takes the folder's Parquet files gets the rows that were kept.
-        assert duckdb.sql(f"select count(*) from '{out}/*.parquet'").fetchall() == [(4,)]
+        assert duckdb.sql(f"select count(*) from '{out}/data/*.parquet'").fetchall() == [(4,)]
 
     def test_what_json_may_hold_and_no_file_may(self, tmp_path: Path) -> None:
         columns = raw_columns(3)
