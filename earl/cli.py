@@ -317,13 +317,16 @@ def replay(
     run: Annotated[Path, typer.Option("--run", help="The run whose rollouts and scores to train on.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new run, beside the other; its name is the run's.")],
     overrides: Overrides = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Train on the scores that `earl rescore --name` gave, instead of the run's own.")
+    ] = None,
 ) -> None:
     """Train again over a run's stored rollouts and scores with another learner, and compare the curves."""
     from earl.config.load import parse_overrides
     from earl.report import curves
     from earl.stages import replay as stage
 
-    replayed = stage.run(run, out, parse_overrides(overrides or []))
+    replayed = stage.run(run, out, parse_overrides(overrides or []), scores)
     typer.echo("\n".join([curves.table(replayed.curves()), "", *replayed.notes(), f"charts: {replayed.page}"]))
 
 

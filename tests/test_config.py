@@ -95,6 +95,8 @@ SHARED = {
 }
 MINIMAL = {"run_name": "a", "base_exp_dir": "runs", "train_paths_file": ["x"], "val_paths_file": [], "judge": "program"}
 TUNING = {"base_model": "model", "train_paths_file": ["x"], "steps": 1}
+ASKED = {"judge": "openai", "reward_function_api_base": "http://localhost:1"}
+"""A judge that says what it is asked for alone."""
 
 
 @pytest.fixture
@@ -290,7 +292,7 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
     ("fields", "parts"),
     [
         ({"learning_rat": 1e-6}, ["learning_rat ", "unknown", "learning_rate"]),
-        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "nearest known name is steps"]),
+        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "did you mean steps?"]),
         ({"raw_datasets": {"a": {"source": "shapes", "conut": 1}}}, ["raw_datasets.a.conut", "count"]),
         ({"evaluations": {"prompts": {"prompts": 1, "top_kk": 1}}}, ["evaluations.prompts.top_kk", "top_k"]),
         ({"learning_rate": "3e-6"}, ['learning_rate is "3e-6"', "valid number"]),
@@ -308,7 +310,8 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"rollout_shards": 5}, ["rollout_shards is 5", "4 batches"]),
         ({"train_text_tokens_only": True, "train_vision_tokens_only": True}, ["train_vision_tokens_only", "both"]),
         ({"text_only_steps": 11}, ["text_only_steps is 11", "text_only_cycle_steps: 10"]),
-        ({"reward_final_reward": "ground_score"}, ["reward_compute_ground_score"]),
+        (ASKED | {"reward_final_reward": "ground_score"}, ["reward_compute_ground_score", "earl replay"]),
+        (ASKED | {"reward_compute_viescore": False}, ["reward_compute_viescore", "reward_final_reward needs"]),
         ({"judge": "openai"}, ["reward_function_api_base"]),
         ({"max_response_tokens": 4096}, ["max_response_tokens", "model_context_size"]),
         ({"train_paths_file": ["stage:tokenise/no"]}, ["train_paths_file.0", "raw_datasets"]),
@@ -341,7 +344,7 @@ def test_missing_field_names_the_nearest_given_one(tmp_path: Path) -> None:
     path.write_text(json.dumps({k: v for k, v in MINIMAL.items() if k != "run_name"} | {"run_nam": "a"}))
     message = error_of(path)
     assert "field run_name is missing; the nearest name given is run_nam" in message
-    assert "field run_nam is unknown; the nearest known name is run_name" in message
+    assert "field run_nam is unknown; did you mean run_name?" in message
 
 
 @pytest.mark.parametrize(("text", "part"), [("{a: ", "x.jsonnet:1"), ("[1]", "not an object"), ("import 'no'", "no")])
@@ -594,7 +597,7 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
             },
             "logprob_support.*the first step only; set optimizer_steps_per_iteration to 1",
         ),
-        ({"advantage_components": {"ground_score": 1.0}}, "reward_compute_ground_score.*advantage_components"),
+        (ASKED | {"advantage_components": {"ground_score": 1}}, "reward_compute_ground_score.*advantage_components"),
         ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
         ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
     ],
@@ -618,6 +621,8 @@ def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, mes
         {"logprob_support": "sampled", "optimizer_steps_per_iteration": 2, "importance_ratio": "behavior"},
         {"logprob_support": "full", "separate_language_and_vision_vocabs": False},
         {"advantage_components": {"semantic_consistency": 1.0, "perceptual_quality": 0.5}},
+        # The demo's judge, a program, gives every score.
+        {"reward_final_reward": "sqrt(viescore_pqxground_score)", "advantage_components": {"ground_score": 1}},
     ],
 )
 def test_objectives_that_go_together_are_accepted(tmp_path, fields):

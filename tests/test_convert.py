@@ -48,10 +48,11 @@ def test_every_example_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert getattr(left, name) == getattr(right, name)
         assert np.array_equal(left.original_tokens, right.original_tokens)
         assert np.array_equal(left.target_tokens, right.target_tokens)
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert sorted(first) == ["0000.parquet", "0001.parquet", "0002.parquet", "manifest.json", "summary.json"]
+    first = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in first)
+    assert names == ["README.md", *(f"data/000{i}.parquet" for i in range(3)), "manifest.json", "summary.json"]
     convert.run(listing, tmp_path / "out", 32768, None, 0.0)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == first
 
 
 def test_a_wrong_id_stops_and_is_named(tmp_path: Path) -> None:

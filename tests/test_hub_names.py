@@ -238,7 +238,7 @@ def test_from_published_checkpoints_to_rl_in_one_plan(hub: Path, here: Path) -> 
     assert checkpoint.check_policy(policy).num_visual == 64
     assert checkpoint.load_vision_tokenizer(vision, "cpu").config.codebook_size == 64
     tokenised = paths.tokenised_folder(made_by, "pairs")
-    metadata = tables.read_metadata(next(tokenised.glob("*.parquet")))
+    metadata = tables.read_metadata(next(tokenised.glob("data/*.parquet")))
     assert metadata["vision_tokenizer_digest"] == manifest.digest_folder(vision)
     assert json.loads((run.path / "verify.json").read_text())["problems"] == []
     assert run.report.is_file()

@@ -10,8 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from evaluation_files import demo_config, episode, write_evaluation
-from hypothesis import given
-from hypothesis import strategies as st
 
 from earl.errors import EarlError
 from earl.files import images
@@ -296,22 +294,6 @@ def decoded(uri):
 
 
 # Charts.
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_enclose_the_values_in_few_round_steps(low, span):
-    found = charts.ticks(low, low + span)
-    slack = 1e-6 * max(abs(low), span)
-    assert found[0] <= low + slack
-    assert found[-1] >= low + span - slack
-    assert 2 <= len(found) <= 5
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0, 10, [0, 5, 10]), (3.2, 4.4, [3, 3.5, 4, 4.5]), (0, 0, [0, 0.5, 1])]
-)
-def test_ticks_by_hand(low, high, expected):
-    assert charts.ticks(low, high) == expected
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,10 @@ def write_raw(path: Path, columns: dict[str, list]) -> Path:
     return path
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def rejected(folder: Path) -> list[dict]:
     return [row for file in sorted((folder / "_rejected").glob("*")) for row in pq.read_table(file).to_pylist()]
 
@@ -162,11 +166,11 @@ class TestTokenise:
             assert example.original_tokens.shape == (8, 8)
             pixels = images.decode(source[row]["edited"]["bytes"], "")
             assert (images.decode(example.target, "") == pixels).all()
-        cell = pq.read_table(out / "0000.parquet").column("original_tokens")[0].as_py()
+        cell = pq.read_table(out / "data" / "0000.parquet").column("original_tokens")[0].as_py()
         assert (cell["height"], cell["width"], len(cell["ids"])) == (8, 8, 64), "256 codes take a byte each"
-        first = (out / "0000.parquet").read_bytes()
+        first = (out / "data" / "0000.parquet").read_bytes()
         tokenise.run(demo(), "shapes_rl", raw, out)
-        assert (out / "0000.parquet").read_bytes() == first
+        assert (out / "data" / "0000.parquet").read_bytes() == first
 
     def test_images_and_boxes_scale_together(self, tmp_path: Path) -> None:
         columns = raw_columns(1)
@@ -218,7 +222,7 @@ class TestRejects:
         }
         manifest.check(out, deep=True)
         # Who takes the folder's Parquet files gets the rows that were kept.
-        assert duckdb.sql(f"select count(*) from '{out}/*.parquet'").fetchall() == [(4,)]
+        assert duckdb.sql(f"select count(*) from '{out}/data/*.parquet'").fetchall() == [(4,)]
 
     def test_a_text_that_is_not_utf8_is_one_of_them(self, tmp_path: Path) -> None:
         table = pa.table(raw_columns(3), schema=tables.RAW)
@@ -300,13 +304,13 @@ class TestRejects:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0
         assert "tokenise d: 2 of 2 rows kept" in done.stderr
-        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        before = contents(out)
         write_raw(raw, raw_columns(2) | {"original": [PICTURE, {"bytes": b"GIF89a", "path": ""}]})
         failed = subprocess.run(command, capture_output=True, text=True)
         assert failed.returncode == 2
         assert "error: 1 rows rejected" in failed.stderr
         assert "raw.parquet: row 1, column 'original'" in failed.stderr
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert contents(out) == before
 
 
 class TestColumns:
@@ -339,7 +343,8 @@ class TestColumns:
         assert [(dataset[i].example_id, dataset[i].instruction) for i in range(len(dataset))] == [
             (str(i), f"edit {i}") for i in range(9)
         ]
-        assert [pq.read_metadata(f).num_rows for f in sorted((tmp_path / "out").glob("*.parquet"))] == [4, 3, 2]
+        shards = sorted((tmp_path / "out" / "data").glob("*.parquet"))
+        assert [pq.read_metadata(file).num_rows for file in shards] == [4, 3, 2]
         assert (dataset[0].task, dataset[0].reasoning) == ("3", [("where", "[0, 0, 8, 8]")])
         config = parquet(tmp_path / "raw", columns=self.COLUMNS | {"task": None}, keep_images=False)
         tokenise.run(config, "d", tmp_path / "raw", tmp_path / "all")
@@ -461,17 +466,15 @@ def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
     killed = subprocess.run([sys.executable, "-c", KILLED, str(raw), str(tmp_path / "out")], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     unfinished = tmp_path / ".out.unfinished"
-    stood = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.parquet")}
+    stood = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("data/*.parquet")}
     assert sorted(stood) == ["0000.parquet", "0001.parquet"]
     assert not (tmp_path / "out").exists()
     tokenise.run(demo(), "shapes_rl", raw, tmp_path / "out")
     tokenise.run(demo(), "shapes_rl", raw, tmp_path / "undisturbed")
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in stood} == stood
-    left, right = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "undisturbed")
-    )
+    assert {name: (tmp_path / "out" / "data" / name).stat().st_mtime_ns for name in stood} == stood
+    left, right = (contents(tmp_path / name) for name in ("out", "undisturbed"))
     assert left == right
-    assert sorted(left) == [*(f"000{i}.parquet" for i in range(4)), "manifest.json", "summary.json"]
+    assert sorted(left) == ["README.md", *(f"data/000{i}.parquet" for i in range(4)), "manifest.json", "summary.json"]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -495,7 +498,7 @@ def test_shards_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: py
     write_raw(raw, raw_columns(8) | {"instruction": ["first"] * 7 + [""]})
     with pytest.raises(EarlError, match="1 rows rejected"):
         tokenise.run(demo(), "d", raw, out)
-    assert (tmp_path / ".out.unfinished" / "0000.parquet").is_file()
+    assert (tmp_path / ".out.unfinished" / "data" / "0000.parquet").is_file()
     write_raw(raw, raw_columns(8) | {"instruction": ["second"] * 8})
     tokenise.run(demo(), "d", raw, out)
     dataset = open_dataset(out)

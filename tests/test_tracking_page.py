@@ -21,7 +21,7 @@ from earl.layout import Run
 from earl.tracking import files
 
 pytestmark = pytest.mark.slow
-wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install earl[tracking])")
+wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install -e '.[tracking]')")
 
 
 @pytest.fixture
@@ -252,8 +252,8 @@ def test_no_package_is_said_before_the_run_and_an_error_only_where_it_is_wanted(
     _, config = new_run(tmp_path / "a")
     assert tracking.missing(config) is None
     _, config = new_run(tmp_path / "b", wandb_mode="offline")
-    assert "pip install 'earl[tracking]'" in tracking.missing(config)
-    with pytest.raises(EarlError, match=r"wandb is not installed; pip install 'earl\[tracking\]'"):
+    assert "pip install -e '.[tracking]'" in tracking.missing(config)
+    with pytest.raises(EarlError, match=r"wandb is not installed; .*pip install -e '\.\[tracking\]'"):
         tracking.check_wandb(config)
 
 

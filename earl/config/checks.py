@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError
 
 from earl.judges import address
+from earl.learner import rewards
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -206,18 +207,15 @@ def _check_learner(config: "Config") -> None:
 
 
 def _check_reward(config: "Config") -> None:
-    uses = {
-        "viescore": ["reward_compute_viescore"],
-        "ground_score": ["reward_compute_ground_score"],
-        "sqrt(viescore_pqxground_score)": ["reward_compute_viescore", "reward_compute_ground_score"],
-    }
-    for name in uses[config.reward_final_reward]:
-        if not getattr(config, name):
-            raise wrong(name, f"is false, but reward_final_reward `{config.reward_final_reward}` is made of it")
-    for component in config.advantage_components:
-        name = "reward_compute_ground_score" if component == "ground_score" else "reward_compute_viescore"
-        if not getattr(config, name):
-            raise wrong(name, f"is false, but advantage_components has `{component}`")
+    for score, (field, which) in rewards.needed(config).items():
+        name = rewards.ASKED_BY[score]
+        # A program gives every score, asked or not.
+        if config.judge != "program" and not getattr(config, name):
+            raise wrong(
+                name,
+                f"is false, but {field} needs {score} for `{which}`; set it to true, or train over what is stored with "
+                "`earl replay`, where the stored scores hold it",
+            )
     if config.judge == "openai" and config.reward_function_api_base is None:
         raise wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
     if config.reward_function_api_base is not None:

@@ -1,6 +1,5 @@
 """From a file to a `Config`: Jsonnet with overrides, or a run's frozen JSON. Mistakes are named with their remedy."""
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from earl import names
 from earl.config.evaluate import Evaluated, evaluate, shown
 from earl.config.schema import Config
 from earl.errors import EarlError
@@ -215,10 +215,10 @@ def _problem(problem: Mapping[str, Any], path: str, source: Callable[[str], str]
     place = f"field {field}" + (f" (in {origin})" if origin != path else "")
     match problem["type"]:
         case "extra_forbidden":
-            return f"{place} is unknown; the nearest known name is {_nearest(location)}"
+            return f"{place} is unknown; {_hint(location)}"
         case "missing":
-            given = difflib.get_close_matches(location[-1], list(problem["input"]), n=1, cutoff=0.75)
-            near = f"; the nearest name given is {given[0]}" if given else ""
+            given = names.near(location[-1], problem["input"])
+            near = f"; the nearest name given is {given}" if given else ""
             return f"{place} is missing{near}. It is: {_description(location)}"
         case "cross_field" | "inexact":
             return f"{place} {problem['msg']}"
@@ -247,8 +247,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
 
 
-def _nearest(location: list[str]) -> str:
-    return difflib.get_close_matches(location[-1], list(_model_at(location).model_fields), n=1, cutoff=0)[0]
+def _hint(location: list[str]) -> str:
+    return names.hint(location[-1], _model_at(location).model_fields, "earl/config/schema.py lists all fields")
 
 
 def _description(location: list[str]) -> str:

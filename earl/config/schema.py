@@ -416,8 +416,8 @@ class Config(_Section):
     reward_function_api_model_revision: str | None = _fixed(
         None, "Revision of that model: the judge `vllm` loads it, every judge records it; null takes the main one."
     )
-    reward_compute_viescore: bool = _fixed(True, "Ask the judge for semantic consistency and perceptual quality.")
-    reward_compute_ground_score: bool = _fixed(False, "Ask the judge to compare with the ground-truth edit.")
+    reward_compute_viescore: bool = _fixed(True, "Ask the judge model for semantic consistency and perceptual quality.")
+    reward_compute_ground_score: bool = _fixed(False, "Ask the judge model to compare with the ground-truth edit.")
     reward_final_reward: Literal["viescore", "ground_score", "sqrt(viescore_pqxground_score)"] = _fixed(
         "viescore", "Score that becomes the reward, 0..10."
     )
@@ -499,7 +499,7 @@ class Config(_Section):
     wandb_mode: Literal["disabled", "offline", "online"] = _free(
         "disabled",
         "Weights & Biases: `online` sends as the run goes on, `offline` writes a folder for `wandb sync` at the end; "
-        "both need earl[tracking].",
+        "both need wandb: pip install -e '.[tracking]' in EARL's folder.",
     )
     wandb_project: Name = _free("earl", "Project of the run's page on Weights & Biases.")
     wandb_entity: str | None = _free(None, "User or team whose project it is; null: wandb's own default.", min_length=1)

@@ -1,12 +1,13 @@
 """Raw image pairs in Parquet files of any columns, as rows of one form.
 
 A mapping says where each of our columns stands: ``edited_prompt_list[0]`` is the first item of a list, ``a.b`` a field
-of a struct. Rows are counted through all files, in windows that never cross a file, so that a reader can begin
-anywhere.
+of a struct, or a column or field whose whole name this is. Rows are counted through all files, in windows that never
+cross a file, so that a reader can begin anywhere.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,13 +22,17 @@ from earl.data import cells
 from earl.data.example import has_words, is_unicode
 from earl.data.pictures import Rejected
 from earl.errors import EarlError
-from earl.files import listing, tables
+from earl.files import listing, remedies, tables
 
 COLUMNS = tuple(tables.RAW.names)
 OPTIONAL = ("example_id", "task", "reasoning")
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+_ITEM = re.compile(r"\[(\d+)\]")
+_REMEDY = "say in raw_datasets.<name>.columns where it stands, or null where there is none"
+
+Steps = tuple[str | int, ...]
+"""The way to a value: the name of a column, then names of fields and indices of items."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,15 @@ class RawSource:
         self._rows: list[int] = []
         self._class_names: dict[Path, dict[str, list[str]]] = {}
         self.places: dict[str, str] = {}
+        self._steps: dict[str, Steps] = {}
         for index, file in enumerate(self.files):
-            with tables.open_table(file) as source:
-                places = self._found(file, source.schema_arrow)
+            with tables.open_table(file, remedies.GIVEN) as source:
+                steps = self._found(file, source.schema_arrow)
                 self._rows.append(source.metadata.num_rows)
-            if index and places != self.places:
+            if index and steps != self._steps:
                 raise EarlError(f"{file}: has other columns than {self.files[0]}; keep them in different data sets")
-            self.places = places
+            self._steps = steps
+        self.places = {name: self._given.get(name, name) for name in self._steps}
         if not sum(self._rows):
             raise EarlError(f"{path}: the data set is empty; give a file with at least one row")
 
@@ -132,6 +139,10 @@ class RawSource:
         """
         found = [(file.name, file.stat().st_size, _footer_digest(file)) for file in self.files]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def label(self, file: Path) -> str:
+        """Return how a file is told from the others: its name, below what the paths of all have in common."""
+        return os.path.relpath(file, os.path.commonpath([each.absolute().parent for each in self.files]))
 
     @property
     def times(self) -> list[int]:
@@ -154,38 +165,38 @@ class RawSource:
             EarlError: when the file is damaged.
         """
         number = window.row
-        for table in _tables(window, sorted({_column(place) for place in self.places.values()}), rows):
+        for table in _tables(window, sorted({column for column, *_ in self._steps.values()}), rows):
             names = self._class_names[window.file]
             part = [self._row(values, number + offset, names) for offset, values in enumerate(cells.rows(table))]
             number += len(part)
             yield part
 
-    def _found(self, file: Path, schema: pa.Schema) -> dict[str, str]:
-        """Return the places of the columns that a file has."""
-        places = {}
+    def _found(self, file: Path, schema: pa.Schema) -> dict[str, Steps]:
+        """Return the ways to the columns that a file has."""
+        found = {}
         self._class_names[file] = {}
         for name in COLUMNS:
             place = self._given.get(name, name)
             if place is None or (name in OPTIONAL and name not in self._given and name not in schema.names):
                 continue
-            if schema.names.count(_column(place)) > 1:
-                raise EarlError(
-                    f"{file}: column {_column(place)!r} stands twice in the file; rename or remove one of them"
-                )
-            kind = _type_at(schema, place)
-            if kind is None:
-                raise EarlError(f"{file}: column {place!r} ({name}) is missing; the file has {', '.join(schema.names)}")
-            class_names = cells.class_names(schema, _column(place), _steps(place))
+            way = _way(pa.struct(list(schema)), place)
+            if way is None:
+                has = ", ".join(schema.names)
+                raise EarlError(f"{file}: column {place!r} ({name}) is missing; the file has {has}; {_REMEDY}")
+            found[name], kind = way
+            column, *inside = found[name]
+            if schema.names.count(column) > 1:
+                raise EarlError(f"{file}: column {column!r} stands twice in the file; rename or remove one of them")
+            class_names = cells.class_names(schema, column, inside)
             if class_names and pa.types.is_integer(kind):
                 self._class_names[file][name] = class_names
                 kind = pa.string()
             if not _fits(name, kind):
-                raise EarlError(f"{file}: column {place!r} has type {kind}, which cannot be {name}")
-            places[name] = place
-        return places
+                raise EarlError(f"{file}: column {place!r} has type {kind}, which cannot be {name}; {_REMEDY}")
+        return found
 
     def _row(self, values: dict[str, Any], number: int, class_names: Mapping[str, list[str]]) -> RawRow:
-        found = {name: _value_at(values, place) for name, place in self.places.items()}
+        found = {name: _value_at(values, steps) for name, steps in self._steps.items()}
         found |= {name: _bytes(found[name]) for name in ("original", "edited") if name in found}
         found |= {name: cells.named(found[name], names) for name, names in class_names.items()}
         unreadable = {name: problem for name, value in found.items() if (problem := cells.first_unreadable(value))}
@@ -213,7 +224,7 @@ def _footer_digest(file: Path) -> str:
 
 def _tables(window: Window, columns: list[str], rows: int) -> Iterator[pa.Table]:
     """Yield the rows of a window as tables of ``rows`` rows, the last one of what is left."""
-    with tables.open_table(window.file) as source:
+    with tables.open_table(window.file, remedies.GIVEN) as source:
         groups, skip = _groups_from(source, window.start)
         held, left = [], window.rows
         try:
@@ -247,28 +258,26 @@ def _groups_from(source: pq.ParquetFile, row: int) -> tuple[list[int], int]:
     return [], 0
 
 
-def _column(place: str) -> str:
-    return re.split(r"[.\[]", place, maxsplit=1)[0]
+def _way(kind: pa.DataType, place: str) -> tuple[Steps, pa.DataType] | None:
+    """Return the way to a place in a struct, and the type there; None where there is no such place.
+
+    A name may hold dots and brackets itself: of the names that the place begins with, the longest that leads on counts.
+    """
+    for field in sorted(kind, key=lambda field: len(field.name), reverse=True):
+        if not place.startswith(field.name):
+            continue
+        steps, inner, rest = [field.name], field.type, place.removeprefix(field.name)
+        while (item := _ITEM.match(rest)) and _is_list(inner):
+            steps, inner, rest = [*steps, int(item[1])], inner.value_type, rest[item.end() :]
+        if not rest:
+            return tuple(steps), inner
+        if rest.startswith(".") and pa.types.is_struct(inner) and (way := _way(inner, rest[1:])):
+            return (*steps, *way[0]), way[1]
+    return None
 
 
-def _steps(place: str) -> list[str | int]:
-    return [name or int(number) for name, number in _STEP.findall(place[len(_column(place)) :])]
-
-
-def _type_at(schema: pa.Schema, place: str) -> pa.DataType | None:
-    if _column(place) not in schema.names:
-        return None
-    kind = schema.field(_column(place)).type
-    for step in _steps(place):
-        if isinstance(step, int):
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-                return None
-            kind = kind.value_type
-        else:
-            if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
-                return None
-            kind = kind.field(step).type
-    return kind
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _fits(name: str, kind: pa.DataType) -> bool:
@@ -298,9 +307,9 @@ def _field_type(kind: pa.StructType, name: str) -> pa.DataType:
     return kind.field(name).type if kind.get_field_index(name) >= 0 else pa.null()
 
 
-def _value_at(values: dict[str, Any], place: str) -> Any:
-    value = values[_column(place)]
-    for step in _steps(place):
+def _value_at(values: dict[str, Any], steps: Steps) -> Any:
+    value: Any = values
+    for step in steps:
         if value is None or isinstance(value, cells.Unreadable):
             return value
         if isinstance(step, int) and step >= len(value):

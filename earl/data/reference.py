@@ -23,6 +23,7 @@ import numpy as np
 from earl.data.example import Example, has_words, is_unicode
 from earl.data.grids import grid
 from earl.errors import EarlError
+from earl.files import remedies
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
@@ -85,6 +86,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
         EarlError: naming the file, when it is missing, damaged, no dict, or holds more than plain values and arrays.
     """
     try:
+        if remedies.is_pointer(path):
+            raise EarlError(f"{path}: {remedies.described(path)}")
         values = _load_bare(path) if _is_bare(path) else _load_torch(path)
     except FileNotFoundError as error:
         raise EarlError(f"{path}: does not exist, though tokenized_datalist.json lists it") from error
@@ -92,6 +95,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {wanted[1]}, which may run code" if wanted else "is damaged or holds more than plain values"
         raise EarlError(f"{path}: {what}; nothing was run. Do not trust where it came from") from error
+    except EarlError:
+        raise
     except Exception as error:  # A damaged pickle can fail in any way; each means the same to the user.
         raise EarlError(f"{path}: is damaged or no pickle ({type(error).__name__}: {error})") from error
     if not isinstance(values, dict):
@@ -164,10 +169,14 @@ def _listing(path: Path) -> tuple[list[str], str]:
     except OSError as error:
         raise EarlError(f"{path}: cannot be read ({error.strerror}); check the path in the configuration") from error
     except ValueError as error:
-        raise EarlError(f"{path}: is damaged ({error}); download it again") from error
+        found = remedies.described(path) if remedies.is_pointer(path) else f"is damaged ({error}); download it again"
+        raise EarlError(f"{path}: {found}") from error
     names = listing.get("path_list") if isinstance(listing, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise EarlError(f"{path}: field 'path_list' must be a list of file names")
+        raise EarlError(
+            f"{path}: field 'path_list' must be a list of file names; a data set in JSON is the reference's "
+            "tokenized_datalist.json, all others are Parquet"
+        )
     if not names:
         raise EarlError(f"{path}: the data set is empty; leave it out of the configuration")
     names = [_text(name, "path_list", path) for name in names]

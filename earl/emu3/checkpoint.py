@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import manifest, remedies
 
 if TYPE_CHECKING:
     import torch
@@ -248,6 +248,7 @@ def check_files(folder: Path | str) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise EarlError(f"{folder}: holds no config.json; give the folder of a checkpoint")
+    remedies.refuse_pointers(folder)
     if (folder / manifest.NAME).is_file():
         manifest.check(folder)
     return folder

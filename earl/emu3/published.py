@@ -23,7 +23,7 @@ from earl.config.hub import Conversion
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
 from earl.errors import EarlError
-from earl.files import atomic, manifest
+from earl.files import atomic, manifest, remedies
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,8 @@ def convert(source: Path, out: Path, tokenizer_from: Path | None = None, vision:
     Raises:
         EarlError: naming the file, when something is missing, damaged, or not what its configuration says.
     """
+    for folder in filter(None, (source, tokenizer_from)):
+        remedies.refuse_pointers(folder)
     fields = checkpoint.config_fields(source)
     with atomic.folder(out) as temporary:
         if fields["model_type"] == "Emu3VisionVQ" or vision:

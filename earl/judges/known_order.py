@@ -21,7 +21,7 @@ from earl import seeds
 from earl.data import cells
 from earl.data.example import has_words
 from earl.errors import EarlError
-from earl.files import images, tables
+from earl.files import images, remedies, tables
 from earl.judges import Judgement
 from earl.shapes import world
 
@@ -91,7 +91,7 @@ def read(path: Path, examples: int | None = None) -> list[Ranked]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    with tables.open_table(path) as source:
+    with tables.open_table(path, remedies.GIVEN) as source:
         schema = source.schema_arrow
         for field in tables.RANKED:
             if schema.names.count(field.name) > 1:

