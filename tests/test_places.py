@@ -157,7 +157,7 @@ class TestWhatElse:
     def test_vllm_where_it_is_not_installed(self, place, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         message = refusal(**{field: "vllm"})
-        assert f"field {field} is `vllm`, but vLLM is not installed here; pip install" in message
+        assert f"field {field} is `vllm`, which is not installed here; in EARL" in message
         places.check(config(**{field: "vllm"}), here=False)
 
     def test_a_rubric_that_is_missing(self, place: Workplace) -> None:

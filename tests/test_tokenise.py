@@ -481,7 +481,7 @@ def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
 @pytest.mark.parametrize(
     ("columns", "part"),
     [
-        ({"original": None}, "field raw_datasets.d.columns says that there is no original"),
+        ({"original": None}, "field raw_datasets.d.columns (in --set) says that there is no original"),
         ({"picture": "a"}, "raw_datasets.d.columns.picture"),
         ({"original": "a[x]"}, "raw_datasets.d.columns.original"),
     ],

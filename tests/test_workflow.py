@@ -413,7 +413,7 @@ def test_vllm_is_missed_only_where_stages_run_here(place, profile):
     done = subprocess.run(list(map(str, command)), cwd=place.path, env=env, capture_output=True, text=True)
     output = done.stdout + done.stderr
     if profile == "local":
-        assert "field engine (in a.jsonnet) is `vllm`, but vLLM is not installed here; pip install" in output
+        assert "field engine (in a.jsonnet) is `vllm`, which is not installed here; in EARL" in output
     else:
         # Tracking comes last, and training does not need it: one line says what will be missing.
         assert done.returncode == 0, output

