@@ -3,7 +3,6 @@
 Stages are imported when they are called, so that ``--help`` answers at once.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from earl import cli_data, processes
+from earl import cli_data, console, processes
 from earl.errors import EarlError
 
 if TYPE_CHECKING:
@@ -170,6 +169,27 @@ def judge_check(
         check.write(found, out)
 
 
+@judge_app.command("again")
+def judge_again(
+    run: RunFolder,
+    iterations: Annotated[
+        list[int] | None, typer.Option("--iteration", min=0, help="Only this iteration; may be repeated.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation; may be repeated.")
+    ] = None,
+) -> None:
+    """Ask the failed judgements of a run again; scores that were given stay."""
+    from earl.stages import again
+
+    count = 0
+    for asked in again.run(run, iterations or (), evaluations or ()):
+        count += 1
+        typer.echo(f"{asked.scores}: {asked.failed} judgements had failed, {asked.still} still have")
+    if not count:
+        typer.echo(f"{run}: no judgement has failed")
+
+
 @judge_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def judge_serve(
     context: typer.Context,
@@ -244,12 +264,23 @@ def generate(
 
 
 @app.command()
-def score(config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")], out: Output) -> None:
+def score(
+    config: ConfigFile,
+    rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")],
+    out: Output,
+    again_failed: Annotated[
+        bool, typer.Option("--again-failed", help="Ask only the failed judgements of the file --out again.")
+    ] = False,
+) -> None:
     """Ask the judge about rollouts."""
     from earl.config.load import read
     from earl.stages import score as stage
 
-    stage.run(read(config), rollouts, out)
+    if again_failed:
+        failed, still = stage.run_again(read(config), rollouts, out)
+        typer.echo(f"{out}: {failed} judgements had failed, {still} still have")
+    else:
+        stage.run(read(config), rollouts, out)
 
 
 @app.command()
@@ -289,13 +320,16 @@ def replay(
     run: Annotated[Path, typer.Option("--run", help="The run whose rollouts and scores to train on.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new run, beside the other; its name is the run's.")],
     overrides: Overrides = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Train on the scores that `earl rescore --name` gave, instead of the run's own.")
+    ] = None,
 ) -> None:
     """Train again over a run's stored rollouts and scores with another learner, and compare the curves."""
     from earl.config.load import parse_overrides
     from earl.report import curves
     from earl.stages import replay as stage
 
-    replayed = stage.run(run, out, parse_overrides(overrides or []))
+    replayed = stage.run(run, out, parse_overrides(overrides or []), scores)
     typer.echo("\n".join([curves.table(replayed.curves()), "", *replayed.notes(), f"charts: {replayed.page}"]))
 
 
@@ -535,10 +569,11 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line in this process."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    console.set_up()
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no UTF-8
     status = call(sys.argv[1:])
     if "LOCAL_RANK" in os.environ:
         processes.end_at_once(status)

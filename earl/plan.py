@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import runs
+from earl import replays, runs
 from earl.config.evaluate import RUN_NAME
 from earl.errors import EarlError
 from earl.layout import Run, iteration_name
@@ -123,7 +123,8 @@ def plan(config: "Config", last: int | None = None, single: int | None = None) -
         single: plan this one iteration, whatever comes after it.
 
     Raises:
-        EarlError: when ``single`` is not an iteration of the run.
+        EarlError: when ``single`` is not an iteration of the run, or what is trained again has scores that do not hold
+            what the reward is made of.
     """
     run = Run(Path(config.base_exp_dir) / config.run_name)
     if single is not None:
@@ -132,6 +133,7 @@ def plan(config: "Config", last: int | None = None, single: int | None = None) -
             raise EarlError(f"iteration={single}: {run.path} has complete iterations 1 to {newest}; choose one of them")
         return Plan(run, config, max(single - 1, 0), single, single)
     start = runs.newest_complete(run)
+    replays.check_scores(run, config, last=max(start, config.num_iterations), first=start + 1)
     if last is not None:
         return Plan(run, config, min(start, last), last)
     return Plan(run, config, start, max(start, config.num_iterations))

@@ -20,9 +20,7 @@ from earl.files import atomic
 from earl.learner import grpo, ranks, sft, sharding
 from earl.learner.ranks import Ranks
 
-SETTINGS = sft.Settings(
-    steps=1, batch_size=5, micro_batch=1, learning_rate=1.0, warmup_steps=0, seed=1, bfloat16=False
-)
+SETTINGS = sft.Settings(steps=1, batch_size=5, micro_batch=1, learning_rate=1.0, warmup_steps=0, seed=1, bfloat16=False)
 CASES = {
     "padded": {},
     "packed": {"packed": True, "micro_batch": 3, "gradient_checkpointing": True},

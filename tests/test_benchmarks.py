@@ -149,9 +149,7 @@ def test_benchmarks_that_are_not_named_are_not_read(variables):
     stages = paths.shared_stages(chosen).values()
     read = {stage.name for stage in stages if stage.stage == "download"}
     assert read == {chosen.raw_datasets[f"benchmark_{part}"].path for part in ("omniedit", *FILES)}
-    with pytest.raises(
-        EarlError, match=r"benchmarks has omni, which is none of: aurora, emuedit, .*, vismin"
-    ):
+    with pytest.raises(EarlError, match=r"benchmarks has omni, which is none of: aurora, emuedit, .*, vismin"):
         load.load(SHIPPED, {"benchmarks": ["omni"]})
 
 

@@ -240,7 +240,9 @@ class TestErrors:
 
     def test_a_gated_one_says_how_to_log_in(self, validation: DataHub, tmp_path: Path) -> None:
         validation.gated = True
-        with pytest.raises(EarlError, match=r"log in with `hf auth login` and accept its terms"):
+        with pytest.raises(
+            EarlError, match=r"the token \(`hf auth whoami`\), and whether its page has terms to accept"
+        ):
             fetch.fetch(named("validation"), tmp_path)
 
     def test_a_hub_that_does_not_answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +395,8 @@ def config(**fields: Any) -> Config:
     base = {
         "run_name": "a", "base_exp_dir": "runs", "val_paths_file": [], "evaluations": {},
         "model_path": "package:shapes/base_policy", "vision_tokenizer_path": "package:shapes/vision_tokenizer",
-        "reward_function_api_base": "http://judge:1", "train_paths_file": ["stage:fetch/omniedit"],
+        "reward_function_api_base": "http://judge:1", "episodes_per_iteration": 2, "generations_per_sample": 2,
+        "engine_batch_size": 2, "train_paths_file": ["stage:fetch/omniedit"],
     }  # fmt: skip
     return load.changed(Config.model_validate(base), fields)
 
@@ -441,13 +444,17 @@ class TestStage:
     def test_what_is_not_there_says_how_to_get_it(self, tmp_path: Path) -> None:
         wanted = tmp_path / "earl-datasets" / "omniedit" / "train" / "tokenised"
         made = config(train_paths_file=[str(wanted)])
-        with pytest.raises(EarlError, match=rf"_file\.0 is '{wanted}'.*`earl data fetch omniedit --to {tmp_path}`"):
-            places.check_data(made)
+        with pytest.raises(
+            EarlError, match=rf"paths_file names .*: {wanted}; .*`earl data fetch omniedit --to {tmp_path}`"
+        ):
+            places.check(made, here=False)
         listing = wanted.parent / "list" / "tokenized_datalist.json"
         listing.parent.mkdir(parents=True)
         listing.write_text("{}")
         with pytest.raises(EarlError, match=rf"`earl convert data {listing} --out {wanted}`"):
-            places.check_data(made)
-        with pytest.raises(EarlError, match=r"is 'x\.parquet', which is not there; name a tokenised data set that is"):
-            places.check_data(config(train_paths_file=["x.parquet"]))
-        places.check_data(config())
+            places.check(made, here=False)
+        with pytest.raises(
+            EarlError, match=r"names what is not there: .*x\.parquet; name a tokenised data set that is"
+        ):
+            places.check(config(train_paths_file=["x.parquet"]), here=False)
+        places.check(config(), here=False)

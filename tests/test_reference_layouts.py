@@ -149,7 +149,7 @@ class TestContents:
 
     def test_an_id_with_several_values_is_named(self, tmp_path: Path) -> None:
         listing = write(tmp_path, ["0.pth"], ["feature/0.pth"], edit_id=torch.tensor([1, 2]))
-        with pytest.raises(EarlError, match=r"0\.pth: field 'edit_id' is a Tensor where text or a number is expected"):
+        with pytest.raises(EarlError, match=r"0\.pth: field 'edit_id' is a list where a text or a whole number is"):
             open_dataset(listing)[0]
 
     @pytest.mark.parametrize("name", ["original_image", "edited_image", "instruction"])
@@ -165,7 +165,8 @@ def config(**fields: Any) -> Config:
     base = {
         "run_name": "a", "base_exp_dir": "runs", "val_paths_file": [], "evaluations": {},
         "model_path": "package:shapes/base_policy", "vision_tokenizer_path": "package:shapes/vision_tokenizer",
-        "reward_function_api_base": "http://judge:1",
+        "reward_function_api_base": "http://judge:1", "episodes_per_iteration": 2, "generations_per_sample": 2,
+        "engine_batch_size": 2,
     }  # fmt: skip
     return load.changed(Config.model_validate(base | {"train_paths_file": ["stage:fetch/omniedit"]}), fields)
 
@@ -173,25 +174,27 @@ def config(**fields: Any) -> Config:
 class TestThePlan:
     def test_a_list_without_files_stops_the_plan(self, tmp_path: Path) -> None:
         listing = write(tmp_path, ["0.pth"], [])
-        with pytest.raises(EarlError, match=r"field train_paths_file\.0: .*none of the files that it lists is there"):
-            places.check_data(config(train_paths_file=[str(listing)]))
+        with pytest.raises(
+            EarlError, match=r"field train_paths_file cannot be drawn from: .*none of the files that it lists is there"
+        ):
+            places.check(config(train_paths_file=[str(listing)]), here=False)
 
     def test_a_list_that_is_not_there_names_the_one_that_is(self, tmp_path: Path) -> None:
         listing = write(tmp_path, *LAYOUTS["A"])
         wanted = tmp_path / "feature" / "list" / listing.name
-        with pytest.raises(EarlError, match=rf"train_paths_file\.0: {wanted}: .*there is {listing}"):
-            places.check_data(config(train_paths_file=[str(wanted)]))
+        with pytest.raises(EarlError, match=rf"train_paths_file names what is not there: {wanted}; there is {listing}"):
+            places.check(config(train_paths_file=[str(wanted)]), here=False)
 
     def test_every_list_that_the_run_reads_is_looked_at(self, tmp_path: Path) -> None:
         sound, broken = write(tmp_path / "a", *LAYOUTS["B"]), write(tmp_path / "b", ["0.pth"], [])
         held_out = {"x": {"prompts": 1, "paths_file": [str(broken)]}}
         tuning = {"x": {"base_model": "package:shapes/base_policy", "train_paths_file": [str(broken)], "steps": 1}}
-        places.check_data(config(train_paths_file=[str(sound)]))
-        with pytest.raises(EarlError, match=r"evaluations\.x\.paths_file\.0: "):
-            places.check_data(config(train_paths_file=[str(sound)], evaluations=held_out))
-        with pytest.raises(EarlError, match=r"val_paths_file\.0: "):
-            places.check_data(config(evaluations={"x": {"prompts": 1}}, val_paths_file=[str(broken)]))
-        with pytest.raises(EarlError, match=r"sft\.x\.train_paths_file\.0: "):
-            places.check_data(config(train_paths_file=[str(sound)], sft=tuning, model_path="stage:sft/x"))
+        places.check(config(train_paths_file=[str(sound)]), here=False)
+        with pytest.raises(EarlError, match=r"evaluations\.x\.paths_file cannot be drawn from: "):
+            places.check(config(train_paths_file=[str(sound)], evaluations=held_out), here=False)
+        with pytest.raises(EarlError, match=r"val_paths_file cannot be drawn from: "):
+            places.check(config(evaluations={"x": {"prompts": 1}}, val_paths_file=[str(broken)]), here=False)
+        with pytest.raises(EarlError, match=r"sft\.x\.train_paths_file cannot be drawn from: "):
+            places.check(config(train_paths_file=[str(sound)], sft=tuning, model_path="stage:sft/x"), here=False)
         # A fine-tuning that is not made reads nothing.
-        places.check_data(config(train_paths_file=[str(sound)], sft=tuning))
+        places.check(config(train_paths_file=[str(sound)], sft=tuning), here=False)

@@ -10,8 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from evaluation_files import demo_config, episode, write_evaluation
-from hypothesis import given
-from hypothesis import strategies as st
 
 from earl.errors import EarlError
 from earl.files import images
@@ -198,6 +196,16 @@ def test_texts_from_data_and_models_cannot_become_markup(copied, config):
     assert all(tag != "script" for tag, _ in Page(html).elements)
 
 
+def test_what_iterations_warned_of_is_shown(copied):
+    assert "taught less" not in page.render(contents.read(copied))
+    for iteration, more in ((1, {"warnings": ["no completion holds a finished image"]}), (2, {"left_out_prompts": 3})):
+        path = copied / "iterations" / f"{iteration:06d}" / "train" / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    html = page.render(contents.read(copied))
+    assert "1 of 2 iterations (1): no completion holds a finished image" in html
+    assert "1 of 2 iterations (2): prompts that were too long have been left out" in html
+
+
 def test_problems_of_the_verification_are_listed(copied):
     write_verification(copied, [{"file": "runs/small/x.parquet", "problem": "was changed"}])
     words = text_of(html_of(copied))
@@ -286,22 +294,6 @@ def decoded(uri):
 
 
 # Charts.
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_enclose_the_values_in_few_round_steps(low, span):
-    found = charts.ticks(low, low + span)
-    slack = 1e-6 * max(abs(low), span)
-    assert found[0] <= low + slack
-    assert found[-1] >= low + span - slack
-    assert 2 <= len(found) <= 5
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0, 10, [0, 5, 10]), (3.2, 4.4, [3, 3.5, 4, 4.5]), (0, 0, [0, 0.5, 1])]
-)
-def test_ticks_by_hand(low, high, expected):
-    assert charts.ticks(low, high) == expected
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ class TestPairing:
         assert [(row.original, row.edited, row.task) for row in rows] == [
             (b"b", b"e0", "object"), (b"a", b"e1", "counting"), (b"a", b"e2", "object"), (None, b"e3", "object"),
         ]  # fmt: skip
-        assert [row.problem for row in rows] == [None, None, None, "no original: no row has the id gone"]
+        assert [row.problem for row in rows] == [None, None, None, ("original", "no original: no row has the id gone")]
         assert rows[0].instruction == "caption of e0"
 
     def test_originals_in_another_file(self, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class TestTokenise:
         rows = table(12, before=[picture(0)] * 12, after=[picture(1)] * 12, kind=[*"xyyyxyyyyyyx"])
         path = write(tmp_path / "a.parquet", rows)
         tokenise.run(parquet(path, columns=COLUMNS, filter={"kind": "x"}), "d", path, tmp_path / "out")
-        files = sorted((tmp_path / "out").glob("*.parquet"))
+        files = sorted((tmp_path / "out" / "data").glob("*.parquet"))
         shards = [pq.read_table(file)["example_id"].to_pylist() for file in files]
         assert shards == [["0", "4"], ["11"]]
 
@@ -315,20 +315,32 @@ class TestTokenise:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"columns": {"original": ["a", "b"]}}, r"columns has the list \['a', 'b'\] for original; .* reasoning alone"),
-        ({"columns": {"reasoning": []}}, r"columns has the list \[\] for reasoning"),
-        ({"filter": {"a": []}}, r"filter\.a is \[\]: must be a text, a whole number"),
-        ({"filter": {"a": 1.5}}, r"filter\.a is 1\.5: must be a text, a whole number"),
-        ({"filter": {"a": ["b", None]}}, r"filter\.a is \[\"b\", null\]: must be a text"),
-        ({"columns": {"task": 3}}, r"columns\.task is 3: is no place in a row, such as"),
-        ({"columns": {"reasoning": ["a", None]}}, r"columns\.reasoning is \[\"a\", null\]: is no place in a row"),
-        ({"columns": {"reasoning": ["a", "b["]}}, r"columns\.reasoning is \[\"a\", \"b\[\"\]: is no place in a row"),
+        (
+            {"columns": {"original": ["a", "b"]}},
+            r"columns \(in --set\) has the list \['a', 'b'\] for original; .* reasoning alone",
+        ),
+        ({"columns": {"reasoning": []}}, r"columns \(in --set\) has the list \[\] for reasoning"),
+        ({"filter": {"a": []}}, r"filter\.a \(in --set\) is \[\]: must be a text, a whole number"),
+        ({"filter": {"a": 1.5}}, r"filter\.a \(in --set\) is 1\.5: must be a text, a whole number"),
+        ({"filter": {"a": ["b", None]}}, r"filter\.a \(in --set\) is \[\"b\", null\]: must be a text"),
+        ({"columns": {"task": 3}}, r"columns\.task \(in --set\) is 3: is no place in a row, such as"),
+        (
+            {"columns": {"reasoning": ["a", None]}},
+            r"columns\.reasoning \(in --set\) is \[\"a\", null\]: is no place in a row",
+        ),
+        (
+            {"columns": {"reasoning": ["a", "b["]}},
+            r"columns\.reasoning \(in --set\) is \[\"a\", \"b\[\"\]: is no place in a row",
+        ),
         ({"filter": {"a.": "x"}}, r"filter"),
-        ({"subset": {"rows": 0, "seed": 1}}, r"subset\.rows is 0"),
-        ({"subset": {"rows": 1}}, r"subset\.seed is missing"),
-        ({"pairing": {"image_id": "a"}}, r"pairing\.original_id is missing"),
+        ({"subset": {"rows": 0, "seed": 1}}, r"subset\.rows \(in --set\) is 0"),
+        ({"subset": {"rows": 1}}, r"subset\.seed \(in --set\) is missing"),
+        ({"pairing": {"image_id": "a"}}, r"pairing\.original_id \(in --set\) is missing"),
         ({"instruction_prefix": ""}, r"instruction_prefix"),
-        ({"task_name": "x", "columns": {"task": "y"}}, r"task_name is set, but columns\.task names a column"),
+        (
+            {"task_name": "x", "columns": {"task": "y"}},
+            r"task_name \(in --set\) is set, but columns\.task names a column",
+        ),
     ],
 )
 def test_mistakes_in_the_configuration(fields: dict, part: str) -> None:
@@ -342,5 +354,5 @@ def test_the_shapes_world_has_no_such_fields(name: str) -> None:
         "filter": {"a": "b"}, "pairing": {"image_id": "a", "original_id": "b"}, "subset": {"rows": 1, "seed": 1},
         "instruction_prefix": "a", "task_name": "a",
     }  # fmt: skip
-    with pytest.raises(EarlError, match=rf"{name} has no meaning when source is `shapes`"):
+    with pytest.raises(EarlError, match=rf"{name} \(in --set\) has no meaning when source is `shapes`"):
         demo(**{"raw_datasets.d": {"source": "shapes", "count": 1, "seed": 1, name: values[name]}})

@@ -122,10 +122,10 @@ def test_off_by_default_and_what_is_missing_is_said_before_the_run(tmp_path, mon
     train(run, 1)
     assert hub.push(run, config).iterations == []
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    tracking.check(config)
+    tracking.check_hub(config)
     _, config = new_run(tmp_path / "b", **PUSHED)
     with pytest.raises(EarlError, match="there is no token"):
-        tracking.check(config)
+        tracking.check_hub(config)
 
 
 def test_best_effort_warns_and_records_the_problem(tmp_path, caplog):

@@ -21,7 +21,7 @@ from earl.layout import Run
 from earl.tracking import files
 
 pytestmark = pytest.mark.slow
-wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install earl[tracking])")
+wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install -e '.[tracking]')")
 
 
 @pytest.fixture
@@ -245,15 +245,16 @@ def test_a_server_that_is_away_is_an_error_that_names_the_remedy_and_is_made_up_
     assert [page.steps() for page in server.pages.values()] == [[1]]
 
 
-def test_no_package_is_an_error_only_where_it_is_wanted(tmp_path, monkeypatch):
+def test_no_package_is_said_before_the_run_and_an_error_only_where_it_is_wanted(tmp_path, monkeypatch):
     from earl import tracking
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     _, config = new_run(tmp_path / "a")
-    tracking.check(config)
+    assert tracking.missing(config) is None
     _, config = new_run(tmp_path / "b", wandb_mode="offline")
-    with pytest.raises(EarlError, match=r"wandb is not installed; pip install 'earl\[tracking\]'"):
-        tracking.check(config)
+    assert "pip install -e '.[tracking]'" in tracking.missing(config)
+    with pytest.raises(EarlError, match=r"wandb is not installed; .*pip install -e '\.\[tracking\]'"):
+        tracking.check_wandb(config)
 
 
 def wait_until(condition, seconds: float = 60) -> None:

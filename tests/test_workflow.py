@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from earl import plan, processes, runs
 from earl.config.load import read
-from earl.files import manifest
+from earl.files import manifest, tables
 from earl.layout import Run
 from earl.workers import pool
 
@@ -28,7 +29,7 @@ EXPERIMENT = {
     "val_paths_file": ["held_out.parquet"],
     "model_path": "model",
     "tokenizer_path": "model",
-    "vision_tokenizer_path": "model",
+    "vision_tokenizer_path": "package:shapes/vision_tokenizer",
     "engine": "torch",
     "judge": "program",
     "num_iterations": 3,
@@ -36,6 +37,14 @@ EXPERIMENT = {
     "keep_checkpoints_every_n_iterations": None,
     "save_checkpoints_every_n_iterations": None,
 }
+
+
+def write_tokenised(path: Path, dataset: str, rows: int = 16) -> None:
+    """Write a tokenised data set of so many rows; as raw pairs it only has rows, too."""
+    columns: dict[str, list] = {name: [None] * rows for name in tables.TOKENISED.names}
+    columns |= {"dataset": [dataset] * rows, "example_id": list(map(str, range(rows))), "instruction": ["edit"] * rows}
+    columns |= {"original_tokens": [{"height": 1, "width": 1, "ids": b"\0"}] * rows}
+    tables.write_table(path, tables.TOKENISED, columns, {"dataset": dataset})
 
 
 class Workplace:
@@ -46,9 +55,10 @@ class Workplace:
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "model").mkdir()
-        (path / "model" / "config.json").write_text("{}")
+        for name in ("config.json", "tokenizer.json"):
+            shutil.copy(ROOT / "earl" / "shapes" / "base_policy" / name, path / "model")
         for name in ("train", "held_out"):
-            (path / f"{name}.parquet").write_text(name)
+            write_tokenised(path / f"{name}.parquet", name)
 
     def experiment(self, name: str, **fields: object) -> str:
         (self.path / f"{name}.jsonnet").write_text(json.dumps(EXPERIMENT | {"run_name": name} | fields))
@@ -145,11 +155,11 @@ def test_an_experiment_of_the_paper_goes_from_raw_data_to_its_table_in_one_plan(
     wanted = ("omniedit", "vismin")
     for file in (f"raw/{name}.parquet" for name in (*training, "validation")):
         (place.path / file).parent.mkdir(exist_ok=True)
-        (place.path / file).touch()
+        shutil.copy(place.path / "train.parquet", place.path / file)
     for name in wanted:
         (place.path / "benchmarks" / name).mkdir(parents=True)
         for file in ("counting", "relation") if name == "vismin" else ("0",):
-            (place.path / "benchmarks" / name / f"{file}.parquet").touch()
+            shutil.copy(place.path / "train.parquet", place.path / "benchmarks" / name / f"{file}.parquet")
     parts = (f"(import '{ROOT}/config/{part}')" for part in ("sft_sc2stage__rl_sc.jsonnet", "data/raw.libsonnet"))
     (place.path / "x.jsonnet").write_text(" + ".join(parts))
     settings = f"num_iterations=2,wandb_mode=disabled,benchmarks={json.dumps(wanted)}"
@@ -339,6 +349,80 @@ def test_changed_configuration_stops_until_it_is_accepted(place):
     place.run(experiment, set="num_iterations=2,kl_coeff=0.5", accept_changes=True)
     problems = json.loads(place.folder("a").verification.read_text())["problems"]
     assert [problem["problem"][:49] for problem in problems] == ["iterations 1 to 1 were made by another configurat"]
+
+
+@pytest.mark.slow
+def test_changes_are_accepted_only_where_the_setting_says_so(place):
+    experiment = place.experiment("a", num_iterations=1)
+    place.run(experiment)
+    output = place.run(experiment, fails=True, set="kl_coeff=0.5", accept_changes="false")
+    assert re.search(r"kl_coeff +0.0003 +0.5", output)
+    # What is said is said in the workflow's own words.
+    assert "set=run_name=..." in output
+    assert "go on under this name with accept_changes=true" in output
+    assert "--" not in output.split("was made with another configuration")[1].split("File ")[0]
+    output = place.run(experiment, fails=True, set="kl_coeff=0.5", accept_changes="perhaps")
+    assert "accept_changes=perhaps: is neither true nor false" in output
+
+
+@pytest.mark.slow
+def test_how_to_evaluate_may_change_until_there_are_results(place):
+    experiment = place.experiment("a", num_iterations=1, evaluations={"e": {"prompts": 4}})
+    place.run(experiment, set="evaluations.e.every_n_iterations=2")
+    results = place.folder("a").evaluation("e", 0).summary.parent
+    for more in ({}, {"accept_changes": True}):
+        output = place.run(experiment, fails=True, set="evaluations.e.prompts=5", **more)
+        assert re.search(r"evaluations\.e\.prompts +4 +5", output)
+        assert "name of its own" in output
+        assert place.stages() == []
+    # Under another name, or once the old results are gone, it is made of the policies that are there.
+    place.run(experiment, set='evaluations={"f":{"prompts":5}}')
+    assert sorted(line.split()[0] for line in place.stages()) == ["evaluate"] * 2 + ["generate"] * 2 + ["score"] * 2
+    shutil.rmtree(results)
+    place.run(experiment, set="evaluations.e.prompts=5")
+    assert results.is_dir()
+    assert read(place.folder("a").config).evaluations["e"].prompts == 5
+
+
+@pytest.mark.slow
+def test_what_is_sure_to_fail_is_refused_before_a_job_starts(place):
+    raw = {"pairs": {"source": "parquet", "path": "no/raw.parquet"}}
+    held_out = {"e": {"prompts": 17}}
+    data = {"raw_datasets": raw, "train_paths_file": ["stage:tokenise/pairs"]}
+    output = place.run(place.experiment("a", **data, evaluations=held_out), fails=True)
+    assert "field raw_datasets.pairs.path (in a.jsonnet) is 'no/raw.parquet', but there is no Parquet file" in output
+    output = place.run(place.experiment("b", evaluations=held_out, val_paths_file=["no.json"]), fails=True)
+    assert f"field val_paths_file (in b.jsonnet) names what is not there: {place.path}/no.json" in output
+    output = place.run(place.experiment("c", evaluations=held_out), fails=True, set="evaluations.e.prompts=18")
+    assert "field evaluations.e.prompts (in set=) asks for 18 prompts, but val_paths_file gives 16" in output
+    assert "MissingInputException" not in output
+    assert place.stages() == []
+    # What is done asks for nothing any more.
+    place.run(place.experiment("d", num_iterations=1))
+    (place.path / "train.parquet").unlink()
+    assert "Nothing to be done" in place.run(place.experiment("d", num_iterations=1))
+    assert "names what is not there" in place.run(place.experiment("d", num_iterations=2), fails=True)
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_vllm_is_missed_only_where_stages_run_here(place, profile):
+    hidden = place.path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules.update(vllm=None, wandb=None)\n")
+    experiment = place.experiment("a", engine="vllm", wandb_mode="offline")
+    command = [*SNAKEMAKE, "--snakefile", ROOT / "workflow" / "Snakefile", "--profile", ROOT / "profiles" / profile]
+    command += ["-n", "--config", f"experiment={experiment}"]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{hidden}"}
+    done = subprocess.run(list(map(str, command)), cwd=place.path, env=env, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    if profile == "local":
+        assert "field engine (in a.jsonnet) is `vllm`, which is not installed here; in EARL" in output
+    else:
+        # Tracking comes last, and training does not need it: one line says what will be missing.
+        assert done.returncode == 0, output
+        (line,) = (line for line in output.splitlines() if "wandb is not installed" in line)
+        assert "runs/a: wandb_mode is `offline`" in line
+        assert "pip install" in line
 
 
 def test_one_shard_again_and_nothing_else(place):

@@ -16,6 +16,8 @@ before it included. So runs that agree in these fields use the same folder, and 
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,15 +144,46 @@ def shared_stages(config: Config) -> dict[Path, SharedStage]:
     return found
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Tokenised data sets that are drawn from, and the field that names them."""
+
+    field: str
+    references: list[str]
+    coefficients: list[float]
+
+    @contextmanager
+    def named(self, where: str = "") -> Iterator[None]:
+        """Have errors that the data are to blame for name the field, after ``where``."""
+        try:
+            yield
+        except EarlError as error:
+            raise EarlError(f"{where}field {self.field}: {error}") from error
+
+
+def training_data(config: Config) -> Mixed:
+    """Return what a run draws its prompts from."""
+    return Mixed("train_paths_file", config.train_paths_file, config.coefficients)
+
+
+def evaluation_data(config: Config, name: str) -> Mixed:
+    """Return what an evaluation draws its prompts from."""
+    own = config.evaluations[name].paths_file
+    if own:
+        return Mixed(f"evaluations.{name}.paths_file", own, [1.0] * len(own))
+    return Mixed("val_paths_file", config.val_paths_file, config.val_coefficients)
+
+
+def fine_tuning_data(config: Config, name: str) -> Mixed:
+    """Return what a fine-tuning draws its examples from; EarlError where there is none of this name."""
+    tuning = fine_tuning(config, name)
+    return Mixed(f"sft.{name}.train_paths_file", tuning.train_paths_file, tuning.coefficients)
+
+
 def prompt_paths(config: Config) -> list[str]:
     """Return the data sets that a run draws prompts from, each once: those of training, then those of evaluations."""
-    held_out = [path for name in config.evaluations for path in evaluation_paths(config, name)]
+    held_out = [path for name in config.evaluations for path in evaluation_data(config, name).references]
     return list(dict.fromkeys([*config.train_paths_file, *held_out]))
-
-
-def evaluation_paths(config: Config, name: str) -> list[str]:
-    """Return the data sets that an evaluation draws its prompts from."""
-    return config.evaluations[name].paths_file or config.val_paths_file
 
 
 def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> None:
@@ -203,7 +236,11 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     if stage == "tokenise":
         vision = [vision_tokenizer_folder(config)] if hub.is_name(config.vision_tokenizer_path) else []
         raw = raw_file(config, name)
-        files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
+        try:
+            files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
+        except EarlError:
+            # Once the data set is tokenised they may be gone; `earl.config.places` looks for those still needed.
+            files = [raw]
         return SharedStage("tokenise", name, output, (*files, *vision))
     if stage == "fetch":
         return SharedStage("fetch", name, output, ())

@@ -15,7 +15,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from earl.data.example import is_unicode
 from earl.errors import EarlError
+from earl.files import remedies
 
 FILE = "tokenized_datalist.json"
 _LOOKED_AT = 32
@@ -77,6 +79,12 @@ def root_of(path: Path) -> Path:
     return above.parent if above.name == "feature" else above
 
 
+def missing(path: Path) -> str:
+    """Return what helps where there is no list at a path: it may be named by way of a link that is not there."""
+    unlinked = root_of(path) / "list" / path.name
+    return f"there is {unlinked}: name that" if unlinked.is_file() else "check the path in the configuration"
+
+
 def _beside(path: Path) -> list[Path]:
     """Return the folders of layouts A, B and C; B and C are told apart by the names alone."""
     root = root_of(path)
@@ -96,16 +104,24 @@ def _names(path: Path) -> tuple[list[str], str]:
     try:
         listing = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        unlinked = root_of(path) / "list" / path.name
-        hint = f"there is {unlinked}: name that" if unlinked.is_file() else "check the path in the configuration"
-        raise EarlError(f"{path}: does not exist; {hint}") from error
+        raise EarlError(f"{path}: does not exist; {missing(path)}") from error
     except OSError as error:
         raise EarlError(f"{path}: cannot be read ({error.strerror}); check the path in the configuration") from error
     except ValueError as error:
-        raise EarlError(f"{path}: is damaged ({error}); download it again") from error
+        found = remedies.described(path) if remedies.is_pointer(path) else f"is damaged ({error}); download it again"
+        raise EarlError(f"{path}: {found}") from error
     names = listing.get("path_list") if isinstance(listing, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise EarlError(f"{path}: field 'path_list' must be a list of file names")
+        raise EarlError(
+            f"{path}: field 'path_list' must be a list of file names; a data set in JSON is the reference's {FILE}, "
+            "all others are Parquet"
+        )
     if not names:
         raise EarlError(f"{path}: the data set is empty; leave it out of the configuration")
-    return names, str(listing.get("prefix") or "")
+    prefix = listing.get("prefix") or ""
+    if not isinstance(prefix, str):
+        raise EarlError(f"{path}: field 'prefix' is a {type(prefix).__name__} where text is expected")
+    for field, text in (("prefix", prefix), *(("path_list", name) for name in names)):
+        if not is_unicode(text):
+            raise EarlError(f"{path}: field {field!r} is no text: it holds half of a surrogate pair")
+    return names, prefix

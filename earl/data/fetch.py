@@ -19,11 +19,12 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from earl import network
 from earl.data import archives, datalist, hub_files, imgedit
 from earl.data.catalogue import TOKENISED, Entry
 from earl.errors import EarlError
@@ -276,16 +277,9 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _hub_errors(entry: Entry) -> Iterator[None]:
-    import httpx2
-
-    try:
-        yield
-    except (httpx2.HTTPError, OSError, ValueError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = "log in with `hf auth login` and accept its terms on its page" if status in (401, 403) else "try again"
-        raise EarlError(f"{entry.name}: {entry.repository} did not come from the hub ({error}); {remedy}") from error
+def _hub_errors(entry: Entry) -> AbstractContextManager[None]:
+    what = f"{entry.name}: {entry.repository} did not come from the hub"
+    return network.failures(what, f"{network.CHECK_HUB}, and whether its page has terms to accept")
 
 
 def _say(line: str) -> None:

@@ -1,12 +1,14 @@
 """Raw image pairs in Parquet or Arrow files of any columns, as rows of one form.
 
 A mapping says where each of our columns stands: ``edited_prompt_list[0]`` is the first item of a list, ``a.b`` a field
-of a struct (`earl.data.places`). Which rows are taken, a selection says (`earl.data.selection`). They are numbered
-through all files, in windows that never cross a file, so that a reader can begin anywhere.
+of a struct, or a column or field whose whole name this is (`earl.data.places`). A selection says which rows are taken
+(`earl.data.selection`). They are numbered through all files, in windows that never cross a file, so that a reader can
+begin anywhere.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from earl.data import row_files, selection
-from earl.data.example import is_unicode
+from earl.data import cells, places, row_files, selection
+from earl.data.example import has_words, is_unicode
 from earl.data.pictures import Rejected
-from earl.data.places import column, last_name, type_at, value_at
+from earl.data.places import Place
 from earl.data.selection import Selection
 from earl.errors import EarlError
 from earl.files import listing, tables
@@ -28,6 +30,7 @@ COLUMNS = tuple(tables.RAW.names)
 OPTIONAL = ("example_id", "task", "reasoning")
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+_REMEDY = "say in raw_datasets.<name>.columns where it stands, or null where there is none"
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class RawRow:
     edited: bytes | None
     has_edited: bool = True
     """Whether the data set has edited images at all; one that has not can only be prompted with."""
-    problem: str | None = None
-    """Why the row has no original image."""
+    problem: tuple[str, str] | None = None
+    """Our column that has no value since it cannot be read or found, and why."""
 
     def checked_instruction(self) -> str:
         """Return the instruction.
@@ -69,7 +72,7 @@ class RawRow:
         Raises:
             Rejected: when there is none.
         """
-        if not self.instruction or not self.instruction.strip():
+        if not self.instruction or not has_words(self.instruction):
             raise Rejected("no instruction")
         return self.instruction
 
@@ -129,15 +132,15 @@ class RawSource:
         self._prefix = instruction_prefix or ""
         self._task = task
         self._counts: list[int] = []
-        self.places: dict[str, str | list[str]] = {}
-        for index, file in enumerate(self.files):
+        self._places: dict[Path, dict[str, list[Place]]] = {}
+        for file in self.files:
             with row_files.open_file(file) as source:
-                places = self._found(file, source.schema)
-                self._chosen.check(file, source)
+                self._places[file] = self._found(file, source.schema)
+                self._chosen.places(file, source.schema)
                 self._counts.append(sum(source.group_rows))
-            if index and places != self.places:
+            if _ways(self._places[file]) != _ways(self._places[self.files[0]]):
                 raise EarlError(f"{file}: has other columns than {self.files[0]}; keep them in different data sets")
-            self.places = places
+        self.places = {name: self._given.get(name, name) for name in self._places[self.files[0]]}
         if not sum(self._counts):
             raise EarlError(f"{path}: the data set is empty; give a file with at least one row")
         self._rows: np.ndarray | None = None
@@ -166,6 +169,10 @@ class RawSource:
                 found.append((file.name, file.stat().st_size, source.digest()))
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
+    def label(self, file: Path) -> str:
+        """Return how a file is told from the others: its name, below what the paths of all have in common."""
+        return os.path.relpath(file, os.path.commonpath([each.absolute().parent for each in self.files]))
+
     @property
     def times(self) -> list[int]:
         """When each file was last changed, in nanoseconds: what its footer may not show."""
@@ -188,52 +195,66 @@ class RawSource:
         Raises:
             EarlError: when the file is damaged.
         """
-        places = [place for given in self.places.values() for place in ([given] if isinstance(given, str) else given)]
-        for numbers, table in row_files.read(window.file, window.numbers, sorted(set(map(column, places))), rows):
+        found = self._places[window.file]
+        columns = sorted({place.column for several in found.values() for place in several})
+        for numbers, table in row_files.read(window.file, window.numbers, columns, rows):
             originals: dict[int, Any] = {}
             if self._originals:
                 numbered = [window.first_row + number for number in numbers]
-                originals = self._originals.read(numbered, self.places["original"])
+                originals = self._originals.read(numbered, lambda file: self._places[file]["original"][0])
             yield [
-                self._row(values, number, window.first_row + number, originals)
-                for number, values in zip(numbers, table.to_pylist(), strict=True)
+                self._row(values, found, number, window.first_row + number, originals)
+                for number, values in zip(numbers, cells.rows(table), strict=True)
             ]
 
-    def _found(self, file: Path, schema: pa.Schema) -> dict[str, str | list[str]]:
-        """Return the places of the columns that a file has."""
-        places: dict[str, str | list[str]] = {}
+    def _found(self, file: Path, schema: pa.Schema) -> dict[str, list[Place]]:
+        """Return where the columns are that a file has; reasoning may be in several."""
+        found: dict[str, list[Place]] = {}
         for name in COLUMNS:
-            place = self._given.get(name, name)
-            if place is None or (name in OPTIONAL and name not in self._given and name not in schema.names):
+            given = self._given.get(name, name)
+            if given is None or (name in OPTIONAL and name not in self._given and name not in schema.names):
                 continue
+            found[name] = []
             # One of several columns of reasoning is plain text.
-            for one, kind_of in [(place, name)] if isinstance(place, str) else [(one, "instruction") for one in place]:
-                kind = type_at(schema, one)
-                if kind is None:
-                    there = ", ".join(schema.names)
-                    raise EarlError(f"{file}: column {one!r} ({name}) is missing; the file has {there}")
-                if not _fits(kind_of, kind):
-                    raise EarlError(f"{file}: column {one!r} has type {kind}, which cannot be {name}")
-            places[name] = place
-        return places
+            for one, kind_of in [(given, name)] if isinstance(given, str) else [(one, "instruction") for one in given]:
+                place = places.find(file, schema, one, name, _REMEDY)
+                if not _fits(kind_of, place.kind):
+                    raise EarlError(f"{file}: column {one!r} has type {place.kind}, which cannot be {name}; {_REMEDY}")
+                found[name].append(place)
+        return found
 
-    def _row(self, values: dict[str, Any], row: int, number: int, originals: dict[int, Any]) -> RawRow:
-        found = {name: _found_at(values, place) for name, place in self.places.items()}
+    def _row(
+        self, values: dict[str, Any], where: dict[str, list[Place]], row: int, number: int, originals: dict[int, Any]
+    ) -> RawRow:
+        found = {
+            name: several[0].value(values) if isinstance(self.places[name], str) else _texts(several, values)
+            for name, several in where.items()
+        }
         if self._originals:
             found["original"] = originals.get(number)
+        found |= {name: _bytes(found[name]) for name in ("original", "edited") if name in found}
+        unreadable = {name: problem for name, value in found.items() if (problem := cells.first_unreadable(value))}
+        found |= dict.fromkeys(unreadable)
+        problem = next(((name, problem.reason) for name, problem in unreadable.items()), None)
+        if self._originals and (missing := self._originals.problem(number)):
+            problem = ("original", missing)
         task, example_id = found.get("task", self._task), found.get("example_id")
         instruction = found["instruction"]
         return RawRow(
             row=row,
-            problem=self._originals.problem(number) if self._originals else None,
             example_id=str(number if example_id is None else example_id),
             task=None if task is None else str(task),
             instruction=instruction and instruction.removeprefix(self._prefix),
             reasoning=found.get("reasoning"),
-            original=_bytes(found["original"]),
-            edited=_bytes(found.get("edited")),
+            original=found["original"],
+            edited=found.get("edited"),
             has_edited="edited" in found,
+            problem=problem,
         )
+
+
+def _ways(found: dict[str, list[Place]]) -> dict[str, list[places.Steps]]:
+    return {name: [place.steps for place in several] for name, several in found.items()}
 
 
 def _fits(name: str, kind: pa.DataType) -> bool:
@@ -247,9 +268,15 @@ def _fits(name: str, kind: pa.DataType) -> bool:
         case "original" | "edited":
             return binary or (pa.types.is_struct(kind) and _fits(name, _field_type(kind, "bytes")))
         case "example_id" | "task":
-            return text or pa.types.is_integer(kind)
+            return text or pa.types.is_integer(kind) or isinstance(kind, pa.UuidType)
         case "reasoning":
-            return text or (pa.types.is_struct(kind) and all(_fits("instruction", field.type) for field in kind))
+            # A struct may have a field twice, a text cannot have two values.
+            struct = pa.types.is_struct(kind) and len({field.name for field in kind}) == kind.num_fields
+            return (
+                text
+                or isinstance(kind, pa.JsonType)
+                or (struct and all(_fits("instruction", field.type) for field in kind))
+            )
     return text
 
 
@@ -257,12 +284,10 @@ def _field_type(kind: pa.StructType, name: str) -> pa.DataType:
     return kind.field(name).type if kind.get_field_index(name) >= 0 else pa.null()
 
 
-def _found_at(values: dict[str, Any], place: str | list[str]) -> Any:
-    if isinstance(place, str):
-        return value_at(values, place)
-    texts = {last_name(one): value_at(values, one) for one in place}
+def _texts(places: list[Place], values: dict[str, Any]) -> dict[str, Any]:
+    texts = {place.last_name: place.value(values) for place in places}
     # As the reference's tokenising does: blank texts are no part of it.
-    return {name: text for name, text in texts.items() if text and text.strip()}
+    return {name: text for name, text in texts.items() if isinstance(text, cells.Unreadable) or has_words(text or "")}
 
 
 def _bytes(value: Any) -> bytes | None:

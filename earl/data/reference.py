@@ -9,16 +9,20 @@ knows tensors and plain values alone, and bare pickles by one as strict; both ar
 integer arrays. Whatever else a pickle asks for is refused before anything runs.
 """
 
+import math
 import pickle
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from earl.data import datalist
-from earl.data.example import Example, is_unicode
+from earl.data.example import Example, has_words, is_unicode
 from earl.data.grids import grid
 from earl.errors import EarlError
+from earl.files import remedies
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
@@ -59,7 +63,7 @@ class ReferenceDataset:
             dataset=self.name,
             example_id=_id(values.get("edit_id"), path) or self._list.example_id(row),
             task=None,
-            instruction=_text(_field(values, "instruction", path), "instruction", path),
+            instruction=_instruction(_field(values, "instruction", path), path),
             reasoning=_reasoning(values.get("CoT"), path),
             original_tokens=tokens["original_image"],
             target_tokens=tokens["edited_image"],
@@ -75,6 +79,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
         EarlError: naming the file, when it is missing, damaged, no dict, or holds more than plain values and arrays.
     """
     try:
+        if remedies.is_pointer(path):
+            raise EarlError(f"{path}: {remedies.described(path)}")
         values = _load_bare(path) if _is_bare(path) else _load_torch(path)
     except FileNotFoundError as error:
         raise EarlError(f"{path}: does not exist, though tokenized_datalist.json lists it") from error
@@ -82,6 +88,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {wanted[1]}, which may run code" if wanted else "is damaged or holds more than plain values"
         raise EarlError(f"{path}: {what}; nothing was run. Do not trust where it came from") from error
+    except EarlError:
+        raise
     except Exception as error:  # A damaged pickle can fail in any way; each means the same to the user.
         raise EarlError(f"{path}: is damaged or no pickle ({type(error).__name__}: {error})") from error
     if not isinstance(values, dict):
@@ -112,8 +120,6 @@ class _FromBuffer:
     __slots__ = ()
 
     def __call__(self, buffer: bytes, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
-        import numpy as np
-
         return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
 
 
@@ -139,7 +145,6 @@ def _allowed() -> dict[str, Any]:
     """Return what integer arrays are made of, by the name that pickles use."""
     import _codecs
 
-    import numpy as np
     from numpy._core import multiarray
 
     integers = {type(np.dtype(name)) for name in _INTEGERS}
@@ -157,24 +162,37 @@ def _field(values: dict[str, Any], name: str, path: Path) -> Any:
     return values[name]
 
 
+def _id(value: Any, path: Path) -> str:
+    """Return an id, which may be a text or any library's whole number; empty where there is none."""
+    import torch
+
+    if value is None:
+        return ""
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        # A number may be wrapped in an array of one.
+        value = value.item() if math.prod(value.shape) == 1 else value.tolist()
+    if isinstance(value, str):
+        return _text(value, "edit_id", path)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise EarlError(
+            f"{path}: field 'edit_id' is a {type(value).__name__} where a text or a whole number is expected"
+        )
+    return str(value)
+
+
+def _instruction(value: Any, path: Path) -> str:
+    text = _text(value, "instruction", path)
+    if not has_words(text):
+        raise EarlError(f"{path}: field 'instruction' is empty; leave the example out (`earl convert data` can)")
+    return text
+
+
 def _text(value: Any, name: str, path: Path) -> str:
     if not isinstance(value, str):
         raise EarlError(f"{path}: field {name!r} is a {type(value).__name__} where text is expected")
     if not is_unicode(value):
         raise EarlError(f"{path}: field {name!r} is no text: it holds half of a surrogate pair")
     return value
-
-
-def _id(value: Any, path: Path) -> str:
-    """Return an id as text; empty where there is none."""
-    if value is None:
-        return ""
-    if getattr(value, "shape", None) == ():  # a number of numpy or torch
-        value = value.item()
-    if not isinstance(value, str | int):
-        kind = type(value).__name__
-        raise EarlError(f"{path}: field 'edit_id' is a {kind} where text or a number is expected")
-    return _text(str(value), "edit_id", path)
 
 
 def _reasoning(value: Any, path: Path) -> list[tuple[str, str]] | None:

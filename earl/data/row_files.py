@@ -12,8 +12,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 import pyarrow as pa
 
+from earl.data import cells
 from earl.errors import EarlError
-from earl.files import tables
+from earl.files import remedies, tables
 
 ARROW = ".arrow"
 _FILE_FORMAT = b"ARROW1"
@@ -92,14 +93,14 @@ def count(path: Path) -> int:
 
 
 def read_values(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the values of some columns of all rows."""
-    return [row for _, table in read(path, range(count(path)), columns, 2**14) for row in table.to_pylist()]
+    """Return the values of some columns of all rows; what cannot be read is `earl.data.cells.Unreadable`."""
+    return [row for _, table in read(path, range(count(path)), columns, 2**14) for row in cells.rows(table)]
 
 
 class _Parquet:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._source = tables.open_table(path)
+        self._source = tables.open_table(path, remedies.GIVEN)
         self.schema = self._source.schema_arrow
         found = self._source.metadata
         self.group_rows = [found.row_group(index).num_rows for index in range(found.num_row_groups)]
@@ -135,9 +136,10 @@ class _Arrow:
                 reader = pa.ipc.open_stream(self._map)
                 self._batches = list(reader)
         except FileNotFoundError as error:
-            raise EarlError(f"{path}: does not exist; check the path, or download the data set") from error
+            raise EarlError(f"{path}: does not exist; {remedies.GIVEN.missing}") from error
         except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError, OSError) as error:
-            raise EarlError(f"{path}: is not a complete Arrow file ({error}); download it again") from error
+            damaged = f"is not a complete Arrow file ({error}); {remedies.GIVEN.damaged}"
+            raise EarlError(f"{path}: {_other_than_arrow(path) or damaged}") from error
         self.schema = reader.schema
         self.group_rows = [len(batch) for batch in self._batches]
 
@@ -159,3 +161,9 @@ class _Arrow:
 
     def __exit__(self, *_: object) -> None:
         self._map.close()
+
+
+def _other_than_arrow(path: Path) -> str | None:
+    with path.open("rb") as stream:
+        is_arrow = _FILE_FORMAT.startswith(stream.read(len(_FILE_FORMAT)))  # or it is cut
+    return None if is_arrow else remedies.described(path)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import manifest, remedies
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
+VISION_TYPE = "emu3_vqgan"
+"""`model_type` of a vision tokenizer."""
+CODEBOOK_SIZE = 32768
+"""Of a vision tokenizer whose configuration leaves it out: transformers' default, and Emu3's."""
 INDEX = "model.safetensors.index.json"
 FILE_SIZE = 4 * 2**30
 """Bytes of weights in a file, which whoever writes it holds at once."""
@@ -74,11 +78,24 @@ def check_policy(folder: Path | str) -> Vocabulary:
         EarlError: when the folder is missing, incomplete, or holds weights that are not finite or not those that its
             configuration asks for, or a tokenizer that the model was not made for.
     """
+    vocabulary = check_identity(folder)
+    _check_weights(Path(folder), text_config(folder))
+    return vocabulary
+
+
+def check_identity(folder: Path | str) -> Vocabulary:
+    """Check what a policy folder says that it is, without reading weights; return its vocabulary.
+
+    Raises:
+        EarlError: when the folder is missing or incomplete, holds no Emu3 policy, or a tokenizer that the model was
+            not made for.
+    """
     folder = check_files(folder)
     fields = config_fields(folder)
+    if fields["model_type"] == VISION_TYPE:
+        raise EarlError(f"{folder}: is a vision tokenizer (model_type {VISION_TYPE!r}); give the folder of a policy")
     vocabulary = Vocabulary.from_folder(folder)
     _check_ids(folder, fields, vocabulary)
-    _check_weights(folder, text_config(folder))
     return vocabulary
 
 
@@ -182,17 +199,27 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
     return residents.get("vision tokenizer", key, lambda: _read_vision_tokenizer(folder, device))
 
 
+def check_vision_tokenizer(folder: Path | str) -> int:
+    """Check that a folder says it is a vision tokenizer; return the size of its codebook.
+
+    Raises:
+        EarlError: when it is missing or is none.
+    """
+    fields = config_fields(check_files(folder))
+    if fields["model_type"] != VISION_TYPE:
+        raise EarlError(
+            f"{folder}: is of model_type {fields['model_type']!r}, no Emu3VQVAE; `earl convert model` makes one from a "
+            "published checkpoint"
+        )
+    return fields.get("codebook_size", CODEBOOK_SIZE)
+
+
 def _read_vision_tokenizer(folder: Path, device: "torch.device | str") -> "Emu3VQVAE":
     import torch
 
     from earl.emu3.models import Emu3VQVAE
 
-    kind = config_fields(folder)["model_type"]
-    if kind != "emu3_vqgan":
-        raise EarlError(
-            f"{folder}: is of model_type {kind!r}, no Emu3VQVAE; `earl convert model` makes one from a published "
-            "checkpoint"
-        )
+    check_vision_tokenizer(folder)
     try:
         model, found = Emu3VQVAE.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -221,6 +248,7 @@ def check_files(folder: Path | str) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise EarlError(f"{folder}: holds no config.json; give the folder of a checkpoint")
+    remedies.refuse_pointers(folder)
     if (folder / manifest.NAME).is_file():
         manifest.check(folder)
     return folder
@@ -238,7 +266,7 @@ def config_fields(folder: Path) -> dict:
     except (OSError, json.JSONDecodeError) as error:
         raise EarlError(f"{path}: cannot be read ({error}); give the folder of a checkpoint") from error
     if not str(fields.get("model_type")).lower().startswith("emu3"):
-        raise EarlError(f"{path}: model_type is {fields.get('model_type')!r}; a policy must be an Emu3")
+        raise EarlError(f"{path}: model_type is {fields.get('model_type')!r}; it must be an Emu3")
     return fields
 
 

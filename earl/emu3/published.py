@@ -18,11 +18,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from earl import network
 from earl.config.hub import Conversion
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
 from earl.errors import EarlError
-from earl.files import atomic, manifest
+from earl.files import atomic, manifest, remedies
 
 if TYPE_CHECKING:
     import torch
@@ -78,10 +79,8 @@ def located(source: str, revision: str | None = None, wanted: Sequence[str] = WA
         return Path(source)
     import huggingface_hub
 
-    try:
+    with network.failures(f"{source}: is no folder, and could not be downloaded as a repository", network.CHECK_HUB):
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(wanted)))
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{source}: is no folder, and could not be downloaded as a repository ({error})") from error
 
 
 def make(wanted: Conversion, out: Path) -> str:
@@ -108,6 +107,8 @@ def convert(source: Path, out: Path, tokenizer_from: Path | None = None, vision:
     Raises:
         EarlError: naming the file, when something is missing, damaged, or not what its configuration says.
     """
+    for folder in filter(None, (source, tokenizer_from)):
+        remedies.refuse_pointers(folder)
     fields = checkpoint.config_fields(source)
     with atomic.folder(out) as temporary:
         if fields["model_type"] == "Emu3VisionVQ" or vision:

@@ -66,6 +66,9 @@ class Vocabulary:
         for role, token_id in roles.items():
             if token_id is None:
                 raise EarlError(f"{path}: has no token {ROLES[role]!r} ({role}); it is not an Emu3 tokenizer")
+        # Some libraries write visual tokens as ordinary ones, which `encode_plain` would take for what they say.
+        added = tokenizer.get_added_tokens_decoder().values()
+        tokenizer.add_special_tokens([one for one in added if not one.special and one.content.startswith("<|")])
         first, count = _visual_block(tokenizer, path)
         if max(roles.values()) >= first:
             raise EarlError(f"{path}: a special token's id lies among the visual ids, which start at {first}")

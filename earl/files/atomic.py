@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from earl.errors import EarlError
+from earl.text import encodable
 
 
 def _temporary(path: Path) -> Path:
@@ -145,4 +146,4 @@ def _replace_folder(source: Path, target: Path) -> None:
 def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(encodable(text), encoding="utf-8")

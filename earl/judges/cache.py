@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from earl.errors import EarlError
+from earl.text import encodable
 
 _PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""
@@ -43,7 +44,17 @@ class Cache:
             return self._new[key]
         with self._errors():
             row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-            return None if row is None else json.loads(row[0])
+            if row is None:
+                return None
+            value = json.loads(row[0])
+            # Earlier versions kept halves of surrogate pairs, too.
+            return json.loads(encodable(json.dumps(value, ensure_ascii=False))) if "\\ud" in row[0] else value
+
+    def drop(self, key: str) -> None:
+        """Forget what is kept under a key."""
+        self._new.pop(key, None)
+        with self._errors(), self._database:
+            self._database.execute("DELETE FROM answers WHERE key = ?", (key,))
 
     def put(self, key: str, value: Any) -> None:
         """Keep a value; it is on disk after some more of them, or `flush`. What is there already stays."""

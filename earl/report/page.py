@@ -60,6 +60,7 @@ def render(found: Contents) -> str:
         gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
         tasks=tasks(found),
         training=training(found.metrics),
+        warnings=warnings(found.metrics),
         times=times(found.seconds),
         verification=verification(found.verification),
         settings=settings(found.config),
@@ -226,6 +227,21 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
         chart("Loss", "its gradient teaches, its value says little", [of("loss", "loss")]),
     ]
     return [each for each in drawn if each]
+
+
+def warnings(metrics: list[dict[str, Any]]) -> list[str]:
+    """Return what iterations warned of, each with how many of them did and the first ones."""
+    warned: dict[str, list[int]] = {}
+    for row in metrics:
+        for text in row.get("warnings", []):
+            warned.setdefault(text, []).append(row["iteration"])
+        if row.get("left_out_prompts"):
+            warned.setdefault("prompts that were too long have been left out", []).append(row["iteration"])
+    return [
+        f"{len(found)} of {len(metrics)} iterations ({', '.join(map(str, found[:5]))}{', ...' if found[5:] else ''}): "
+        f"{text}"
+        for text, found in warned.items()
+    ]
 
 
 def tasks(found: Contents) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from earl import residents, runtime
-from earl.config.paths import SFT_USES, fine_tuning, policy_folder, resolve
+from earl.config.paths import SFT_USES, fine_tuning, fine_tuning_data, policy_folder, resolve
 from earl.data import mixing
 from earl.data.example import Dataset
 from earl.data.tokenised import open_dataset
@@ -55,8 +56,11 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
     for kind in ("learner", "reference"):
         residents.take(kind, None)  # Of what RL has left in memory nothing serves here, and it may fill the GPUs.
     policy = sharding.load(base, team, config.dtype == "bfloat16")
-    mixture = mixing.mixture([len(dataset) for dataset in datasets], tuning.coefficients, tuning.random_seed)
-    sequence = _sequences(tuning.reasoning, config.model_context_size, datasets, mixture, vocabulary)
+    with fine_tuning_data(config, name).named():
+        mixture = mixing.mixture([len(dataset) for dataset in datasets], tuning.coefficients, tuning.random_seed)
+        build = _builder(tuning.reasoning, datasets, vocabulary)
+        left_out = _too_long(config, build, mixture, team)
+    sequence = _sequences(build, mixture, left_out)
     checkpoints = out.parent / f"{out.name}.partial"
     identity = _identity(config, tuning, base, paths)
     settings = _settings(config, tuning, team.device)
@@ -64,7 +68,8 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
     with ranks.folder(out, team) as folder:
         if team.first:
             # Neither time nor code version: the folder's digest is that of the policy, whoever made the same weights.
-            (folder / LOSSES).write_text(json.dumps({"loss": losses}, indent=1) + "\n", encoding="utf-8")
+            found = {"loss": losses, "left_out_examples": len(left_out)}
+            (folder / LOSSES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         digest = sharding.save(policy, folder, base, team)
     if team.first:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -74,14 +79,13 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
     )
 
 
-def _sequences(
-    reasoning: bool, longest: int, datasets: list[Dataset], mixture: mixing.Mixture, vocabulary: Vocabulary
-) -> Callable[[int], sft.Example]:
-    """Return the function from a place in the mixture to its training sequence."""
+def _builder(
+    reasoning: bool, datasets: list[Dataset], vocabulary: Vocabulary
+) -> Callable[[mixing.Row], tuple[str, sft.Example]]:
+    """Return the function from a row to what messages call it, and its training sequence."""
 
-    def sequence(index: int) -> sft.Example:
-        dataset, row = mixture[index]
-        example = datasets[dataset][row]
+    def build(row: mixing.Row) -> tuple[str, sft.Example]:
+        example = datasets[row[0]][row[1]]
         where = f"{example.dataset}: example {example.example_id}"
         if reasoning and not example.reasoning:
             raise EarlError(f"{where}: column 'reasoning' is empty, but reasoning is true; fine-tune without reasoning")
@@ -97,10 +101,51 @@ def _sequences(
             )
         except EarlError as error:
             raise EarlError(f"{where}: {error}") from error
-        if len(ids) > longest:
-            raise EarlError(f"{where}: {len(ids)} tokens are more than model_context_size = {longest}; raise it")
         prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length])
-        return sft.Example(prompt, completion)
+        return where, sft.Example(prompt, completion)
+
+    return build
+
+
+def _too_long(
+    config: "Config", build: Callable[[mixing.Row], tuple[str, sft.Example]], mixture: mixing.Mixture, team: Ranks
+) -> set[mixing.Row]:
+    """Look at every example before the first step; return those that are longer than `model_context_size`.
+
+    Each rank looks at a part of them.
+
+    Raises:
+        EarlError: one cannot be learned from; all are too long, or some are and `long_prompts` is `stop`.
+    """
+    longest, found, first = config.model_context_size, set(), None
+    for row in islice(mixture.rows(), team.rank, None, team.size):
+        where, example = build(row)
+        if len(example) > longest:
+            found.add(row)
+            first = first or f"{where}: {len(example)} tokens where model_context_size is {longest}"
+    together = team.gather((found, first))
+    found = set().union(*(rows for rows, _ in together))
+    if not found:
+        return found
+    first = next(first for _, first in together if first)
+    said = f"{len(found)} of {mixture.distinct} examples are too long; first {first}"
+    if len(found) == mixture.distinct:
+        raise EarlError(f"{said}. These are all of them; raise model_context_size")
+    if config.long_prompts == "stop":
+        raise EarlError(f"{said}; raise it, or set long_prompts, which is `stop`, to `leave_out`")
+    log.warning("sft: %s; the next ones in the mixture take their places", said)
+    return found
+
+
+def _sequences(
+    build: Callable[[mixing.Row], tuple[str, sft.Example]], mixture: mixing.Mixture, left_out: set[mixing.Row]
+) -> Callable[[int], sft.Example]:
+    """Return the function from an index of the mixture to its training sequence, or to that of the next one left."""
+
+    def sequence(index: int) -> sft.Example:
+        while mixture[index] in left_out:
+            index = (index + 1) % len(mixture)
+        return build(mixture[index])[1]
 
     return sequence
 

@@ -7,7 +7,7 @@ only tagged by the next one.
 import logging
 from typing import TYPE_CHECKING
 
-from earl import runs, tracking
+from earl import network, runs, tracking
 from earl.errors import EarlError
 from earl.files import manifest, objects
 from earl.layout import Iteration, Run, iteration_name
@@ -33,32 +33,25 @@ def push(run: Run, config: "Config") -> tracking.Sent:
     if not config.push_to_hub:
         return tracking.Sent([], "the hub (push_to_hub is false)")
     tracking.check_hub(config)
-    import httpx2
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
-    with tracking.lock(run, "hub"):
+    remedy = "check the network, the token (`hf auth whoami`) and push_to_hub_repo_id"
+    with tracking.lock(run, "hub"), network.failures(f"hub, repository {config.push_to_hub_repo_id}", remedy):
         state = tracking.folder(run) / "hub.json"
         # By iteration: what was pushed, and as which commit.
         pushed: dict[str, dict[str, str]] = tracking.read_state(state)
         new = []
-        try:
-            repository = None
-            for index in due(run, config):
-                iteration = run.iteration(index)
-                digest = manifest.digest_folder(iteration.policy)
-                if pushed.get(str(index), {}).get("policy_digest") == digest:
-                    continue
-                repository = repository or _Repository(HfApi(), config)
-                commit = repository.push(iteration, digest)
-                pushed[str(index)] = {"policy_digest": digest, "commit": commit, "repository": repository.id}
-                objects.write(state, pushed)
-                new.append(index)
-        except (httpx2.HTTPError, HFValidationError, OSError) as error:
-            raise EarlError(
-                f"hub, repository {config.push_to_hub_repo_id}: {' '.join(str(error).split())}; "
-                "check the network, the token (`hf auth whoami`) and push_to_hub_repo_id"
-            ) from error
+        repository = None
+        for index in due(run, config):
+            iteration = run.iteration(index)
+            digest = manifest.digest_folder(iteration.policy)
+            if pushed.get(str(index), {}).get("policy_digest") == digest:
+                continue
+            repository = repository or _Repository(HfApi(), config)
+            commit = repository.push(iteration, digest)
+            pushed[str(index)] = {"policy_digest": digest, "commit": commit, "repository": repository.id}
+            objects.write(state, pushed)
+            new.append(index)
         return tracking.Sent(new, f"{config.push_to_hub_repo_id} on the hub")
 
 

@@ -96,8 +96,8 @@ def _id(run: Run, config: "Config") -> str:
 
     Chosen once and kept in the run folder, which may move afterwards.
     """
-    unique = hashlib.sha256(f"{run.path.resolve()}\n{config_digest(config)}".encode()).hexdigest()[:8]
-    return os.environ.get("WANDB_RUN_ID") or f"{config.run_name}-{unique}"
+    unique = f"{run.path.resolve()}\n{config_digest(config)}".encode(errors="surrogateescape")
+    return os.environ.get("WANDB_RUN_ID") or f"{config.run_name}-{hashlib.sha256(unique).hexdigest()[:8]}"
 
 
 def _send_online(run: Run, config: "Config", page: Page, rows: list[files.Row]) -> tracking.Sent:
