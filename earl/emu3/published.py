@@ -109,7 +109,7 @@ def convert(source: Path, out: Path, tokenizer_from: Path | None = None, vision:
         EarlError: naming the file, when something is missing, damaged, or not what its configuration says.
     """
     fields = checkpoint.config_fields(source)
-    with atomic.folder(out) as temporary:
+    with atomic.folder(out) as temporary, manifest.reading(source), manifest.reading(tokenizer_from or source):
         if fields["model_type"] == "Emu3VisionVQ" or vision:
             _write_vision_tokenizer(source, fields, temporary)
             checkpoint.load_vision_tokenizer(temporary, "cpu")

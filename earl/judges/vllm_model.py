@@ -132,7 +132,7 @@ class VllmModel:
             options["gpu_memory_utilization"] = self.memory_share
         start = time.monotonic()
         try:
-            with vllm_torch(self.device):
+            with manifest.reading(self.model), vllm_torch(self.device):
                 self._llm = LLM(model=self.model, max_num_seqs=MAX_SEQUENCES, seed=0, **options)
         except (ValueError, RuntimeError, OSError) as error:
             raise EarlError(

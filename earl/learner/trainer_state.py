@@ -122,7 +122,9 @@ def load(
     state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
     with_weights = has_weights(folder, model)
     rounded = [_local(p).bfloat16() for p in model.parameters()] if with_weights else []
-    read_parts(folder, model, optimizer, state.optimizer_steps, team, with_weights)
+    # Every rank reads its own part; the first one hashes the files for all.
+    with manifest.reading(folder, None if team.first else (), _REMEDY):
+        read_parts(folder, model, optimizer, state.optimizer_steps, team, with_weights)
     for (name, parameter), before in zip(model.named_parameters(), rounded, strict=False):
         if not torch.equal(_local(parameter).bfloat16(), before):
             raise EarlError(f"{folder}: tensor '{WEIGHT}.{name}' is not what the policy rounds; {_REMEDY}")
@@ -220,7 +222,7 @@ def _local(tensor: "torch.Tensor") -> "torch.Tensor":
 
 def check(folder: Path, *, iteration: int, policy_digest: str, config_digest: str) -> TrainerState:
     """Check a folder as `load` does, as far as that goes without reading tensors; return its counters."""
-    manifest.check(folder)
+    manifest.check(folder, remedy=_REMEDY)
     state = read_state(folder)
     _check_binding(folder, state, iteration, policy_digest, config_digest)
     return state
@@ -233,7 +235,7 @@ def read_state(folder: Path) -> TrainerState:
         return TrainerState(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise EarlError(f"{path}: is missing; {_REMEDY}") from error
-    except (json.JSONDecodeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise EarlError(f"{path}: is damaged ({error}); {_REMEDY}") from error
 
 

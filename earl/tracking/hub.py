@@ -106,7 +106,7 @@ class _Repository:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self.api.repo_info(self.id).sha
-        manifest.check(iteration.policy)
+        manifest.check(iteration.policy, deep=True)
         members = {
             path.relative_to(iteration.policy).as_posix(): path
             for path in sorted(iteration.policy.rglob("*"))
