@@ -1,18 +1,20 @@
 """Bytes that were damaged on disk, names and sizes unchanged, are found before they are used, by whoever reads them."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from earl.data.grids import stored
+from earl.data.tokenised import open_dataset
 from earl.emu3 import checkpoint, published
 from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
-from earl.files import atomic, manifest
-from earl.layout import Run
+from earl.files import atomic, manifest, tables
 from earl.learner import grpo, ranks, sharding, trainer_state
 from earl.learner.trainer_state import TrainerState
 
@@ -172,3 +174,76 @@ def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / manifest.NAME).write_bytes(content.encode("latin-1"))
     with pytest.raises(EarlError, match=rf"{tmp_path / manifest.NAME}: is damaged"):
         manifest.check(tmp_path)
+
+
+@pytest.fixture
+def tokenised(tmp_path):
+    """A sealed folder with one tokenised shard."""
+    grids = np.random.default_rng(0).integers(0, 256, (60, 8, 8))
+    columns = {
+        "dataset": ["d"] * 60,
+        "example_id": [str(row) for row in range(60)],
+        "task": [None] * 60,
+        "instruction": [f"remove circle {row}" for row in range(60)],
+        "reasoning": [None] * 60,
+        "original_tokens": [stored(grid, 256) for grid in grids],
+        "target_tokens": [stored(255 - grid, 256) for grid in grids],
+        "original": [None] * 60,
+        "target": [None] * 60,
+    }
+    with atomic.folder(tmp_path / "data") as temporary:
+        metadata = {"dataset": "d", "codebook_size": "256"}
+        tables.write_table(temporary / "0000.parquet", tables.TOKENISED, columns, metadata, rows_per_group=16)
+        manifest.seal(temporary)
+    return tmp_path / "data"
+
+
+def examples(folder):
+    dataset = open_dataset(folder)
+    return [dataset.name] + [
+        (one.example_id, one.instruction, one.original_tokens.tolist(), one.target_tokens.tolist())
+        for one in (dataset[row] for row in range(len(dataset)))
+    ]
+
+
+def test_no_flipped_byte_of_a_tokenised_shard_changes_an_example_in_silence(tokenised):
+    file = tokenised / "0000.parquet"
+    content, expected = file.read_bytes(), examples(tokenised)
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    silent, told = [], 0
+    for place in [*range(4, footer, 97), *range(footer, len(content) - 8, 11)]:
+        changed = bytearray(content)
+        changed[place] ^= 0x10
+        file.write_bytes(changed)
+        try:
+            if examples(tokenised) != expected:
+                silent.append(place)
+        except EarlError as error:
+            assert str(file) in str(error)
+            told += 1
+        else:
+            assert place < footer, "every byte of the footer counts"
+    assert silent == []
+    assert told > 300
+
+
+def test_damaged_downloads_are_not_tokenised(tmp_path):
+    """Foreign files rarely carry page checksums."""
+    from earl.config import load
+    from earl.shapes import dataset
+    from earl.stages import tokenise
+
+    demo = Path(__file__).parent.parent / "config" / "demo.jsonnet"
+    config = load.load(demo, {"base_exp_dir": str(tmp_path), "run_name": "r"}).config
+    raw = tmp_path / "download"
+    raw.mkdir()
+    dataset.write_raw(raw / "a.parquet", count=8, seed=1, tasks=("remove",))
+    table = pq.read_table(raw / "a.parquet")
+    pq.write_table(table, raw / "a.parquet", compression="none", use_dictionary=False, write_page_checksum=False)
+    manifest.seal(raw)
+    content = (raw / "a.parquet").read_bytes()
+    assert content.count(b"circle") > 0
+    (raw / "a.parquet").write_bytes(content.replace(b"circle", b"cyrcle"))
+    with pytest.raises(EarlError, match="(content|footer) differs"):
+        tokenise.run(config, "shapes_rl", raw, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from earl import residents
 from earl.config import freeze
 from earl.config.schema import Config
 from earl.emu3 import checkpoint, grid, sequence
@@ -509,3 +510,35 @@ def test_restore_names_what_differs(new_run, vocabulary):
         restore.run(run.path, 2)
     assert not run.iteration(2).policy.exists()
     assert not (run.path / "restore.partial").exists()
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["policy/model.safetensors", "trainer/optimizer-00001-of-00001.safetensors"])
+def test_a_damaged_checkpoint_is_not_trained_and_comes_back_by_restore(new_run, vocabulary, file):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    write_inputs(run, 3, vocabulary)
+    flip(run.iteration(2).path / file)
+    residents.clear()  # as in another process
+    with pytest.raises(EarlError, match=rf"{file}: is damaged: .*earl restore"):
+        train.run(config, run.path, 3)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected
+    train.run(config, run.path, 3)
+
+
+def test_restore_starts_before_a_checkpoint_that_is_damaged(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    flip(run.iteration(1).policy / "model.safetensors")
+    drop(run, 2)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected
