@@ -3,6 +3,7 @@
 Stages are imported when they are called, so that ``--help`` answers at once.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -543,12 +544,22 @@ def worker(
     server.serve(str(pool), name, host)
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the system that a user can mend, wherever they appear."""
+
+
 def call(arguments: Sequence[str]) -> int:
     """Run a command and return its exit status; mistakes that a user can mend end in one line and status 2."""
     try:
         app(list(arguments), prog_name="earl")
     except EarlError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; free space or check permissions, then try again", file=sys.stderr)
         return 2
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1

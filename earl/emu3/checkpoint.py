@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import manifest, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +140,6 @@ def save_policy(
     Args:
         dtype: of the weights in the files; by default that of the model.
     """
-    from safetensors.torch import save_file
-
     folder, tokenizer_from = Path(folder), Path(tokenizer_from)
     config = copy.deepcopy(model.config)
     config.architectures = ["Emu3ForCausalLM"]
@@ -151,7 +149,7 @@ def save_policy(
     sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in model.named_parameters()}
     files = _file_names(sizes)
     for file, weights in itertools.groupby(whole_weights(model, dtype), key=lambda pair: files[pair[0]]):
-        save_file(dict(weights), folder / file, metadata={"format": "pt"})
+        tensors.write(folder / file, dict(weights), {"format": "pt"})
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")

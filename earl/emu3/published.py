@@ -22,7 +22,7 @@ from earl.config.hub import Conversion
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
 from earl.errors import EarlError
-from earl.files import atomic, manifest
+from earl.files import atomic, manifest, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -188,14 +188,12 @@ def _tokenizer(folder: Path) -> "Tokenizer":
 
 def _write_weights(source: Path, out: Path, rename: Rename) -> None:
     """Write renamed weights, file by file, those left out for which ``rename`` returns None."""
-    from safetensors.torch import save_file
-
     places: dict[str, Path] = {}
     for index, (_, group) in enumerate(groupby(checkpoint.weights(source), key=lambda item: item[0])):
         kept = dict(pair for _, name, weight in group if (pair := rename(name, weight)) is not None)
         if kept:
             path = out / f"{index:05d}.safetensors"
-            save_file({name: weight.contiguous() for name, weight in kept.items()}, path, metadata={"format": "pt"})
+            tensors.write(path, {name: weight.contiguous() for name, weight in kept.items()}, {"format": "pt"})
             places |= dict.fromkeys(kept, path)
     if not places:
         raise EarlError(f"{source}: holds none of the weights that are wanted")

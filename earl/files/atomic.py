@@ -76,8 +76,16 @@ def _usual_mode(path: Path) -> int:
     return mode
 
 
+def refusal(path: Path | str, error: OSError, left: str = "nothing was left behind") -> str:
+    """Return what to tell someone whose file the system did not let us write."""
+    return (
+        f"{path}: could not be written ({error.strerror or error}); {left}. "
+        "Free space or check the folder's permissions, then run the stage again."
+    )
+
+
 @contextmanager
-def _beside(path: Path, is_folder: bool) -> Iterator[Path]:
+def _beside(path: Path, is_folder: bool, left: str = "nothing was left behind") -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when anything fails, nothing of it is left."""
     check_target(path, is_folder)
     temporary = _temporary(path)
@@ -88,10 +96,7 @@ def _beside(path: Path, is_folder: bool) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         _clear_leftovers(path)
-        raise EarlError(
-            f"{path}: could not be written ({error.strerror or error}); nothing was left behind. "
-            "Free space or check the folder's permissions, then run the stage again."
-        ) from error
+        raise EarlError(refusal(path, error, left)) from error
     except BaseException:
         _clear_leftovers(path)
         raise
@@ -146,7 +151,7 @@ def resumable_folder(path: Path | str, made_from: str) -> Iterator[Path]:
     """
     path = Path(path)
     unfinished, note = (path.parent / f".{path.name}.{suffix}" for suffix in ("unfinished", "made-from"))
-    with _beside(path, is_folder=True):
+    with _beside(path, is_folder=True, left=f"what is done waits in {unfinished}"):
         if not note.is_file() or note.read_text(encoding="utf-8") != made_from:
             if unfinished.exists():
                 shutil.rmtree(unfinished)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import atomic, manifest
 from earl.learner.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -70,7 +70,11 @@ def save(
 def write_parts(
     folder: Path, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", team: Ranks, with_weights: bool
 ) -> None:
-    """Write the moments, and the weights if wanted, each rank what it holds of them; return when all have."""
+    """Write the moments, and the weights if wanted, each rank what it holds of them; return when all have.
+
+    Raises:
+        EarlError: when the system refuses the write (disk full, no permission), to any rank.
+    """
     import torch.distributed.checkpoint as dcp
 
     from earl.learner.parts import PartWriter
@@ -78,7 +82,13 @@ def write_parts(
     tensors = _tensors(model, optimizer, with_weights)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-        dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
+        try:
+            dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
+        except dcp.CheckpointException as error:  # of all ranks, whichever failed
+            reasons = [failure for failure, _ in error.failures.values()]
+            if not all(isinstance(reason, OSError) for reason in reasons):
+                raise
+            raise EarlError(atomic.refusal(folder, reasons[0])) from error
     team.of_first(None)
 
 
