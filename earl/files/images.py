@@ -3,9 +3,8 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from earl.data import pictures
 from earl.errors import EarlError
 
 
@@ -31,13 +30,14 @@ def struct(data: bytes | None, name: str = "") -> dict[str, bytes | str] | None:
     return None if data is None else {"bytes": data, "path": name}
 
 
-def decode(data: bytes | None, where: str) -> np.ndarray:
-    """Return the pixels, uint8 [height, width, 3], of an encoded image: as `earl.data.pictures.read`, of any size.
+def decode(data: bytes, where: str) -> np.ndarray:
+    """Return the pixels, uint8 [height, width, 3], of an encoded image in any format Pillow reads.
 
     Raises:
-        EarlError: naming ``where`` the image stands, when there is none or it cannot be used.
+        EarlError: naming ``where`` the image stands, when it does not decode.
     """
     try:
-        return pictures.read(data, smallest=1)
-    except pictures.Rejected as problem:
-        raise EarlError(f"{where}: the image cannot be used ({problem}); replace it or remove its row") from problem
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise EarlError(f"{where}: the image does not decode ({error}); mend or remove the row") from error

@@ -2,6 +2,7 @@
 
 ``manifest.json`` lists every file with its size and SHA-256 and is written last: a folder with a manifest is
 complete. The folder's digest is that of its manifest, so that reading it costs nothing however large the weights.
+For Parquet files, which are read in parts, it also lists the SHA-256 of the footer; their pages carry checksums.
 """
 
 import hashlib
@@ -36,16 +37,39 @@ def digest_file(path: Path | str) -> str:
         raise EarlError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def digest_footer(path: Path | str) -> str:
+    """Return the SHA-256 of a Parquet file's footer: schema, metadata, sizes and extremes of all columns.
+
+    Raises:
+        EarlError: when the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(-8, 2)
+            length = int.from_bytes(stream.read(4), "little")
+            stream.seek(-8 - length, 2)
+            return hashlib.sha256(stream.read(length)).hexdigest()
+    except OSError as error:
+        raise EarlError(f"{path}: is not a complete Parquet file ({error.strerror or error})") from error
+
+
 def _members(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != NAME)
 
 
 def _listing(folder: Path) -> str:
-    files = {
-        member.relative_to(folder).as_posix(): {"sha256": digest_file(member), "size": member.stat().st_size}
-        for member in _members(folder)
-    }
+    files = {member.relative_to(folder).as_posix(): _entry(member) for member in _members(folder)}
     return json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
+
+
+def _entry(member: Path) -> dict[str, str | int]:
+    entry = {"sha256": digest_file(member), "size": member.stat().st_size}
+    return entry | {"footer": digest_footer(member)} if _is_parquet(member) else entry
+
+
+def _is_parquet(member: Path) -> bool:
+    with open(member, "rb") as stream:
+        return member.suffix == ".parquet" and stream.read(4) == b"PAR1"
 
 
 def seal(folder: Path | str) -> str:
@@ -86,7 +110,7 @@ def fingerprint(folder: Path | str) -> str | None:
 
 
 def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> None:
-    """Compare a sealed folder with its manifest: names and sizes, and contents too when ``deep``.
+    """Compare a sealed folder with its manifest: names, sizes and footers, and contents too when ``deep``.
 
     Args:
         folder: The folder.
@@ -99,6 +123,8 @@ def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> None:
     folder = Path(folder)
     for name, entry in _entries(folder, remedy).items():
         _check_size(folder, name, entry, remedy)
+        if entry["footer"] and digest_footer(folder / name) != entry["footer"]:
+            raise EarlError(f"{folder / name}: is damaged: its footer differs from {folder / NAME}; {remedy}")
     if deep:
         with reading(folder, remedy=remedy):
             pass
@@ -132,11 +158,14 @@ def reading(folder: Path | str, names: Collection[str] | None = None, remedy: st
 
 
 def _entries(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
-    """Return what a manifest lists: size and digest, by name."""
+    """Return what a manifest lists, by name: size, digest, and that of the footer or None."""
     path = folder / NAME
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in files.items()}
+        wanted = ("size", "sha256")
+        return {
+            name: {key: entry[key] for key in wanted} | {"footer": entry.get("footer")} for name, entry in files.items()
+        }
     except FileNotFoundError as error:
         raise EarlError(f"{path}: is missing, so {folder} is incomplete; {remedy}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
