@@ -434,9 +434,9 @@ def start(run: RunFolder, policy: Annotated[Path, typer.Option(help="Folder of t
 def verify(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(callback=_output, help="Also write the findings as JSON.")] = None,
-    deep: Annotated[bool, typer.Option(help="Hash every file again instead of trusting recorded digests.")] = False,
+    deep: Annotated[bool, typer.Option(help="Also compare every file with its recorded digest.")] = False,
 ) -> None:
-    """Check that every file of a run was made from the files it claims, by the present configuration and code."""
+    """Check that every file of a run is there, made from what it says by the present configuration and code."""
     from earl import verify as verification
     from earl.layout import Run
 

@@ -123,15 +123,18 @@ def plan(config: "Config", last: int | None = None, single: int | None = None) -
         single: plan this one iteration, whatever comes after it.
 
     Raises:
-        EarlError: when ``single`` is not an iteration of the run.
+        EarlError: when ``single`` is not an iteration of the run, or the starting policy is gone but needed.
     """
     run = Run(Path(config.base_exp_dir) / config.run_name)
     if single is not None:
         newest = runs.newest_complete(run)
         if not 0 <= single <= newest:
             raise EarlError(f"iteration={single}: {run.path} has complete iterations 1 to {newest}; choose one of them")
+        runs.check_start(run)
         return Plan(run, config, max(single - 1, 0), single, single)
     start = runs.newest_complete(run)
+    if start < config.num_iterations and (start == 0 or config.kl_coeff):  # what is trained next needs it
+        runs.check_start(run)
     if last is not None:
         return Plan(run, config, min(start, last), last)
     return Plan(run, config, start, max(start, config.num_iterations))

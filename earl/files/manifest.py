@@ -109,8 +109,10 @@ def fingerprint(folder: Path | str) -> str | None:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> None:
+def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> int:
     """Compare a sealed folder with its manifest: names, sizes and footers, and contents too when ``deep``.
+
+    Returns how many files it lists.
 
     Args:
         folder: The folder.
@@ -121,13 +123,15 @@ def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> None:
         EarlError: when the manifest is missing or a file is missing, of another size or (deep) changed.
     """
     folder = Path(folder)
-    for name, entry in _entries(folder, remedy).items():
+    entries = _entries(folder, remedy)
+    for name, entry in entries.items():
         _check_size(folder, name, entry, remedy)
         if entry["footer"] and digest_footer(folder / name) != entry["footer"]:
             raise EarlError(f"{folder / name}: is damaged: its footer differs from {folder / NAME}; {remedy}")
     if deep:
         with reading(folder, remedy=remedy):
             pass
+    return len(entries)
 
 
 @contextmanager
