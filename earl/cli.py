@@ -569,6 +569,7 @@ def call(arguments: Sequence[str]) -> int:
 def main() -> None:
     """Run the command line in this process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    processes.name_user()
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself

@@ -1,8 +1,11 @@
 """The state of a run folder: progress, retention of checkpoints, going back, and the chain of digests."""
 
+import errno
+import getpass
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -401,6 +404,46 @@ def test_lock_is_given_up_by_a_killed_process(tmp_path):
     holder.kill()
     holder.communicate()
     processes.lock(tmp_path / "lock", patience=5).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused_with_a_remedy(tmp_path, monkeypatch, number):
+    def flock(stream, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(EarlError, match=rf"{tmp_path / 'lock'}: cannot be locked .* has no locks.*base_exp_dir"):
+        processes.lock(tmp_path / "lock", patience=0)
+
+
+def test_a_lock_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EarlError, match=r"file/lock: the lock cannot be made \((File exists|Not a directory)\); check"):
+        processes.lock(tmp_path / "file" / "lock", patience=0)
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(EarlError, match=r"lock: the lock cannot be made \(Is a directory\); check"):
+        processes.try_lock(tmp_path / "lock")
+
+
+def test_a_lock_on_a_full_disk_is_one_message(tmp_path):
+    code = "import sys; from earl import processes; from earl.errors import EarlError\n"
+    code += "try: processes.lock(sys.argv[1])\nexcept EarlError as error: print(error)"
+    nothing = (resource.RLIMIT_FSIZE, (0, 0))  # what can be written to any file
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "lock")], preexec_fn=lambda: resource.setrlimit(*nothing),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{tmp_path / 'lock'}: cannot be locked (File too large); free space, then start again\n"
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    processes.name_user()
+    assert getpass.getuser() == f"uid-{os.getuid()}"
 
 
 def test_stage_ends_with_the_workflow_that_started_it():

@@ -129,7 +129,8 @@ def test_a_copy_is_not_pushed_to_the_repository_of_the_original(sent, tmp_path, 
     assert list(hub._pushed(run, wanted, state)) == ["2"]
     place = Run(copy(run.path, tmp_path / "b"))
     state = place.path / "tracking" / "hub.json"
-    with pytest.raises(EarlError, match=rf"{place.path}: is a copy of {run.path}, .*set push_to_hub_repo_id to another"):
+    complaint = rf"{place.path}: is a copy of {run.path}, .*set push_to_hub_repo_id to another"
+    with pytest.raises(EarlError, match=complaint):
         hub._pushed(place, wanted, state)
     assert hub._pushed(place, SimpleNamespace(push_to_hub_repo_id="me/other"), state) == {}
     assert json.loads(state.read_text())["folder"]["path"] == str(run.path)
