@@ -5,6 +5,7 @@ at the newest complete iteration, ``start``, whose policy is taken as given, and
 window remains, the workflow plans a chain of windows and each window plans its own iterations.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,21 @@ def plan(config: "Config", last: int | None = None, single: int | None = None) -
     if last is not None:
         return Plan(run, config, min(start, last), last)
     return Plan(run, config, start, max(start, config.num_iterations))
+
+
+def spelled_alike(configs: "Sequence[Config]") -> "list[Config]":
+    """Return configurations whose `base_exp_dir` is one text where it is one folder, however each spells it.
+
+    So runs meet in what they share. The first spelling is taken, relative to the working folder where it is below.
+    """
+    spellings: dict[str, Path] = {}
+    found = []
+    for config in configs:
+        path = Path(config.base_exp_dir)
+        short = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        spelling = spellings.setdefault(os.path.realpath(path), short)
+        found.append(config.model_copy(update={"base_exp_dir": spelling.as_posix()}))
+    return found
 
 
 def choose(plans: Sequence[Plan]) -> dict[str, Plan]:

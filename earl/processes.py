@@ -52,6 +52,29 @@ def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
     return stream
 
 
+def lock_unless(made: Callable[[], bool], path: Path | str, what: str) -> IO[str] | None:
+    """Hold a lock file as :func:`lock` does, or wait for what its holder makes.
+
+    Args:
+        made: Whether that is there; then no lock is needed.
+        path: The lock file.
+        what: What is waited for, for the one line that says so.
+
+    Raises:
+        EarlError: as :func:`lock`, but for another process that holds it.
+    """
+    is_told = False
+    while not made():
+        stream = try_lock(path)
+        if stream is not None:
+            return stream
+        if not is_told:
+            print(f"waiting for process {holder_of(path)}, which makes {what}", file=sys.stderr, flush=True)
+            is_told = True
+        time.sleep(0.5)
+    return None
+
+
 def holder_of(path: Path | str) -> str:
     """Return the process that last took a lock file."""
     return Path(path).read_text(encoding="utf-8").strip() or "unknown"

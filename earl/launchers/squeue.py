@@ -1,7 +1,6 @@
 """What Slurm says of this user's jobs and of its nodes. Needs no accounting database."""
 
 import os
-import os
 import re
 import subprocess
 
