@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -248,3 +249,21 @@ def test_damaged_downloads_are_not_tokenised(tmp_path):
     with pytest.raises(EarlError, match=r"(content|footer) differs"):
         tokenise.run(config, "shapes_rl", raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_judge_is_not_asked(tmp_path, monkeypatch):
+    vllm = pytest.importorskip("vllm")
+    from earl.judges.vllm_model import VllmModel
+
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(8192))
+    manifest.seal(folder)
+    monkeypatch.setattr(vllm, "LLM", lambda **options: MagicMock())
+    VllmModel(str(folder))._load()
+    damage(folder / "model.safetensors")
+    judge = VllmModel(str(folder))
+    for _ in range(2):  # the second time, too
+        with refused(folder / "model.safetensors"):
+            judge._load()

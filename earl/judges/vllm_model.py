@@ -139,6 +139,9 @@ class VllmModel:
                 f"{self.model}: does not load in vLLM ({error}); check reward_function_api_model_name, its revision, "
                 "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
             ) from error
+        except EarlError:
+            self.close()  # of a damaged model nothing is asked
+            raise
         log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)
 
 
