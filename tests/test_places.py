@@ -74,7 +74,7 @@ class TestData:
         (place.path / "raw.parquet").write_text("version https://git-lfs")
         raw = {"raw_datasets": {"pairs": {"source": "parquet", "path": "raw.parquet"}}}
         assert "field raw_datasets.pairs.path is 'raw.parquet', which cannot be read" in refusal(**SHAPES | raw)
-        assert "field train_paths_file cannot be drawn from: raw.parquet: is not a complete Parquet file" in refusal(
+        assert "field train_paths_file cannot be drawn from: raw.parquet: is plain text, such as CSV; write it as Parquet" in refusal(
             train_paths_file=["raw.parquet"]
         )
 

@@ -22,7 +22,7 @@ from earl.data import cells
 from earl.data.example import has_words, is_unicode
 from earl.data.pictures import Rejected
 from earl.errors import EarlError
-from earl.files import listing, remedies, tables
+from earl.files import listing, manifest, remedies, tables
 
 COLUMNS = tuple(tables.RAW.names)
 OPTIONAL = ("example_id", "task", "reasoning")
@@ -137,7 +137,7 @@ class RawSource:
 
         Not over their content: published data sets have terabytes.
         """
-        found = [(file.name, file.stat().st_size, _footer_digest(file)) for file in self.files]
+        found = [(file.name, file.stat().st_size, manifest.digest_footer(file)) for file in self.files]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def label(self, file: Path) -> str:
@@ -212,14 +212,6 @@ class RawSource:
             has_edited="edited" in found,
             unreadable=next(((name, problem.reason) for name, problem in unreadable.items()), None),
         )
-
-
-def _footer_digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        stream.seek(-8, 2)
-        length = int.from_bytes(stream.read(4), "little")
-        stream.seek(-8 - length, 2)
-        return hashlib.sha256(stream.read(length)).hexdigest()
 
 
 def _tables(window: Window, columns: list[str], rows: int) -> Iterator[pa.Table]:
