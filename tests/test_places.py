@@ -74,9 +74,8 @@ class TestData:
         (place.path / "raw.parquet").write_text("version https://git-lfs")
         raw = {"raw_datasets": {"pairs": {"source": "parquet", "path": "raw.parquet"}}}
         assert "field raw_datasets.pairs.path is 'raw.parquet', which cannot be read" in refusal(**SHAPES | raw)
-        assert "field train_paths_file cannot be drawn from: raw.parquet: is plain text, such as CSV; write it as Parquet" in refusal(
-            train_paths_file=["raw.parquet"]
-        )
+        message = refusal(train_paths_file=["raw.parquet"])
+        assert "field train_paths_file cannot be drawn from: raw.parquet: is plain text, such as CSV" in message
 
     def test_more_prompts_than_rows(self, place: Workplace) -> None:
         # 128 / 8 = 16 prompts an iteration; half of 20 rows is 10.
