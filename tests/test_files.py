@@ -211,7 +211,7 @@ def test_a_sealed_folder_tells_missing_cut_and_changed_files(tmp_path):
     manifest.check(folder, deep=True)
     (folder / "weights").write_text("4321")
     manifest.check(folder)
-    with pytest.raises(EarlError, match="weights: its content differs"):
+    with pytest.raises(EarlError, match="weights: is damaged: its content differs"):
         manifest.check(folder, deep=True)
     (folder / "weights").write_text("123")
     with pytest.raises(EarlError, match="has 3 bytes where"):

@@ -57,8 +57,9 @@ def write_benchmark(path, seconds):
     path.write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0:01:30\tNA\n")
 
 
-def write_verification(run, problems):
-    found = {"iterations": 2, "evaluations": 4, "files": 0, "code_versions": 1, "problems": problems}
+def write_verification(run, problems, hashed=0):
+    found = {"iterations": 2, "evaluations": 4, "files": 31, "hashed": hashed, "deep": bool(hashed)}
+    found |= {"code_versions": 1, "problems": problems}
     (run / "verify.json").write_text(json.dumps(found))
 
 
@@ -204,6 +205,18 @@ def test_what_iterations_warned_of_is_shown(copied):
     html = page.render(contents.read(copied))
     assert "1 of 2 iterations (1): no completion holds a finished image" in html
     assert "1 of 2 iterations (2): prompts that were too long have been left out" in html
+
+
+def test_the_banner_says_what_was_checked_and_no_more(copied):
+    words = text_of(html_of(copied))
+    assert "Checked: every file is there" in words
+    assert "contents were not compared" in words
+    assert "31 files there" in words
+    assert "Verified" not in words
+    write_verification(copied, [], hashed=29)
+    words = text_of(html_of(copied))
+    assert "Verified: every file is there and holds what was recorded of it" in words
+    assert "31 files there, 29 files with the recorded content" in words
 
 
 def test_problems_of_the_verification_are_listed(copied):

@@ -58,7 +58,7 @@ def test_every_nth_and_the_last_policy_once_each(tmp_path, server):
     assert pushed["model.safetensors"] == b"weights 4 "
     digest = manifest.digest_folder(run.iteration(4).policy)
     assert repository.commits[2].title == f"Iteration 4, policy {digest[:16]}"
-    assert json.loads((run.path / "tracking" / "hub.json").read_text())["4"]["policy_digest"] == digest
+    assert json.loads((run.path / "tracking" / "hub.json").read_text())["pushed"]["4"]["policy_digest"] == digest
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

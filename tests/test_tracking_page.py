@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -262,3 +263,17 @@ def wait_until(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.01)
+
+
+def test_a_copied_run_folder_sends_to_a_page_of_its_own(tmp_path, server):
+    run, _ = new_run(tmp_path / "a", wandb_mode="online")
+    train(run, 1)
+    track(run, server)
+    copied = Run(Path(shutil.copytree(run.path, tmp_path / "b", symlinks=True)))
+    train(copied, 2, variant="of the copy")
+    assert "is a copy of" in track(copied, server)
+    train(run, 2)
+    track(run, server)
+    first, second = server.pages.values()
+    assert (first.steps(), second.steps()) == ([1, 2], [1, 2])
+    assert (first.name, second.name) == ("a", "a (copy)")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from earl import residents
 from earl.config import freeze
 from earl.config.schema import Config
 from earl.emu3 import checkpoint, grid, sequence
@@ -550,3 +551,35 @@ def test_prompts_that_were_left_out_are_counted(new_run, vocabulary):
     pq.write_table(table.replace_schema_metadata(metadata), run.iteration(1).rollouts(0))
     write_scores(run, 1, 0, pq.read_table(run.iteration(1).scores(0)).to_pydict())
     assert train.run(config, run.path, 1)["left_out_prompts"] == 3
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["policy/model.safetensors", "trainer/optimizer-00001-of-00001.safetensors"])
+def test_a_damaged_checkpoint_is_not_trained_and_comes_back_by_restore(new_run, vocabulary, file):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    write_inputs(run, 3, vocabulary)
+    flip(run.iteration(2).path / file)
+    residents.clear()  # as in another process
+    with pytest.raises(EarlError, match=rf"{file}: is damaged: .*earl restore"):
+        train.run(config, run.path, 3)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected
+    train.run(config, run.path, 3)
+
+
+def test_restore_starts_before_a_checkpoint_that_is_damaged(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    flip(run.iteration(1).policy / "model.safetensors")
+    drop(run, 2)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected

@@ -180,7 +180,7 @@ def test_run_then_nothing_to_do_then_more_iterations(place):
     experiment = place.experiment("a", evaluations={"held_out": {"prompts": 4, "every_n_iterations": 2}})
     place.run(experiment, set="num_iterations=2")
     folder = place.folder("a")
-    assert (folder.iteration(0).policy.readlink(), folder.report.is_file()) == (Path("../../../../model"), True)
+    assert (folder.iteration(0).policy.readlink(), folder.report.is_file()) == (place.path / "model", True)
     assert json.loads(folder.verification.read_text())["problems"] == []
 
     assert "Nothing to be done" in place.run(experiment, set="num_iterations=2")
@@ -314,6 +314,51 @@ def test_experiments_in_one_call_share_what_they_have_in_common(place):
     policies = [place.folder(name).iteration(0).policy.resolve() for name in "ab"]
     assert policies[0] == policies[1]
     assert not policies[0].is_symlink()
+
+
+def test_a_second_workflow_waits_for_what_the_first_makes_and_uses_it(place):
+    both = [shapes_experiment(place, "a"), shapes_experiment(place, "b")]
+    hold = place.path / "hold"
+    hold.write_text("tokenise")
+    first = place.start(both[0], env={"STUB_HOLD": str(hold)})
+    wait_until(lambda: any(line.startswith("tokenise") for line in place.commands()))
+    second = place.start(both[1], env={"STUB_HOLD": str(hold)})
+    said = ""
+    while "waiting for process" not in said:
+        said = second.stdout.readline()
+        assert said, "the second workflow ended"
+    assert f"waiting for process {first.pid}, which makes runs/shared/" in said
+    hold.write_text("sft")  # one is there, the next is still being made
+    wait_until(lambda: any(line.startswith("sft") for line in place.commands()))
+    hold.unlink()
+    for workflow in (first, second):
+        output, _ = workflow.communicate(timeout=120)
+        assert workflow.returncode == 0, output
+    kinds = [line.split(" --")[0] for line in place.stages()]
+    once, each = ("shapes raw", "shapes policy", "tokenise", "sft"), ("start", "generate", "score", "train")
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(once, 1) | dict.fromkeys(each, 2)
+
+
+def test_a_lock_that_a_killed_workflow_left_is_no_obstacle(place):
+    experiment = shapes_experiment(place, "a")
+    shared = place.path / "runs" / "shared"
+    place.run(experiment)
+    (tokenised,) = (shared / "tokenised").glob("pairs-*")
+    (tokenised / "manifest.json").unlink()
+    assert tokenised.with_name(f".{tokenised.name}.lock").read_text().strip().isdigit()
+    assert "waiting for process" not in place.run(experiment)
+
+
+def test_one_folder_spelled_in_several_ways_is_one_folder(place):
+    (place.path / "runs").mkdir()
+    (place.path / "link").symlink_to("runs")
+    spellings = {"a": "runs", "b": "./runs/", "c": str(place.path / "runs"), "d": "link", "e": "link/../runs"}
+    experiments = [shapes_experiment(place, name, base_exp_dir=path) for name, path in spellings.items()]
+    place.run(",".join(experiments))
+    kinds = [line.split(" --")[0] for line in place.stages()]
+    assert {kind: kinds.count(kind) for kind in ("tokenise", "sft", "train")} == {"tokenise": 1, "sft": 1, "train": 5}
+    again = shapes_experiment(place, "f", run_name="a", base_exp_dir=str(place.path / "runs"))
+    assert "two of the experiments have this run folder" in place.run(f"{experiments[0]},{again}", "-n", fails=True)
 
 
 def test_a_fine_tuning_that_goes_on_from_another_shares_it(place):

@@ -4,7 +4,6 @@ Arrow files are those of Hugging Face's `datasets` (``save_to_disk`` and its cac
 format, or in the file format. They are mapped into memory, a record batch is what a row group is in Parquet.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -14,7 +13,7 @@ import pyarrow as pa
 
 from earl.data import cells
 from earl.errors import EarlError
-from earl.files import remedies, tables
+from earl.files import manifest, remedies, tables
 
 ARROW = ".arrow"
 _FILE_FORMAT = b"ARROW1"
@@ -109,11 +108,7 @@ class _Parquet:
         yield from self._source.iter_batches(rows, row_groups=[index], columns=list(columns))
 
     def digest(self) -> str:
-        with self._path.open("rb") as stream:
-            stream.seek(-8, 2)
-            length = int.from_bytes(stream.read(4), "little")
-            stream.seek(-8 - length, 2)
-            return hashlib.sha256(stream.read(length)).hexdigest()
+        return manifest.digest_footer(self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -153,8 +148,7 @@ class _Arrow:
             yield batch.slice(start, rows)
 
     def digest(self) -> str:
-        with self._path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return manifest.digest_file(self._path)
 
     def __enter__(self) -> Self:
         return self

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.errors import EarlError
-from earl.files import manifest, remedies
+from earl.files import manifest, remedies, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -72,14 +72,16 @@ def text_config(folder: Path | str) -> "Emu3TextConfig":
 def check_policy(folder: Path | str) -> Vocabulary:
     """Check all that can be wrong with a policy folder before an engine or a learner takes it; return its vocabulary.
 
-    Reads every weight once.
+    Reads every weight once, and hashes the files of a sealed folder meanwhile.
 
     Raises:
-        EarlError: when the folder is missing, incomplete, or holds weights that are not finite or not those that its
-            configuration asks for, or a tokenizer that the model was not made for.
+        EarlError: when the folder is missing, incomplete, or holds files that are not what its manifest says, weights
+            that are not finite or not those that its configuration asks for, or a tokenizer that the model was not
+            made for.
     """
-    vocabulary = check_identity(folder)
-    _check_weights(Path(folder), text_config(folder))
+    with manifest.reading(check_files(folder)):
+        vocabulary = check_identity(folder)
+        _check_weights(Path(folder), text_config(folder))
     return vocabulary
 
 
@@ -155,8 +157,6 @@ def save_policy(
     Args:
         dtype: of the weights in the files; by default that of the model.
     """
-    from safetensors.torch import save_file
-
     folder, tokenizer_from = Path(folder), Path(tokenizer_from)
     config = copy.deepcopy(model.config)
     config.architectures = ["Emu3ForCausalLM"]
@@ -166,13 +166,14 @@ def save_policy(
     sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in model.named_parameters()}
     files = _file_names(sizes)
     for file, weights in itertools.groupby(whole_weights(model, dtype), key=lambda pair: files[pair[0]]):
-        save_file(dict(weights), folder / file, metadata={"format": "pt"})
+        tensors.write(folder / file, dict(weights), {"format": "pt"})
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    with manifest.reading(tokenizer_from, TOKENIZER_FILES):
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(tokenizer_from / name, folder / name)
     return manifest.seal(folder)
 
 
@@ -192,11 +193,16 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
     """Return the vision tokenizer of a folder in float32 and evaluation mode, not to be altered; a process keeps it.
 
     Raises:
-        EarlError: when the folder is missing or does not load.
+        EarlError: when the folder is missing, does not load, or holds files that are not what its manifest says.
     """
     folder = check_files(folder)
     key = (manifest.fingerprint(folder), str(device))
-    return residents.get("vision tokenizer", key, lambda: _read_vision_tokenizer(folder, device))
+
+    def read() -> "Emu3VQVAE":
+        with manifest.reading(folder):
+            return _read_vision_tokenizer(folder, device)
+
+    return residents.get("vision tokenizer", key, read)
 
 
 def check_vision_tokenizer(folder: Path | str) -> int:
@@ -263,7 +269,7 @@ def config_fields(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise EarlError(f"{path}: cannot be read ({error}); give the folder of a checkpoint") from error
     if not str(fields.get("model_type")).lower().startswith("emu3"):
         raise EarlError(f"{path}: model_type is {fields.get('model_type')!r}; it must be an Emu3")
@@ -323,7 +329,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise EarlError(f"{index}: is damaged ({error!r}); copy the checkpoint again") from error
     for name in sorted(names):
         if not (folder / name).is_file():

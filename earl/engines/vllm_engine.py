@@ -100,7 +100,7 @@ class VllmEngine:
         if self.llm is not None and digest == self._digest:
             return
         self._digest = None
-        self.vocabulary = checkpoint.check_policy(policy)
+        self.vocabulary = checkpoint.check_policy(policy)  # which hashes the files; vLLM then reads them again
         config = checkpoint.text_config(policy)
         _check_context(policy, config, self.settings.context)
         shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))

@@ -6,6 +6,7 @@ again when a stage runs again.
 """
 
 import contextlib
+import errno
 import json
 import sqlite3
 from pathlib import Path
@@ -18,6 +19,7 @@ _PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""
 _AT_ONCE = 64
 """Answers in one transaction."""
+_FORBIDDEN = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
 
 
 class Cache:
@@ -74,7 +76,16 @@ class Cache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError) as error:
-            raise EarlError(
-                f"{self._path}: the store of judgements cannot be used ({error}); remove the file, or set "
-                "judge_cache=false where its file system knows no locks"
-            ) from error
+            reason = f"the store of judgements cannot be used ({error})"
+            raise EarlError(f"{self._path}: {reason}; {_remedy(error)}") from error
+
+
+def _remedy(error: Exception) -> str:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
+    if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "free space, then run the stage again"
+    if isinstance(error, OSError) or code in _FORBIDDEN:
+        return "check the folder's permissions, or set judge_cache=false"
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL):
+        return "free space, or set judge_cache=false where its file system has no locks"
+    return "remove the file, or set judge_cache=false"

@@ -135,13 +135,16 @@ class VllmModel:
             options["gpu_memory_utilization"] = self.memory_share
         start = time.monotonic()
         try:
-            with vllm_torch(self.device):
+            with manifest.reading(self.model), vllm_torch(self.device):
                 self._llm = LLM(model=self.model, max_num_seqs=MAX_SEQUENCES, seed=0, **options)
         except (ValueError, RuntimeError, OSError) as error:
             raise EarlError(
                 f"{self.model}: does not load in vLLM ({error}); check reward_function_api_model_name, its revision, "
                 "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
             ) from error
+        except EarlError:
+            self.close()  # of a damaged model nothing is asked
+            raise
         if odd := unbroken(self._llm.get_tokenizer().all_special_tokens):
             log.warning("judge: %s: instructions may hold its special tokens %s", self.model, ", ".join(odd))
         log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)

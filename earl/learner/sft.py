@@ -235,11 +235,15 @@ def resume(
     if found is None:
         return Progress()
     newest, state = found
-    remedy = f"remove {checkpoints} to begin anew"
+    remedy = _remedy(checkpoints)
     trainer_state.has_weights(newest, policy, remedy)
     trainer_state.read_parts(newest, policy, optimizer, state["step"], team, with_weights=True, remedy=remedy)
     log.info("sft: resumed at step %d from %s", state["step"], newest)
     return Progress(state["step"], state["losses"])
+
+
+def _remedy(checkpoints: Path) -> str:
+    return f"remove {checkpoints} to begin anew"
 
 
 def _newest(checkpoints: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
@@ -247,7 +251,7 @@ def _newest(checkpoints: Path, identity: str) -> tuple[Path, dict[str, Any]] | N
     found = sorted(folder for folder in checkpoints.glob("step-*") if (folder / manifest.NAME).is_file())
     if not found:
         return None
-    manifest.check(found[-1], deep=True)
+    manifest.check(found[-1], deep=True, remedy=_remedy(checkpoints))
     state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
     if state["identity"] == identity:
         return found[-1], state

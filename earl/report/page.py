@@ -283,17 +283,19 @@ def times(seconds: dict[str, list[float]]) -> dict[str, Any] | None:
     return {"rows": rows, "total": total}
 
 
+CHECKED = {"files": "files there", "hashed": "files with the recorded content"}
+
+
 def verification(found: dict[str, Any] | None) -> dict[str, Any] | None:
     """The outcome of `earl verify`: its problems as lines, and what it looked at."""
     if found is None:
         return None
     looked = [f"{found[key]} {key}" for key in ("iterations", "evaluations") if key in found]
-    if found.get("files"):
-        looked.append(f"{found['files']} files hashed")
+    looked += [f"{found[key]} {words}" for key, words in CHECKED.items() if found.get(key)]
     if found.get("code_versions", 0) > 1:
         looked.append(f"made by {found['code_versions']} versions of the code")
     problems = [f"{each['file']}: {each['problem']}" for each in found.get("problems", [])]
-    return {"problems": problems, "looked": ", ".join(looked)}
+    return {"problems": problems, "looked": ", ".join(looked), "deep": found.get("deep", False)}
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -58,6 +58,9 @@ def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Pat
         "judge": _judge(scores),
         "reward_final_reward": config.reward_final_reward,
         "policy_digest": metadata.get("policy_digest"),
+        "rollouts_digest": manifest.digest_file(rollouts),
+        "scores_digest": origin["scores_digest"],
+        "table_digest": manifest.digest_file(out),
         **summarise(_rows(columns)),
     }
     atomic.write_text(out.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")

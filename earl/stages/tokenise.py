@@ -107,6 +107,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     fraction = entry.max_rejected_fraction if entry else 0.0
     with (
         atomic.resumable_folder(out, json.dumps(made_from, sort_keys=True)) as unfinished,
+        manifest.reading(raw),
         tqdm(total=len(source), desc=f"tokenise {dataset}", unit="pair", file=sys.stderr) as progress,
         ThreadPoolExecutor(config.cpu_threads) as pool,
     ):

@@ -231,8 +231,9 @@ def _write(
         described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
         episodes.write(current.episodes, outcomes, described)
         objects.write(current.performance, _performance(clock, peaks, outcomes, team))
+        metrics["episodes_digest"] = manifest.digest_file(current.episodes)
         objects.write(current.metrics, metrics)
-    return metrics
+    return team.of_first(metrics)
 
 
 def _performance(clock: Clock, peaks: list[int], outcomes: list[episodes.Outcome], team: Ranks) -> dict[str, Any]:

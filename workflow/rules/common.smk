@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -61,8 +62,11 @@ def make_plans():
     plans = []
     try:
         overrides = load.parse_overrides(config.get("set", []), load.WORKFLOW)
-        for experiment in settings_list(config["experiment"]):
-            loaded = load.load(experiment, overrides, load.WORKFLOW)
+        experiments = [
+            load.load(experiment, overrides, load.WORKFLOW)
+            for experiment in settings_list(config["experiment"])
+        ]
+        for loaded in plan.spelled_alike(experiments):
             run = Run(Path(loaded.config.base_exp_dir) / loaded.config.run_name)
             if window_of in (None, run.path.as_posix()):
                 if not ACCEPT_CHANGES:
@@ -90,10 +94,9 @@ def check_plan(item, loaded):
 def open_runs():
     """Take what is to be written for this workflow alone, and write each configuration where the stages read it."""
     try:
-        for output in SHARED:
-            if not os.path.exists(stands_for(output)):
-                LOCKS.append(processes.lock(output.parent / f".{output.name}.lock"))
-                refuse_other_writers(output.parent.parent)
+        if not take_shared():
+            # Planned before it was there: plan again, as called.
+            os.execv(sys.executable, sys.orig_argv)
         for item in PLANS.values():
             # Whatever this one has, a killed workflow's workers may not know yet that they are on their own.
             opening.clear_up(workers_beside(item))
@@ -102,6 +105,21 @@ def open_runs():
             freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)
     except EarlError as error:
         raise WorkflowError(str(error)) from None
+
+
+def take_shared():
+    """Lock the shared outputs that are missing; return whether all still were, when no other workflow made one more.
+
+    In one order for all workflows, so that no two wait for each other.
+    """
+    missing = [path for path in sorted(SHARED) if not os.path.exists(stands_for(path))]
+    for path in missing:
+        made = partial(os.path.exists, stands_for(path))
+        held = processes.lock_unless(made, path.parent / f".{path.name}.lock", path)
+        LOCKS.append(held)
+        if held:
+            refuse_other_writers(path.parent.parent)
+    return not any(os.path.exists(stands_for(path)) for path in missing)
 
 
 def make_shared():
