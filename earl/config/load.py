@@ -54,6 +54,9 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Loaded
             out of range, or fields contradict each other.
     """
     evaluated = evaluate(Path(path), dict(overrides or {}))
+    if str(evaluated.value.get("run_name", "")).lower() == "none":
+        # As in the reference, where null and its text name a run after its file.
+        evaluated.value["run_name"] = Path(path).stem
 
     def source(name: str) -> str:
         if name in evaluated.overrides:
@@ -78,6 +81,11 @@ def read(path: Path | str) -> Config:
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is no object of fields; `earl config freeze` writes it again")
     return _validated(value, str(path), lambda name: str(path))
+
+
+def validate(values: Mapping[str, Any], where: str) -> Config:
+    """Return the configuration of these fields; errors name ``where`` they come from, and are those of `load`."""
+    return _validated(dict(values), where, lambda name: where)
 
 
 def changed(config: Config, overrides: Mapping[str, Any]) -> Config:

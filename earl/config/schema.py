@@ -7,7 +7,7 @@ between two calls of the same run (``free`` below): how long to run, what to log
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from earl.config import checks, hub, references
 
@@ -169,7 +169,9 @@ class Config(_Section):
 
     # Run and data
     run_name: Name = _free(
-        ..., "Name of the run: its folder is <base_exp_dir>/<run_name>; the same name goes on where it stopped."
+        ...,
+        "Name of the run: its folder is <base_exp_dir>/<run_name>; the same name resumes it. null: the name of the "
+        "experiment's file.",
     )
     base_exp_dir: Path = _free(..., "Folder of all runs and of the stages that they share.")
     train_paths_file: list[Path] = _fixed(
@@ -428,8 +430,8 @@ class Config(_Section):
     judge_reasoning_length: Positive = _fixed(
         300, "Longest reasoning before the scores, in characters, where the server keeps to a schema."
     )
-    judge_image_size: Positive = _fixed(
-        256, "Longer side of the images that a model judges, in pixels; they go in as PNG, resized to it if need be."
+    judge_image_size: Positive | None = _fixed(
+        None, "Longer side that images are resized to before a model judges them, in pixels; null: as they are decoded."
     )
     judge_structured_output: bool = _fixed(
         True, "Hold answers to a JSON schema; false for a server that knows none, whose answers are read tolerantly."
@@ -466,10 +468,14 @@ class Config(_Section):
         5, "Iterations whose episodes, with their pictures, `earl track` shows; all of them are on disk."
     )
     keep_checkpoints_every_n_iterations: Positive | None = _free(
-        100, "Checkpoints of every n-th iteration stay for good; null: of the last alone."
+        100,
+        "Keep the checkpoint of every n-th iteration for good; null: all that `save_checkpoints_every_n_iterations` "
+        "saves.",
     )
     save_checkpoints_every_n_iterations: Positive | None = _free(
-        100, "Of every n-th iteration, the newest checkpoint stays to go back to; null: none."
+        100,
+        "Save a checkpoint every n-th iteration. The latest is kept; older ones are deleted unless "
+        "`keep_checkpoints_every_n_iterations` keeps them. null: none but those of the last two iterations.",
     )
     wandb_mode: Literal["disabled", "offline", "online"] = _free(
         "disabled",
@@ -483,11 +489,18 @@ class Config(_Section):
     push_to_hub_every_n_iterations: Positive | None = _free(
         100, "Policies of every n-th iteration and of the last are pushed; null: of the last alone."
     )
-    push_to_hub_repo_id: Path = _free(
+    push_to_hub_repo_id: Path | None = _free(
         lambda data: f"imged_rl__{data.get('run_name', '')}",
-        "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing.",
+        "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing. null: "
+        "nothing is pushed.",
     )
     push_to_hub_private: bool = _free(True, "Whether a repository that is made is private.")
+
+    @field_validator("reward_function_api_base", mode="before")
+    @classmethod
+    def _none_is_null(cls, value: Any) -> Any:
+        """The reference takes the text "NONE" for null, so that a variable can say it."""
+        return None if isinstance(value, str) and value.lower() == "none" else value
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
