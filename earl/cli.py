@@ -140,10 +140,10 @@ def convert_data(
 
 @app.command()
 def download(
-    files: Annotated[str, typer.Argument(help="hf://datasets/<owner>/<name>[@<revision>]/<path or pattern>.parquet")],
+    files: Annotated[str, typer.Argument(help="hf://datasets/<owner>/<name>[@<revision>]/<path or pattern>.parquet, or .arrow")],
     out: Output,
 ) -> None:
-    """Download Parquet files of a data set on the hub as a folder."""
+    """Download Parquet or Arrow files of a data set on the hub as a folder."""
     from earl.config import hub
     from earl.data import hub_files
 
@@ -211,7 +211,7 @@ def judge_serve(
 def tokenise(
     config: ConfigFile,
     dataset: Annotated[str, typer.Option(help="Name in the configuration's raw_datasets.")],
-    raw: Annotated[Path, typer.Option(help="Raw pairs: a Parquet file, a folder of them, or a pattern.")],
+    raw: Annotated[Path, typer.Option(help="Raw pairs: a Parquet or Arrow file, a folder of them, or a pattern.")],
     out: Output,
 ) -> None:
     """Turn raw image pairs into tokenised Parquet shards."""

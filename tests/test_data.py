@@ -350,7 +350,7 @@ class TestReference:
             ({"original_image": [[1], [1, 2]]}, "'original_image'.*differ in length"),
             ({"instruction": 3}, "'instruction' is a int"),
             ({"CoT": ["a"]}, "'CoT' is a list"),
-            ({"CoT": {"scene": 3}}, r"'CoT\.scene' is a int"),
+            ({"CoT": {"scene": ["a"]}}, r"'CoT\.scene' is a list"),
         ],
     )
     def test_wrong_fields_are_named(self, change: dict, part: str, tmp_path: Path) -> None:
@@ -370,9 +370,10 @@ class TestReference:
         self.write(tmp_path, [1, 2])
         with pytest.raises(EarlError, match=r"17\.pth: holds a list"):
             open_dataset(path)[0]
+        dataset = open_dataset(path)
         file.unlink()
         with pytest.raises(EarlError, match=r"17\.pth: does not exist"):
-            open_dataset(path)[0]
+            dataset[0]
 
     @pytest.mark.parametrize(
         ("text", "part"), [("{", "damaged"), ("[]", "path_list"), ('{"path_list": [1]}', "path_list")]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A path has one slash where the name had two.
-_DATA_FILES = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+\.parquet)", re.ASCII)
+_DATA_FILES = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+\.(?:parquet|arrow))", re.ASCII)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -39,7 +39,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class DataFiles:
-    """Parquet files of a data set on the hub, as `earl download` is called with."""
+    """Parquet or Arrow files of a data set on the hub, as `earl download` is called with."""
 
     repository: str
     revision: str | None
@@ -62,5 +62,7 @@ def data_files(path: Path | str) -> DataFiles | None:
         return None
     found = _DATA_FILES.fullmatch(str(path))
     if found is None:
-        raise ValueError("does not name Parquet files as `hf://datasets/<owner>/<name>/<path or pattern>.parquet` does")
+        raise ValueError(
+            "does not name files as `hf://datasets/<owner>/<name>/<path or pattern>.parquet` does; `.arrow` will do, too"
+        )
     return DataFiles(*found.groups())

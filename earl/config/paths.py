@@ -3,7 +3,7 @@
 ::
 
     <base_exp_dir>/shared/raw/<dataset>-<key>.parquet      pairs of the shapes world
-    <base_exp_dir>/shared/download/<owner>--<name>-<key>/  `hf://datasets/<owner>/<name>/...`, Parquet files on the hub
+    <base_exp_dir>/shared/download/<owner>--<name>-<key>/  `hf://datasets/<owner>/<name>/...`, files on the hub
     <base_exp_dir>/shared/tokenised/<dataset>-<key>/       `stage:tokenise/<dataset>`
     <base_exp_dir>/shared/policy/shapes-<key>/             `stage:shapes-policy`
     <base_exp_dir>/shared/convert/<owner>--<name>-<key>/   `<owner>/<name>`, a checkpoint on the hub

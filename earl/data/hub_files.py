@@ -1,4 +1,4 @@
-"""Download: the Parquet files of a data set on the Hugging Face hub, as a sealed folder."""
+"""Download: the Parquet or Arrow files of a data set on the Hugging Face hub, as a sealed folder."""
 
 import os
 import shutil
@@ -30,7 +30,8 @@ def download(wanted: DataFiles, out: Path) -> str:
     except (OSError, ValueError) as error:
         raise EarlError(f"{wanted}: could not be downloaded ({error})") from error
     # The cache may hold what was downloaded for others.
-    names = sorted(file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.parquet"))
+    kind = f"*{Path(wanted.files).suffix}"
+    names = sorted(file.relative_to(snapshot).as_posix() for file in snapshot.rglob(kind))
     names = [name for name in names if fnmatchcase(name, wanted.files)]
     if not names:
         raise EarlError(f"{wanted}: the data set has no such file; look at its files on the hub and mend the pattern")

@@ -1,22 +1,21 @@
-"""The reference's pre-tokenised data: ``tokenized_datalist.json`` beside one pickled dict an example.
+"""The reference's pre-tokenised data: one pickled dict an example, listed in a ``tokenized_datalist.json``.
 
-::
-
-    <dir>/list/tokenized_datalist.json    {"prefix": ..., "path_list": ["17.pth", ...]}
-    <dir>/feature/17.pth                  edit_id, original_image, edited_image, instruction, CoT
+Where the files lie, `earl.data.datalist` says. Needed are the fields ``original_image``, ``edited_image`` and
+``instruction``. An example without ``edit_id`` has the name of its file. It has reasoning where ``CoT`` is a dict with
+any values that are not None; a missing, empty or textual ``CoT`` is none.
 
 A pickle can run any code when it is loaded. So files of ``torch.save`` are read by torch's weights-only loader, which
 knows tensors and plain values alone, and bare pickles by one as strict; both are extended by what numpy needs for
 integer arrays. Whatever else a pickle asks for is refused before anything runs.
 """
 
-import json
 import pickle
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from earl.data import datalist
 from earl.data.example import Example, is_unicode
 from earl.data.grids import grid
 from earl.errors import EarlError
@@ -30,21 +29,15 @@ class ReferenceDataset:
     def __init__(self, path: Path, codebook_size: int | None = None) -> None:
         self.path = path
         self._codebook_size = codebook_size
-        self._names, prefix = _listing(path)
-        # Some copies link `list` into `feature`.
-        above = path.absolute().parent.parent
-        self._folder = above if above.name == "feature" else above / "feature"
-        if not self._folder.is_dir():
-            self._folder = Path(prefix)
-        root = above.parent if above.name == "feature" else above
-        self.name = f"{root.parent.name}/{root.name}"
+        self._list = datalist.read(path)
+        self.name = self._list.dataset
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._list.names)
 
     def file(self, row: int) -> Path:
         """Return the file that holds a row."""
-        return self._folder / self._names[row]
+        return self._list.file(row)
 
     def __getitem__(self, row: int) -> Example:
         """Read one example.
@@ -64,7 +57,7 @@ class ReferenceDataset:
             tokens[name] = grid(values_of, f"{path}: field {name!r}", self._codebook_size)
         return Example(
             dataset=self.name,
-            example_id=_text(str(_field(values, "edit_id", path)), "edit_id", path),
+            example_id=_id(values.get("edit_id"), path) or self._list.example_id(row),
             task=None,
             instruction=_text(_field(values, "instruction", path), "instruction", path),
             reasoning=_reasoning(values.get("CoT"), path),
@@ -158,21 +151,6 @@ def _allowed() -> dict[str, Any]:
     return names | {"_codecs.encode": _codecs.encode}
 
 
-def _listing(path: Path) -> tuple[list[str], str]:
-    try:
-        listing = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EarlError(f"{path}: cannot be read ({error.strerror}); check the path in the configuration") from error
-    except ValueError as error:
-        raise EarlError(f"{path}: is damaged ({error}); download it again") from error
-    names = listing.get("path_list") if isinstance(listing, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise EarlError(f"{path}: field 'path_list' must be a list of file names")
-    if not names:
-        raise EarlError(f"{path}: the data set is empty; leave it out of the configuration")
-    return names, str(listing.get("prefix") or "")
-
-
 def _field(values: dict[str, Any], name: str, path: Path) -> Any:
     if name not in values:
         raise EarlError(f"{path}: field {name!r} is missing; the file has {', '.join(map(str, values))}")
@@ -187,9 +165,27 @@ def _text(value: Any, name: str, path: Path) -> str:
     return value
 
 
-def _reasoning(value: Any, path: Path) -> list[tuple[str, str]] | None:
+def _id(value: Any, path: Path) -> str:
+    """Return an id as text; empty where there is none."""
     if value is None:
+        return ""
+    if getattr(value, "shape", None) == ():  # a number of numpy or torch
+        value = value.item()
+    if not isinstance(value, str | int):
+        kind = type(value).__name__
+        raise EarlError(f"{path}: field 'edit_id' is a {kind} where text or a number is expected")
+    return _text(str(value), "edit_id", path)
+
+
+def _reasoning(value: Any, path: Path) -> list[tuple[str, str]] | None:
+    """Return the (key, text) pairs of a dict; None where there are none, so that nobody trains on an empty thought."""
+    if value is None or isinstance(value, str):
         return None
     if not isinstance(value, dict):
         raise EarlError(f"{path}: field 'CoT' is a {type(value).__name__} where a dict of text is expected")
-    return [(_text(key, "CoT", path), _text(text, f"CoT.{key!s}", path)) for key, text in value.items()]
+    pairs = []
+    for key, text in value.items():
+        if text is not None:
+            written = str(text) if isinstance(text, int | float) else text
+            pairs.append((_text(key, "CoT", path), _text(written, f"CoT.{key!s}", path)))
+    return pairs or None

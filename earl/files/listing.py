@@ -1,4 +1,4 @@
-"""Which Parquet files a path means."""
+"""Which Parquet or Arrow files a path means."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def parquet_files(path: Path | str) -> list[Path]:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
+        files = sorted(path.glob("*.parquet")) or sorted(path.glob("*.arrow"))
     elif any(sign in path.name for sign in "*?["):
         files = sorted(path.parent.glob(path.name))
     else:

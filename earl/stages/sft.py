@@ -83,7 +83,7 @@ def _sequences(
         dataset, row = mixture[index]
         example = datasets[dataset][row]
         where = f"{example.dataset}: example {example.example_id}"
-        if reasoning and example.reasoning is None:
+        if reasoning and not example.reasoning:
             raise EarlError(f"{where}: column 'reasoning' is empty, but reasoning is true; fine-tune without reasoning")
         if example.target_tokens is None:
             raise EarlError(f"{where}: column 'target_tokens' is empty: there is no edit to learn from; leave it out")

@@ -24,6 +24,7 @@ from earl.data.example import CODEBOOK_SIZE
 from earl.data.grids import stored
 from earl.data.pictures import Rejected
 from earl.data.raw import RawRow, RawSource, Window
+from earl.data.selection import Selection
 from earl.data.shards import Reject, ShardWriter
 from earl.emu3 import checkpoint, vision
 from earl.files import atomic, images, manifest, tables
@@ -77,7 +78,11 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     from tqdm import tqdm
 
     entry = config.raw_datasets.get(dataset)
-    source = RawSource(raw, entry.columns if entry else None)
+    source = (
+        RawSource(raw, entry.columns, Selection.of(entry), entry.instruction_prefix, entry.task)
+        if entry
+        else RawSource(raw)
+    )
     keep_images = entry.keep_images if entry else True
     device = runtime.prepare(config)
     folder = vision_tokenizer_folder(config)
@@ -91,11 +96,11 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     }
     made_from = metadata | {
         "code_version": code_version(),
-        "columns": source.places,
         "cpu_threads": config.cpu_threads,
         "device": str(device),
         "keep_images": keep_images,
         "raw_times": source.times,
+        "rows": source.settings,
     }
     fraction = entry.max_rejected_fraction if entry else 0.0
     with (
@@ -154,16 +159,14 @@ class _Tokeniser:
         """Return the columns of a window's rows, and those of its rows that were rejected."""
         columns: dict[str, list] = {name: [] for name in tables.TOKENISED.names}
         rejects: list[Reject] = []
-        number = window.start
         for part in _one_ahead(source.read(window, ROWS_AT_ONCE), self._submit):
             pairs = []
             for row, future in part:
                 found = future.result()
                 if isinstance(found, _Problem):
-                    rejects.append(Reject(window.file.name, number, row.example_id, found.column, found.reason))
+                    rejects.append(Reject(window.file.name, row.row, row.example_id, found.column, found.reason))
                 else:
                     pairs.append(found)
-                number += 1
             self._add(columns, pairs)
         return columns, rejects
 
@@ -204,6 +207,8 @@ def _one_ahead(
 
 def _prepared(row: RawRow, area: int, factor: int) -> _Pair | _Problem:
     """Decode, check and resize one row."""
+    if row.problem:
+        return _Problem("original", row.problem)
     column = "instruction"
     try:
         instruction = row.checked_instruction()

@@ -53,6 +53,8 @@ def make_plans():
                 tracking.check(resolved)
                 if not runs.start_record(run.iteration(0)).is_file():
                     places.check(resolved)
+                if workflow.is_main_process:
+                    places.check_data(resolved)
                 plans.append(plan.plan(resolved, last and int(last), single))
         return plan.choose(plans)
     except EarlError as error:
