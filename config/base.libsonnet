@@ -51,6 +51,10 @@
   reward_compute_viescore: true,
   reward_compute_ground_score: false,
   reward_final_reward: 'viescore',
+  // Greedy, as the reference's server judged. A server that several runs share is slow to start and to answer.
+  judge_temperature: 0.0,
+  judge_timeout_seconds: 1000.0,
+  judge_startup_seconds: 7200.0,
 
   // The paper's six benchmarks come with data/benchmarked.libsonnet.
   evaluations: {

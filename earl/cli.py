@@ -86,6 +86,22 @@ def config_freeze(
     freeze.write(loaded.config, run_config, accept_changes=accept_changes)
 
 
+@app.command("import-config")
+def import_config(
+    file: Annotated[Path, typer.Argument(help="A .jsonnet or .json file of mair-lab/EARL, an experiment.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The .jsonnet file to write; without, print only.")] = None,
+) -> None:
+    """Read a configuration of the reference and write ours; says what becomes of each field."""
+    from earl.config import from_reference, load
+    from earl.files import atomic
+
+    lines = from_reference.read(file)
+    typer.echo("\n".join(line.text() for line in lines))
+    load.validate(from_reference.values(lines), str(file))
+    if out is not None:
+        atomic.write_text(out, from_reference.jsonnet(lines, file.name))
+
+
 @shapes_app.command("raw")
 def shapes_raw(
     out: Output,

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class Retention:
     """Which checkpoints (``policy`` and ``trainer``) of a run stay on disk.
 
-    Those of the newest complete iteration and of the one before it are needed to go on. Of the others stay: the
-    newest multiple of ``save_every``, every multiple of ``keep_every``, and the last iteration. Iteration 0 is a
-    link and always stays.
+    The newest complete iteration and the one before it are needed to resume. Of the others, the latest multiple of
+    ``save_every`` is kept, every multiple of ``keep_every`` (None: every multiple of ``save_every``), and the last
+    iteration. Iteration 0 is a link and always stays.
     """
 
     save_every: int | None
@@ -48,7 +48,8 @@ class Retention:
         """Return whether the checkpoint of iteration ``index`` stays when ``newest`` is the newest complete one."""
         if index == 0 or index >= newest - 1 or index == self.last:
             return True
-        if self.keep_every and index % self.keep_every == 0:
+        keep_every = self.save_every if self.keep_every is None else self.keep_every
+        if keep_every and index % keep_every == 0:
             return True
         return bool(self.save_every) and index == newest - newest % self.save_every
 

@@ -264,5 +264,19 @@ def test_a_broken_policy_folder_is_named(engine, policy_folder, tmp_path, spoil,
 
 def test_prompts_longer_than_the_context_are_refused(loaded, requests):
     long = dataclasses.replace(requests[0], prompt_token_ids=[*requests[0].prompt_token_ids] * 30)
-    with pytest.raises(EarlError, match=r"prompt 1 has \d{3} tokens, .* exceed model_context_size \(512\)"):
+    with pytest.raises(EarlError, match=r"a prompt has \d{3} tokens, .* no room .* model_context_size \(512\)"):
         loaded.generate([requests[0], long], FREE)
+
+
+def test_a_completion_ends_where_the_context_does(loaded, requests):
+    """As vLLM has it: the request is capped, its finish_reason is `length`, and what fits is what would have come."""
+    whole = requests[5]  # 5 rows of 4: 28 tokens at least
+    padding = whole.prompt_token_ids[-1:] * (512 - 20 - len(whole.prompt_token_ids))
+    near_the_end = dataclasses.replace(whole, prompt_token_ids=[*padding, *whole.prompt_token_ids])
+    with_room = SamplingParams(temperature=1.0, max_tokens=20)
+    [capped, other] = loaded.generate([near_the_end, requests[1]], FREE)
+    [shorter, _] = loaded.generate([near_the_end, requests[1]], with_room)
+    assert [len(one.token_ids) for one in capped] == [20, 20]
+    assert {one.finish_reason for one in capped} == {"length"}
+    assert [one.token_ids for one in capped] == [one.token_ids for one in shorter]
+    assert {one.finish_reason for one in other} == {"stop"}, "a neighbour has its own room"

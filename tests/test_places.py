@@ -137,7 +137,10 @@ class TestLengths:
             ({"max_response_tokens": 64}, "max_response_tokens is 64, but an image of image_area = 4096"),
             ({"max_completion_len": 64}, "max_completion_len is 64, but an image"),
             ({"max_prompt_len": 60}, "max_prompt_len is 60, but an image"),
-            ({"model_context_size": 2100}, "max_response_tokens 2048 leaves 52 tokens for a prompt, but an image"),
+            (
+                {"model_context_size": 128, "max_response_tokens": 80},
+                "model_context_size is 128, but an image of image_area = 4096 pixels is about 64 visual tokens, and",
+            ),
         ],
     )
     def test_too_short_for_an_image(self, place: Workplace, fields: dict, message: str) -> None:
@@ -148,7 +151,15 @@ class TestLengths:
     def test_room_for_an_image_is_enough(self, place: Workplace) -> None:
         places.check(config(**SHAPES, max_response_tokens=79, model_context_size=200))
         # Without the grid an image may have any size.
-        places.check(config(**SHAPES, max_response_tokens=64, emu3_use_logit_processor=False))
+        free = {"max_response_tokens": 64, "emu3_use_logit_processor": False}
+        places.check(config(**SHAPES, **free, model_context_size=65))
+        with pytest.raises(EarlError, match=r"model_context_size is 64, but an image .*, alone"):
+            places.check(config(**SHAPES | free | {"max_response_tokens": 60}, model_context_size=64))
+
+    def test_the_context_need_not_hold_the_longest_completion(self, place: Workplace) -> None:
+        """A completion ends where the context does: 32 x 32 tokens twice leave room for text."""
+        large = SHAPES | {"image_area": 256 * 256, "max_response_tokens": 2048}
+        places.check(config(**large, model_context_size=3000))
 
 
 class TestWhatElse:

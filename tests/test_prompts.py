@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from earl.config import freeze
 from earl.config.schema import Config
 from earl.data import mixing
 from earl.emu3 import sequence
@@ -124,8 +125,46 @@ def test_the_length_is_that_of_what_is_sampled(data: Path) -> None:
     ids = sequence.prompt_ids(example.original_tokens, example.instruction, whole.assistant_prefill, vocabulary)
     exact = {"max_prompt_len": len(ids)}
     assert prompts.too_long(example, config(data, **exact), whole.assistant_prefill, vocabulary) is None
-    context = {"max_prompt_len": None, "model_context_size": len(ids) + 100, "max_response_tokens": 100}
+    # The shortest completion has 12 tokens; longer ones end where the context does.
+    context = {"max_prompt_len": None, "model_context_size": len(ids) + 12, "max_response_tokens": 13}
     assert prompts.too_long(example, config(data, **context), whole.assistant_prefill, vocabulary) is None
-    for fields in ({"max_prompt_len": len(ids) - 1}, context | {"max_response_tokens": 101}):
+    free = context | {"emu3_use_logit_processor": False, "model_context_size": len(ids) + 1}
+    assert prompts.too_long(example, config(data, **free), whole.assistant_prefill, vocabulary) is None
+    for fields, limit in (
+        ({"max_prompt_len": len(ids) - 1}, f", but max_prompt_len is {len(ids) - 1}"),
+        (
+            context | {"model_context_size": len(ids) + 11},
+            f" and its shortest completion 12, but model_context_size is {len(ids) + 11}",
+        ),
+        (
+            free | {"model_context_size": len(ids)},
+            f" and its shortest completion 1, but model_context_size is {len(ids)}",
+        ),
+    ):
         reason = prompts.too_long(example, config(data, **fields), whole.assistant_prefill, vocabulary)
-        assert f"the prompt has {len(ids)} tokens where {len(ids) - 1} fit" in reason
+        assert reason == f"the prompt has {len(ids)} tokens{limit}"
+
+
+def test_a_prompt_of_the_papers_size_fits_a_context_of_3000(tmp_path: Path) -> None:
+    """Two images of 32 x 32: about 1,074 tokens of prompt leave 1,926, where max_response_tokens is 2,048."""
+    columns: dict[str, list] = {name: [None] for name in tables.TOKENISED.names}
+    columns |= {"dataset": ["d"], "example_id": ["e"], "instruction": ["edit"]}
+    columns["original_tokens"] = [{"height": 32, "width": 32, "ids": bytes(32 * 32)}]
+    path = tmp_path / "one.parquet"
+    tables.write_table(path, tables.TOKENISED, columns, {"dataset": "d"})
+    fields = {"episodes_per_iteration": 2, "max_prompt_len": None, "max_response_tokens": 2048}
+    assert len(prompts.of_iteration(config(path, **fields, model_context_size=3000), 1, POLICY, range(1)).examples) == 1
+    with pytest.raises(EarlError, match=r"1 of 1 different prompts are too long.* shortest completion 1060"):
+        prompts.of_iteration(config(path, **fields, model_context_size=2100), 1, POLICY, range(1))
+
+
+def test_an_evaluation_has_its_own_prefill(data: Path) -> None:
+    """Its length counts, and results under one name keep it."""
+    fields = {"max_prompt_len": None, "evaluations": {"e": {"prompts": 8, "assistant_prefill": "edit " * 200}}}
+    one = config(data, **fields, model_context_size=200, max_response_tokens=100)
+    with pytest.raises(EarlError, match="8 of 8 prompts are too long"):
+        prompts.of_evaluation(one, "e", POLICY)
+    assert len(prompts.of_iteration(one, 1, POLICY, range(16)).examples) == 16
+    assert freeze.sampling(one, "e")["assistant_prefill"] == "edit " * 200
+    none = config(data, evaluations={"e": {"prompts": 8}})
+    assert freeze.sampling(none, "e")["assistant_prefill"] == "<|image start|>"

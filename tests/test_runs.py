@@ -128,6 +128,9 @@ def test_what_is_kept_worked_out_by_hand():
     assert retention.dropped_by(20) == [15, 18]
     assert retention.dropped_by(22) == []
     assert retention.keeps(100, newest=150)
+    # null keeps all that are saved, as in the reference; where none is saved, there is none to keep.
+    assert [i for i in range(24) if runs.Retention(5, None, 100).keeps(i, newest=23)] == [0, 5, 10, 15, 20, 22, 23]
+    assert [i for i in range(24) if runs.Retention(None, None, 100).keeps(i, newest=23)] == [0, 22, 23]
 
 
 @given(

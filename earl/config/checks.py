@@ -227,10 +227,15 @@ def _check_reward(config: "Config") -> None:
 
 def _check_hub(config: "Config") -> None:
     """A policy that is to be pushed stays on disk until it is, however long the hub is out of reach."""
-    push, keep = config.push_to_hub_every_n_iterations, config.keep_checkpoints_every_n_iterations
+    if config.push_to_hub and config.push_to_hub_repo_id is None:
+        raise wrong("push_to_hub_repo_id", "is null, but push_to_hub is true; name a repository, or set it to false")
+    push, name = config.push_to_hub_every_n_iterations, "keep_checkpoints_every_n_iterations"
+    if config.keep_checkpoints_every_n_iterations is None:
+        name = "save_checkpoints_every_n_iterations"
+    keep = getattr(config, name)
     if config.push_to_hub and push is not None and (keep is None or push % keep):
         raise wrong(
             "push_to_hub_every_n_iterations",
-            f"is {push}, but keep_checkpoints_every_n_iterations ({keep}) does not keep these policies until they are "
-            "pushed; make the former a multiple of the latter",
+            f"is {push}, but {name} ({keep}) does not keep these policies until they are pushed; make the former a "
+            "multiple of the latter",
         )

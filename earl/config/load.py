@@ -74,6 +74,9 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, options: 
             out of range, or fields contradict each other.
     """
     evaluated = evaluate(Path(path), dict(overrides or {}))
+    if str(evaluated.value.get("run_name", "")).lower() == "none":
+        # As in the reference, where null and its text name a run after its file.
+        evaluated.value["run_name"] = Path(path).stem
 
     def source(field: str) -> str:
         if any(field == name or field.startswith(f"{name}.") for name in evaluated.overrides):
@@ -101,6 +104,11 @@ def read(path: Path | str) -> Config:
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is no object of fields; {_AGAIN}")
     return _validated(value, str(path), lambda name: str(path))
+
+
+def validate(values: Mapping[str, Any], where: str) -> Config:
+    """Return the configuration of these fields; errors name ``where`` they come from, and are those of `load`."""
+    return _validated(dict(values), where, lambda name: where)
 
 
 def changed(config: Config, overrides: Mapping[str, Any]) -> Config:

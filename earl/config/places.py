@@ -275,12 +275,12 @@ def _room(config: Config) -> Iterator[Problem]:
             yield field, f"is {limit}, but {image}, so no completion could hold one; raise it, or lower image_area"
     if config.max_prompt_len is not None and config.max_prompt_len <= tokens:
         yield "max_prompt_len", f"is {config.max_prompt_len}, but {image}; raise it, or lower image_area"
-    room = config.model_context_size - config.max_response_tokens
-    if room <= tokens:
+    # Without the grid a completion may hold a smaller image, or none.
+    images, told = (2, "and prompt and completion hold one each") if config.emu3_use_logit_processor else (1, "alone")
+    if config.model_context_size <= images * tokens:
         yield (
             "model_context_size",
-            f"is {config.model_context_size}, which with max_response_tokens {config.max_response_tokens} leaves "
-            f"{room} tokens for a prompt, but {image}; raise it, or lower image_area",
+            f"is {config.model_context_size}, but {image}, {told}; raise it, or lower image_area",
         )
 
 

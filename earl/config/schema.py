@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -254,7 +255,9 @@ class Config(_Section):
 
     # Run and data
     run_name: Name = _free(
-        ..., "Name of the run: its folder is <base_exp_dir>/<run_name>; the same name goes on where it stopped."
+        ...,
+        "Name of the run: its folder is <base_exp_dir>/<run_name>; the same name resumes it. null: the name of the "
+        "experiment's file.",
     )
     base_exp_dir: Path = _free(..., "Folder of all runs and of the stages that they share.")
     train_paths_file: list[Path] = _fixed(
@@ -421,15 +424,17 @@ class Config(_Section):
         8, "Completions for each prompt, the group that advantages are relative to."
     )
     max_response_tokens: Positive = _fixed(
-        2048, "Longest completion in tokens; cut there, its finish_reason is `length`."
+        2048,
+        "Longest completion in tokens; cut there, or where `model_context_size` ends, its finish_reason is `length`.",
     )
     max_prompt_len: Positive | None = _fixed(
         None, "Longest prompt, in tokens; null: as long as `model_context_size` has room for. See `long_prompts`."
     )
     long_prompts: Literal["leave_out", "stop"] = _free(
         "leave_out",
-        "Prompts of training that are longer than `max_prompt_len` or leave less of `model_context_size` than "
-        "`max_response_tokens`, or whose image takes more than that. `leave_out`: the next draw takes their place, and "
+        "Prompts of training that are longer than `max_prompt_len`, or whose edited image, of their image's size, does "
+        "not fit in `max_response_tokens` or what they leave of `model_context_size`. `leave_out`: the next draw takes "
+        "their place, and "
         "`left_out_prompts` of metrics.json counts them; `stop`: iteration 1 looks at all prompts before it samples, "
         "and the run stops. Evaluations always stop; a fine-tuning does the same with sequences longer than "
         "`model_context_size`, which `sft.json` counts.",
@@ -522,8 +527,8 @@ class Config(_Section):
     judge_reasoning_length: Positive = _fixed(
         300, "Longest reasoning before the scores, in characters, where the server keeps to a schema."
     )
-    judge_image_size: Positive = _fixed(
-        256, "Longer side of the images that a model judges, in pixels; they go in as PNG, resized to it if need be."
+    judge_image_size: Positive | None = _fixed(
+        None, "Longer side that images are resized to before a model judges them, in pixels; null: as they are decoded."
     )
     judge_structured_output: bool = _fixed(
         True, "Hold answers to a JSON schema; false for a server that knows none, whose answers are read tolerantly."
@@ -566,10 +571,14 @@ class Config(_Section):
         5, "Iterations whose episodes, with their pictures, `earl track` shows; all of them are on disk."
     )
     keep_checkpoints_every_n_iterations: Positive | None = _free(
-        100, "Checkpoints of every n-th iteration stay for good; null: of the last alone."
+        100,
+        "Keep the checkpoint of every n-th iteration for good; null: all that `save_checkpoints_every_n_iterations` "
+        "saves.",
     )
     save_checkpoints_every_n_iterations: Positive | None = _free(
-        100, "Of every n-th iteration, the newest checkpoint stays to go back to; null: none."
+        100,
+        "Save a checkpoint every n-th iteration. The latest is kept; older ones are deleted unless "
+        "`keep_checkpoints_every_n_iterations` keeps them. null: none but those of the last two iterations.",
     )
     wandb_mode: Literal["disabled", "offline", "online"] = _free(
         "disabled",
@@ -583,11 +592,18 @@ class Config(_Section):
     push_to_hub_every_n_iterations: Positive | None = _free(
         100, "Policies of every n-th iteration and of the last are pushed; null: of the last alone."
     )
-    push_to_hub_repo_id: Path = _free(
+    push_to_hub_repo_id: Path | None = _free(
         lambda data: f"imged_rl__{data.get('run_name', '')}",
-        "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing.",
+        "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing. null: "
+        "nothing is pushed.",
     )
     push_to_hub_private: bool = _free(True, "Whether a repository that is made is private.")
+
+    @field_validator("reward_function_api_base", mode="before")
+    @classmethod
+    def _none_is_null(cls, value: Any) -> Any:
+        """The reference takes the text "NONE" for null, so that a variable can say it."""
+        return None if isinstance(value, str) and value.lower() == "none" else value
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

@@ -23,7 +23,7 @@ class SamplingParams:
     top_k: int = -1
     """Keep this many likeliest tokens; -1 keeps all."""
     max_tokens: int = 2048
-    """Tokens a completion may have at most."""
+    """Tokens that a completion may have at most; fewer where the context ends before."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Return for each request, in order, one completion for each of its seeds.
 
         Raises:
-            EarlError: when a prompt and its completion may exceed the context, or memory does not suffice.
+            EarlError: when a prompt fills the context (see `room`), or memory does not suffice.
         """
         ...
 
@@ -84,19 +84,19 @@ def get(config: "Config") -> Engine:
     return VllmEngine.from_config(config)
 
 
-def check_lengths(requests: Sequence[Request], params: SamplingParams, context: int) -> None:
-    """Check that every prompt leaves room for its completion in a context of so many tokens.
+def room(request: Request, params: SamplingParams, context: int) -> int:
+    """Return the most tokens that a completion of this prompt may have: it ends where the context does, as in vLLM.
 
     Raises:
-        EarlError: when one does not.
+        EarlError: when the prompt fills the context by itself.
     """
-    for index, request in enumerate(requests):
-        length = len(request.prompt_token_ids)
-        if length + params.max_tokens > context:
-            raise EarlError(
-                f"prompt {index} has {length} tokens, which with {params.max_tokens} for the completion "
-                f"(max_response_tokens) exceed model_context_size ({context}); raise or lower one of the two"
-            )
+    length = len(request.prompt_token_ids)
+    if length >= context:
+        raise EarlError(
+            f"a prompt has {length} tokens, which leaves no room for a completion in model_context_size ({context}); "
+            "raise it, or leave the example out"
+        )
+    return min(params.max_tokens, context - length)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from earl.emu3 import checkpoint, truncation
 from earl.emu3 import grid as grid_rules
 from earl.emu3.models import StaticCache
 from earl.emu3.vocabulary import Vocabulary
-from earl.engines import Completion, Request, SamplingParams, check_lengths, memory_errors
+from earl.engines import Completion, Request, SamplingParams, memory_errors, room
 from earl.errors import EarlError
 from earl.files import manifest
 
@@ -79,7 +79,8 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
-        check_lengths(requests, params, self.context)
+        for request in requests:
+            room(request, params, self.context)  # Refuses what cannot be sampled before any time is spent.
         total = sum(len(request.seeds) for request in requests)
         completions: list[list[Completion]] = []
         remedy = f"lower engine_batch_size ({self.batch_size}) or max_response_tokens ({params.max_tokens})"
@@ -98,10 +99,11 @@ class TorchEngine:
         batch = batch + [batch[-1]] * (self.batch_size // samples - wanted)
         hidden, cache, state = self._prefill(batch, params.max_tokens)
         noise = _uniform_noise(batch, params.max_tokens, self.device)
-        tokens, logprobs = self._decode(hidden, cache, state, noise, params)
+        limits = [room(request, params, self.context) for request in batch for _ in request.seeds]
+        tokens, logprobs = self._decode(hidden, cache, state, noise, params, limits)
         flat = [
-            _completion(row_tokens, row_logprobs, self.vocabulary.eos)
-            for row_tokens, row_logprobs in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+            _completion(row_tokens[:limit], row_logprobs[:limit], self.vocabulary.eos)
+            for row_tokens, row_logprobs, limit in zip(tokens.tolist(), logprobs.tolist(), limits, strict=True)
         ]
         return [flat[i * samples : (i + 1) * samples] for i in range(wanted)]
 
@@ -141,15 +143,22 @@ class TorchEngine:
         return output.last_hidden_state[:, -1]
 
     def _decode(
-        self, hidden: torch.Tensor, cache: StaticCache, state: "_State", noise: torch.Tensor, params: SamplingParams
+        self,
+        hidden: torch.Tensor,
+        cache: StaticCache,
+        state: "_State",
+        noise: torch.Tensor,
+        params: SamplingParams,
+        limits: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens and log-probs, [rows, max_tokens]; what follows ``eos`` is padding."""
+        """Return tokens and log-probs, [rows, max_tokens]; what follows ``eos`` or a row's limit is padding."""
         rows = len(hidden)
         vocabulary = self.vocabulary
         tokens = torch.full((rows, params.max_tokens), vocabulary.pad, device=self.device)
         logprobs = torch.zeros(rows, params.max_tokens, device=self.device)
         since_img = torch.full((rows,), -1, device=self.device)
         done = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        last = torch.tensor(limits, device=self.device) - 1
         seen = torch.arange(state.visible.shape[1], device=self.device)
         for step in range(params.max_tokens):
             kind = grid_rules.kind_at(since_img, state.grid[:, 0], state.grid[:, 1])
@@ -161,9 +170,9 @@ class TorchEngine:
             tokens[:, step] = token
             logprobs[:, step] = torch.where(done, 0.0, logprob)
             since_img = torch.where(since_img >= 0, since_img + 1, (token == vocabulary.img).int() - 1)
-            done |= token == vocabulary.eos
+            done |= (token == vocabulary.eos) | (last <= step)
             # The host looks at `done` once in 16 tokens, so that a GPU is not held up at every one.
-            if step + 1 == params.max_tokens or (step % 16 == 15 and bool(done.all())):
+            if step + 1 == max(limits) or (step % 16 == 15 and bool(done.all())):
                 break
             mask = (state.visible & (seen <= state.filled + step))[:, None, None, :]
             hidden = self._forward(token[:, None], (state.next_position + step)[:, None], mask, cache)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from earl import residents, runtime, torch_extensions
 from earl.emu3 import checkpoint
-from earl.engines import Completion, Request, SamplingParams, check_lengths, memory_errors
+from earl.engines import Completion, Request, SamplingParams, memory_errors, room
 from earl.errors import EarlError
 from earl.files import manifest
 
@@ -159,7 +159,6 @@ class VllmEngine:
             raise EarlError(
                 "no policy is loaded, or another vLLM engine was started in this process since; load it again"
             )
-        check_lengths(requests, params, self.settings.context)
         prompts, sampling = [], []
         for request in requests:
             for seed in request.seeds:
@@ -184,7 +183,7 @@ class VllmEngine:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            max_tokens=params.max_tokens,
+            max_tokens=room(request, params, self.settings.context),
             seed=seed,
             logprobs=0,
             detokenize=False,

@@ -42,7 +42,7 @@ class Settings:
     temperature: float = 1.0
     max_tokens: int = 512
     reasoning_length: int = 300
-    image_size: int = 256
+    image_size: int | None = None
     structured: bool = True
     random_seed: int = 0
 
@@ -241,9 +241,9 @@ class ModelJudge:
             self._cache.put(case.key, case.requests)
 
 
-def _encode(pixels: "np.ndarray", size: int, pngs: dict[str, bytes]) -> str:
-    """Put the PNG of an image, its longest side ``size`` pixels, into ``pngs``; return its digest there."""
-    png = images.encode(images.resize(pixels, size))
+def _encode(pixels: "np.ndarray", size: int | None, pngs: dict[str, bytes]) -> str:
+    """Put the PNG of an image, its longer side ``size`` pixels if given, into ``pngs``; return its digest there."""
+    png = images.encode(pixels if size is None else images.resize(pixels, size))
     digest = hashlib.sha256(png).hexdigest()
     pngs[digest] = png
     return digest

@@ -113,20 +113,24 @@ def of_evaluation(config: "Config", name: str, policy: Path) -> Drawn:
 
 
 def too_long(example: Example, config: "Config", prefill: str, vocabulary: Vocabulary) -> str | None:
-    """Return why a prompt cannot be answered within the configured lengths, or None."""
+    """Return why a prompt cannot be answered within the configured lengths, or None.
+
+    Room for the shortest completion is enough: one that would be longer ends where the context does
+    (`earl.engines.room`).
+    """
     prompt = len(sequence.prompt_ids(example.original_tokens, example.instruction, prefill, vocabulary))
-    room = config.model_context_size - config.max_response_tokens
-    if config.max_prompt_len is not None:
-        room = min(room, config.max_prompt_len)
-    if prompt > room:
-        return (
-            f"the prompt has {prompt} tokens where {room} fit (max_prompt_len is {config.max_prompt_len}, "
-            f"model_context_size {config.model_context_size} with max_response_tokens {config.max_response_tokens})"
-        )
-    completion = grid.shortest_completion(example.original_tokens.shape)
-    if config.emu3_use_logit_processor and completion > config.max_response_tokens:
+    if config.max_prompt_len is not None and prompt > config.max_prompt_len:
+        return f"the prompt has {prompt} tokens, but max_prompt_len is {config.max_prompt_len}"
+    constrained = config.emu3_use_logit_processor
+    completion = grid.shortest_completion(example.original_tokens.shape) if constrained else 1
+    if completion > config.max_response_tokens:
         limit = config.max_response_tokens
         return f"an image of its size takes {completion} tokens, but max_response_tokens is {limit}"
+    if prompt + completion > config.model_context_size:
+        return (
+            f"the prompt has {prompt} tokens and its shortest completion {completion}, but model_context_size is "
+            f"{config.model_context_size}"
+        )
     return None
 
 
