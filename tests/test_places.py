@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from earl.config import load, places
@@ -94,6 +96,15 @@ class TestData:
         write_tokenised(place.path / "raw.parquet", "raw", 15)
         raw = {"raw_datasets": {"pairs": {"source": "parquet", "path": "raw.parquet"}}}
         assert "train_paths_file gives 15 different rows" in refusal(**SHAPES | raw)
+        arrow = pq.read_table(place.path / "raw.parquet")
+        with pa.OSFile(str(place.path / "raw.arrow"), "wb") as sink, pa.ipc.new_stream(sink, arrow.schema) as writer:
+            writer.write_table(arrow)
+        raw["raw_datasets"]["pairs"]["path"] = "raw.arrow"
+        assert "train_paths_file gives 15 different rows" in refusal(**SHAPES | raw)
+        raw["raw_datasets"]["pairs"]["subset"] = {"rows": 7, "seed": 1}
+        assert "train_paths_file gives 7 different rows" in refusal(**SHAPES | raw)
+        raw["raw_datasets"]["pairs"]["path"] = "hf://datasets/o/n/a.parquet"
+        assert "train_paths_file gives 7 different rows" in refusal(**SHAPES | raw)
 
 
 class TestModels:

@@ -96,6 +96,18 @@ class TestForms:
         with pytest.raises(EarlError, match=rf"{form}: (is (not a complete|damaged)|the data set is empty)"):
             read(source(path))
 
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+            (b"a,b\n1,2\n", "is plain text, such as CSV"),
+        ],
+    )
+    def test_what_is_no_arrow_is_told(self, content: bytes, words: str, tmp_path: Path) -> None:
+        (tmp_path / "a.arrow").write_bytes(content)
+        with pytest.raises(EarlError, match=rf"a\.arrow: {words}"):
+            source(tmp_path / "a.arrow")
+
     @pytest.mark.parametrize("form", FORMS[1:])
     def test_the_digest_is_of_the_content(self, form: str, tmp_path: Path) -> None:
         path = write(tmp_path / form, table(8))
@@ -154,6 +166,43 @@ class TestFilter:
         assert texts(source(path, filter={"meta.ok": True, "meta.n": 1})) == ["row 0"]
         with pytest.raises(EarlError, match="no row has it"):  # 1 is not true
             source(path, filter={"meta.ok": 1})
+
+    def test_classes_go_by_their_names(self, tmp_path: Path) -> None:
+        """A `ClassLabel` is stored as an index; two files may number the same names differently."""
+        for number, names in enumerate((["train", "test"], ["test", "train"])):
+            split = datasets.ClassLabel(names=names)
+            features = datasets.Features(
+                {
+                    "text": datasets.Value("string"),
+                    "before": datasets.Value("binary"),
+                    "after": datasets.Value("binary"),
+                }
+                | {"meta": {"split": split}}
+            )
+            rows = {"text": [f"{number}{index}" for index in range(3)], "before": [b"x"] * 3, "after": [b"y"] * 3}
+            rows["meta"] = [{"split": 0}, {"split": 1}, {"split": 0}]
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{number}.parquet")
+        assert texts(source(tmp_path, filter={"meta.split": "train"})) == ["00", "02", "11"]
+        with pytest.raises(EarlError, match="no row has it; there is 'test', 'train'"):
+            source(tmp_path, filter={"meta.split": 0})
+
+    def test_a_name_may_hold_dots_and_brackets(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.parquet", table(3, **{"meta.kind": ["a", "b", "a"], "meta": [{"kind": "b"}] * 3}))
+        assert texts(source(path, filter={"meta.kind": "a"})) == ["row 0", "row 2"]
+
+    def test_what_is_not_utf8_is_no_value(self, tmp_path: Path) -> None:
+        kinds = pa.Array.from_buffers(
+            pa.string(), 3, [None, pa.py_buffer(np.array([0, 1, 2, 3], "<i4").tobytes()), pa.py_buffer(b"a\xffa")]
+        )
+        assert texts(source(write(tmp_path / "a.parquet", table(3, kind=kinds)), filter={"kind": "a"})) == [
+            "row 0",
+            "row 2",
+        ]
+
+    def test_a_column_that_stands_twice(self, tmp_path: Path) -> None:
+        whole = table(2).append_column("kind", [["a", "b"]]).append_column("kind", [["b", "a"]])
+        with pytest.raises(EarlError, match="column 'kind' stands twice"):
+            source(write(tmp_path / "a.parquet", whole), filter={"kind": "a"})
 
     def test_mistakes_are_named(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.parquet", table(3, source=["ag", "kubric", None]))
@@ -235,6 +284,14 @@ class TestPairing:
         columns["source_image_id"] = [13.0, float("nan"), 11.0, None, 11.0, float("nan")]
         rows = read(source(write(tmp_path / "a.parquet", pa.table(columns)), **PAIRS))
         assert [(row.original, row.edited) for row in rows] == [(b"b", b"e0"), (b"a", b"e1"), (b"a", b"e2")]
+
+    def test_an_id_that_cannot_be_read_rejects_its_row(self, tmp_path: Path) -> None:
+        ends = np.array([0, 1, 1, 2, 2, 3, 4], "<i4").tobytes()
+        originals = pa.Array.from_buffers(pa.string(), 6, [None, pa.py_buffer(ends), pa.py_buffer(b"b\xffax")])
+        columns = one_image_a_row() | {"source_image_id": originals}
+        rows = read(source(write(tmp_path / "a.parquet", pa.table(columns)), **PAIRS))
+        assert [row.original for row in rows] == [b"b", None, b"a", None]
+        assert rows[1].problem[1].startswith("no original: its id cannot be read: text is not UTF-8")
 
     def test_mistakes_are_named(self, tmp_path: Path) -> None:
         twice = one_image_a_row() | {"image_id": ["a", "a", "e1", "b", "e2", "e3"]}
