@@ -40,6 +40,13 @@ def check_coefficients(name: str, coefficients: list[float], paths_name: str, pa
         )
 
 
+def check_schedule(schedule: str, peak: float, final: float) -> None:
+    if schedule == "constant" and final:
+        raise wrong("final_learning_rate", f"is {final}, but schedule is `constant`; leave it out")
+    if final > peak:
+        raise wrong("final_learning_rate", f"is {final}, above learning_rate ({peak}), the peak; lower it")
+
+
 def check_top_k(top_k: int) -> None:
     if top_k == 0:
         raise wrong("top_k", "is 0, which allows no token; -1 turns it off")
@@ -51,7 +58,10 @@ def _check_data(config: "Config") -> None:
     check_coefficients("coefficients", config.coefficients, "train_paths_file", config.train_paths_file)
     if config.val_paths_file:
         check_coefficients("val_coefficients", config.val_coefficients, "val_paths_file", config.val_paths_file)
-    elif without := [name for name, one in config.evaluations.items() if not one.paths_file]:
+        return
+    if without := [name for name, one in config.sft.items() if one.validation and not one.validation.paths_file]:
+        raise wrong("val_paths_file", f"is empty, but fine-tunings are validated on it: {', '.join(without)}")
+    if without := [name for name, one in config.evaluations.items() if not one.paths_file]:
         raise wrong("val_paths_file", f"is empty, but evaluations draw their prompts from it: {', '.join(without)}")
 
 

@@ -31,6 +31,8 @@ SHAPES_POLICY_SEED = 42
 """Seed of the weights of `stage:shapes-policy`, the ones that the shipped base policy was trained from."""
 SFT_USES = ("dtype", "cpu_threads", "per_device_batch_size", "packing", "model_context_size")
 """Fields of the run that a fine-tuning depends on beside its own."""
+SFT_FREE = {"save_checkpoints_every_n_steps"}
+"""Fields of a fine-tuning that change nothing of what it leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ def evaluation_paths(config: Config, name: str) -> list[str]:
     return config.evaluations[name].paths_file or config.val_paths_file
 
 
+def validation_paths(config: Config, tuning: Sft) -> list[str]:
+    """Return the data sets that a fine-tuning is validated on; none where it is not."""
+    return (tuning.validation.paths_file or config.val_paths_file) if tuning.validation else []
+
+
 def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> None:
     if not reference.startswith(STAGE) or resolve(config, reference) in found:
         return
@@ -155,7 +162,7 @@ def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> 
             found[raw] = SharedStage("raw", stage.name, raw, ())
     if stage.stage == "sft":
         tuning = fine_tuning(config, stage.name)
-        for needed in tuning.train_paths_file:
+        for needed in (*tuning.train_paths_file, *validation_paths(config, tuning)):
             _collect(config, needed, found)
         _collect_policy(config, tuning.base_model, found)
     found[stage.output] = stage
@@ -198,7 +205,7 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
     tuning = fine_tuning(config, name)
-    data = [resolve(config, path) for path in tuning.train_paths_file]
+    data = [resolve(config, path) for path in (*tuning.train_paths_file, *validation_paths(config, tuning))]
     return SharedStage("sft", name, output, (*data, policy_folder(config, tuning.base_model)))
 
 
@@ -255,7 +262,9 @@ def _shapes_policy_key() -> Any:
 
 def _sft_key(config: Config, name: str) -> Any:
     tuning = fine_tuning(config, name)
-    settings = tuning.model_dump(mode="json")
+    settings = tuning.model_dump(mode="json", exclude=SFT_FREE)
+    if tuning.validation:
+        settings["validation"]["paths_file"] = [_key(config, path) for path in validation_paths(config, tuning)]
     settings["train_paths_file"] = [_key(config, path) for path in tuning.train_paths_file]
     settings["base_model"] = _policy_key(config, tuning.base_model)
     return {"sft": settings} | {name: getattr(config, name) for name in SFT_USES}

@@ -22,6 +22,8 @@ def _path_fields(config: "Config") -> dict[str, str]:
     for name, tuning in config.sft.items():
         fields[f"sft.{name}.base_model"] = tuning.base_model
         lists[f"sft.{name}.train_paths_file"] = tuning.train_paths_file
+        if tuning.validation:
+            lists[f"sft.{name}.validation.paths_file"] = tuning.validation.paths_file
     for name, paths in lists.items():
         fields |= {f"{name}.{index}": path for index, path in enumerate(paths)}
     return fields

@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 MAX_GRADIENT_NORM = 1.0
 SHOWN = 5
 """Tokens that a failed parity check prints."""
-ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimizer beside its rate; the defaults are those of RL."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # of matrices and embeddings alone
 
 
 @dataclass(frozen=True)
@@ -144,9 +152,12 @@ def total_of(parts: Sequence[Totals]) -> Totals:
     return total
 
 
-def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over all parameters, betas (0.9, 0.999), eps 1e-8, no weight decay."""
-    return torch.optim.AdamW(policy.parameters(), lr=learning_rate, **ADAMW)
+def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float, adamw: AdamW = AdamW()) -> torch.optim.AdamW:
+    """AdamW over all parameters; those with one dimension, norms and biases, do not decay."""
+    matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in policy.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": adamw.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=adamw.betas, eps=adamw.eps)
 
 
 def train_iteration(
@@ -357,13 +368,22 @@ def check_parity(totals: Totals, settings: Settings) -> None:
     )
 
 
-def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, totals: Totals) -> float:
-    """Clip the gradient to norm 1 and step; return the norm before clipping. `totals` are those of this step."""
+def optimizer_step(
+    policy: "Emu3ForCausalLM",
+    optimizer: torch.optim.Optimizer,
+    totals: Totals,
+    max_norm: float | None = MAX_GRADIENT_NORM,
+) -> float:
+    """Clip the gradient to `max_norm` (None: not at all) and step; return the norm before clipping.
+
+    Args:
+        totals: those of this step.
+    """
     if not totals.tokens:
         raise EarlError(
             "no completion token counts in the loss; check train_text_tokens_only, train_vision_tokens_only"
         )
-    total_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM)
+    total_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf") if max_norm is None else max_norm)
     # A DTensor, where weights are split over ranks: what each knows of it is its own part.
     norm = (total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm).item()
     if not np.isfinite(norm) or not np.isfinite(totals.loss):

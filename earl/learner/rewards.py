@@ -23,6 +23,8 @@ COMPONENTS = {
     **{name: (name,) for name in (*SUB_SCORES, "ground_score")},
 }
 """What advantages may be computed of one by one: the least of these sub-scores."""
+PARTS = {**COMPONENTS, **FINAL_REWARDS}
+"""Every score that can be computed of an episode, with the sub-scores that it needs."""
 JUDGEMENT_FAILED = "judgement failed"
 
 
@@ -50,10 +52,9 @@ def final_reward(scores: Mapping[str, Any], which: str) -> float:
     Raises:
         EarlError: unknown option; a sub-score that the option needs is missing, not a number or outside 0..10.
     """
-    needed = {**COMPONENTS, **FINAL_REWARDS}
-    if which not in needed:
-        raise EarlError(f"reward_final_reward: unknown option {which!r}; known: {', '.join(needed)}")
-    for name in needed[which]:
+    if which not in PARTS:
+        raise EarlError(f"reward_final_reward: unknown option {which!r}; known: {', '.join(PARTS)}")
+    for name in PARTS[which]:
         _check_score(name, scores.get(name), which)
     if which == "viescore":
         return viescore(scores)

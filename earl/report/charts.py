@@ -64,8 +64,8 @@ def number(value: float) -> str:
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round values (steps of 1, 2 or 5 times a power of ten) that enclose low..high; at least two."""
-    if low == high:
-        reach = abs(low) * 0.1 or 1.0
+    if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-11):  # ticks are rounded to twelve decimals
+        reach = abs(low) * 0.1 if abs(low) > 1e-10 else 1.0
         low, high = low - (reach if low else 0.0), high + reach
     step = 10.0 ** math.floor(math.log10((high - low) / (most - 1)))
     while math.ceil(high / step - 1e-9) - math.floor(low / step + 1e-9) > most - 1:
