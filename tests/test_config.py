@@ -25,14 +25,16 @@ COMPLEX = {"magic_brush": 6, "aurora_ag": 6, "aurora_kubric": 0.7, "ss2": 1.55, 
 BOTH = {"omniedit": 0.13} | COMPLEX
 AT_ONCE = "<|image start|>"
 THINKING = " Let's think step by step. <|start thinking|>"
+MIXED = "Image-editing/Emu3-Base-SFT-without_cot-May06_mixed_gc_lr1e-4-checkpoint-4800"
+SECOND_STAGE = "Image-editing/Emu3-Base-SFT-without_cot-May07_mixed_gc_post_lr1e-4-checkpoint-1200"
 TABLE = {
     "sft_s__rl_s": ("mair-lab/sft-simple", AT_ONCE, SIMPLE),
     "sft_s__rl_c": ("mair-lab/sft-simple", AT_ONCE, COMPLEX),
     "sft_s__rl_sc": ("mair-lab/sft-simple", AT_ONCE, BOTH),
-    "sft_sc__rl_c": ("stage:sft/sc", AT_ONCE, COMPLEX),
-    "sft_sc__rl_sc": ("stage:sft/sc", AT_ONCE, BOTH),
-    "sft_sc2stage__rl_c": ("stage:sft/sc2stage", AT_ONCE, COMPLEX),
-    "sft_sc2stage__rl_sc": ("stage:sft/sc2stage", AT_ONCE, BOTH),
+    "sft_sc__rl_c": (MIXED, AT_ONCE, COMPLEX),
+    "sft_sc__rl_sc": (MIXED, AT_ONCE, BOTH),
+    "sft_sc2stage__rl_c": (SECOND_STAGE, AT_ONCE, COMPLEX),
+    "sft_sc2stage__rl_sc": (SECOND_STAGE, AT_ONCE, BOTH),
     "sft_think_s__rl_s": ("mair-lab/thinking-sft-simple", THINKING, SIMPLE),
     "sft_think_s__rl_c": ("mair-lab/thinking-sft-simple", THINKING, COMPLEX),
     "sft_think_s__rl_sc": ("mair-lab/thinking-sft-simple", THINKING, BOTH),
@@ -40,12 +42,25 @@ TABLE = {
 BENCHMARKS = ["aurora", "emuedit", "i2ebench", "magicbrush", "omniedit", "vismin"]
 BASE = "BAAI/Emu3-Stage1"
 RECIPES = {
-    "sft_s": {"s": (BASE, SIMPLE, False)},
-    "sft_sc": {"sc": (BASE, BOTH, False)},
-    "sft_sc2stage": {"s": (BASE, SIMPLE, False), "sc2stage": ("stage:sft/s", BOTH, False)},
-    "sft_think_s": {"think_s": (BASE, SIMPLE, True)},
+    "sft_s": {"s": (BASE, SIMPLE, False, 11600)},
+    "sft_sc": {"sc": (BASE, BOTH, False, 4800)},
+    "sft_sc2stage": {"s": (BASE, SIMPLE, False, 11600), "sc2stage": ("stage:sft/s", BOTH, False, 1200)},
+    "sft_think_s": {"think_s": (BASE, SIMPLE, True, 11600)},
 }
-"""Base, data and whether with reasoning, of each fine-tuning that an experiment describes."""
+"""Base, data, whether with reasoning, and steps of each fine-tuning that an experiment describes."""
+PUBLISHED = {
+    "batch_size": 64,
+    "learning_rate": 1e-4,
+    "final_learning_rate": 1e-5,
+    "schedule": "cosine",
+    "warmup_steps": 30,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-6,
+    "max_gradient_norm": 5.0,
+}
+"""What the fine-tunings have in common."""
 SHARED = {
     "run_name": "trial",
     "base_exp_dir": "/experiments",
@@ -135,9 +150,12 @@ def test_the_table_covers_every_experiment_file() -> None:
 def test_each_model_describes_its_fine_tunings(kind: str, variables: None) -> None:
     name = next(name for name in TABLE if name.startswith(f"{kind}__"))
     config = load.load(ROOT / "config" / f"{name}.jsonnet").config
-    for tuning, (base, data, reasoning) in RECIPES[kind].items():
+    for tuning, (base, data, reasoning, steps) in RECIPES[kind].items():
         found = config.sft[tuning]
-        assert (found.base_model, found.reasoning) == (base, reasoning)
+        assert (found.base_model, found.reasoning, found.steps) == (base, reasoning, steps)
+        assert {name: getattr(found, name) for name in PUBLISHED} == PUBLISHED
+        assert (found.validation.examples, found.validation.every_n_steps) == (1000, 100)
+        assert paths.validation_paths(config, found) == config.val_paths_file
         names = [f"/data/earl-datasets/{name}/train/list/tokenized_datalist.json" for name in data]
         assert (found.train_paths_file, found.coefficients) == (names, list(data.values()))
     assert config.sft.keys() == RECIPES[kind].keys()
@@ -155,7 +173,7 @@ def test_each_experiment_has_its_like_in_the_shapes_world(name: str) -> None:
     assert config.train_paths_file == [f"stage:tokenise/{dataset}" for dataset in data]
     assert (config.coefficients, config.assistant_prefill) == (list(data.values()), prefill)
     assert config.model_path == f"stage:{kind.replace('_', '/', 1)}"
-    recipe = {tuning: (list(data), reasoning) for tuning, (_, data, reasoning) in RECIPES[kind].items()}
+    recipe = {tuning: (list(data), reasoning) for tuning, (_, data, reasoning, _) in RECIPES[kind].items()}
     assert recipe == {
         tuning: ([path.removeprefix("stage:tokenise/") for path in found.train_paths_file], found.reasoning)
         for tuning, found in config.sft.items()
@@ -188,7 +206,7 @@ def test_from_raw_data_to_rl_and_the_table_in_one_plan(
     assert stages["vismin"].inputs == (Path("/data/raw/vismin.parquet"), converted[vision])
     assert stages["benchmark_vismin"].inputs[0] == Path("/benchmarks/vismin")
     outputs = {name: stage.output for name, stage in stages.items()}
-    assert stages["sc2stage"].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
+    assert stages["sc2stage"].inputs == (*(outputs[name] for name in [*BOTH, "validation"]), outputs["s"])
 
     planned = plan.plan(config).evaluations
     assert sorted(planned) == list(range(0, 2001, 100))
