@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from earl import runs
+from earl.config import paths
 from earl.errors import EarlError
 from earl.files import objects, tables
 from earl.layout import Iteration, Run
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from earl.config.schema import Config
 
 NOT_FIGURES = {"iteration", "inputs"}
+SFT = "stage:sft/"
 PICTURES = ("original", "edited")
 FACTS = ("episode_id", "dataset", "example_id", "task", "instruction", "finish_reason", "completion_text", "status")
 OUTCOME = ("reward", "advantage", "viescore", "used", "reason")
@@ -81,6 +83,42 @@ def _flat(prefix: str, content: dict[str, Any], without: set[str]) -> Iterator[t
             yield from _flat(f"{prefix}/{key}", value, set())
         elif isinstance(value, int | float):
             yield f"{prefix}/{key}", value
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """A fine-tuning that a run starts from.
+
+    Attributes:
+        name: that of its folder, which is the same for all runs that share it.
+        curve: numbers by name, ``sft/<measure>``, after step 1, 2, ...
+    """
+
+    name: str
+    curve: list[dict[str, float]]
+
+
+def fine_tunings(config: "Config") -> Iterator[FineTuning]:
+    """Yield the fine-tunings that are complete, of those that a run starts from one after the other, the last first.
+
+    Raises:
+        EarlError: when the file of one is damaged.
+    """
+    reference = config.model_path
+    while reference.startswith(SFT):
+        folder = paths.resolve(config, reference)
+        if (folder / "sft.json").is_file():
+            yield FineTuning(folder.name, _curve(objects.read(folder / "sft.json")))
+        reference = config.sft[reference.removeprefix(SFT)].base_model
+
+
+def _curve(content: dict[str, Any]) -> list[dict[str, float]]:
+    validation = content.pop("validation", {"step": [], "loss": []})
+    names = [f"sft/{name}" for name in content]
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*content.values(), strict=True)]
+    for step, loss in zip(validation["step"], validation["loss"], strict=True):
+        rows[step - 1]["sft/validation_loss"] = loss
+    return rows
 
 
 def has_table(config: "Config", row: Row) -> bool:
