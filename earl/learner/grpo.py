@@ -211,7 +211,7 @@ def train_iteration(
             if step == 0:
                 check_parity(step_totals, settings)
             with clock.phase("step"):
-                step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals))
+                step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals, MAX_GRADIENT_NORM))
             totals = total_of([totals, step_totals])
     return totals.metrics(settings, with_kl=reference is not None)
 
@@ -369,10 +369,7 @@ def check_parity(totals: Totals, settings: Settings) -> None:
 
 
 def optimizer_step(
-    policy: "Emu3ForCausalLM",
-    optimizer: torch.optim.Optimizer,
-    totals: Totals,
-    max_norm: float | None = MAX_GRADIENT_NORM,
+    policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, totals: Totals, max_norm: float | None
 ) -> float:
     """Clip the gradient to `max_norm` (None: not at all) and step; return the norm before clipping.
 
