@@ -301,7 +301,7 @@ class Config(_Section):
         "tokens",
         "What the loss of an optimizer step is divided by: `tokens`, its completion tokens (DAPO); `sequences`, each "
         "episode by its length and then by their number (GRPO's paper); `constant`, episodes x `max_response_tokens` "
-        "(Dr. GRPO).",
+        "(Dr. GRPO). In a text-only or vision-only iteration the first two count tokens of that kind alone.",
     )
     optimizer_steps_per_iteration: Positive = _fixed(
         1, "Mini-batches of whole groups that an iteration is cut into, one optimizer step on each."
