@@ -79,6 +79,7 @@ def test_micro_batches_change_the_step_by_rounding_alone(episodes, settings, lea
         assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert_same_gradient(found, gradient)
 
+
 T, V = math.log(457), math.log(256)
 
 
@@ -169,7 +170,6 @@ def test_without_a_reference_there_is_no_kl_to_tell(kinds, uniform, settings):
     metrics = grpo.train_iteration(uniform, None, optimizer, kinds, settings)
     assert metrics["policy_loss"] == pytest.approx(metrics["loss"])
     assert [metrics[name] for name in ("kl", "kl_k1", "kl_loss", "reference_logprob_mean")] == [None] * 4
-
 
 
 def test_micro_batches_do_not_cut_what_the_filter_looks_at(episodes, settings, learn, policy_folder):

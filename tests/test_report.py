@@ -313,7 +313,8 @@ def test_ticks_enclose_the_values_in_few_round_steps(low, span):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected"), [
+    ("low", "high", "expected"),
+    [
         (0, 10, [0, 5, 10]),
         (3.2, 4.4, [3, 3.5, 4, 4.5]),
         (0, 0, [0, 0.5, 1]),

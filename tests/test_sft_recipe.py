@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from transformers import get_scheduler
 
 from earl.config import paths
+from earl.config.schema import Config
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
 from earl.files import manifest, tables
@@ -159,11 +160,18 @@ def test_a_recipe_that_contradicts_itself_is_refused(make):
         ({"final_learning_rate": 1.0}, "final_learning_rate", "above learning_rate"),
         ({"reasoning_keys": ["box"]}, "reasoning_keys", "reasoning is false"),
         ({"reasoning": True, "reasoning_keys": ["a", "a"]}, "reasoning_keys", "twice"),
-        ({"validation": {}}, "val_paths_file", "validated on it: one"),
     ):
         with pytest.raises(ValidationError, match=remedy) as found:
             make(one=fields)
         assert field in str(found.value.errors()[0]["ctx"])
+
+
+def test_held_out_data_are_needed_where_the_run_starts_from_it(make):
+    config = make(one={"validation": {}}, other={}).model_dump()
+    with pytest.raises(ValidationError, match=r"sft\.one\.validation takes examples of it"):
+        Config(**config | {"model_path": "stage:sft/one"})
+    Config(**config | {"model_path": "stage:sft/other"})
+    Config(**config | {"model_path": "stage:sft/one", "val_paths_file": ["held"]})
 
 
 # Reasoning keys

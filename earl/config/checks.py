@@ -58,10 +58,7 @@ def _check_data(config: "Config") -> None:
     check_coefficients("coefficients", config.coefficients, "train_paths_file", config.train_paths_file)
     if config.val_paths_file:
         check_coefficients("val_coefficients", config.val_coefficients, "val_paths_file", config.val_paths_file)
-        return
-    if without := [name for name, one in config.sft.items() if one.validation and not one.validation.paths_file]:
-        raise wrong("val_paths_file", f"is empty, but fine-tunings are validated on it: {', '.join(without)}")
-    if without := [name for name, one in config.evaluations.items() if not one.paths_file]:
+    elif without := [name for name, one in config.evaluations.items() if not one.paths_file]:
         raise wrong("val_paths_file", f"is empty, but evaluations draw their prompts from it: {', '.join(without)}")
 
 

@@ -43,6 +43,22 @@ def check(config: "Config") -> None:
             if stage == _STAGE_OF[described] and name not in known:
                 raise wrong(field, f"is `{path}`, but {described} has only: {', '.join(known) or '(nothing)'}")
     _check_chains(config.sft)
+    for name in fine_tunings(config):
+        validation = config.sft[name].validation
+        if validation and not (validation.paths_file or config.val_paths_file):
+            raise wrong(
+                "val_paths_file",
+                f"is empty, but sft.{name}.validation takes examples of it; name data, or set that field to null",
+            )
+
+
+def fine_tunings(config: "Config") -> list[str]:
+    """Return the names of the fine-tunings that RL starts from, one after the other, the last one first."""
+    found, reference = [], config.model_path
+    while reference.startswith(f"{STAGE}sft/"):
+        found.append(reference.removeprefix(f"{STAGE}sft/"))
+        reference = config.sft[found[-1]].base_model
+    return found
 
 
 _STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}

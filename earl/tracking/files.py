@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from earl import runs
-from earl.config import paths
+from earl.config import paths, references
 from earl.errors import EarlError
 from earl.files import objects, tables
 from earl.layout import Iteration, Run
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from earl.config.schema import Config
 
 NOT_FIGURES = {"iteration", "inputs"}
-SFT = "stage:sft/"
 PICTURES = ("original", "edited")
 FACTS = ("episode_id", "dataset", "example_id", "task", "instruction", "finish_reason", "completion_text", "status")
 OUTCOME = ("reward", "advantage", "viescore", "used", "reason")
@@ -104,12 +103,10 @@ def fine_tunings(config: "Config") -> Iterator[FineTuning]:
     Raises:
         EarlError: when the file of one is damaged.
     """
-    reference = config.model_path
-    while reference.startswith(SFT):
-        folder = paths.resolve(config, reference)
+    for name in references.fine_tunings(config):
+        folder = paths.sft_folder(config, name)
         if (folder / "sft.json").is_file():
             yield FineTuning(folder.name, _curve(objects.read(folder / "sft.json")))
-        reference = config.sft[reference.removeprefix(SFT)].base_model
 
 
 def _curve(content: dict[str, Any]) -> list[dict[str, float]]:
