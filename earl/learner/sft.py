@@ -23,7 +23,7 @@ from tqdm import tqdm
 from earl import seeds
 from earl.errors import EarlError
 from earl.files import manifest
-from earl.learner import batches, grpo, logprobs, objective, ranks, trainer_state
+from earl.learner import batches, grpo, logprobs, objective, ranks, sharding, trainer_state
 from earl.learner.batches import Episode
 from earl.learner.ranks import Ranks
 
@@ -217,6 +217,7 @@ def validation_loss(
         for part, counts in batches.micro_batches(as_episodes(examples), settings.objective, team):
             logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
             own -= logp.double().sum().item() if counts else 0.0
+    sharding.split_again(policy)
     return sum(team.gather(own)) / sum(len(example.completion) for example in examples)
 
 
