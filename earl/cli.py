@@ -3,7 +3,7 @@
 Stages are imported when they are called, so that ``--help`` answers at once.
 """
 
-import logging
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from earl import processes
+from earl import console, processes
 from earl.errors import EarlError
+from earl.files import atomic
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -37,7 +38,23 @@ app.add_typer(shapes_app, name="shapes")
 ConfigFile = Annotated[Path, typer.Option("--config", help="The run's resolved configuration, <run>/config.json.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="The run's folder, <base_exp_dir>/<run_name>.")]
 IterationIndex = Annotated[int, typer.Option("--iteration", min=0, help="Index of the iteration.")]
-Output = Annotated[Path, typer.Option("--out", help="What to write; it appears only once it is complete.")]
+
+
+def _output(path: Path | None) -> Path | None:
+    """Refuse what cannot be written before the work begins."""
+    if path is not None:
+        atomic.check_target(path)
+    return path
+
+
+def _run_folder(path: Path) -> Path:
+    """As `_output`, for a folder that is filled, not replaced: a link may lead there."""
+    return path if path.is_dir() else _output(path)
+
+
+Output = Annotated[
+    Path, typer.Option("--out", callback=_output, help="What to write; it appears only once it is complete.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="field=value, the value as JSON or plain text; may be repeated.")
 ]
@@ -150,7 +167,9 @@ def judge_check(
     minimum: Annotated[float | None, typer.Option(min=0, max=1, help="Pairwise accuracy to reach.")] = None,
     price_in: Annotated[float, typer.Option(min=0, help="Price of a million tokens read.")] = 0.0,
     price_out: Annotated[float, typer.Option(min=0, help="Price of a million tokens written.")] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON, if they suffice.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=_output, help="Also write the figures as JSON, if they suffice.")
+    ] = None,
 ) -> None:
     """Have the judge score images whose order is known; fails where it does not reach the minimum."""
     from earl.config.load import read
@@ -167,6 +186,27 @@ def judge_check(
         check.write(found, out)
 
 
+@judge_app.command("again")
+def judge_again(
+    run: RunFolder,
+    iterations: Annotated[
+        list[int] | None, typer.Option("--iteration", min=0, help="Only this iteration; may be repeated.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation; may be repeated.")
+    ] = None,
+) -> None:
+    """Ask the failed judgements of a run again; scores that were given stay."""
+    from earl.stages import again
+
+    count = 0
+    for asked in again.run(run, iterations or (), evaluations or ()):
+        count += 1
+        typer.echo(f"{asked.scores}: {asked.failed} judgements had failed, {asked.still} still have")
+    if not count:
+        typer.echo(f"{run}: no judgement has failed")
+
+
 @judge_app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def judge_serve(
     context: typer.Context,
@@ -175,7 +215,8 @@ def judge_serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines, too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, help="Port to listen at; 0 takes a free one.")] = 4877,
     host_file: Annotated[
-        Path | None, typer.Option(help="Appears with the address once the server answers; goes when it ends.")
+        Path | None,
+        typer.Option(callback=_output, help="Appears with the address once the server answers; goes when it ends."),
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs to split the model over.")] = 1,
     context_size: Annotated[int, typer.Option(min=1, help="Longest question and answer, in tokens.")] = 4096,
@@ -241,12 +282,23 @@ def generate(
 
 
 @app.command()
-def score(config: ConfigFile, rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")], out: Output) -> None:
+def score(
+    config: ConfigFile,
+    rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")],
+    out: Output,
+    again_failed: Annotated[
+        bool, typer.Option("--again-failed", help="Ask only the failed judgements of the file --out again.")
+    ] = False,
+) -> None:
     """Ask the judge about rollouts."""
     from earl.config.load import read
     from earl.stages import score as stage
 
-    stage.run(read(config), rollouts, out)
+    if again_failed:
+        failed, still = stage.run_again(read(config), rollouts, out)
+        typer.echo(f"{out}: {failed} judgements had failed, {still} still have")
+    else:
+        stage.run(read(config), rollouts, out)
 
 
 @app.command()
@@ -284,15 +336,23 @@ def restore(run: RunFolder, iteration: IterationIndex) -> None:
 @app.command()
 def replay(
     run: Annotated[Path, typer.Option("--run", help="The run whose rollouts and scores to train on.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the new run, beside the other; its name is the run's.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", callback=_run_folder, help="Folder of the new run, beside the other; its name is the run's."
+        ),
+    ],
     overrides: Overrides = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Train on the scores that `earl rescore --name` gave, instead of the run's own.")
+    ] = None,
 ) -> None:
     """Train again over a run's stored rollouts and scores with another learner, and compare the curves."""
     from earl.config.load import parse_overrides
     from earl.report import curves
     from earl.stages import replay as stage
 
-    replayed = stage.run(run, out, parse_overrides(overrides or []))
+    replayed = stage.run(run, out, parse_overrides(overrides or []), scores)
     typer.echo("\n".join([curves.table(replayed.curves()), "", *replayed.notes(), f"charts: {replayed.page}"]))
 
 
@@ -361,7 +421,7 @@ def report(run: RunFolder, out: Output) -> None:
 BestEffort = Annotated[
     bool, typer.Option("--best-effort", help="Warn instead of failing; the next call sends what is missing.")
 ]
-Record = Annotated[Path | None, typer.Option("--out", help="Also write what was done as JSON.")]
+Record = Annotated[Path | None, typer.Option("--out", callback=_output, help="Also write what was done as JSON.")]
 
 
 @app.command()
@@ -407,10 +467,10 @@ def start(run: RunFolder, policy: Annotated[Path, typer.Option(help="Folder of t
 @app.command()
 def verify(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="Also write the findings as JSON.")] = None,
-    deep: Annotated[bool, typer.Option(help="Hash every file again instead of trusting recorded digests.")] = False,
+    out: Annotated[Path | None, typer.Option(callback=_output, help="Also write the findings as JSON.")] = None,
+    deep: Annotated[bool, typer.Option(help="Also compare every file with its recorded digest.")] = False,
 ) -> None:
-    """Check that every file of a run was made from the files it claims, by the present configuration and code."""
+    """Check that every file of a run is there, made from what it says by the present configuration and code."""
     from earl import verify as verification
     from earl.layout import Run
 
@@ -518,12 +578,22 @@ def worker(
     server.serve(str(pool), name, host)
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the system that a user can mend, wherever they appear."""
+
+
 def call(arguments: Sequence[str]) -> int:
     """Run a command and return its exit status; mistakes that a user can mend end in one line and status 2."""
     try:
         app(list(arguments), prog_name="earl")
     except EarlError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; free space or check permissions, then try again", file=sys.stderr)
         return 2
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
@@ -532,10 +602,12 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line in this process."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    console.set_up()
+    processes.name_user()
     processes.end_with_workflow()
     if "LOCAL_RANK" in os.environ:
         processes.end_with(os.getppid())  # torchrun ends ranks, unless it is killed itself
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no UTF-8
     status = call(sys.argv[1:])
     if "LOCAL_RANK" in os.environ:
         processes.end_at_once(status)

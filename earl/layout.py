@@ -29,6 +29,8 @@ class Iteration:
     """The files of one iteration."""
 
     path: Path
+    scored: Path | None = None
+    """The iteration's folder below ``<run>/rescored/<name>``, where its scores are those of another judge."""
 
     @property
     def index(self) -> int:
@@ -62,7 +64,7 @@ class Iteration:
         return self.path / "rollouts" / f"{shard:04d}.parquet"
 
     def scores(self, shard: int) -> Path:
-        return self.path / "scores" / f"{shard:04d}.parquet"
+        return (self.scored or self.path) / "scores" / f"{shard:04d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ class Run:
     def judge_check(self) -> Path:
         """What the judge reached on images whose order is known, where `judge_gate` asks for it."""
         return self.path / "judge_check.json"
+
+    def rescored(self, name: str) -> "Run":
+        """The folder of another judge's scores of this run's rollouts: laid out as a run."""
+        return Run(self.path / "rescored" / name)
 
     def iteration(self, index: int) -> Iteration:
         return Iteration(self.path / "iterations" / iteration_name(index))

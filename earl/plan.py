@@ -5,19 +5,21 @@ at the newest complete iteration, ``start``, whose policy is taken as given, and
 window remains, the workflow plans a chain of windows and each window plans its own iterations.
 """
 
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import runs
+from earl import replays, runs
 from earl.config.evaluate import RUN_NAME
 from earl.errors import EarlError
 from earl.layout import Run, iteration_name
 
 if TYPE_CHECKING:
+    from earl.config.load import Loaded
     from earl.config.schema import Config
 
 NOTHING = r"(?!)"
@@ -123,18 +125,39 @@ def plan(config: "Config", last: int | None = None, single: int | None = None) -
         single: plan this one iteration, whatever comes after it.
 
     Raises:
-        EarlError: when ``single`` is not an iteration of the run.
+        EarlError: when ``single`` is not an iteration of the run, the starting policy is gone but needed, or what is
+            trained again has scores that do not hold what the reward is made of.
     """
     run = Run(Path(config.base_exp_dir) / config.run_name)
     if single is not None:
         newest = runs.newest_complete(run)
         if not 0 <= single <= newest:
             raise EarlError(f"iteration={single}: {run.path} has complete iterations 1 to {newest}; choose one of them")
+        runs.check_start(run)
         return Plan(run, config, max(single - 1, 0), single, single)
     start = runs.newest_complete(run)
+    if start < config.num_iterations and (start == 0 or config.kl_coeff):  # what is trained next needs it
+        runs.check_start(run)
+    replays.check_scores(run, config, last=max(start, config.num_iterations), first=start + 1)
     if last is not None:
         return Plan(run, config, min(start, last), last)
     return Plan(run, config, start, max(start, config.num_iterations))
+
+
+def spelled_alike(experiments: "Sequence[Loaded]") -> "list[Loaded]":
+    """Return experiments whose `base_exp_dir` is one text where it is one folder, however each spells it.
+
+    So runs meet in what they share. The first spelling is taken, relative to the working folder where it is below.
+    """
+    spellings: dict[str, Path] = {}
+    found = []
+    for loaded in experiments:
+        path = Path(loaded.config.base_exp_dir)
+        short = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        spelling = spellings.setdefault(os.path.realpath(path), short)
+        config = loaded.config.model_copy(update={"base_exp_dir": spelling.as_posix()})
+        found.append(replace(loaded, config=config))
+    return found
 
 
 def choose(plans: Sequence[Plan]) -> dict[str, Plan]:

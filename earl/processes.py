@@ -5,8 +5,11 @@ open file: the system gives it up with the process, however that ends. A killed 
 it had started; :func:`end_with` ends those, so that a workflow started again meets no second writer.
 """
 
+import contextlib
 import ctypes
+import errno
 import fcntl
+import getpass
 import os
 import signal
 import socket
@@ -23,6 +26,9 @@ WATCHED = "EARL_END_WITH"
 """Environment variable with ``<host>:<process id>`` of the workflow; a stage ends when that process is gone."""
 
 
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+
+
 def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
     """Hold the lock file ``path`` for as long as the returned file stays open.
 
@@ -32,33 +38,86 @@ def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
             takes a moment.
 
     Raises:
-        EarlError: when another process still holds it; the message names that process.
+        EarlError: when another process still holds it; the message names that process. When it cannot be made, or its
+            file system has no locks.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     while (stream := try_lock(path)) is None:
         if time.monotonic() > deadline:
-            holder = path.read_text(encoding="utf-8").strip() or "unknown"
             raise EarlError(
-                f"{path}: process {holder} is writing here; wait until it ends, or stop it, then start again"
+                f"{path}: process {holder_of(path)} is writing here; wait until it ends, or stop it, then start again"
             )
         time.sleep(0.1)
     return stream
 
 
+def lock_unless(made: Callable[[], bool], path: Path | str, what: str) -> IO[str] | None:
+    """Hold a lock file as :func:`lock` does, or wait for what its holder makes.
+
+    Args:
+        made: Whether that is there; then no lock is needed.
+        path: The lock file.
+        what: What is waited for, for the one line that says so.
+
+    Raises:
+        EarlError: as :func:`lock`, but for another process that holds it.
+    """
+    is_told = False
+    while not made():
+        stream = try_lock(path)
+        if stream is not None:
+            return stream
+        if not is_told:
+            print(f"waiting for process {holder_of(path)}, which makes {what}", file=sys.stderr, flush=True)
+            is_told = True
+        time.sleep(0.5)
+    return None
+
+
+def holder_of(path: Path | str) -> str:
+    """Return the process that last took a lock file."""
+    return Path(path).read_text(encoding="utf-8").strip() or "unknown"
+
+
 def try_lock(path: Path | str) -> IO[str] | None:
     """Hold a lock file as :func:`lock` does, or return None at once where another process holds it."""
-    stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lasts as long as the file is open
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lasts as long as the file is open
+    except OSError as error:
+        raise EarlError(
+            f"{path}: the lock cannot be made ({error.strerror or error}); check the folder's permissions, or choose "
+            "another base_exp_dir"
+        ) from error
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
     except BlockingIOError:
         stream.close()
         return None
-    stream.truncate(0)
-    stream.write(f"{os.getpid()}\n")
-    stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # which closing meets again, with what was not written
+            stream.close()
+        remedy = "free space, then start again"
+        if error.errno in _NO_LOCKS:
+            remedy = (
+                "its file system has no locks, without which two processes could write the same files; choose a "
+                "base_exp_dir elsewhere, or have it mounted with them (Lustre: -o flock)"
+            )
+        raise EarlError(f"{path}: cannot be locked ({error.strerror or error}); {remedy}") from error
     return stream
+
+
+def name_user() -> None:
+    """Give a user id without a name, as containers have, one that libraries find when they ask for it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
 
 
 def is_alive(pid: int) -> bool:

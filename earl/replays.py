@@ -1,23 +1,24 @@
 """Replayed runs: trained over the rollouts and scores of another run. Where those lie, and which policies sampled them.
 
 ``<run>/replay.json`` is written before the first iteration is trained. It names the source run (relative to the run's
-own folder) and, for every iteration, the digest of the policy that sampled the stored rollouts and of every file with
-rollouts or scores. Training holds what it reads against this record, in the place of its usual check that rollouts
-come from the very policy that it trains: from the second iteration on, those of a replay do not.
+own folder), the name below the source's ``rescored/`` where the scores are another judge's, and, for every iteration,
+the digest of the policy that sampled the stored rollouts and of every file with rollouts or scores. Training holds what
+it reads against this record, in the place of its usual check that rollouts come from the very policy that it trains:
+from the second iteration on, those of a replay do not.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl import runs
 from earl.errors import EarlError
-from earl.files import objects
+from earl.files import manifest, objects
 from earl.layout import Iteration, Run
-from earl.learner.rewards import COMPONENTS
+from earl.learner import rewards
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 OF_EPISODES = (
     *("reward_", "viescore_", "completion_length", "zero_std_", "failed_", "truncated_", "no_image_", "reasoning_"),
-    *COMPONENTS,
+    *rewards.COMPONENTS,
 )
 """What the names of metrics begin with that describe episodes, whatever policy is trained on them."""
 
@@ -82,7 +83,7 @@ def record_of(run: Run) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {"source": str(record["source"]), "iterations": list(record["iterations"])}
+        return {**record, "source": str(record["source"]), "iterations": list(record["iterations"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EarlError(f"{path}: is damaged ({error!r}); replay into a new folder") from error
 
@@ -97,7 +98,13 @@ def iteration_of(run: Run, index: int) -> Iteration:
     record = record_of(run)
     if record is None or index > len(record["iterations"]):
         return run.iteration(index)
-    return source_of(run, record).iteration(index)
+    return _iteration(source_of(run, record), index, record.get("scores"))
+
+
+def _iteration(source: Run, index: int, scores: str | None) -> Iteration:
+    """Return an iteration of the source, with the scores of the judge that has this name below ``rescored/``."""
+    iteration = source.iteration(index)
+    return replace(iteration, scored=source.rescored(scores).iteration(index).path) if scores else iteration
 
 
 def stored(run: Run, index: int, policy_digest: str, shards: int) -> Stored:
@@ -113,7 +120,7 @@ def stored(run: Run, index: int, policy_digest: str, shards: int) -> Stored:
         return Stored(run.iteration(index), shards, policy_digest, off_policy=False)
     recorded = record["iterations"][index - 1]
     return Stored(
-        source_of(run, record).iteration(index),
+        iteration_of(run, index),
         len(recorded["rollouts"]),
         recorded["policy"],
         off_policy=recorded["policy"] != policy_digest,
@@ -121,8 +128,11 @@ def stored(run: Run, index: int, policy_digest: str, shards: int) -> Stored:
     )
 
 
-def new_record(run: Run, source: Run, count: int) -> dict[str, Any]:
+def new_record(run: Run, source: Run, count: int, scores: str | None = None) -> dict[str, Any]:
     """Return the record of a replay of the first ``count`` iterations of a run, having checked that they are a chain.
+
+    Args:
+        scores: the name below ``<source>/rescored`` of the scores to train on; None: the run's own.
 
     Raises:
         EarlError: an iteration has not been trained, was trained from another policy than the one before it made, or
@@ -143,9 +153,51 @@ def new_record(run: Run, source: Run, count: int) -> dict[str, Any]:
                 f"no chain of policies, which `earl verify --run {source.path}` shows too; replay fewer iterations "
                 "(--set num_iterations=...)"
             )
-        iterations.append({"policy": made, "rollouts": inputs["rollouts"], "scores": inputs["scores"]})
+        rollouts, scored = inputs["rollouts"], inputs["scores"]
+        if scores:
+            scored = _rescored(source, index, scores, len(rollouts))
+        iterations.append({"policy": made, "rollouts": rollouts, "scores": scored})
         made = metrics["policy_digest"]
-    return {"source": os.path.relpath(source.path.resolve(), run.path.resolve()), "iterations": iterations}
+    record = {"source": os.path.relpath(source.path.resolve(), run.path.resolve()), "iterations": iterations}
+    return record | ({"scores": scores} if scores else {})
+
+
+def _rescored(source: Run, index: int, name: str, shards: int) -> list[str]:
+    """Return the digests of another judge's scores of an iteration."""
+    files = [_iteration(source, index, name).scores(shard) for shard in range(shards)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise EarlError(
+            f"{missing[0]}: is missing, so `{name}` has not scored these rollouts; "
+            f"`earl rescore --run {source.path} --name {name}` scores what is missing"
+        )
+    return [manifest.digest_file(file) for file in files]
+
+
+def check_scores(run: Run, config: "Config", last: int, first: int = 1, scores: str | None = None) -> None:
+    """Check that the stored scores of a run hold what rewards and advantages are made of.
+
+    Args:
+        run: where the scores lie: those of iterations ``first`` to ``last``, as far as there are any.
+        scores: as of `new_record`.
+
+    Raises:
+        EarlError: naming file and column, the field that needs it, and how to have the rollouts scored again.
+    """
+    from earl.files import tables
+
+    needed = rewards.needed(config)
+    for index in range(first, last + 1):
+        for path in sorted(_iteration(run, index, scores).scores(0).parent.glob("*.parquet")):
+            table = tables.read_table(path, tables.SCORES, ["status", *needed])
+            for score, (field, which) in needed.items():
+                judged = zip(table["status"].to_pylist(), table[score].is_null().to_pylist(), strict=True)
+                if missing := sum(status == "ok" and unknown for status, unknown in judged):
+                    raise EarlError(
+                        f"{path}: column {score!r} is null for {missing} judged episodes, but {field} needs it for "
+                        f"`{which}`; have a judge give it (earl rescore --run {run.path} --name NAME --set "
+                        f"{rewards.ASKED_BY[score]}=true), then train over those scores (earl replay --run {run.path} "
+                        "--scores NAME --out FOLDER)"
+                    )
 
 
 def write(run: Run, record: dict[str, Any]) -> None:
@@ -158,7 +210,7 @@ def write(run: Run, record: dict[str, Any]) -> None:
     if there is not None:
         shared = min(len(there["iterations"]), len(record["iterations"]))
         same = there["iterations"][:shared] == record["iterations"][:shared]
-        if there["source"] != record["source"] or not same:
+        if there["source"] != record["source"] or there.get("scores") != record.get("scores") or not same:
             raise EarlError(
                 f"{record_file(run)}: is the replay of {there['source']}, whose rollouts or scores were others then; "
                 "replay into a new folder"

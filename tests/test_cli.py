@@ -1,5 +1,6 @@
 """The command line as a process: what a user's mistake looks like."""
 
+import os
 import subprocess
 import sys
 
@@ -39,3 +40,12 @@ def test_a_resolved_configuration_says_where_values_come_from(tmp_path):
     assert "--set" in line
     (tmp_path / "again.jsonnet").write_text(done.stdout)
     assert earl("config", "show", tmp_path / "again.jsonnet").returncode == 0
+
+
+def test_a_folder_whose_name_is_no_unicode_can_be_printed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as locales other than C have it
+    run = tmp_path / os.fsdecode(b"run-\xff")
+    earl("config", "freeze", "config/demo.jsonnet", run / "config.json")
+    done = earl("verify", "--run", run)
+    assert "Traceback" not in done.stderr
+    assert r"run-\udcff/iterations/000000" in done.stdout

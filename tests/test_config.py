@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from earl import plan
 from earl.config import freeze, load, paths
-from earl.config.schema import Config
+from earl.config.schema import Config, Evaluation, JudgeGate, RawDataset, Sft, SftValidation
 from earl.errors import EarlError
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +110,8 @@ SHARED = {
 }
 MINIMAL = {"run_name": "a", "base_exp_dir": "runs", "train_paths_file": ["x"], "val_paths_file": [], "judge": "program"}
 TUNING = {"base_model": "model", "train_paths_file": ["x"], "steps": 1}
+ASKED = {"judge": "openai", "reward_function_api_base": "http://localhost:1"}
+"""A judge that says what it is asked for alone."""
 
 
 @pytest.fixture
@@ -155,7 +158,7 @@ def test_each_model_describes_its_fine_tunings(kind: str, variables: None) -> No
         assert (found.base_model, found.reasoning, found.steps) == (base, reasoning, steps)
         assert {name: getattr(found, name) for name in PUBLISHED} == PUBLISHED
         assert (found.validation.examples, found.validation.every_n_steps) == (1000, 100)
-        assert paths.validation_paths(config, found) == config.val_paths_file
+        assert paths.validation_data(config, tuning).references == config.val_paths_file
         names = [f"/data/earl-datasets/{name}/train/list/tokenized_datalist.json" for name in data]
         assert (found.train_paths_file, found.coefficients) == (names, list(data.values()))
     assert config.sft.keys() == RECIPES[kind].keys()
@@ -231,6 +234,26 @@ def test_missing_variable_is_named_with_file_and_remedy(variables: None, monkeyp
     assert "libsonnet:" in message
 
 
+def test_all_missing_variables_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    message = error_of(ROOT / "config" / "sft_s__rl_c.jsonnet")
+    for name in ("DATA_DIR", "BASE_EXP_DIR", "REWARD_FUNCTION_API_BASE"):
+        assert f"export APP__{name}=" in message
+        assert re.search(rf"\w+\.libsonnet:\d+: .*APP__{name} ", message)
+    assert "APP__RUN_NAME" not in message
+    # What an override makes unnecessary is not asked for.
+    assert "APP__BASE_EXP_DIR" not in error_of(ROOT / "config" / "sft_s__rl_c.jsonnet", base_exp_dir="b")
+
+
+def test_missing_variables_beside_one_that_is_a_number(tmp_path: Path) -> None:
+    fields = "episodes_per_iteration: std.parseInt(std.extVar('APP__NUMBER')), base_exp_dir: std.extVar('APP__FOLDER')"
+    (tmp_path / "x.jsonnet").write_text(f"{json.dumps(MINIMAL)} + {{{fields}}}")
+    message = error_of(tmp_path / "x.jsonnet")
+    assert "export APP__FOLDER=" in message
+    assert "export APP__NUMBER=" in message
+
+
 def test_an_override_makes_its_variable_unnecessary(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("APP__BASE_EXP_DIR")
     config = load.load(ROOT / "config" / "sft_s__rl_s.jsonnet", {"base_exp_dir": "b"}).config
@@ -287,7 +310,7 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
     ("fields", "parts"),
     [
         ({"learning_rat": 1e-6}, ["learning_rat ", "unknown", "learning_rate"]),
-        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "nearest known name is steps"]),
+        ({"sft": {"a": {"step": 1}}}, ["sft.a.step ", "did you mean steps?"]),
         ({"raw_datasets": {"a": {"source": "shapes", "conut": 1}}}, ["raw_datasets.a.conut", "count"]),
         ({"evaluations": {"prompts": {"prompts": 1, "top_kk": 1}}}, ["evaluations.prompts.top_kk", "top_k"]),
         ({"learning_rate": "3e-6"}, ['learning_rate is "3e-6"', "valid number"]),
@@ -305,7 +328,8 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"rollout_shards": 5}, ["rollout_shards is 5", "4 batches"]),
         ({"train_text_tokens_only": True, "train_vision_tokens_only": True}, ["train_vision_tokens_only", "both"]),
         ({"text_only_steps": 11}, ["text_only_steps is 11", "text_only_cycle_steps: 10"]),
-        ({"reward_final_reward": "ground_score"}, ["reward_compute_ground_score"]),
+        (ASKED | {"reward_final_reward": "ground_score"}, ["reward_compute_ground_score", "earl replay"]),
+        (ASKED | {"reward_compute_viescore": False}, ["reward_compute_viescore", "reward_final_reward needs"]),
         ({"judge": "openai"}, ["reward_function_api_base"]),
         ({"max_response_tokens": 4096}, ["max_response_tokens", "model_context_size"]),
         ({"train_paths_file": ["stage:tokenise/no"]}, ["train_paths_file.0", "raw_datasets"]),
@@ -338,7 +362,7 @@ def test_missing_field_names_the_nearest_given_one(tmp_path: Path) -> None:
     path.write_text(json.dumps({k: v for k, v in MINIMAL.items() if k != "run_name"} | {"run_nam": "a"}))
     message = error_of(path)
     assert "field run_name is missing; the nearest name given is run_nam" in message
-    assert "field run_nam is unknown; the nearest known name is run_name" in message
+    assert "field run_nam is unknown; did you mean run_name?" in message
 
 
 @pytest.mark.parametrize(("text", "part"), [("{a: ", "x.jsonnet:1"), ("[1]", "not an object"), ("import 'no'", "no")])
@@ -365,8 +389,8 @@ def test_overrides_are_json_or_text() -> None:
 
 def test_a_dotted_override_changes_one_field_of_a_section() -> None:
     demo = load.load(ROOT / "config" / "demo.jsonnet").config
-    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.shapes.steps": 3})
-    assert changed.config.sft == {"shapes": demo.sft["shapes"].model_copy(update={"steps": 3})}
+    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.shapes.steps": 30})
+    assert changed.config.sft == {"shapes": demo.sft["shapes"].model_copy(update={"steps": 30})}
     assert changed.origins["sft.shapes.steps"] == "--set"
     assert changed.origins["sft.shapes.batch_size"] != "--set"
 
@@ -415,11 +439,52 @@ class TestFrozen:
         assert load.read(path) == other
         assert freeze.config_digest(other) == freeze.config_digest(config)
 
-    def test_an_evaluation_that_stays_keeps_its_sampling(self, tmp_path: Path) -> None:
-        freeze.write(load.load(ROOT / "config" / "demo.jsonnet").config, tmp_path / "config.json")
-        other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.temperature": 0.7}).config
-        with pytest.raises(EarlError, match=r"evaluations\.heldout\.temperature"):
-            freeze.check(other, tmp_path / "config.json")
+    CHANGES = (("prompts", 100), ("samples_per_prompt", 2), ("temperature", 0.7), ("top_p", 0.5), ("top_k", 9))
+
+    @pytest.mark.parametrize(("field", "value"), CHANGES)
+    def test_how_an_evaluation_samples_may_change_until_it_has_results(self, field, value, tmp_path: Path) -> None:
+        path, name = tmp_path / "config.json", f"evaluations.heldout.{field}"
+        first = load.load(ROOT / "config" / "demo.jsonnet").config
+        freeze.write(first, path)
+        other = load.load(ROOT / "config" / "demo.jsonnet", {name: value}).config
+        freeze.write(other, path)
+        assert load.read(path) == other
+        # Rollouts that a killed evaluation left are results as well.
+        results = tmp_path / "evaluations" / "heldout"
+        results.mkdir(parents=True)
+        (results / "000005.rollouts.parquet").touch()
+        for accept in (False, True):
+            with pytest.raises(EarlError) as caught:
+                freeze.write(first, path, accept_changes=accept)
+            rows = [line.split() for line in str(caught.value).splitlines()]
+            old = getattr(first.evaluations["heldout"], field)
+            assert [name, json.dumps(value), json.dumps(old)] in rows
+            assert f"remove {results}" in str(caught.value)
+            assert load.read(path) == other
+        renamed = load.load(ROOT / "config" / "demo.jsonnet", {name: value, "evaluations.new": {"prompts": 3}}).config
+        freeze.write(renamed, path)
+
+    def test_an_evaluation_that_was_left_out_for_a_while_keeps_its_curve_clean(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        without = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations": {}}).config
+        freeze.write(without, path)
+        first = load.load(ROOT / "config" / "demo.jsonnet").config
+        results = tmp_path / "evaluations" / "heldout"
+        results.mkdir(parents=True)
+        summary = {"iteration": 5, "prompts": 3, **freeze.recorded(first, "heldout")}
+        (results / "000005.json").write_text(json.dumps(summary))
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.prompts": 100}).config
+        with pytest.raises(EarlError, match=r"evaluations\.heldout\.prompts +210 +100"):
+            freeze.write(other, path)
+        freeze.write(first, path)
+
+    def test_where_an_evaluations_prompts_come_from_is_frozen(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        first = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.paths_file": ["a"]}).config
+        freeze.write(first, path)
+        other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.paths_file": ["b"]}).config
+        with pytest.raises(EarlError, match=r"evaluations\.heldout\.paths_file"):
+            freeze.check(other, path)
 
     def test_damage_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "config.json"
@@ -550,7 +615,7 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
             },
             "logprob_support.*the first step only; set optimizer_steps_per_iteration to 1",
         ),
-        ({"advantage_components": {"ground_score": 1.0}}, "reward_compute_ground_score.*advantage_components"),
+        (ASKED | {"advantage_components": {"ground_score": 1}}, "reward_compute_ground_score.*advantage_components"),
         ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
         ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
     ],
@@ -574,7 +639,151 @@ def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, mes
         {"logprob_support": "sampled", "optimizer_steps_per_iteration": 2, "importance_ratio": "behavior"},
         {"logprob_support": "full", "separate_language_and_vision_vocabs": False},
         {"advantage_components": {"semantic_consistency": 1.0, "perceptual_quality": 0.5}},
+        # The demo's judge, a program, gives every score.
+        {"reward_final_reward": "sqrt(viescore_pqxground_score)", "advantage_components": {"ground_score": 1}},
     ],
 )
 def test_objectives_that_go_together_are_accepted(tmp_path, fields):
+    load.load(experiment(tmp_path, **fields))
+
+
+def integer_fields(model: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields that hold a whole number, in sections too; `*` stands for an entry's name."""
+    found = []
+    for name, field in model.model_fields.items():
+        text = str(field.annotation)
+        kinds = (RawDataset, Sft, SftValidation, Evaluation, JudgeGate)
+        sections = [inner for inner in kinds if re.search(rf"\b{inner.__name__}\b", text)]
+        for section in sections:
+            found += integer_fields(section, f"{prefix}{name}." + ("*." if "dict" in text else ""))
+        if not sections and re.search(r"\bint\b", text):
+            found.append(prefix + name)
+    return found
+
+
+SECTIONS = {"raw_datasets.*.": {"source": "shapes", "count": 1, "seed": 1}, "sft.*.": TUNING}
+SECTIONS |= {"evaluations.*.": {"prompts": 1}, "judge_gate.": {}}
+
+
+def nested(name: str, value: object) -> dict:
+    """Fields of an experiment that set one dotted name, in a section that holds what it must."""
+    prefix = next((prefix for prefix in SECTIONS if name.startswith(prefix)), "")
+    if not prefix:
+        return {name: value}
+    *parents, field = name.removeprefix(prefix).split(".")
+    changed: dict[str, object] = {field: value}
+    for parent in reversed(parents):
+        changed = {parent: changed}
+    inner = SECTIONS[prefix] | changed
+    outer = prefix.split(".")[0]
+    return {outer: {"a": inner} if "*" in prefix else inner}
+
+
+INEXACT = 2**53 + 1
+"""The smallest whole number that a double does not hold."""
+
+
+class TestNumbersThatJsonnetDoesNotKeep:
+    """Jsonnet's numbers are doubles: a seed above 2^53 would be another one, which nothing says."""
+
+    def test_there_are_integers_everywhere(self) -> None:
+        names = integer_fields()
+        assert {
+            "random_seed",
+            "raw_datasets.*.seed",
+            "sft.*.validation.examples",
+            "evaluations.*.prompts",
+            "judge_gate.seed",
+        } <= set(names)
+
+    @pytest.mark.parametrize("name", integer_fields())
+    def test_no_integer_field_takes_them(self, name: str) -> None:
+        for value in (INEXACT, -INEXACT, 1e300):
+            with pytest.raises(ValidationError) as caught:
+                Config.model_validate(MINIMAL | nested(name, value))
+            (error,) = (error for error in caught.value.errors() if error["type"] == "inexact")
+            assert ".".join(map(str, error["loc"])) == name.replace("*", "a")
+
+    def test_a_file_that_holds_one_is_named_with_the_field(self, tmp_path: Path) -> None:
+        path = experiment(tmp_path, raw_datasets={"a": {"source": "shapes", "count": 1, "seed": INEXACT}})
+        assert f"{path}: field raw_datasets.a.seed is beyond 9007199254740991" in error_of(path)
+
+    def test_the_largest_exact_one_stays(self, tmp_path: Path) -> None:
+        path = experiment(tmp_path, random_seed=2**53 - 1)
+        config = load.load(path).config
+        assert config.random_seed == 9007199254740991
+        freeze.write(config, tmp_path / "config.json")
+        assert load.read(tmp_path / "config.json").random_seed == 9007199254740991
+
+    def test_nor_an_override_a_variable_or_a_frozen_configuration(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wanted = r"field random_seed .*9007199254740991"
+        with pytest.raises(EarlError, match=wanted):
+            load.load(experiment(tmp_path), load.parse_overrides(f"random_seed={INEXACT}"))
+        config = load.load(experiment(tmp_path)).config
+        with pytest.raises(EarlError, match=wanted):
+            load.changed(config, {"random_seed": INEXACT})
+        path = tmp_path / "config.json"
+        path.write_text(freeze.frozen_text(config).replace('"random_seed": 42', f'"random_seed": {INEXACT}'))
+        with pytest.raises(EarlError, match=wanted):
+            load.read(path)
+        monkeypatch.setenv("APP__SEED", str(INEXACT))
+        (tmp_path / "y.jsonnet").write_text(
+            "(import 'x.jsonnet') + {random_seed: std.parseInt(std.extVar('APP__SEED'))}"
+        )
+        with pytest.raises(EarlError, match=r"random_seed \(in .*APP__SEED.*9007199254740991"):
+            load.load(tmp_path / "y.jsonnet")
+
+    @pytest.mark.parametrize("text", ["1e400", "-1e400", "Infinity", "NaN"])
+    def test_what_is_no_finite_number_is_named(self, text: str, tmp_path: Path) -> None:
+        with pytest.raises(EarlError, match=f"learning_rate.*{text}.*finite"):
+            load.load(experiment(tmp_path), load.parse_overrides([f"learning_rate={text}"]))
+        with pytest.raises(EarlError, match=f"coefficients.*{re.escape(f'[{text}]')}.*finite"):
+            load.load(experiment(tmp_path), load.parse_overrides([f"coefficients=[{text}]"]))
+        path = tmp_path / "config.json"
+        frozen = freeze.frozen_text(load.load(experiment(tmp_path)).config)
+        path.write_text(frozen.replace('"learning_rate": 3e-06', f'"learning_rate": {text}'))
+        with pytest.raises(EarlError, match=r"config\.json.*learning_rate.*finite"):
+            load.read(path)
+
+    def test_a_literal_that_is_too_large_is_named_with_its_line(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.jsonnet"
+        path.write_text(json.dumps(MINIMAL)[:-1] + ",\nlearning_rate: 1e400}")
+        message = error_of(path)
+        assert "x.jsonnet:2" in message
+        assert "1.8e308" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"generations_per_sample": 1}, "generations_per_sample is 1.*advantage.*set it to 2 or more"),
+        (
+            {"generations_per_sample": 1, "advantage_components": {"overedit": 1.0}},
+            "generations_per_sample is 1.*advantage",
+        ),
+        ({"top_k": 1}, "top_k is 1.*advantage.*set it to -1"),
+        ({"learning_rate": 0}, "learning_rate is 0.*greater than 0"),
+        ({"learning_rate": 1e-400}, "learning_rate is 0.*greater than 0"),
+        (
+            {"train_text_tokens_only": True, "assistant_prefill": "<|image start|>"},
+            "train_text_tokens_only is true.*assistant_prefill",
+        ),
+    ],
+)
+def test_runs_that_cannot_learn_are_refused(tmp_path, fields, message):
+    assert re.search(message, error_of(experiment(tmp_path, **fields)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_iterations": 0, "generations_per_sample": 1},
+        {"num_iterations": 0, "top_k": 1},
+        {"train_text_tokens_only": True},
+        {"train_text_tokens_only": True, "text_only_steps": 0, "assistant_prefill": "<|image start|>"},
+    ],
+)
+def test_what_can_learn_is_accepted(tmp_path, fields):
     load.load(experiment(tmp_path, **fields))

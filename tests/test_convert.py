@@ -48,10 +48,11 @@ def test_every_example_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert getattr(left, name) == getattr(right, name)
         assert np.array_equal(left.original_tokens, right.original_tokens)
         assert np.array_equal(left.target_tokens, right.target_tokens)
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert sorted(first) == ["0000.parquet", "0001.parquet", "0002.parquet", "manifest.json", "summary.json"]
+    first = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in first)
+    assert names == ["README.md", *(f"data/000{i}.parquet" for i in range(3)), "manifest.json", "summary.json"]
     convert.run(listing, tmp_path / "out", 32768, None, 0.0)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == first
 
 
 def test_a_wrong_id_stops_and_is_named(tmp_path: Path) -> None:
@@ -71,6 +72,47 @@ def test_some_may_be_left_out(tmp_path: Path) -> None:
     assert [dataset[i].example_id for i in range(len(dataset))] == ["100", "102", "104"]
     rejects = pq.read_table(tmp_path / "out" / "_rejected" / "0000.parquet").to_pylist()
     assert [(row["file"], row["row"]) for row in rejects] == [("1.pth", 1), ("3.pth", 3)]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (5, "5"),
+        ("a5", "a5"),
+        (torch.tensor(5), "5"),
+        (torch.tensor([5]), "5"),
+        (np.int64(5), "5"),
+        (np.array(5), "5"),
+        (np.array([5], np.uint8), "5"),
+    ],
+)
+def test_ids_of_any_library_are_numbers(value: object, expected: str, tmp_path: Path) -> None:
+    listing = write_archives(tmp_path / "in", 1, at0={"edit_id": value})
+    convert.run(listing, tmp_path / "out", 32768, "mine", 0.0)
+    assert open_dataset(tmp_path / "out")[0].example_id == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"instruction": ""},
+        {"instruction": " \n\t"},
+        {"instruction": "\u200b"},
+        {"edit_id": None},
+        {"edit_id": True},
+        {"edit_id": 5.0},
+        {"edit_id": b"a5"},
+        {"edit_id": torch.tensor(5.0)},
+        {"edit_id": torch.tensor([5, 6])},
+        {"edit_id": ["a5"]},
+    ],
+)
+def test_what_says_nothing_is_rejected_as_in_raw_pairs(change: dict, tmp_path: Path) -> None:
+    listing = write_archives(tmp_path / "in", 2, at1=change)
+    with pytest.raises(EarlError, match=rf"1\.pth: row 1: cannot be used: field '{next(iter(change))}'"):
+        convert.run(listing, tmp_path / "none", 32768, "mine", 0.0)
+    convert.run(listing, tmp_path / "out", 32768, "mine", 0.5)
+    assert [row["row"] for row in pq.read_table(tmp_path / "out" / "_rejected").to_pylist()] == [1]
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class TestTokenisedDataset:
         lists = pa.array([[[0, 1, 2], [3, 4, 5]]], pa.list_(pa.list_(pa.uint16())))
         place = table.schema.get_field_index("target_tokens")
         pq.write_table(table.set_column(place, "target_tokens", lists), path)
-        with pytest.raises(EarlError, match=r"a\.parquet: column 'target_tokens' has type list.*Run the stage that"):
+        with pytest.raises(EarlError, match=r"a\.parquet: column 'target_tokens' has type list.*tokenise the data"):
             open_dataset(path)
 
     def test_an_example_is_the_readers_own(self, tmp_path: Path) -> None:
@@ -375,7 +375,14 @@ class TestReference:
             open_dataset(path)[0]
 
     @pytest.mark.parametrize(
-        ("text", "part"), [("{", "damaged"), ("[]", "path_list"), ('{"path_list": [1]}', "path_list")]
+        ("text", "part"),
+        [
+            ("{", "damaged"),
+            ("[]", "path_list"),
+            ('{"path_list": [1]}', "path_list"),
+            (r'{"path_list": ["\ud83d.pth"]}', "path_list"),
+            (r'{"path_list": ["a"], "prefix": "\ud83d"}', "prefix"),
+        ],
     )
     def test_wrong_listing(self, text: str, part: str, tmp_path: Path) -> None:
         path = tmp_path / "tokenized_datalist.json"

@@ -238,7 +238,7 @@ def cut_into_shards(folder):
         (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors: is missing"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: does not load"),
         (lambda f: (f / "config.json").unlink(), r"holds no config.json"),
-        (lambda f: edit_config(f, model_type="llama"), r"config.json: model_type is 'llama'; a policy must be an Emu3"),
+        (lambda f: edit_config(f, model_type="llama"), r"config.json: model_type is 'llama'; it must be an Emu3"),
         (cut_into_shards, r"model-00002-of-00002.safetensors: is missing, so the policy is incomplete"),
         (
             lambda f: edit_weights(f, lambda w: w["model.layers.2.mlp.up_proj.weight"][0].fill_(torch.nan)),

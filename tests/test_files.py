@@ -16,6 +16,7 @@ from PIL import Image
 
 from earl.errors import EarlError
 from earl.files import atomic, images, manifest, tables
+from earl.text import encodable
 
 RED = np.full((2, 3, 3), (255, 0, 0), np.uint8)
 
@@ -210,7 +211,7 @@ def test_a_sealed_folder_tells_missing_cut_and_changed_files(tmp_path):
     manifest.check(folder, deep=True)
     (folder / "weights").write_text("4321")
     manifest.check(folder)
-    with pytest.raises(EarlError, match="weights: its content differs"):
+    with pytest.raises(EarlError, match="weights: is damaged: its content differs"):
         manifest.check(folder, deep=True)
     (folder / "weights").write_text("123")
     with pytest.raises(EarlError, match="has 3 bytes where"):
@@ -232,3 +233,21 @@ def test_help_answers_without_heavy_imports():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_halves_of_surrogate_pairs_can_be_written_and_whole_ones_stay():
+    assert encodable("plain") == "plain"
+    assert encodable("\ud83d\ude00 \U0001f600") == "\U0001f600 \U0001f600"
+    assert encodable("a\ud83db\ude00\udcff") == "a\ufffdb\ufffd\ufffd"
+
+
+def test_a_page_that_names_a_file_of_odd_bytes_is_written(tmp_path):
+    atomic.write_text(tmp_path / "page.html", "<p>" + os.fsdecode(b"run-\xff") + "</p>")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "<p>run-\ufffd</p>"
+
+
+def test_a_column_that_is_no_unicode_is_named(tmp_path):
+    columns = {"episode_id": ["a"], "group_id": ["\ud83d"], "reward": [0.0], "advantage": [0.0], "used": [True]}
+    columns |= {"reason": [None], "viescore": [None], "completion_tokens": [1]}
+    with pytest.raises(EarlError, match=r"e\.parquet: column 'group_id'"):
+        tables.write_table(tmp_path / "e.parquet", tables.EPISODES, columns, {})

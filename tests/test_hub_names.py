@@ -152,13 +152,15 @@ class TestFoldersThatAreMissing:
     @pytest.mark.parametrize("value", ["/no/model", "./no/model", "~/model", "model", "a/b/c", "package:no"])
     @pytest.mark.parametrize("field", ["model_path", "tokenizer_path", "vision_tokenizer_path"])
     def test_field_and_path_are_named(self, here: Path, field: str, value: str) -> None:
-        with pytest.raises(EarlError, match=rf"^field {field} is '{value}', but there is no folder /.*<owner>/<name>"):
+        with pytest.raises(
+            EarlError, match=rf"\n  field {field} is '{value}', but there is no folder /.*<owner>/<name>"
+        ):
             places.check(config(**{field: value}))
 
     def test_of_a_fine_tuning_until_it_is_made(self, here: Path) -> None:
-        tuning = {"base_model": "/no/model", "train_paths_file": ["x"], "steps": 1}
+        tuning = {"base_model": "/no/model", "train_paths_file": ["stage:tokenise/pairs"], "steps": 1}
         tuned = config(model_path="stage:sft/s", sft={"s": tuning, "unused": tuning | {"base_model": "/nor/this"}})
-        with pytest.raises(EarlError, match=r"^field sft\.s\.base_model is '/no/model'"):
+        with pytest.raises(EarlError, match=r"field sft\.s\.base_model is '/no/model'"):
             places.check(tuned)
         made = paths.sft_folder(tuned, "s")
         made.mkdir(parents=True)
@@ -166,12 +168,12 @@ class TestFoldersThatAreMissing:
         places.check(tuned)
 
     def test_of_a_tokenizer_only_where_something_is_converted(self, here: Path) -> None:
-        (here / "model").mkdir()
-        places.check(config(model_path="model", tokenizer_path="/no/model"))
+        places.check(config(model_path="package:shapes/base_policy", tokenizer_path="/no/model"))
 
     def test_nothing_is_planned(self, place: Workplace) -> None:
         output = place.run(place.experiment("a", model_path="models/a/b"), "-n", fails=True)
-        assert f"field model_path is 'models/a/b', but there is no folder {place.path}/models/a/b" in output
+        wanted = f"field model_path (in a.jsonnet) is 'models/a/b', but there is no folder {place.path}/models/a/b"
+        assert wanted in output
         assert "MissingInputException" not in output
 
 
@@ -180,7 +182,8 @@ class TestThePlan:
         data = place.path / "data"
         for name in ("earl-datasets/omniedit/train", "validation_22march_256/feature"):
             (data / name / "list").mkdir(parents=True)
-            (data / name / "list" / "tokenized_datalist.json").write_text("[]")
+            names = {"prefix": "", "path_list": [f"{row}.pth" for row in range(16)]}
+            (data / name / "list" / "tokenized_datalist.json").write_text(json.dumps(names))
         variables = {"DATA_DIR": data, "BASE_EXP_DIR": "runs", "RUN_NAME": "trial"}
         variables |= {"REWARD_FUNCTION_API_BASE": "http://judge:4877"}
         env = {f"APP__{name}": str(value) for name, value in variables.items()}
@@ -235,7 +238,7 @@ def test_from_published_checkpoints_to_rl_in_one_plan(hub: Path, here: Path) -> 
     assert checkpoint.check_policy(policy).num_visual == 64
     assert checkpoint.load_vision_tokenizer(vision, "cpu").config.codebook_size == 64
     tokenised = paths.tokenised_folder(made_by, "pairs")
-    metadata = tables.read_metadata(next(tokenised.glob("*.parquet")))
+    metadata = tables.read_metadata(next(tokenised.glob("data/*.parquet")))
     assert metadata["vision_tokenizer_digest"] == manifest.digest_folder(vision)
     assert json.loads((run.path / "verify.json").read_text())["problems"] == []
     assert run.report.is_file()

@@ -2,12 +2,15 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from earl.errors import EarlError
-from earl.judges import answers, chat, rubric
+from earl.judges import answers, chat, rubric, thinking
 from earl.judges.answers import Unusable
 from earl.judges.rubric import Rubric
 
@@ -117,6 +120,179 @@ def test_intact_answers_are_read(text):
     assert read(text) == [7, 10]
 
 
+FINAL = '{"reasoning": "done", "edit_success": 8, "overedit": 9}'
+DRAFT = '{"reasoning": "at first", "edit_success": 2, "overedit": 2}'
+FORM = '{"reasoning": "...", "edit_success": number, "overedit": number}'
+THINKING = [
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<THINK>", "</THINK>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|start thinking|>", "<|end thinking|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+]
+
+
+@pytest.mark.parametrize(("begin", "end"), THINKING)
+def test_thinking_goes_before_the_answer_is_read(begin, end):
+    for thought in (DRAFT, f"The form is {FORM}.", 'edit_success: 3/10, or { "a', ""):
+        assert read(f"{begin}{thought}{end}\n\n{FINAL}\n") == [8, 9]
+        assert read(f"{begin}\n{thought}\n{end}```json\n{FINAL}\n```") == [8, 9]
+
+
+@pytest.mark.parametrize(("begin", "end"), THINKING[:-1])
+def test_thinking_whose_beginning_the_prompt_holds_goes_too(begin, end):
+    assert read(f"First guess: {DRAFT}. That is too harsh.{end}{FINAL}") == [8, 9]
+    with pytest.raises(Unusable):
+        read(f"{DRAFT}\n{end}")
+
+
+@pytest.mark.parametrize(("begin", "end"), THINKING)
+def test_thinking_that_does_not_end_is_no_answer(begin, end):
+    for text in (f"{begin}First guess: {DRAFT}", f"{begin}a{end}{begin}{FINAL}", f"{FINAL}{begin}b{end}"):
+        with pytest.raises(Unusable):
+            read(text)
+    assert read(f"{begin}a {begin} b{end} c {end}{FINAL}") == [8, 9]
+    with pytest.raises(Unusable):
+        read(f"{begin}a {begin} b{end}{FINAL}")
+
+
+def test_thinking_of_one_kind_does_not_end_that_of_another():
+    assert read(f"<think><reasoning>{DRAFT}</reasoning>{DRAFT}</think>{FINAL}") == [8, 9]
+    with pytest.raises(Unusable):
+        read(f"<think><reasoning>{DRAFT}</reasoning>{FINAL}")
+
+
+def test_a_mark_of_thinking_inside_the_answers_own_text_is_text():
+    assert read('{"reasoning": "<think>the </think> edit", "edit_success": 8, "overedit": 9}') == [8, 9]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>First guess: {DRAFT}</think> edit_success: 8/10 and overedit: 9/10",
+        f"An answer such as {DRAFT} would be too harsh. I give 8 and 9",
+        f"An answer such as {DRAFT} would be too harsh. I give eight and nine.",
+        f"I give 8 and 9. An answer such as {DRAFT} would be too harsh.",
+        f"I give 8 and 9.\n{DRAFT}",
+        f"{DRAFT}\nOn second thought: 8.5",
+        f"{DRAFT}\n**Edit Success**: eight",
+        f"{DRAFT}\nedit-success is eight",
+        f"edit_success=8, overedit=9\n{DRAFT}",
+        f"Overedit: nine\n{DRAFT}",
+        f"{DRAFT} {{'edit_success': 8, 'overedit': 9}}",
+        f"{DRAFT} {{edit_success: 8, overedit: 9}}",
+        f"{DRAFT}\n[8, 9]",
+        f"8 out of 10, 9/10\n{DRAFT}",
+        f"from 0 to 8\n{DRAFT}",
+        f"{DRAFT}\n8pts and 9pts",
+        f"{DRAFT}\n```json\n{FINAL}\n```",
+        f"{FORM}\n{FINAL}",
+        '{"draft": {"edit_success": 2, "overedit": 2}, "edit_success": 8, "overedit": 9}',
+        '{"edit_success": 2, "overedit": 2, "final": {"edit_success": 8, "overedit": 9}}',
+        f'{{"edit_success": 8, "overedit": 9}} {{"earlier": [{DRAFT}]}}',
+    ],
+)
+def test_a_draft_is_no_answer(text):
+    with pytest.raises(Unusable):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FINAL,
+        f"\n {FINAL}\n\n",
+        f"```json\n{FINAL}\n```",
+        f"```\n{FINAL}\n```\n",
+        f"Here is my verdict:\n\n{FINAL}",
+        f"Here are the scores, from 0 to 10: {FINAL}",
+        f"On a scale of 0-10:\n{FINAL}\nLet me know if you need anything else!",
+        f"The 2nd picture is 50% red, at x4, in 256 colours. My answer is {FINAL}.",
+        f"<answer>{FINAL}</answer>",
+        f"Final answer: `{FINAL}`",
+        f"I would give 8 and 9.\n{FINAL}",
+        f"[{FINAL}]",
+        f"Scores out of 10, for Image 1 and image 2:\n{FINAL}",
+        FINAL.replace("8", '"8.0"').replace("9", '"9"'),
+        FINAL.replace("done", "edit_success could be 3, overedit 4 of 10, were it not for <image>"),
+        FINAL.replace("done", 'the form is {\\"edit_success\\": 3, \\"overedit\\": 3}'),
+        '{"image": {"size": [4, 4]}, "edit_success": 8, "overedit": 9}',
+    ],
+)
+def test_what_is_clear_is_read(text):
+    assert read(text) == [8, 9]
+
+
+# What answers are made of, and what they may be wrapped in.
+NUMBERS = st.integers(0, 10)
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Nd"]), max_size=30)
+
+
+def answer_of(success: int, overedit: int, reasoning: str) -> str:
+    return json.dumps({"reasoning": reasoning, "edit_success": success, "overedit": overedit}, ensure_ascii=False)
+
+
+ANSWERS = st.builds(answer_of, NUMBERS, NUMBERS, st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+BEFORE = st.sampled_from(["", "\n", "```json\n", "Here you are:\n", "The cat is gone. Answer: ", "Scores (0 to 10): "])
+AFTER = st.sampled_from(["", "\n", "\n```\n", "\nIs there anything else?", ".", "<|im_end|>", " Done."])
+DRAFTS = st.one_of(
+    ANSWERS,
+    st.just(FORM),
+    st.builds("edit_success: {}/10".format, NUMBERS),
+    st.builds("I give {} and {}".format, NUMBERS, NUMBERS),
+    st.just("I'm sorry, I cannot judge that. {"),
+    WORDS,
+)
+
+
+@st.composite
+def thoughts(draw) -> str:
+    begin, end = draw(st.sampled_from(THINKING[:-1]))
+    inside = " ".join(draw(st.lists(DRAFTS, max_size=3)))
+    return draw(st.sampled_from(["", begin])) + inside + end if not thinking.MARK.search(inside) else ""
+
+
+@settings(deadline=None)
+@given(ANSWERS, BEFORE, AFTER, thoughts())
+def test_a_valid_answer_in_harmless_prose_reads_the_same(answer, before, after, thought):
+    assume(not thinking.MARK.search(answer))
+    wanted = [json.loads(answer)[name] for name in TWO.scores]
+    text = f"{thought}{before}{answer}{after}"
+    assert read(text) == wanted
+    assert [int(re.match(r"\d+", text[place:])[0]) for place in answers.places(text, TWO)] == wanted
+    assert all(place > text.rindex(answer) for place in answers.places(text, TWO))
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(DRAFTS, thoughts(), BEFORE, AFTER), max_size=6), st.sampled_from(["", " ", "\n"]))
+def test_scores_are_those_of_the_last_object_or_none(parts, between):
+    text = between.join(parts)
+    try:
+        scores = read(text)
+    except Unusable:
+        return
+    last = text.rindex('"edit_success"')
+    assert re.match(r'"edit_success": (\d+), "overedit": (\d+)\}', text[last:]).groups() == tuple(map(str, scores))
+    after = text[text.rindex("}") :].replace("0 to 10", "")
+    assert "edit_success" not in after
+    assert set(map(int, re.findall(r"\d+", after))) <= set(scores)
+
+
+@settings(deadline=None)
+@given(ANSWERS, ANSWERS, BEFORE, AFTER)
+def test_two_readings_are_none(one, other, before, after):
+    assume([json.loads(one)[name] for name in TWO.scores] != [json.loads(other)[name] for name in TWO.scores])
+    with pytest.raises(Unusable):
+        read(f"{before}{one}{after}{other}")
+
+
 def test_published_prompts_answer_with_a_list():
     assert read('{"score": [7, 10], "reasoning": "x"}', AS_LIST) == [7, 10]
     single = ONE.model_copy(update={"score_list": "score"})
@@ -172,3 +348,9 @@ def test_places_are_where_numbers_begin_whatever_the_reasoning_says():
     assert [listed[place:][:2] for place in answers.places(listed, AS_LIST)] == ["10", "4]"]
     with pytest.raises(Unusable):
         answers.places('{"edit_success": "7", "overedit": 10}', TWO)
+
+
+@pytest.mark.parametrize("before", [f"<think>{DRAFT}</think>", f"{DRAFT}</think>\n```json\n", FINAL + "\n"])
+def test_places_are_those_of_the_object_that_was_read(before):
+    text = before + FINAL
+    assert answers.places(text, TWO) == [len(before) + FINAL.index("8"), len(before) + FINAL.index("9}")]

@@ -1,16 +1,21 @@
 """The judge gate: images whose order is known, what is measured on them, and that no run starts below the minimum."""
 
 import json
+import math
 import subprocess
 import sys
+import uuid
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from earl.config import freeze
 from earl.config.schema import JudgeGate
 from earl.errors import EarlError
+from earl.files import images
 from earl.judges import Judgement, Verdict, check, known_order
 from earl.judges.known_order import Ranked
 from earl.shapes import world
@@ -65,6 +70,84 @@ def test_a_column_that_is_missing_is_named(tmp_path):
     known_order.write(tmp_path / "pairs.parquet", known_order.of_shapes(1, seed=1))
     pq.write_table(pq.read_table(tmp_path / "pairs.parquet").drop_columns("rank"), tmp_path / "pairs.parquet")
     with pytest.raises(EarlError, match=r"pairs\.parquet: column 'rank' is missing"):
+        known_order.read(tmp_path / "pairs.parquet")
+
+
+PICTURE = images.encode(np.zeros((8, 8, 3), np.uint8))
+
+
+def pairs(**changes):
+    """Columns of two images of an example as pandas would hold them."""
+    cell = {"bytes": PICTURE, "path": None}
+    columns = {
+        "example_id": [7, 7],
+        "rank": [0, 1],
+        "instruction": ["add a cat"] * 2,
+        "original": [cell] * 2,
+        "edited": [cell] * 2,
+    }
+    return {name: values for name, values in (columns | changes).items() if values is not None}
+
+
+def not_utf8(*values):
+    lengths = np.cumsum([0, *map(len, values)]).astype(np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(lengths), pa.py_buffer(b"".join(values)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({}, ["rank 0", "rank 1"]),
+        ({"label": [None, None], "target": [None, None]}, ["rank 0", "rank 1"]),
+        ({"label": ["noise", None]}, ["noise", "rank 1"]),
+        ({"label": pd.Categorical(["noise", "copy"])}, ["noise", "copy"]),
+        ({"rank": [0.5, 1.5], "label": ["", "b"]}, ["rank 0.5", "b"]),
+        ({"original": [PICTURE] * 2, "target": [{"bytes": PICTURE, "path": "x"}] * 2}, ["rank 0", "rank 1"]),
+    ],
+)
+def test_pairs_are_read_as_pandas_writes_them(changes, labels, tmp_path):
+    pd.DataFrame(pairs(**changes), index=[5, 9]).to_parquet(tmp_path / "pairs.parquet")
+    found = known_order.read(tmp_path / "pairs.parquet")
+    assert [(one.example_id, one.label) for one in found] == [("7", label) for label in labels]
+    assert all((one.judgement.target is None) == ("target" not in changes or not changes["target"][0]) for one in found)
+    assert found[1].rank == changes.get("rank", [0, 1])[1]
+
+
+def test_pairs_of_arrow_types_are_read(tmp_path):
+    key = uuid.UUID(int=5)
+    columns = pairs(example_id=pa.array([key.bytes] * 2, pa.uuid()), label=[1, 0])
+    table = pa.table(columns | {"edited": pa.array([PICTURE] * 2, pa.large_binary())})
+    features = {"label": {"_type": "ClassLabel", "names": ["copy", "noise"]}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "pairs.parquet")
+    found = known_order.read(tmp_path / "pairs.parquet")
+    assert [(one.example_id, one.label) for one in found] == [(str(key), "noise"), (str(key), "copy")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": None}, r"column 'rank' is missing; the file has example_id, instruction"),
+        ({"rank": [0, math.nan]}, r"row 1, column 'rank': is nan; give a number"),
+        ({"rank": ["low", "high"]}, r"row 0, column 'rank': is 'low'; give a number"),
+        ({"example_id": ["a", None]}, r"row 1, column 'example_id': is None; give a text"),
+        ({"instruction": ["add a cat", " \n"]}, r"row 1, column 'instruction': is empty"),
+        ({"instruction": not_utf8(b"cat", b"\xff")}, r"row 1, column 'instruction': text is not UTF-8: .*0xff"),
+        ({"label": not_utf8(b"\xff", b"cat")}, r"row 0, column 'label': text is not UTF-8"),
+        ({"edited": [1, 2]}, r"row 0, column 'edited': is a int; give the bytes of an image"),
+        ({"original": [None, None]}, r"row 0, column 'original': the image does not decode \(no bytes"),
+    ],
+)
+def test_pairs_that_cannot_be_used_are_named(changes, message, tmp_path):
+    pq.write_table(pa.table(pairs(**changes)), tmp_path / "pairs.parquet")
+    with pytest.raises(EarlError, match=rf"pairs\.parquet: {message}"):
+        known_order.read(tmp_path / "pairs.parquet")
+
+
+def test_a_column_that_stands_twice_is_named(tmp_path):
+    table = pa.table(pairs(label=["a", "b"]))
+    pq.write_table(table.append_column("label", table.column("label")), tmp_path / "pairs.parquet")
+    with pytest.raises(EarlError, match=r"pairs\.parquet: column 'label' stands twice in the file"):
         known_order.read(tmp_path / "pairs.parquet")
 
 

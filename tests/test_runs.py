@@ -1,11 +1,18 @@
 """The state of a run folder: progress, retention of checkpoints, going back, and the chain of digests."""
 
+import errno
+import getpass
 import json
 import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +27,10 @@ from earl.layout import Run
 
 def make_config(tmp_path: Path, **fields: object) -> Config:
     defaults = {
-        "run_name": "a", "base_exp_dir": str(tmp_path), "train_paths_file": ["train.parquet"],
-        "val_paths_file": ["held_out.parquet"], "judge": "program", "num_iterations": 6,
+        "run_name": "a", "base_exp_dir": str(tmp_path), "train_paths_file": [str(tmp_path / "train.parquet")],
+        "val_paths_file": [str(tmp_path / "held_out.parquet")], "judge": "program", "num_iterations": 6,
         "keep_checkpoints_every_n_iterations": None, "save_checkpoints_every_n_iterations": None,
+        "vision_tokenizer_path": "package:shapes/vision_tokenizer",
     }  # fmt: skip
     return Config.model_validate(defaults | fields)
 
@@ -39,23 +47,32 @@ def checkpoint(run: Run, index: int) -> str:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run of six iterations with all its checkpoints, as stages leave it."""
+    return write_run(tmp_path)
+
+
+def write_run(tmp_path: Path, **fields: object) -> Run:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    config = make_config(tmp_path)
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.parquet").write_text("prompts")
+    config = make_config(tmp_path, **fields)
     made = Run(tmp_path / "a")
     runs.start(made, model)
     made.config.write_text(frozen_text(config))
     policy = manifest.digest_folder(model)
     for index in range(1, 7):
         iteration = made.iteration(index)
-        for path in (iteration.rollouts(0), iteration.scores(0), iteration.metrics):
+        for path in (iteration.rollouts(0), iteration.scores(0), iteration.episodes):
             path.parent.mkdir(parents=True)
             path.write_text(f"{path.parent.name} {index}")
+        told = {"policy_digest": policy, "config_digest": config_digest(config)}
+        pq.write_table(pa.table({"x": [index]}).replace_schema_metadata(told), iteration.rollouts(0))
         inputs = {"policy": policy, "rollouts": [manifest.digest_file(iteration.rollouts(0))]}
         inputs["scores"] = [manifest.digest_file(iteration.scores(0))]
         policy = checkpoint(made, index)
         metrics = {"inputs": inputs, "policy_digest": policy, "config_digest": config_digest(config)}
+        metrics["episodes_digest"] = manifest.digest_file(iteration.episodes)
         iteration.metrics.write_text(json.dumps(metrics | {"code_version": code_version()}))
     return made
 
@@ -203,9 +220,11 @@ def problems(run: Run, deep: bool = False) -> list[tuple[str, str]]:
 
 def test_iteration_trained_from_another_policy_is_reported(run):
     edit_metrics(run, 3, policy_digest="f" * 64)
-    ((file, problem),) = problems(run)
+    (file, problem), (folder, other) = problems(run)
     assert file == "iterations/000004/train/metrics.json"
     assert "iteration 3 made ffffffffffff" in problem
+    assert folder == "iterations/000003/policy"
+    assert "is not the policy that" in other
 
 
 def test_changed_configuration_and_code_are_reported_once_a_stretch(run):
@@ -221,9 +240,7 @@ def test_changed_configuration_and_code_are_reported_once_a_stretch(run):
 def test_missing_metrics_and_stale_evaluations_are_reported(run, tmp_path):
     evaluations = {"held_out": Evaluation(prompts=4).model_dump()}
     run.config.write_text(frozen_text(make_config(tmp_path, evaluations=evaluations)))
-    evaluation = run.evaluation("held_out", 5)
-    evaluation.folder.mkdir(parents=True)
-    evaluation.summary.write_text(json.dumps({"policy_digest": "f" * 64}))
+    write_evaluation(run, 5, policy_digest="f" * 64)
     run.iteration(2).metrics.write_text("{")
     assert [file for file, _ in problems(run)] == [
         "iterations/000002/train/metrics.json", "evaluations/held_out/000005.json"
@@ -235,8 +252,135 @@ def test_deep_verification_hashes_the_files(run):
     (run.iteration(6).policy / "weights").write_text("policy 7")
     assert problems(run) == []
     found = dict(problems(run, deep=True))
-    assert "has changed since iteration 2 was trained on it" in found["iterations/000002/scores/0000.parquet"]
+    assert "changed since; iteration 2 was trained on it" in found["iterations/000002/scores/0000.parquet"]
     assert "content differs" in found["iterations/000006/policy"]
+
+
+def write_evaluation(run: Run, index: int, policy_digest: str) -> None:
+    evaluation = run.evaluation("held_out", index)
+    evaluation.folder.mkdir(parents=True)
+    summary = {"policy_digest": policy_digest}
+    for name in ("rollouts", "scores", "table"):
+        path = getattr(evaluation, name)
+        path.write_text(name)
+        summary[f"{name}_digest"] = manifest.digest_file(path)
+    evaluation.summary.write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """The same, with prompts that were tokenised, and an evaluation."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "0000.parquet").write_text("prompts")
+    manifest.seal(data)
+    evaluations = {"held_out": Evaluation(prompts=4).model_dump()}
+    run = write_run(tmp_path, evaluations=evaluations, train_paths_file=[str(data)])
+    write_evaluation(run, 5, manifest.digest_folder(run.iteration(5).policy))
+    return run
+
+
+FILES = (
+    "a/iterations/000002/rollouts/0000.parquet",
+    "a/iterations/000002/scores/0000.parquet",
+    "a/iterations/000002/train/episodes.parquet",
+    "a/iterations/000006/policy/weights",
+    "a/iterations/000006/trainer/weights",
+    "a/evaluations/held_out/000005.rollouts.parquet",
+    "a/evaluations/held_out/000005.scores.parquet",
+    "a/evaluations/held_out/000005.parquet",
+    "data/0000.parquet",
+    "model/config.json",
+)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_verification_says_it_looked_at_worked_out_by_hand(evaluated, deep):
+    found = verify.verify(evaluated, deep=deep)
+    # 6 x (rollouts, scores, episodes, a file each of policy and trainer), 3 of the evaluation, a shard, held-out
+    # prompts, and the two files of the vision tokenizer; of the prompts no digest was recorded. The model was not
+    # sealed: that it is there is known without listing it.
+    there = 6 * 5 + 3 + 1 + 1 + 2
+    assert found.problems == []
+    assert (found.files, found.hashed, found.deep) == ((there + 1, there, True) if deep else (there, 0, False))
+    assert f"{found.files} files there, contents " in found.text()
+    assert json.loads(found.json())["deep"] is deep
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_missing_file_is_a_problem(evaluated, tmp_path, file):
+    path = tmp_path / file
+    if path.name == "config.json":
+        shutil.rmtree(path.parent)
+    else:
+        path.unlink()
+    ((where, problem),) = [(item.file, item.problem) for item in verify.verify(evaluated).problems]
+    assert where in (str(path), str(path.parent), str(evaluated.iteration(0).policy))
+    assert "is missing" in problem or "no folder is" in problem
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_replaced_file_is_a_problem_where_contents_are_compared(evaluated, tmp_path, file):
+    path = tmp_path / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert [item.file for item in verify.verify(evaluated).problems] == []
+    ((where, problem),) = [(item.file, item.problem) for item in verify.verify(evaluated, deep=True).problems]
+    assert where in (str(path), str(path.parent), str(evaluated.iteration(0).policy))
+    assert "content differs" in problem or "changed since" in problem
+
+
+# The link to the starting policy
+
+
+def test_a_policy_outside_is_linked_absolutely_so_that_the_run_may_move(tmp_path):
+    model = tmp_path / "elsewhere" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    runs.start(Run(tmp_path / "runs" / "a"), model)
+    assert Run(tmp_path / "runs" / "a").iteration(0).policy.readlink() == model
+    (tmp_path / "deeper").mkdir()
+    moved = Run((tmp_path / "runs").rename(tmp_path / "deeper" / "runs") / "a")
+    assert (moved.iteration(0).policy / "config.json").is_file()
+    runs.check_start(moved)
+
+
+def test_a_policy_inside_moves_with_the_folder_of_all_runs(tmp_path):
+    model = tmp_path / "runs" / "shared" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    runs.start(Run(tmp_path / "runs" / "a"), model)
+    moved = Run((tmp_path / "runs").rename(tmp_path / "moved") / "a")
+    assert (moved.iteration(0).policy / "config.json").is_file()
+
+
+def test_a_link_to_nothing_is_told_by_planning_status_and_verification(run, tmp_path):
+    (tmp_path / "model").rename(tmp_path / "gone")
+    link = run.iteration(0).policy
+    complaint = rf"{link}: is a link to ../../../model, where no folder is; .*earl start --run {run.path} --policy"
+    with pytest.raises(EarlError, match=complaint):
+        plan.plan(make_config(tmp_path, num_iterations=9))
+    with pytest.raises(EarlError, match=complaint):
+        plan.plan(make_config(tmp_path), single=3)
+    assert plan.plan(make_config(tmp_path)).windows == [], "a run that is done needs it no more"
+    assert re.search(complaint, runs.status(run, 9).text())
+    assert [file for file, _ in problems(run)] == ["iterations/000000/policy"]
+    runs.start(run, tmp_path / "gone")
+    assert plan.plan(make_config(tmp_path, num_iterations=9)).start == 6
+
+
+def test_a_trained_run_is_not_linked_to_another_policy(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"another": 1}')
+    with pytest.raises(EarlError, match="was trained from"):
+        runs.start(run, tmp_path / "other")
+    assert run.iteration(0).policy.resolve() == tmp_path / "model"
+
+
+def test_status_names_a_checkpoint_that_is_not_whole(run):
+    (run.iteration(3).policy / "weights").write_text("cut")
+    assert re.search(r"problem .*000003/policy/weights: has 3 bytes", runs.status(run, 6).text())
 
 
 # Processes
@@ -260,6 +404,46 @@ def test_lock_is_given_up_by_a_killed_process(tmp_path):
     holder.kill()
     holder.communicate()
     processes.lock(tmp_path / "lock", patience=5).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused_with_a_remedy(tmp_path, monkeypatch, number):
+    def flock(stream, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(EarlError, match=rf"{tmp_path / 'lock'}: cannot be locked .* has no locks.*base_exp_dir"):
+        processes.lock(tmp_path / "lock", patience=0)
+
+
+def test_a_lock_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EarlError, match=r"file/lock: the lock cannot be made \((File exists|Not a directory)\); check"):
+        processes.lock(tmp_path / "file" / "lock", patience=0)
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(EarlError, match=r"lock: the lock cannot be made \(Is a directory\); check"):
+        processes.try_lock(tmp_path / "lock")
+
+
+def test_a_lock_on_a_full_disk_is_one_message(tmp_path):
+    code = "import sys; from earl import processes; from earl.errors import EarlError\n"
+    code += "try: processes.lock(sys.argv[1])\nexcept EarlError as error: print(error)"
+    nothing = (resource.RLIMIT_FSIZE, (0, 0))  # what can be written to any file
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "lock")], preexec_fn=lambda: resource.setrlimit(*nothing),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{tmp_path / 'lock'}: cannot be locked (File too large); free space, then start again\n"
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    processes.name_user()
+    assert getpass.getuser() == f"uid-{os.getuid()}"
 
 
 def test_stage_ends_with_the_workflow_that_started_it():

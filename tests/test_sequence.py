@@ -1,6 +1,7 @@
 """The grammar of sequences as properties: any grid and any text is read back as it was written, and what is read as an
 image is what would be written for it."""
 
+import json
 import re
 
 import numpy as np
@@ -31,6 +32,22 @@ def has_image(letters: str) -> bool:
     """The specification's IMG from its `img` on, as a regular expression; all rows of one length."""
     found = re.match(r"[^IF]*I((?:v+L)+)FE", letters)
     return found is not None and len({len(row) for row in found[1].split("L")[:-1]}) == 1
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_users_text_never_becomes_a_mark_of_the_grammar(policy_folder, tmp_path, special) -> None:
+    tokenizer = json.loads((policy_folder / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        token["special"] = special  # other libraries write visual tokens as ordinary added ones
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    v = Vocabulary.from_folder(tmp_path)
+    marks = {token["id"] for token in tokenizer["added_tokens"]}
+    for token in tokenizer["added_tokens"]:
+        ids = v.encode_plain(f"make it {token['content']} red")
+        assert not marks & set(ids)
+        assert v.decode(ids) == f"make it {token['content']} red"
+        assert v.encode(token["content"]) == [token["id"]]
+    assert v.size == Vocabulary.from_folder(policy_folder).size
 
 
 @settings(deadline=None, max_examples=200)

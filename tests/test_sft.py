@@ -163,15 +163,15 @@ def test_a_step_that_is_not_finite_is_named(batch, step):
 def data(tmp_path, vocabulary):
     """Return a function that writes a tokenised data set of made-up pairs and returns its folder."""
 
-    def write(name: str, rows: int = 10) -> str:
+    def write(name: str, rows: int = 10, long: tuple[int, ...] = (), reasoned: bool = True) -> str:
         file = tmp_path / name / "0000.parquet"
         grids = np.random.default_rng(rows).integers(0, vocabulary.num_visual, (rows, 2, *SHAPE))
         columns = {
             "dataset": [name] * rows,
             "example_id": [str(i) for i in range(rows)],
             "task": [None] * rows,
-            "instruction": [f"{name} {i}" for i in range(rows)],
-            "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] for i in range(rows)],
+            "instruction": [f"{name} {i}" * (200 if i in long else 1) for i in range(rows)],
+            "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] if reasoned else None for i in range(rows)],
             "original_tokens": [stored(pair[0], vocabulary.num_visual) for pair in grids],
             "target_tokens": [stored(pair[1], vocabulary.num_visual) for pair in grids],
             "original": [None] * rows,
@@ -237,7 +237,7 @@ def test_it_learns_and_repeats_its_bytes(make, tmp_path):
 def test_what_reinforcement_learning_has_left_in_memory_makes_room(make, tmp_path):
     for kind in ("learner", "reference"):
         residents.put(kind, "key", kind)
-    stage.run(make(one={"steps": 1}), "one", tmp_path / "out")
+    stage.run(make(one={"steps": 1, "warmup_steps": 0}), "one", tmp_path / "out")
     assert [residents.take(kind, "key") for kind in ("learner", "reference")] == [None, None]
 
 
@@ -281,17 +281,6 @@ def test_sequences_are_those_of_the_grammar(make, seen, vocabulary, tmp_path, re
     completion = vocabulary.decode(seen[7].completion)
     assert completion.startswith(f"{thought}<|image start|>2*3<|image token|><|visual token ")
     assert completion.endswith("<|extra_201|><|image end|><|extra_204|>")
-
-
-def test_reasoning_that_is_missing_is_named(make, data, tmp_path):
-    folder = Path(data("silent"))
-    table = tables.read_table(folder / "0000.parquet", tables.TOKENISED)
-    columns = table.to_pydict() | {"reasoning": [None] * len(table)}
-    tables.write_table(folder / "0000.parquet", tables.TOKENISED, columns, {})
-    manifest.seal(folder)
-    config = make(one={"reasoning": True, "train_paths_file": [str(folder)]})
-    with pytest.raises(EarlError, match=r"silent: example \d+: column 'reasoning' is empty"):
-        stage.run(config, "one", tmp_path / "out")
 
 
 def test_two_stages_are_one_after_the_other(make, data, tmp_path):
@@ -351,3 +340,30 @@ def test_what_another_configuration_left_is_not_resumed(make, tmp_path, monkeypa
     stage.run(make(one={"steps": 4}), "one", out)
     stage.run(make(one={"steps": 4}), "one", tmp_path / "undisturbed")
     assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")
+
+
+def test_an_example_that_is_too_long_gives_its_place_to_the_next_one_and_is_counted(make, data, seen, tmp_path):
+    # Sequences of instructions of 1 word fit, those of 200 do not.
+    config = make(s={"train_paths_file": [data("mixed", long=(0, 5, 6))]}).model_copy(update={"model_context_size": 64})
+    stage.run(config, "s", tmp_path / "s")
+    assert json.loads((tmp_path / "s" / "sft.json").read_text())["left_out_examples"] == 3
+    lengths = [len(example) for example in seen]
+    assert max(lengths) <= 64
+    # In the place of 0, 5 and 6 stand 1, 7 and 7.
+    for place, other in ((0, 1), (5, 7), (6, 7)):
+        assert np.array_equal(seen[place].completion, seen[other].completion)
+    strict = config.model_copy(update={"long_prompts": "stop"})
+    wanted = r"field sft\.s\.train_paths_file: 3 of \d+ examples are too long; first mixed: example 0: \d+ tokens"
+    with pytest.raises(EarlError, match=wanted):
+        stage.run(strict, "s", tmp_path / "strict")
+    with pytest.raises(EarlError, match="all of them"):
+        stage.run(config.model_copy(update={"model_context_size": 2, "max_response_tokens": 1}), "s", tmp_path / "none")
+
+
+def test_what_cannot_be_learned_from_is_found_before_the_first_step(make, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(sft, "fine_tune", lambda *_: pytest.fail("the fine-tuning has begun"))
+    config = make(s={"train_paths_file": [data("silent", reasoned=False)], "reasoning": True})
+    with pytest.raises(
+        EarlError, match=r"field sft\.s\.train_paths_file: silent: example 0: column 'reasoning' is empty"
+    ):
+        stage.run(config, "s", tmp_path / "s")

@@ -19,7 +19,7 @@ from earl.config.schema import Config
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
 from earl.files import manifest, tables
-from earl.learner import grpo, sft
+from earl.learner import grpo, ranks, sft
 from earl.stages import sft as stage
 from tests.test_sft import SETTINGS, data, make, plain_cross_entropy, seen  # noqa: F401  (some are fixtures)
 
@@ -158,6 +158,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(make):
     for fields, field, remedy in (
         ({"schedule": "constant", "final_learning_rate": 1e-4}, "final_learning_rate", "leave it out"),
         ({"final_learning_rate": 1.0}, "final_learning_rate", "above learning_rate"),
+        ({"steps": 3, "warmup_steps": 4}, "warmup_steps", "3 steps, .* lower it"),
         ({"reasoning_keys": ["box"]}, "reasoning_keys", "reasoning is false"),
         ({"reasoning": True, "reasoning_keys": ["a", "a"]}, "reasoning_keys", "twice"),
     ):
@@ -250,14 +251,43 @@ def test_validation_loss_is_plain_cross_entropy_and_changes_no_weights(
     assert torch.equal(weights_of(tmp_path / "with"), weights_of(tmp_path / "without"))
     found = curve_of(tmp_path / "with")["validation"]
     assert found["step"] == [3, 6, 7]
-    sequences = stage._Sequences(config.sft["one"], 256, vocabulary)
-    datasets = [stage.open_dataset(path, vocabulary.num_visual, images=False) for path in held_out["paths_file"]]
-    examples = stage._held_out(config.sft["one"], datasets, sequences)
+    examples, _ = stage._held_out(config, "one", vocabulary, ranks.alone(torch.device("cpu")))
     prompts = [vocabulary.decode(example.prompt).rpartition("<|image end|>")[2] for example in examples]
     assert len(set(prompts)) == 6, "four of the ten, and both of the two"
     assert sum(prompt.startswith("held") for prompt in prompts) == 4
     expected, _ = plain_cross_entropy(examples, tmp_path / "with")
     assert found["loss"][-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_examples_that_are_too_long_give_their_places_to_the_next_ones(make, data, seen, vocabulary, tmp_path):
+    held_out = {"paths_file": [data("held", long=(0, 5, 6))], "examples": 10}
+    config = make(s={"validation": held_out}).model_copy(update={"model_context_size": 64})
+    team = ranks.alone(torch.device("cpu"))
+    examples, left_out = stage._held_out(config, "s", vocabulary, team)
+    assert (len(examples), left_out) == (7, 3)
+    assert max(map(len, examples)) <= 64
+    few = make(s={"validation": held_out | {"examples": 4}}).model_copy(update={"model_context_size": 64})
+    first, _ = stage._held_out(few, "s", vocabulary, team)
+    assert [list(example.completion) for example in first] == [list(example.completion) for example in examples[:4]]
+    stage.run(config, "s", tmp_path / "s")
+    curve = curve_of(tmp_path / "s")
+    assert (curve["left_out_examples"], curve["left_out_validation_examples"]) == (0, 3)
+    wanted = r"field sft\.s\.validation\.paths_file: 3 of 10 examples are too long; first held: example [056]: "
+    with pytest.raises(EarlError, match=wanted):
+        stage.run(config.model_copy(update={"long_prompts": "stop"}), "s", tmp_path / "strict")
+
+
+def test_held_out_examples_that_cannot_be_learned_from_are_found_before_the_first_step(
+    make, data, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sft, "fine_tune", lambda *_: pytest.fail("the fine-tuning has begun"))
+    silent = {"paths_file": [data("silent", reasoned=False)]}
+    config = make(s={"reasoning": True, "validation": silent}, none={"validation": {}})
+    wanted = r"field sft\.s\.validation\.paths_file: silent: example \d+: column 'reasoning' is empty"
+    with pytest.raises(EarlError, match=wanted):
+        stage.run(config, "s", tmp_path / "s")
+    with pytest.raises(EarlError, match="field val_paths_file: there is no data set to validate on"):
+        stage.run(config, "none", tmp_path / "none")
 
 
 def test_what_it_is_validated_on_is_an_input_of_the_stage(make, tmp_path):
@@ -316,6 +346,6 @@ def test_how_often_it_saves_makes_no_other_model(make):
 
 
 def test_the_published_recipe_is_accepted(make):
-    tuning = make(one=PUBLISHED).sft["one"]
+    tuning = make(one=PUBLISHED | {"steps": 11_600}).sft["one"]
     assert {name: getattr(tuning, name) for name in PUBLISHED} == PUBLISHED
     assert np.isclose(sft.learning_rate(29, replace(SETTINGS, warmup_steps=30, learning_rate=1e-4)), 1e-4)

@@ -15,6 +15,7 @@ import pytest
 
 from earl.config import evaluate, freeze, load, paths
 from earl.config.schema import Config, RawDataset
+from earl.data import boxes
 from earl.data.tokenised import open_dataset
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
@@ -50,11 +51,15 @@ def write_raw(path: Path, columns: dict[str, list]) -> Path:
     return path
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def rejected(folder: Path) -> list[dict]:
     return [row for file in sorted((folder / "_rejected").glob("*")) for row in pq.read_table(file).to_pylist()]
 
 
-class TestSizesAndBoxes:
+class TestSizes:
     @pytest.mark.parametrize(
         ("width", "height", "expected"),
         [(64, 64, (64, 64)), (128, 128, (64, 64)), (128, 32, (128, 32)), (400, 100, (128, 32)), (9, 1000, (8, 672))],
@@ -62,11 +67,86 @@ class TestSizesAndBoxes:
     def test_size(self, width: int, height: int, expected: tuple[int, int]) -> None:
         assert tokenise.scaled_size(width, height, 64 * 64, 8) == expected
 
+
+class TestBoxes:
     def test_boxes_scale_with_the_image(self) -> None:
         text = "a cat at [10, 20, 30, 41], a dog at [1.5, 2.0,3.25, 4] and [1, 2, 3]"
-        scaled = tokenise.scale_boxes(text, 2, 0.5)
+        scaled = boxes.scale_boxes(text, 2, 0.5)
         assert scaled == "a cat at [20, 10, 60, 21], a dog at [3.00, 1.00, 6.50, 2] and [1, 2, 3]"
-        assert tokenise.scale_boxes(text, 1, 1) == text
+        assert boxes.scale_boxes(text, 1, 1) == text
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "at [0.10, 0.20, 0.50, 0.60]",
+            "all of it, [0, 0, 1, 1]",
+            "RGBA [255, 0, 0, 128]",
+            "a fill of rgba: [10, 20, 30, 40]",
+            "its colour is blue, CMYK = [10, 20, 30, 40]",
+            '{"color": [10, 20, 30, 40]}',
+            "from the right [30, 20, 10, 40]",
+            "from below [10, 40, 30, 20]",
+            "of a thousand [100, 20, 900, 40]",
+            "too low [10, 20, 30, 101]",
+            "left of it [-5, 20, 30, 40]",
+        ],
+    )
+    def test_what_cannot_be_a_box_in_pixels_stays(self, text: str) -> None:
+        assert boxes.scale_boxes(text, 2, 2, width=200, height=100) == text
+
+    @pytest.mark.parametrize(
+        "text", ["[0, 0, 200, 100]", "colourful [10, 20, 30, 40]", "[10,20,30,40] RGBA", "[10, 20, 10, 20]"]
+    )
+    def test_what_can_be_does_not(self, text: str) -> None:
+        assert boxes.scale_boxes(text, 2, 2, width=200, height=100) != text
+
+    @pytest.mark.parametrize(
+        ("unit", "found"),
+        [
+            ("pixels", ["[0.1, 0.2, 0.5, 0.6]", "[100, 20, 900, 40]"]),
+            ("relative", ["[10, 20, 30, 40]", "[100, 20, 900, 40]"]),
+            ("none", []),
+        ],
+    )
+    def test_what_is_of_another_unit_is_found(self, unit: str, found: list[str]) -> None:
+        text = "[0.1, 0.2, 0.5, 0.6] and [10, 20, 30, 40] and [100, 20, 900, 40] in RGBA [255, 0, 0, 128]"
+        assert boxes.misfits(text, unit, 200, 100) == found
+
+    @pytest.mark.parametrize(
+        ("unit", "expected", "said"),
+        [
+            (None, "[8, 8, 32, 16], [0.1, 0.2, 0.5, 0.6], RGBA [255, 0, 0, 128]", "[0.1, 0.2, 0.5, 0.6]"),
+            ("pixels", "[8, 8, 32, 16], [0.1, 0.2, 0.5, 0.6], RGBA [255, 0, 0, 128]", "[0.1, 0.2, 0.5, 0.6]"),
+            ("relative", "[16, 16, 64, 32], [0.1, 0.2, 0.5, 0.6], RGBA [255, 0, 0, 128]", "[16, 16, 64, 32]"),
+            ("none", "[16, 16, 64, 32], [0.1, 0.2, 0.5, 0.6], RGBA [255, 0, 0, 128]", None),
+        ],
+    )
+    def test_the_data_set_says_the_unit(
+        self, unit: str | None, expected: str, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        columns = raw_columns(1)
+        columns["original"] = [images.struct(images.encode(np.full((128, 128, 3), 200, np.uint8)))]
+        columns["reasoning"] = [json.dumps({"where": "[16, 16, 64, 32], [0.1, 0.2, 0.5, 0.6], RGBA [255, 0, 0, 128]"})]
+        raw = write_raw(tmp_path / "raw.parquet", columns)
+        # 128 x 128 become 64 x 64.
+        tokenise.run(parquet(raw, **({"boxes": unit} if unit else {})), "d", raw, tmp_path / "out")
+        assert open_dataset(tmp_path / "out")[0].reasoning == [("where", expected)]
+        printed = capsys.readouterr().err
+        if said is None:
+            assert "four numbers" not in printed
+        else:
+            assert f"1 lists of four numbers in reasoning, such as {said} in raw.parquet: row 0, are not" in printed
+            assert "raw_datasets.d.boxes" in printed
+
+    def test_the_unit_is_part_of_what_the_result_depends_on(self, tmp_path: Path) -> None:
+        folders = {
+            paths.tokenised_folder(parquet(tmp_path, boxes=unit), "d") for unit in ("pixels", "relative", "none")
+        }
+        assert len(folders) == 3
+
+    def test_shapes_have_no_unit_to_choose(self) -> None:
+        with pytest.raises(EarlError, match=r"raw_datasets\.shapes_rl.*boxes"):
+            demo(**{"raw_datasets.shapes_rl.boxes": "relative"})
 
 
 class TestTokenise:
@@ -86,11 +166,11 @@ class TestTokenise:
             assert example.original_tokens.shape == (8, 8)
             pixels = images.decode(source[row]["edited"]["bytes"], "")
             assert (images.decode(example.target, "") == pixels).all()
-        cell = pq.read_table(out / "0000.parquet").column("original_tokens")[0].as_py()
+        cell = pq.read_table(out / "data" / "0000.parquet").column("original_tokens")[0].as_py()
         assert (cell["height"], cell["width"], len(cell["ids"])) == (8, 8, 64), "256 codes take a byte each"
-        first = (out / "0000.parquet").read_bytes()
+        first = (out / "data" / "0000.parquet").read_bytes()
         tokenise.run(demo(), "shapes_rl", raw, out)
-        assert (out / "0000.parquet").read_bytes() == first
+        assert (out / "data" / "0000.parquet").read_bytes() == first
 
     def test_images_and_boxes_scale_together(self, tmp_path: Path) -> None:
         columns = raw_columns(1)
@@ -142,7 +222,17 @@ class TestRejects:
         }
         manifest.check(out, deep=True)
         # Who takes the folder's Parquet files gets the rows that were kept.
-        assert duckdb.sql(f"select count(*) from '{out}/*.parquet'").fetchall() == [(4,)]
+        assert duckdb.sql(f"select count(*) from '{out}/data/*.parquet'").fetchall() == [(4,)]
+
+    def test_a_text_that_is_not_utf8_is_one_of_them(self, tmp_path: Path) -> None:
+        table = pa.table(raw_columns(3), schema=tables.RAW)
+        bad = pa.array([b"add", b"\xff", b"cut"]).view(pa.string())
+        raw, out = tmp_path / "raw.parquet", tmp_path / "out"
+        pq.write_table(table.set_column(table.schema.get_field_index("instruction"), "instruction", bad), raw)
+        tokenise.run(parquet(raw, max_rejected_fraction=0.4), "d", raw, out)
+        assert [(row["row"], row["column"], row["reason"].partition(":")[0]) for row in rejected(out)] == [
+            (1, "instruction", "text is not UTF-8")
+        ]
 
     def test_what_json_may_hold_and_no_file_may(self, tmp_path: Path) -> None:
         columns = raw_columns(3)
@@ -214,13 +304,13 @@ class TestRejects:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0
         assert "tokenise d: 2 of 2 rows kept" in done.stderr
-        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        before = contents(out)
         write_raw(raw, raw_columns(2) | {"original": [PICTURE, {"bytes": b"GIF89a", "path": ""}]})
         failed = subprocess.run(command, capture_output=True, text=True)
         assert failed.returncode == 2
         assert "error: 1 rows rejected" in failed.stderr
         assert "raw.parquet: row 1, column 'original'" in failed.stderr
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert contents(out) == before
 
 
 class TestColumns:
@@ -253,7 +343,8 @@ class TestColumns:
         assert [(dataset[i].example_id, dataset[i].instruction) for i in range(len(dataset))] == [
             (str(i), f"edit {i}") for i in range(9)
         ]
-        assert [pq.read_metadata(f).num_rows for f in sorted((tmp_path / "out").glob("*.parquet"))] == [4, 3, 2]
+        shards = sorted((tmp_path / "out" / "data").glob("*.parquet"))
+        assert [pq.read_metadata(file).num_rows for file in shards] == [4, 3, 2]
         assert (dataset[0].task, dataset[0].reasoning) == ("3", [("where", "[0, 0, 8, 8]")])
         config = parquet(tmp_path / "raw", columns=self.COLUMNS | {"task": None}, keep_images=False)
         tokenise.run(config, "d", tmp_path / "raw", tmp_path / "all")
@@ -375,24 +466,22 @@ def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
     killed = subprocess.run([sys.executable, "-c", KILLED, str(raw), str(tmp_path / "out")], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     unfinished = tmp_path / ".out.unfinished"
-    stood = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.parquet")}
+    stood = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("data/*.parquet")}
     assert sorted(stood) == ["0000.parquet", "0001.parquet"]
     assert not (tmp_path / "out").exists()
     tokenise.run(demo(), "shapes_rl", raw, tmp_path / "out")
     tokenise.run(demo(), "shapes_rl", raw, tmp_path / "undisturbed")
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in stood} == stood
-    left, right = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "undisturbed")
-    )
+    assert {name: (tmp_path / "out" / "data" / name).stat().st_mtime_ns for name in stood} == stood
+    left, right = (contents(tmp_path / name) for name in ("out", "undisturbed"))
     assert left == right
-    assert sorted(left) == [*(f"000{i}.parquet" for i in range(4)), "manifest.json", "summary.json"]
+    assert sorted(left) == ["README.md", *(f"data/000{i}.parquet" for i in range(4)), "manifest.json", "summary.json"]
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
     ("columns", "part"),
     [
-        ({"original": None}, "field raw_datasets.d.columns says that there is no original"),
+        ({"original": None}, "field raw_datasets.d.columns (in --set) says that there is no original"),
         ({"picture": "a"}, "raw_datasets.d.columns.picture"),
         ({"original": "a[x]"}, "raw_datasets.d.columns.original"),
     ],
@@ -409,7 +498,7 @@ def test_shards_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: py
     write_raw(raw, raw_columns(8) | {"instruction": ["first"] * 7 + [""]})
     with pytest.raises(EarlError, match="1 rows rejected"):
         tokenise.run(demo(), "d", raw, out)
-    assert (tmp_path / ".out.unfinished" / "0000.parquet").is_file()
+    assert (tmp_path / ".out.unfinished" / "data" / "0000.parquet").is_file()
     write_raw(raw, raw_columns(8) | {"instruction": ["second"] * 8})
     tokenise.run(demo(), "d", raw, out)
     dataset = open_dataset(out)

@@ -58,7 +58,7 @@ def test_every_nth_and_the_last_policy_once_each(tmp_path, server):
     assert pushed["model.safetensors"] == b"weights 4 "
     digest = manifest.digest_folder(run.iteration(4).policy)
     assert repository.commits[2].title == f"Iteration 4, policy {digest[:16]}"
-    assert json.loads((run.path / "tracking" / "hub.json").read_text())["4"]["policy_digest"] == digest
+    assert json.loads((run.path / "tracking" / "hub.json").read_text())["pushed"]["4"]["policy_digest"] == digest
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -122,10 +122,10 @@ def test_off_by_default_and_what_is_missing_is_said_before_the_run(tmp_path, mon
     train(run, 1)
     assert hub.push(run, config).iterations == []
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    tracking.check(config)
+    tracking.check_hub(config)
     _, config = new_run(tmp_path / "b", **PUSHED)
     with pytest.raises(EarlError, match="there is no token"):
-        tracking.check(config)
+        tracking.check_hub(config)
 
 
 def test_best_effort_warns_and_records_the_problem(tmp_path, caplog):

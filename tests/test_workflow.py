@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from earl import plan, processes, runs
 from earl.config.load import read
-from earl.files import manifest
+from earl.files import manifest, tables
 from earl.layout import Run
 from earl.workers import pool
 
@@ -28,7 +29,7 @@ EXPERIMENT = {
     "val_paths_file": ["held_out.parquet"],
     "model_path": "model",
     "tokenizer_path": "model",
-    "vision_tokenizer_path": "model",
+    "vision_tokenizer_path": "package:shapes/vision_tokenizer",
     "engine": "torch",
     "judge": "program",
     "num_iterations": 3,
@@ -36,6 +37,14 @@ EXPERIMENT = {
     "keep_checkpoints_every_n_iterations": None,
     "save_checkpoints_every_n_iterations": None,
 }
+
+
+def write_tokenised(path: Path, dataset: str, rows: int = 16) -> None:
+    """Write a tokenised data set of so many rows; as raw pairs it only has rows, too."""
+    columns: dict[str, list] = {name: [None] * rows for name in tables.TOKENISED.names}
+    columns |= {"dataset": [dataset] * rows, "example_id": list(map(str, range(rows))), "instruction": ["edit"] * rows}
+    columns |= {"original_tokens": [{"height": 1, "width": 1, "ids": b"\0"}] * rows}
+    tables.write_table(path, tables.TOKENISED, columns, {"dataset": dataset})
 
 
 class Workplace:
@@ -46,9 +55,10 @@ class Workplace:
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "model").mkdir()
-        (path / "model" / "config.json").write_text("{}")
+        for name in ("config.json", "tokenizer.json"):
+            shutil.copy(ROOT / "earl" / "shapes" / "base_policy" / name, path / "model")
         for name in ("train", "held_out"):
-            (path / f"{name}.parquet").write_text(name)
+            write_tokenised(path / f"{name}.parquet", name)
 
     def experiment(self, name: str, **fields: object) -> str:
         (self.path / f"{name}.jsonnet").write_text(json.dumps(EXPERIMENT | {"run_name": name} | fields))
@@ -145,10 +155,10 @@ def test_an_experiment_of_the_paper_goes_from_raw_data_to_its_table_in_one_plan(
     wanted = ("omniedit", "vismin")
     for file in (f"raw/{name}.parquet" for name in (*training, "validation")):
         (place.path / file).parent.mkdir(exist_ok=True)
-        (place.path / file).touch()
+        shutil.copy(place.path / "train.parquet", place.path / file)
     for name in wanted:
         (place.path / "benchmarks" / name).mkdir(parents=True)
-        (place.path / "benchmarks" / name / "0.parquet").touch()
+        shutil.copy(place.path / "train.parquet", place.path / "benchmarks" / name / "0.parquet")
     parts = (f"(import '{ROOT}/config/{part}')" for part in ("sft_sc2stage__rl_sc.jsonnet", "data/raw.libsonnet"))
     (place.path / "x.jsonnet").write_text(" + ".join(parts))
     settings = f"num_iterations=2,wandb_mode=disabled,benchmarks={json.dumps(wanted)}"
@@ -167,7 +177,7 @@ def test_run_then_nothing_to_do_then_more_iterations(place):
     experiment = place.experiment("a", evaluations={"held_out": {"prompts": 4, "every_n_iterations": 2}})
     place.run(experiment, set="num_iterations=2")
     folder = place.folder("a")
-    assert (folder.iteration(0).policy.readlink(), folder.report.is_file()) == (Path("../../../../model"), True)
+    assert (folder.iteration(0).policy.readlink(), folder.report.is_file()) == (place.path / "model", True)
     assert json.loads(folder.verification.read_text())["problems"] == []
 
     assert "Nothing to be done" in place.run(experiment, set="num_iterations=2")
@@ -303,6 +313,51 @@ def test_experiments_in_one_call_share_what_they_have_in_common(place):
     assert not policies[0].is_symlink()
 
 
+def test_a_second_workflow_waits_for_what_the_first_makes_and_uses_it(place):
+    both = [shapes_experiment(place, "a"), shapes_experiment(place, "b")]
+    hold = place.path / "hold"
+    hold.write_text("tokenise")
+    first = place.start(both[0], env={"STUB_HOLD": str(hold)})
+    wait_until(lambda: any(line.startswith("tokenise") for line in place.commands()))
+    second = place.start(both[1], env={"STUB_HOLD": str(hold)})
+    said = ""
+    while "waiting for process" not in said:
+        said = second.stdout.readline()
+        assert said, "the second workflow ended"
+    assert f"waiting for process {first.pid}, which makes runs/shared/" in said
+    hold.write_text("sft")  # one is there, the next is still being made
+    wait_until(lambda: any(line.startswith("sft") for line in place.commands()))
+    hold.unlink()
+    for workflow in (first, second):
+        output, _ = workflow.communicate(timeout=120)
+        assert workflow.returncode == 0, output
+    kinds = [line.split(" --")[0] for line in place.stages()]
+    once, each = ("shapes raw", "shapes policy", "tokenise", "sft"), ("start", "generate", "score", "train")
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(once, 1) | dict.fromkeys(each, 2)
+
+
+def test_a_lock_that_a_killed_workflow_left_is_no_obstacle(place):
+    experiment = shapes_experiment(place, "a")
+    shared = place.path / "runs" / "shared"
+    place.run(experiment)
+    (tokenised,) = (shared / "tokenised").glob("pairs-*")
+    (tokenised / "manifest.json").unlink()
+    assert tokenised.with_name(f".{tokenised.name}.lock").read_text().strip().isdigit()
+    assert "waiting for process" not in place.run(experiment)
+
+
+def test_one_folder_spelled_in_several_ways_is_one_folder(place):
+    (place.path / "runs").mkdir()
+    (place.path / "link").symlink_to("runs")
+    spellings = {"a": "runs", "b": "./runs/", "c": str(place.path / "runs"), "d": "link", "e": "link/../runs"}
+    experiments = [shapes_experiment(place, name, base_exp_dir=path) for name, path in spellings.items()]
+    place.run(",".join(experiments))
+    kinds = [line.split(" --")[0] for line in place.stages()]
+    assert {kind: kinds.count(kind) for kind in ("tokenise", "sft", "train")} == {"tokenise": 1, "sft": 1, "train": 5}
+    again = shapes_experiment(place, "f", run_name="a", base_exp_dir=str(place.path / "runs"))
+    assert "two of the experiments have this run folder" in place.run(f"{experiments[0]},{again}", "-n", fails=True)
+
+
 def test_a_fine_tuning_that_goes_on_from_another_shares_it(place):
     common = {"train_paths_file": ["train.parquet"], "steps": 1}
     first = {"s": common | {"base_model": "model"}}
@@ -336,6 +391,80 @@ def test_changed_configuration_stops_until_it_is_accepted(place):
     place.run(experiment, set="num_iterations=2,kl_coeff=0.5", accept_changes=True)
     problems = json.loads(place.folder("a").verification.read_text())["problems"]
     assert [problem["problem"][:49] for problem in problems] == ["iterations 1 to 1 were made by another configurat"]
+
+
+@pytest.mark.slow
+def test_changes_are_accepted_only_where_the_setting_says_so(place):
+    experiment = place.experiment("a", num_iterations=1)
+    place.run(experiment)
+    output = place.run(experiment, fails=True, set="kl_coeff=0.5", accept_changes="false")
+    assert re.search(r"kl_coeff +0.0003 +0.5", output)
+    # What is said is said in the workflow's own words.
+    assert "set=run_name=..." in output
+    assert "go on under this name with accept_changes=true" in output
+    assert "--" not in output.split("was made with another configuration")[1].split("File ")[0]
+    output = place.run(experiment, fails=True, set="kl_coeff=0.5", accept_changes="perhaps")
+    assert "accept_changes=perhaps: is neither true nor false" in output
+
+
+@pytest.mark.slow
+def test_how_to_evaluate_may_change_until_there_are_results(place):
+    experiment = place.experiment("a", num_iterations=1, evaluations={"e": {"prompts": 4}})
+    place.run(experiment, set="evaluations.e.every_n_iterations=2")
+    results = place.folder("a").evaluation("e", 0).summary.parent
+    for more in ({}, {"accept_changes": True}):
+        output = place.run(experiment, fails=True, set="evaluations.e.prompts=5", **more)
+        assert re.search(r"evaluations\.e\.prompts +4 +5", output)
+        assert "name of its own" in output
+        assert place.stages() == []
+    # Under another name, or once the old results are gone, it is made of the policies that are there.
+    place.run(experiment, set='evaluations={"f":{"prompts":5}}')
+    assert sorted(line.split()[0] for line in place.stages()) == ["evaluate"] * 2 + ["generate"] * 2 + ["score"] * 2
+    shutil.rmtree(results)
+    place.run(experiment, set="evaluations.e.prompts=5")
+    assert results.is_dir()
+    assert read(place.folder("a").config).evaluations["e"].prompts == 5
+
+
+@pytest.mark.slow
+def test_what_is_sure_to_fail_is_refused_before_a_job_starts(place):
+    raw = {"pairs": {"source": "parquet", "path": "no/raw.parquet"}}
+    held_out = {"e": {"prompts": 17}}
+    data = {"raw_datasets": raw, "train_paths_file": ["stage:tokenise/pairs"]}
+    output = place.run(place.experiment("a", **data, evaluations=held_out), fails=True)
+    assert "field raw_datasets.pairs.path (in a.jsonnet) is 'no/raw.parquet', but there is no Parquet file" in output
+    output = place.run(place.experiment("b", evaluations=held_out, val_paths_file=["no.json"]), fails=True)
+    assert f"field val_paths_file (in b.jsonnet) names what is not there: {place.path}/no.json" in output
+    output = place.run(place.experiment("c", evaluations=held_out), fails=True, set="evaluations.e.prompts=18")
+    assert "field evaluations.e.prompts (in set=) asks for 18 prompts, but val_paths_file gives 16" in output
+    assert "MissingInputException" not in output
+    assert place.stages() == []
+    # What is done asks for nothing any more.
+    place.run(place.experiment("d", num_iterations=1))
+    (place.path / "train.parquet").unlink()
+    assert "Nothing to be done" in place.run(place.experiment("d", num_iterations=1))
+    assert "names what is not there" in place.run(place.experiment("d", num_iterations=2), fails=True)
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_vllm_is_missed_only_where_stages_run_here(place, profile):
+    hidden = place.path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules.update(vllm=None, wandb=None)\n")
+    experiment = place.experiment("a", engine="vllm", wandb_mode="offline")
+    command = [*SNAKEMAKE, "--snakefile", ROOT / "workflow" / "Snakefile", "--profile", ROOT / "profiles" / profile]
+    command += ["-n", "--config", f"experiment={experiment}"]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{hidden}"}
+    done = subprocess.run(list(map(str, command)), cwd=place.path, env=env, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    if profile == "local":
+        assert "field engine (in a.jsonnet) is `vllm`, which is not installed here; in EARL" in output
+    else:
+        # Tracking comes last, and training does not need it: one line says what will be missing.
+        assert done.returncode == 0, output
+        (line,) = (line for line in output.splitlines() if "wandb is not installed" in line)
+        assert "runs/a: wandb_mode is `offline`" in line
+        assert "pip install" in line
 
 
 def test_one_shard_again_and_nothing_else(place):

@@ -3,15 +3,34 @@
 Every check raises a `pydantic_core.PydanticCustomError` that names a field, what is wrong and the remedy.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticCustomError
 
+from earl.judges import address
+from earl.learner import rewards
+
 if TYPE_CHECKING:
-    from earl.config.schema import Config
+    from earl.config.schema import Config, Sft
 
 VLLM_TEMPERATURES = (0.01, 2.0)
 """vLLM refuses what lies above, and takes the lowest, without failing, for what lies below."""
+
+IMAGE_START = "<|image start|>"
+"""Prefill after which a completion is an image at once."""
+LARGEST = 2**53 - 1
+"""Largest whole number that Jsonnet, whose numbers are doubles, tells from its neighbours."""
+
+
+def check_exact(number: Any) -> Any:
+    """Refuse a whole number that Jsonnet may have rounded, so that no run has another seed than was written."""
+    if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) > LARGEST:
+        raise PydanticCustomError(
+            "inexact",
+            "is beyond {largest} (2^53 - 1), up to which Jsonnet keeps whole numbers exact; give a smaller one",
+            {"largest": LARGEST},
+        )
+    return number
 
 
 def wrong(field: str, message: str) -> PydanticCustomError:
@@ -40,11 +59,18 @@ def check_coefficients(name: str, coefficients: list[float], paths_name: str, pa
         )
 
 
-def check_schedule(schedule: str, peak: float, final: float) -> None:
-    if schedule == "constant" and final:
+def check_schedule(tuning: "Sft") -> None:
+    peak, final = tuning.learning_rate, tuning.final_learning_rate
+    if tuning.schedule == "constant" and final:
         raise wrong("final_learning_rate", f"is {final}, but schedule is `constant`; leave it out")
     if final > peak:
         raise wrong("final_learning_rate", f"is {final}, above learning_rate ({peak}), the peak; lower it")
+    if tuning.warmup_steps > tuning.steps:
+        raise wrong(
+            "warmup_steps",
+            f"is {tuning.warmup_steps}, but there are {tuning.steps} steps, so the learning rate would not reach its "
+            "peak; lower it",
+        )
 
 
 def check_top_k(top_k: int) -> None:
@@ -63,6 +89,12 @@ def _check_data(config: "Config") -> None:
 
 
 def _check_iteration(config: "Config") -> None:
+    if config.generations_per_sample == 1 and config.num_iterations:
+        raise wrong(
+            "generations_per_sample",
+            "is 1, but an advantage compares the completions of a prompt: it is 0 everywhere and nothing is learned; "
+            "set it to 2 or more (the paper's is 8), or set num_iterations to 0",
+        )
     if config.episodes_per_iteration % config.generations_per_sample:
         raise wrong(
             "episodes_per_iteration",
@@ -78,6 +110,11 @@ def _check_iteration(config: "Config") -> None:
             f"({config.engine_batch_size}) episodes; lower one of the two",
         )
     check_top_k(config.top_k)
+    if config.top_k == 1 and config.num_iterations:
+        raise wrong(
+            "top_k",
+            "is 1, so all completions of a prompt are the same and none has an advantage; raise it, or set it to -1",
+        )
     if config.max_response_tokens >= config.model_context_size:
         raise wrong(
             "max_response_tokens",
@@ -86,6 +123,13 @@ def _check_iteration(config: "Config") -> None:
         )
     if config.train_text_tokens_only and config.train_vision_tokens_only:
         raise wrong("train_text_tokens_only", "and train_vision_tokens_only are both true; choose one")
+    if config.train_text_tokens_only and config.text_only_steps and config.assistant_prefill.endswith(IMAGE_START):
+        raise wrong(
+            "train_text_tokens_only",
+            f"is true, but assistant_prefill is `{config.assistant_prefill}`: the only text of a completion is then "
+            "the size of its image, so nothing is learned; let assistant_prefill open the reasoning, or set this to "
+            "false",
+        )
     for kind in ("text", "vision"):
         steps, cycle = getattr(config, f"{kind}_only_steps"), getattr(config, f"{kind}_only_cycle_steps")
         if steps > cycle:
@@ -177,20 +221,22 @@ def _check_learner(config: "Config") -> None:
 
 
 def _check_reward(config: "Config") -> None:
-    uses = {
-        "viescore": ["reward_compute_viescore"],
-        "ground_score": ["reward_compute_ground_score"],
-        "sqrt(viescore_pqxground_score)": ["reward_compute_viescore", "reward_compute_ground_score"],
-    }
-    for name in uses[config.reward_final_reward]:
-        if not getattr(config, name):
-            raise wrong(name, f"is false, but reward_final_reward `{config.reward_final_reward}` is made of it")
-    for component in config.advantage_components:
-        name = "reward_compute_ground_score" if component == "ground_score" else "reward_compute_viescore"
-        if not getattr(config, name):
-            raise wrong(name, f"is false, but advantage_components has `{component}`")
+    for score, (field, which) in rewards.needed(config).items():
+        name = rewards.ASKED_BY[score]
+        # A program gives every score, asked or not.
+        if config.judge != "program" and not getattr(config, name):
+            raise wrong(
+                name,
+                f"is false, but {field} needs {score} for `{which}`; set it to true, or train over what is stored with "
+                "`earl replay`, where the stored scores hold it",
+            )
     if config.judge == "openai" and config.reward_function_api_base is None:
         raise wrong("reward_function_api_base", "is missing, but the judge `openai` asks the server at this address")
+    if config.reward_function_api_base is not None:
+        try:
+            address.check(config.reward_function_api_base)
+        except ValueError as error:
+            raise wrong("reward_function_api_base", str(error)) from error
 
 
 def _check_hub(config: "Config") -> None:

@@ -24,6 +24,14 @@ _MARKS = "__written_in__"
 _BARE = "bare!"
 
 
+class _MissingVariable(EarlError):
+    """An environment variable that a file asks for is not set."""
+
+    def __init__(self, where: str, name: str) -> None:
+        super().__init__(f"{where}: the environment variable {name} is not set; export {name}=... and try again")
+        self.name = name
+
+
 @dataclass
 class Files:
     """The files of one evaluation, by path as Jsonnet names them."""
@@ -103,14 +111,38 @@ def evaluate(path: Path, overrides: Mapping[str, Any]) -> Evaluated:
         overrides: Values by dotted name. They are added in Jsonnet, so that fields which refer to them follow.
 
     Raises:
-        EarlError: naming the file, when it is missing, no Jsonnet, no object, or asks for a variable that is not set.
+        EarlError: naming the file, when it is missing, no Jsonnet, no object, or asks for variables that are not set,
+            which are all named.
     """
     files = Files()
     given = {RUN_NAME: path.stem} | variables()
-    value = _run(path, overrides, files, given)
+    try:
+        value = _run(path, overrides, files, given)
+    except _MissingVariable as error:
+        missing = _missing(path, overrides, given, error)
+        raise EarlError("\n".join(map(str, missing))) from error
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is a {type(value).__name__}, not an object of fields")
     return Evaluated(path, overrides, given, files, value)
+
+
+def _missing(
+    path: Path, overrides: Mapping[str, Any], given: Mapping[str, str], first: _MissingVariable
+) -> list[_MissingVariable]:
+    """Return all variables that are not set, as errors: one after the other gets a value until none is missed.
+
+    The value stands for a text and for a number; where it is neither that is wanted, the search ends early.
+    """
+    found = [first]
+    while True:
+        try:
+            _run(path, overrides, Files(), given | {error.name: "1" for error in found})
+        except _MissingVariable as error:
+            found.append(error)
+        except EarlError:
+            return found
+        else:
+            return found
 
 
 def shown(path: Path | str) -> str:
@@ -167,10 +199,12 @@ def _explained(path: Path, message: str) -> EarlError:
     place = re.match(r"\s*(/.*?):(\d+)", trace[0]) if trace else None
     where = f"{shown(place[1])}:{place[2]}" if place else shown(path)
     variable = re.search(r"undefined external variable: (\S+)", first)
+    if variable is None and first.endswith("ERROR: overflow"):
+        return EarlError(f"{where}: a number is not finite; give one below 1.8e308 (while resolving {shown(path)})")
     if variable is None:
         text = re.sub(r"^(RUNTIME|STATIC) ERROR: ", "", first).replace(f"{Path.cwd()}/", "")
         return EarlError(f"{where}: {text} (while resolving {shown(path)})")
     name = variable[1]
     if not name.startswith(PREFIX):
         return EarlError(f"{where}: asks for the variable {name}; only names that begin with {PREFIX} are passed on")
-    return EarlError(f"{where}: the environment variable {name} is not set; export {name}=... and try again")
+    return _MissingVariable(where, name)

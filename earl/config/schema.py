@@ -7,14 +7,16 @@ between two calls of the same run (``free`` below): how long to run, what to log
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from earl.config import checks, hub, references
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that becomes part of a file's path: letters, digits, dot, underscore, hyphen."""
 
-Positive = Annotated[int, Field(ge=1)]
+Integer = Annotated[int, BeforeValidator(checks.check_exact)]
+"""A whole number that Jsonnet keeps as it was written."""
+Positive = Annotated[Integer, Field(ge=1)]
 Coefficient = Annotated[float, Field(gt=0)]
 Path = Annotated[str, Field(min_length=1)]
 RewardComponent = Literal[
@@ -26,6 +28,7 @@ RewardComponent = Literal[
     "artifacts",
     "ground_score",
 ]
+BoxUnit = Literal["pixels", "relative", "none"]
 
 COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited")
 """Columns of a raw data set."""
@@ -74,11 +77,18 @@ class RawDataset(_Section):
         "Store the images, resized and lossless, beside their tokens; without, files take about a fiftieth of the room "
         "and judges see the images that the tokens decode to.",
     )
+    boxes: BoxUnit = _fixed(
+        "pixels",
+        "parquet: unit of the boxes `[x1, y1, x2, y2]` in reasoning. `pixels`: of the original; they scale with it. "
+        "`relative`: 0..1 of width and height; they hold at any size. `none`: four numbers are not boxes. Numbers that "
+        "cannot be a box in that unit (x2 < x1, beyond the image, in `pixels` all of them at most 1, after `RGBA`) "
+        "stay as they are, and tokenising reports how many there were.",
+    )
     max_rejected_fraction: float = _fixed(
         0.05, "parquet: share of the rows that may be unusable before tokenising stops.", ge=0, le=1
     )
     count: Positive | None = _fixed(None, "shapes: number of pairs.")
-    seed: int | None = _fixed(None, "shapes: seed of the generator; give disjoint data sets different seeds.", ge=0)
+    seed: Integer | None = _fixed(None, "shapes: seed of the generator; give disjoint data sets different seeds.", ge=0)
     tasks: list[str] | None = _fixed(
         None, "shapes: edit types to draw from; null draws from all of them.", min_length=1
     )
@@ -86,7 +96,7 @@ class RawDataset(_Section):
     @model_validator(mode="after")
     def _source_has_its_fields(self) -> Self:
         needed, foreign = (
-            (("count", "seed"), ("path", "columns"))
+            (("count", "seed"), ("path", "columns", "boxes"))
             if self.source == "shapes"
             else (("path",), ("count", "seed", "tasks"))
         )
@@ -94,7 +104,7 @@ class RawDataset(_Section):
             if getattr(self, name) is None:
                 raise checks.wrong(name, f"is needed when source is `{self.source}`")
         for name in foreign:
-            if getattr(self, name) not in (None, {}):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
         try:
             hub.data_files(self.path or "")
@@ -141,7 +151,7 @@ class Sft(_Section):
     schedule: Literal["constant", "linear", "cosine"] = _fixed(
         "cosine", "How the learning rate goes from its peak, after the warm-up, to its final value."
     )
-    warmup_steps: int = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
+    warmup_steps: Integer = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
     weight_decay: float = _fixed(
         0.0, "Decoupled weight decay of AdamW, on matrices and embeddings; norms and biases have none.", ge=0
     )
@@ -155,7 +165,7 @@ class Sft(_Section):
         "reasoning: keys of the examples' reasoning to train on, in this order; an example's missing keys are left "
         "out. Empty: all keys, in the order of the data.",
     )
-    random_seed: int = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
+    random_seed: Integer = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
     validation: SftValidation | None = _fixed(None, "Held-out loss while it trains; null: none.")
     save_checkpoints_every_n_steps: Positive | None = _fixed(
         None,
@@ -171,7 +181,7 @@ class Sft(_Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         checks.check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
-        checks.check_schedule(self.schedule, self.learning_rate, self.final_learning_rate)
+        checks.check_schedule(self)
         if self.reasoning_keys and not self.reasoning:
             raise checks.wrong("reasoning_keys", "is set, but reasoning is false; set that to true or leave this out")
         if len(set(self.reasoning_keys)) < len(self.reasoning_keys):
@@ -189,7 +199,7 @@ class Evaluation(_Section):
     samples_per_prompt: Positive = _fixed(1, "Completions for each prompt.")
     temperature: float = _fixed(1.0, "Sampling temperature; 0.1 is near-greedy.", gt=0)
     top_p: float = _fixed(1.0, "Nucleus sampling; 1 turns it off.", gt=0, le=1)
-    top_k: int = _fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
+    top_k: Integer = _fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
     every_n_iterations: Positive = _free(5, "Evaluate the starting policy, every n-th one and the last one.")
 
     @model_validator(mode="after")
@@ -205,7 +215,7 @@ class JudgeGate(_Section):
         None, "Parquet file of images with ranks (`earl.files.tables.RANKED`); null: those of the shapes world."
     )
     examples: Positive = _fixed(32, "Examples to take.")
-    seed: int = _fixed(0, "shapes world: seed of the examples.", ge=0)
+    seed: Integer = _fixed(0, "shapes world: seed of the examples.", ge=0)
     minimum_accuracy: float = _fixed(0.0, "Pairwise accuracy below which RL does not start, 0..1.", ge=0, le=1)
 
 
@@ -232,7 +242,7 @@ class Config(_Section):
     raw_datasets: dict[Name, RawDataset] = _fixed(
         dict, "Data sets that the pipeline tokenises, by the name that `stage:tokenise/<name>` uses."
     )
-    random_seed: int = _fixed(42, "Seed of everything random in RL and evaluation.", ge=0)
+    random_seed: Integer = _fixed(42, "Seed of everything random in RL and evaluation.", ge=0)
 
     # Models
     model_path: Path = _fixed(
@@ -268,7 +278,7 @@ class Config(_Section):
 
     # Training
     learning_rate: float = _fixed(3e-6, "Constant learning rate of AdamW.", gt=0)
-    num_iterations: int = _free(2000, "Iterations of the whole run; raising it goes on with a finished run.", ge=0)
+    num_iterations: Integer = _free(2000, "Iterations of the whole run; raising it goes on with a finished run.", ge=0)
     advantage: Literal["mean_std", "mean", "leave_one_out"] = _fixed(
         "mean_std",
         "Advantage within a group: `mean_std` is (reward - mean) / std (GRPO), `mean` is reward - mean (Dr. GRPO), so "
@@ -367,12 +377,12 @@ class Config(_Section):
         False, "Train text tokens in the first `text_only_steps` iterations of each cycle, visual ones in the rest."
     )
     text_only_cycle_steps: Positive = _fixed(10, "Length of a cycle of `train_text_tokens_only`, in iterations.")
-    text_only_steps: int = _fixed(10, "Iterations of each cycle that train text tokens alone.", ge=0)
+    text_only_steps: Integer = _fixed(10, "Iterations of each cycle that train text tokens alone.", ge=0)
     train_vision_tokens_only: bool = _fixed(
         False, "Train visual tokens in the first `vision_only_steps` iterations of each cycle, all tokens in the rest."
     )
     vision_only_cycle_steps: Positive = _fixed(10, "Length of a cycle of `train_vision_tokens_only`, in iterations.")
-    vision_only_steps: int = _fixed(10, "Iterations of each cycle that train visual tokens alone.", ge=0)
+    vision_only_steps: Integer = _fixed(10, "Iterations of each cycle that train visual tokens alone.", ge=0)
 
     # Generation
     episodes_per_iteration: Positive = _fixed(128, "Episodes in an iteration: prompts x `generations_per_sample`.")
@@ -383,13 +393,21 @@ class Config(_Section):
         2048, "Longest completion in tokens; cut there, its finish_reason is `length`."
     )
     max_prompt_len: Positive | None = _fixed(
-        None, "Longest prompt that the learner takes, in tokens; null: as long as they come."
+        None, "Longest prompt, in tokens; null: as long as `model_context_size` has room for. See `long_prompts`."
+    )
+    long_prompts: Literal["leave_out", "stop"] = _free(
+        "leave_out",
+        "Prompts of training that are longer than `max_prompt_len` or leave less of `model_context_size` than "
+        "`max_response_tokens`, or whose image takes more than that. `leave_out`: the next draw takes their place, and "
+        "`left_out_prompts` of metrics.json counts them; `stop`: iteration 1 looks at all prompts before it samples, "
+        "and the run stops. Evaluations always stop; a fine-tuning does the same with sequences longer than "
+        "`model_context_size`, which `sft.json` counts.",
     )
     max_completion_len: Positive | None = _fixed(
         None, "Longest completion that the learner takes, in tokens; null: as long as they come."
     )
     top_p: float = _fixed(1.0, "Nucleus sampling; 1 turns it off.", gt=0, le=1)
-    top_k: int = _fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
+    top_k: Integer = _fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
     model_context_size: Positive = _fixed(4096, "Longest sequence, prompt and completion together, in tokens.")
     emu3_use_logit_processor: bool = _fixed(True, "Constrain completions to the grid of the original image.")
     separate_language_and_vision_vocabs: bool = _fixed(
@@ -442,8 +460,8 @@ class Config(_Section):
     reward_function_api_model_revision: str | None = _fixed(
         None, "Revision of that model: the judge `vllm` loads it, every judge records it; null takes the main one."
     )
-    reward_compute_viescore: bool = _fixed(True, "Ask the judge for semantic consistency and perceptual quality.")
-    reward_compute_ground_score: bool = _fixed(False, "Ask the judge to compare with the ground-truth edit.")
+    reward_compute_viescore: bool = _fixed(True, "Ask the judge model for semantic consistency and perceptual quality.")
+    reward_compute_ground_score: bool = _fixed(False, "Ask the judge model to compare with the ground-truth edit.")
     reward_final_reward: Literal["viescore", "ground_score", "sqrt(viescore_pqxground_score)"] = _fixed(
         "viescore", "Score that becomes the reward, 0..10."
     )
@@ -457,7 +475,7 @@ class Config(_Section):
     judge_rubric_ground_score: Path = _fixed(
         "package:judges/rubrics/ground_score.jsonnet", "Rubric that gives ground_score."
     )
-    judge_samples: int = _fixed(
+    judge_samples: Integer = _fixed(
         1, "Answers to each question, from one reading of the prompt; a score is their mean.", ge=1, le=64
     )
     judge_readout: Literal["sampled", "expected"] = _fixed(
@@ -465,7 +483,7 @@ class Config(_Section):
         "Score of an answer: the number it gives, or the mean over the distribution that this number was drawn from; "
         "the latter needs a server that gives log-probabilities.",
     )
-    judge_retries: int = _fixed(
+    judge_retries: Integer = _fixed(
         3, "Times that an answer without usable scores is asked for again, with a new seed each.", ge=0, le=20
     )
     judge_temperature: float = _fixed(1.0, "Sampling temperature of the judge; 0 makes all answers alike.", ge=0, le=2)
@@ -481,6 +499,12 @@ class Config(_Section):
     )
     judge_concurrency: Positive = _free(64, "Questions that are under way at once, for the judge `openai`.")
     judge_timeout_seconds: float = _free(120.0, "Seconds that a server may take for one question.", gt=0)
+    judge_retry_seconds: float = _free(
+        300.0,
+        "Seconds after which the judge `openai` gives up a question whose tries all fail, and a server that has time "
+        "for none. Waiting for a turn does not count.",
+        gt=0,
+    )
     judge_startup_seconds: float = _free(1800.0, "Seconds to wait for a server to come up.", gt=0)
     judge_tensor_parallel_size: Positive = _free(1, "GPUs that the judge `vllm` is split over.")
     judge_context_size: Positive = _free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")
@@ -519,7 +543,7 @@ class Config(_Section):
     wandb_mode: Literal["disabled", "offline", "online"] = _free(
         "disabled",
         "Weights & Biases: `online` sends as the run goes on, `offline` writes a folder for `wandb sync` at the end; "
-        "both need earl[tracking].",
+        "both need wandb: pip install -e '.[tracking]' in EARL's folder.",
     )
     wandb_project: Name = _free("earl", "Project of the run's page on Weights & Biases.")
     wandb_entity: str | None = _free(None, "User or team whose project it is; null: wandb's own default.", min_length=1)

@@ -16,7 +16,7 @@ class Example(NamedTuple):
     task: str | None
     instruction: str
     reasoning: list[tuple[str, str]] | None
-    """(key, text) pairs in their order; boxes in the text are in pixels of the images here."""
+    """(key, text) pairs in their order; boxes in pixels are in those of the images here."""
     original_tokens: np.ndarray
     """int64 [H, W], codebook indices."""
     target_tokens: np.ndarray | None
@@ -43,3 +43,8 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def has_words(text: str) -> bool:
+    """Return whether there is anything to see in a text: more than spaces and characters without a shape."""
+    return any(character.isprintable() and not character.isspace() for character in text)

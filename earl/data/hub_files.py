@@ -5,6 +5,7 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from earl import network
 from earl.config.hub import DataFiles
 from earl.errors import EarlError
 from earl.files import atomic, manifest
@@ -21,14 +22,12 @@ def download(wanted: DataFiles, out: Path) -> str:
     """
     import huggingface_hub
 
-    try:
+    with network.failures(f"{wanted}: could not be downloaded", network.CHECK_HUB):
         snapshot = Path(
             huggingface_hub.snapshot_download(
                 wanted.repository, repo_type="dataset", revision=wanted.revision, allow_patterns=[wanted.files]
             )
         )
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{wanted}: could not be downloaded ({error})") from error
     # The cache may hold what was downloaded for others.
     names = sorted(file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.parquet"))
     names = [name for name in names if fnmatchcase(name, wanted.files)]

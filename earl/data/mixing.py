@@ -2,15 +2,15 @@
 
 Nothing is held but the sizes: a row of the mixture is computed from its number, a random subset is the front of a
 keyed permutation, and an iteration's prompts follow from (seed, iteration). So memory does not grow with the data,
-and going on with a run replays no draws.
+and going on with a run replays no draws. Errors do not say which field names the data sets: callers do.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from earl import seeds
 from earl.errors import EarlError
@@ -67,6 +67,12 @@ class Mixture:
         """Number of different rows."""
         return sum(part.distinct for part in self.parts)
 
+    def rows(self) -> Iterator[Row]:
+        """Yield the different rows, one data set after the other."""
+        for dataset, part in enumerate(self.parts):
+            extra = (permuted(index, part.size, "mixture", self.seed, dataset) for index in range(part.extra))
+            yield from ((dataset, row) for row in (range(part.size) if part.repeats else extra))
+
 
 def mixture(sizes: Sequence[int], coefficients: Sequence[float], seed: int) -> Mixture:
     """Mix data sets.
@@ -83,46 +89,56 @@ def mixture(sizes: Sequence[int], coefficients: Sequence[float], seed: int) -> M
             a mixture without rows.
     """
     if not sizes:
-        raise EarlError("train_paths_file: there is no data set to draw from")
+        raise EarlError("there is no data set to draw from")
     if coefficients and len(coefficients) != len(sizes):
         raise EarlError(
-            f"coefficients: {len(coefficients)} values for {len(sizes)} data sets; give one for each, or an empty "
-            "list to upsample all to the largest"
+            f"{len(coefficients)} coefficients for {len(sizes)} data sets; give one for each, or an empty list to "
+            "upsample all to the largest"
         )
     for index, size in enumerate(sizes):
         if size < 1:
-            raise EarlError(f"data set {index} of train_paths_file has no rows; remove it or make it again")
+            raise EarlError(f"data set {index} has no rows; remove it or make it again")
     for coefficient in coefficients:
         if not 0 < coefficient < float("inf"):
-            raise EarlError(f"coefficients: {coefficient} is not a positive number")
+            raise EarlError(f"the coefficient {coefficient} is not a positive number")
     # The shortest decimal text is what the user wrote: 3.7 means 37/10, though the nearest float is a little more.
     shares = [Fraction(repr(c)) for c in coefficients] or [Fraction(max(sizes), size) for size in sizes]
     parts = tuple(_part(size, share) for size, share in zip(sizes, shares, strict=True))
     if not sum(map(len, parts)):
-        raise EarlError("coefficients: they leave no row of any data set; raise them")
+        raise EarlError("the coefficients leave no row of any data set; raise them")
     return Mixture(parts, seed)
 
 
-def prompts(mixture: Mixture, seed: int, iteration: int, count: int) -> list[Row]:
-    """Draw the prompts of an iteration from (seed, iteration) alone, without replacement.
+def draws(mixture: Mixture, seed: int, iteration: int) -> Iterator[Row]:
+    """Yield the different rows of a mixture in the order of an iteration's draws, from (seed, iteration) alone.
 
-    No row comes twice in an iteration, though its data set be repeated in the mixture; a repeated data set comes
-    first more often.
+    No row comes twice, though its data set be repeated in the mixture; a repeated data set comes first more often.
+    """
+    seen: set[Row] = set()
+    for index in range(len(mixture)):
+        row = mixture[permuted(index, len(mixture), "prompts", seed, iteration)]
+        if row not in seen:
+            seen.add(row)
+            yield row
+
+
+def prompts(mixture: Mixture, seed: int, iteration: int, count: int) -> list[Row]:
+    """Draw the prompts of an iteration: the first ``count`` of `draws`.
 
     Raises:
         EarlError: when the mixture has fewer different rows than ``count``.
     """
-    if mixture.distinct < count:
+    check_rows(mixture.distinct, count)
+    return list(islice(draws(mixture, seed, iteration), count))
+
+
+def check_rows(rows: int, count: int) -> None:
+    """Raise an EarlError where prompts cannot be drawn without replacement."""
+    if rows < count:
         raise EarlError(
-            f"train_paths_file and coefficients give {mixture.distinct} different rows, but {count} prompts are to be "
-            "drawn without replacement; add data or lower the number of prompts"
+            f"there are {rows} different rows, but {count} prompts are to be drawn without replacement; add data or "
+            "lower the number of prompts"
         )
-    drawn: dict[Row, None] = {}
-    place = 0
-    while len(drawn) < count:
-        drawn[mixture[permuted(place, len(mixture), "prompts", seed, iteration)]] = None
-        place += 1
-    return list(drawn)
 
 
 def permuted(index: int, size: int, *key: int | str) -> int:

@@ -1,12 +1,13 @@
 """Raw image pairs in Parquet files of any columns, as rows of one form.
 
 A mapping says where each of our columns stands: ``edited_prompt_list[0]`` is the first item of a list, ``a.b`` a field
-of a struct. Rows are counted through all files, in windows that never cross a file, so that a reader can begin
-anywhere.
+of a struct, or a column or field whose whole name this is. Rows are counted through all files, in windows that never
+cross a file, so that a reader can begin anywhere.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,16 +18,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from earl.data.example import is_unicode
+from earl.data import cells
+from earl.data.example import has_words, is_unicode
 from earl.data.pictures import Rejected
 from earl.errors import EarlError
-from earl.files import listing, tables
+from earl.files import listing, manifest, remedies, tables
 
 COLUMNS = tuple(tables.RAW.names)
 OPTIONAL = ("example_id", "task", "reasoning")
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+_ITEM = re.compile(r"\[(\d+)\]")
+_REMEDY = "say in raw_datasets.<name>.columns where it stands, or null where there is none"
+
+Steps = tuple[str | int, ...]
+"""The way to a value: the name of a column, then names of fields and indices of items."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class RawRow:
     edited: bytes | None
     has_edited: bool = True
     """Whether the data set has edited images at all; one that has not can only be prompted with."""
+    unreadable: tuple[str, str] | None = None
+    """Our column that could not be read, and why; its value is None then."""
 
     def checked_instruction(self) -> str:
         """Return the instruction.
@@ -59,7 +67,7 @@ class RawRow:
         Raises:
             Rejected: when there is none.
         """
-        if not self.instruction or not self.instruction.strip():
+        if not self.instruction or not has_words(self.instruction):
             raise Rejected("no instruction")
         return self.instruction
 
@@ -106,14 +114,17 @@ class RawSource:
         self.files = listing.parquet_files(path)
         self._given = dict(columns or {})
         self._rows: list[int] = []
+        self._class_names: dict[Path, dict[str, list[str]]] = {}
         self.places: dict[str, str] = {}
+        self._steps: dict[str, Steps] = {}
         for index, file in enumerate(self.files):
-            with tables.open_table(file) as source:
-                places = self._found(file, source.schema_arrow)
+            with tables.open_table(file, remedies.GIVEN) as source:
+                steps = self._found(file, source.schema_arrow)
                 self._rows.append(source.metadata.num_rows)
-            if index and places != self.places:
+            if index and steps != self._steps:
                 raise EarlError(f"{file}: has other columns than {self.files[0]}; keep them in different data sets")
-            self.places = places
+            self._steps = steps
+        self.places = {name: self._given.get(name, name) for name in self._steps}
         if not sum(self._rows):
             raise EarlError(f"{path}: the data set is empty; give a file with at least one row")
 
@@ -126,8 +137,12 @@ class RawSource:
 
         Not over their content: published data sets have terabytes.
         """
-        found = [(file.name, file.stat().st_size, _footer_digest(file)) for file in self.files]
+        found = [(file.name, file.stat().st_size, manifest.digest_footer(file)) for file in self.files]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def label(self, file: Path) -> str:
+        """Return how a file is told from the others: its name, below what the paths of all have in common."""
+        return os.path.relpath(file, os.path.commonpath([each.absolute().parent for each in self.files]))
 
     @property
     def times(self) -> list[int]:
@@ -150,51 +165,58 @@ class RawSource:
             EarlError: when the file is damaged.
         """
         number = window.row
-        for table in _tables(window, sorted({_column(place) for place in self.places.values()}), rows):
-            part = [self._row(values, number + offset) for offset, values in enumerate(table.to_pylist())]
+        for table in _tables(window, sorted({column for column, *_ in self._steps.values()}), rows):
+            names = self._class_names[window.file]
+            part = [self._row(values, number + offset, names) for offset, values in enumerate(cells.rows(table))]
             number += len(part)
             yield part
 
-    def _found(self, file: Path, schema: pa.Schema) -> dict[str, str]:
-        """Return the places of the columns that a file has."""
-        places = {}
+    def _found(self, file: Path, schema: pa.Schema) -> dict[str, Steps]:
+        """Return the ways to the columns that a file has."""
+        found = {}
+        self._class_names[file] = {}
         for name in COLUMNS:
             place = self._given.get(name, name)
             if place is None or (name in OPTIONAL and name not in self._given and name not in schema.names):
                 continue
-            kind = _type_at(schema, place)
-            if kind is None:
-                raise EarlError(f"{file}: column {place!r} ({name}) is missing; the file has {', '.join(schema.names)}")
+            way = _way(pa.struct(list(schema)), place)
+            if way is None:
+                has = ", ".join(schema.names)
+                raise EarlError(f"{file}: column {place!r} ({name}) is missing; the file has {has}; {_REMEDY}")
+            found[name], kind = way
+            column, *inside = found[name]
+            if schema.names.count(column) > 1:
+                raise EarlError(f"{file}: column {column!r} stands twice in the file; rename or remove one of them")
+            class_names = cells.class_names(schema, column, inside)
+            if class_names and pa.types.is_integer(kind):
+                self._class_names[file][name] = class_names
+                kind = pa.string()
             if not _fits(name, kind):
-                raise EarlError(f"{file}: column {place!r} has type {kind}, which cannot be {name}")
-            places[name] = place
-        return places
+                raise EarlError(f"{file}: column {place!r} has type {kind}, which cannot be {name}; {_REMEDY}")
+        return found
 
-    def _row(self, values: dict[str, Any], number: int) -> RawRow:
-        found = {name: _value_at(values, place) for name, place in self.places.items()}
+    def _row(self, values: dict[str, Any], number: int, class_names: Mapping[str, list[str]]) -> RawRow:
+        found = {name: _value_at(values, steps) for name, steps in self._steps.items()}
+        found |= {name: _bytes(found[name]) for name in ("original", "edited") if name in found}
+        found |= {name: cells.named(found[name], names) for name, names in class_names.items()}
+        unreadable = {name: problem for name, value in found.items() if (problem := cells.first_unreadable(value))}
+        found |= dict.fromkeys(unreadable)
         task, example_id = found.get("task"), found.get("example_id")
         return RawRow(
             example_id=str(number if example_id is None else example_id),
             task=None if task is None else str(task),
             instruction=found["instruction"],
             reasoning=found.get("reasoning"),
-            original=_bytes(found["original"]),
-            edited=_bytes(found.get("edited")),
+            original=found["original"],
+            edited=found.get("edited"),
             has_edited="edited" in found,
+            unreadable=next(((name, problem.reason) for name, problem in unreadable.items()), None),
         )
-
-
-def _footer_digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        stream.seek(-8, 2)
-        length = int.from_bytes(stream.read(4), "little")
-        stream.seek(-8 - length, 2)
-        return hashlib.sha256(stream.read(length)).hexdigest()
 
 
 def _tables(window: Window, columns: list[str], rows: int) -> Iterator[pa.Table]:
     """Yield the rows of a window as tables of ``rows`` rows, the last one of what is left."""
-    with tables.open_table(window.file) as source:
+    with tables.open_table(window.file, remedies.GIVEN) as source:
         groups, skip = _groups_from(source, window.start)
         held, left = [], window.rows
         try:
@@ -228,28 +250,26 @@ def _groups_from(source: pq.ParquetFile, row: int) -> tuple[list[int], int]:
     return [], 0
 
 
-def _column(place: str) -> str:
-    return re.split(r"[.\[]", place, maxsplit=1)[0]
+def _way(kind: pa.DataType, place: str) -> tuple[Steps, pa.DataType] | None:
+    """Return the way to a place in a struct, and the type there; None where there is no such place.
+
+    A name may hold dots and brackets itself: of the names that the place begins with, the longest that leads on counts.
+    """
+    for field in sorted(kind, key=lambda field: len(field.name), reverse=True):
+        if not place.startswith(field.name):
+            continue
+        steps, inner, rest = [field.name], field.type, place.removeprefix(field.name)
+        while (item := _ITEM.match(rest)) and _is_list(inner):
+            steps, inner, rest = [*steps, int(item[1])], inner.value_type, rest[item.end() :]
+        if not rest:
+            return tuple(steps), inner
+        if rest.startswith(".") and pa.types.is_struct(inner) and (way := _way(inner, rest[1:])):
+            return (*steps, *way[0]), way[1]
+    return None
 
 
-def _steps(place: str) -> list[str | int]:
-    return [name or int(number) for name, number in _STEP.findall(place[len(_column(place)) :])]
-
-
-def _type_at(schema: pa.Schema, place: str) -> pa.DataType | None:
-    if _column(place) not in schema.names:
-        return None
-    kind = schema.field(_column(place)).type
-    for step in _steps(place):
-        if isinstance(step, int):
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-                return None
-            kind = kind.value_type
-        else:
-            if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
-                return None
-            kind = kind.field(step).type
-    return kind
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _fits(name: str, kind: pa.DataType) -> bool:
@@ -263,9 +283,15 @@ def _fits(name: str, kind: pa.DataType) -> bool:
         case "original" | "edited":
             return binary or (pa.types.is_struct(kind) and _fits(name, _field_type(kind, "bytes")))
         case "example_id" | "task":
-            return text or pa.types.is_integer(kind)
+            return text or pa.types.is_integer(kind) or isinstance(kind, pa.UuidType)
         case "reasoning":
-            return text or (pa.types.is_struct(kind) and all(_fits("instruction", field.type) for field in kind))
+            # A struct may have a field twice, a text cannot have two values.
+            struct = pa.types.is_struct(kind) and len({field.name for field in kind}) == kind.num_fields
+            return (
+                text
+                or isinstance(kind, pa.JsonType)
+                or (struct and all(_fits("instruction", field.type) for field in kind))
+            )
     return text
 
 
@@ -273,10 +299,12 @@ def _field_type(kind: pa.StructType, name: str) -> pa.DataType:
     return kind.field(name).type if kind.get_field_index(name) >= 0 else pa.null()
 
 
-def _value_at(values: dict[str, Any], place: str) -> Any:
-    value = values[_column(place)]
-    for step in _steps(place):
-        if value is None or (isinstance(step, int) and step >= len(value)):
+def _value_at(values: dict[str, Any], steps: Steps) -> Any:
+    value: Any = values
+    for step in steps:
+        if value is None or isinstance(value, cells.Unreadable):
+            return value
+        if isinstance(step, int) and step >= len(value):
             return None
         value = value[step]
     return value

@@ -11,15 +11,19 @@ integer arrays. Whatever else a pickle asks for is refused before anything runs.
 """
 
 import json
+import math
 import pickle
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from earl.data.example import Example, is_unicode
+import numpy as np
+
+from earl.data.example import Example, has_words, is_unicode
 from earl.data.grids import grid
 from earl.errors import EarlError
+from earl.files import remedies
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
@@ -64,9 +68,9 @@ class ReferenceDataset:
             tokens[name] = grid(values_of, f"{path}: field {name!r}", self._codebook_size)
         return Example(
             dataset=self.name,
-            example_id=_text(str(_field(values, "edit_id", path)), "edit_id", path),
+            example_id=_text(_id(_field(values, "edit_id", path), path), "edit_id", path),
             task=None,
-            instruction=_text(_field(values, "instruction", path), "instruction", path),
+            instruction=_instruction(_field(values, "instruction", path), path),
             reasoning=_reasoning(values.get("CoT"), path),
             original_tokens=tokens["original_image"],
             target_tokens=tokens["edited_image"],
@@ -82,6 +86,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
         EarlError: naming the file, when it is missing, damaged, no dict, or holds more than plain values and arrays.
     """
     try:
+        if remedies.is_pointer(path):
+            raise EarlError(f"{path}: {remedies.described(path)}")
         values = _load_bare(path) if _is_bare(path) else _load_torch(path)
     except FileNotFoundError as error:
         raise EarlError(f"{path}: does not exist, though tokenized_datalist.json lists it") from error
@@ -89,6 +95,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {wanted[1]}, which may run code" if wanted else "is damaged or holds more than plain values"
         raise EarlError(f"{path}: {what}; nothing was run. Do not trust where it came from") from error
+    except EarlError:
+        raise
     except Exception as error:  # A damaged pickle can fail in any way; each means the same to the user.
         raise EarlError(f"{path}: is damaged or no pickle ({type(error).__name__}: {error})") from error
     if not isinstance(values, dict):
@@ -119,8 +127,6 @@ class _FromBuffer:
     __slots__ = ()
 
     def __call__(self, buffer: bytes, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
-        import numpy as np
-
         return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
 
 
@@ -146,7 +152,6 @@ def _allowed() -> dict[str, Any]:
     """Return what integer arrays are made of, by the name that pickles use."""
     import _codecs
 
-    import numpy as np
     from numpy._core import multiarray
 
     integers = {type(np.dtype(name)) for name in _INTEGERS}
@@ -164,19 +169,47 @@ def _listing(path: Path) -> tuple[list[str], str]:
     except OSError as error:
         raise EarlError(f"{path}: cannot be read ({error.strerror}); check the path in the configuration") from error
     except ValueError as error:
-        raise EarlError(f"{path}: is damaged ({error}); download it again") from error
+        found = remedies.described(path) if remedies.is_pointer(path) else f"is damaged ({error}); download it again"
+        raise EarlError(f"{path}: {found}") from error
     names = listing.get("path_list") if isinstance(listing, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise EarlError(f"{path}: field 'path_list' must be a list of file names")
+        raise EarlError(
+            f"{path}: field 'path_list' must be a list of file names; a data set in JSON is the reference's "
+            "tokenized_datalist.json, all others are Parquet"
+        )
     if not names:
         raise EarlError(f"{path}: the data set is empty; leave it out of the configuration")
-    return names, str(listing.get("prefix") or "")
+    names = [_text(name, "path_list", path) for name in names]
+    return names, _text(listing.get("prefix") or "", "prefix", path)
 
 
 def _field(values: dict[str, Any], name: str, path: Path) -> Any:
     if name not in values:
         raise EarlError(f"{path}: field {name!r} is missing; the file has {', '.join(map(str, values))}")
     return values[name]
+
+
+def _id(value: Any, path: Path) -> str:
+    """Return an id, which may be a text or any library's whole number."""
+    import torch
+
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        # A number may be wrapped in an array of one.
+        value = value.item() if math.prod(value.shape) == 1 else value.tolist()
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise EarlError(
+            f"{path}: field 'edit_id' is a {type(value).__name__} where a text or a whole number is expected"
+        )
+    return str(value)
+
+
+def _instruction(value: Any, path: Path) -> str:
+    text = _text(value, "instruction", path)
+    if not has_words(text):
+        raise EarlError(f"{path}: field 'instruction' is empty; leave the example out (`earl convert data` can)")
+    return text
 
 
 def _text(value: Any, name: str, path: Path) -> str:

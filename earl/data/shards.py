@@ -2,9 +2,11 @@
 
 ::
 
-    0000.parquet              rows that were kept, schema `earl.files.tables.TOKENISED`
-    _rejected/0000.parquet    rows that were not, and why; readers of Parquet folders skip names that begin with _
+    data/0000.parquet         rows that were kept, schema `earl.files.tables.TOKENISED`, and nothing else: readers of
+                              Parquet folders take whatever else there is for rows, or stop at it
+    _rejected/0000.parquet    rows that were not kept, and why
     summary.json              how many of both, by reason
+    README.md                 tells `datasets` that rows are in data/ alone, here or on the hub
     manifest.json             seals the folder
 """
 
@@ -17,8 +19,10 @@ from pathlib import Path
 from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
 
+DATA = "data"
 REJECTED = "_rejected"
 SUMMARY = "summary.json"
+CARD = f"---\nconfigs:\n- config_name: default\n  data_files: {DATA}/*.parquet\n---\n"
 # Of a row group, the least that a reader reads. Each costs a quarter of a millisecond beside its rows: many make order
 # quick, few a row from anywhere. Images of 256 x 256 pixels take longer than that.
 ROWS_OF_TOKENS = 128
@@ -82,6 +86,7 @@ class ShardWriter:
             values = {name: [getattr(reject, name) for reject in rejects] for name in tables.REJECTED.names}
             self._reject_file(number).parent.mkdir(exist_ok=True)
             tables.write_table(self._reject_file(number), tables.REJECTED, values, {})
+        self._shard(number).parent.mkdir(exist_ok=True)
         tables.write_table(
             self._shard(number), tables.TOKENISED, columns, self._metadata, rows_per_group=self._rows_per_group
         )
@@ -97,6 +102,7 @@ class ShardWriter:
             raise EarlError(f"{self.folder}: no row is left; {self._reasons()}")
         summary = {"rows": self._rows, "kept": self.kept, "rejected": dict(sorted(self.rejected.items()))}
         atomic.write_text(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        atomic.write_text(self.folder / "README.md", CARD)
         return manifest.seal(self.folder)
 
     def text(self) -> str:
@@ -120,7 +126,7 @@ class ShardWriter:
         return f"{self.rejected.total()} rows rejected ({counts})"
 
     def _shard(self, number: int) -> Path:
-        return self.folder / f"{number:04d}.parquet"
+        return self.folder / DATA / f"{number:04d}.parquet"
 
     def _reject_file(self, number: int) -> Path:
         return self.folder / REJECTED / f"{number:04d}.parquet"

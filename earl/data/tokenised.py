@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from earl.data.example import CODEBOOK_SIZE, Dataset, Example
 from earl.data.grids import StoredGrids
 from earl.data.reference import ReferenceDataset
+from earl.data.shards import DATA
 from earl.errors import EarlError
-from earl.files import manifest, tables
+from earl.files import manifest, remedies, tables
 
 _HELD_BYTES = 64 * 2**20
 _OPEN_FILES = 64
@@ -33,8 +34,8 @@ def open_dataset(path: Path | str, codebook_size: int | None = None, images: boo
     """Open a tokenised data set.
 
     Args:
-        path: A sealed folder of Parquet files or one Parquet file, both of schema `earl.files.tables.TOKENISED`, or
-            the reference's ``tokenized_datalist.json``.
+        path: A sealed folder that holds Parquet files or `earl.data.shards.DATA` with them, this one in it, or one
+            Parquet file, all of schema `earl.files.tables.TOKENISED`; or the reference's ``tokenized_datalist.json``.
         codebook_size: Number of visual tokens of the policy; token ids must lie below it. By default the number that
             the files themselves state.
         images: Whether examples bring the images beside their tokens; without, reading is quicker.
@@ -75,8 +76,8 @@ class TokenisedDataset:
         self._groups: list[_Group] = []
         metadata: dict[str, str] = {}
         for file in _members(path):
-            with tables.open_table(file) as source:
-                tables.check_columns(file, source.schema_arrow, tables.TOKENISED, wanted)
+            with tables.open_table(file, remedies.TOKENISED) as source:
+                tables.check_columns(file, source.schema_arrow, tables.TOKENISED, wanted, remedies.TOKENISED)
                 metadata = tables.metadata_of(source)
                 self._groups += _groups(file, source, wanted)
             self._check_codebook(file, metadata)
@@ -124,7 +125,9 @@ class TokenisedDataset:
             return self._held[index]
         group = self._groups[index]
         source = self._source(group.file)
-        table = tables.read_group(group.file, source, tables.TOKENISED, group.columns, group.index, group.start)
+        table = tables.read_group(
+            group.file, source, tables.TOKENISED, group.columns, group.index, group.start, remedies.TOKENISED
+        )
         self._held[index] = _Rows(table, group, self._codebook_size)
         self._held_bytes += self._held[index].nbytes
         while len(self._held) > 1 and self._held_bytes > _HELD_BYTES:
@@ -134,7 +137,7 @@ class TokenisedDataset:
     def _source(self, file: Path) -> pq.ParquetFile:
         """Return an open file, whose footer takes longer to read than a row group."""
         if file not in self._open:
-            self._open[file] = tables.open_table(file)
+            self._open[file] = tables.open_table(file, remedies.TOKENISED)
         self._open.move_to_end(file)
         while len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].close()
@@ -213,8 +216,16 @@ def _groups(file: Path, source: pq.ParquetFile, wanted: list[str]) -> Iterator[_
 def _members(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    manifest.check(path)
-    files = sorted(path.glob("*.parquet"))
+    rows = path / DATA if (path / DATA).is_dir() else path
+    sealed = path.parent if path.name == DATA and not (path / manifest.NAME).is_file() else path
+    if not (sealed / manifest.NAME).is_file():
+        raise EarlError(
+            f"{path}: has no {manifest.NAME}, so it is no tokenised data set, or not a complete one; "
+            f"{remedies.TOKENISED.wrong}"
+        )
+    remedies.refuse_pointers(rows)
+    manifest.check(sealed)
+    files = sorted(rows.glob("*.parquet"))
     if not files:
         raise EarlError(f"{path}: holds no Parquet file; give the folder that `earl tokenise` wrote")
     return files

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import manifest, remedies, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
+VISION_TYPE = "emu3_vqgan"
+"""`model_type` of a vision tokenizer."""
+CODEBOOK_SIZE = 32768
+"""Of a vision tokenizer whose configuration leaves it out: transformers' default, and Emu3's."""
 INDEX = "model.safetensors.index.json"
 FILE_SIZE = 4 * 2**30
 """Bytes of weights in a file, which whoever writes it holds at once."""
@@ -68,17 +72,32 @@ def text_config(folder: Path | str) -> "Emu3TextConfig":
 def check_policy(folder: Path | str) -> Vocabulary:
     """Check all that can be wrong with a policy folder before an engine or a learner takes it; return its vocabulary.
 
-    Reads every weight once.
+    Reads every weight once, and hashes the files of a sealed folder meanwhile.
 
     Raises:
-        EarlError: when the folder is missing, incomplete, or holds weights that are not finite or not those that its
-            configuration asks for, or a tokenizer that the model was not made for.
+        EarlError: when the folder is missing, incomplete, or holds files that are not what its manifest says, weights
+            that are not finite or not those that its configuration asks for, or a tokenizer that the model was not
+            made for.
+    """
+    with manifest.reading(check_files(folder)):
+        vocabulary = check_identity(folder)
+        _check_weights(Path(folder), text_config(folder))
+    return vocabulary
+
+
+def check_identity(folder: Path | str) -> Vocabulary:
+    """Check what a policy folder says that it is, without reading weights; return its vocabulary.
+
+    Raises:
+        EarlError: when the folder is missing or incomplete, holds no Emu3 policy, or a tokenizer that the model was
+            not made for.
     """
     folder = check_files(folder)
     fields = config_fields(folder)
+    if fields["model_type"] == VISION_TYPE:
+        raise EarlError(f"{folder}: is a vision tokenizer (model_type {VISION_TYPE!r}); give the folder of a policy")
     vocabulary = Vocabulary.from_folder(folder)
     _check_ids(folder, fields, vocabulary)
-    _check_weights(folder, text_config(folder))
     return vocabulary
 
 
@@ -138,8 +157,6 @@ def save_policy(
     Args:
         dtype: of the weights in the files; by default that of the model.
     """
-    from safetensors.torch import save_file
-
     folder, tokenizer_from = Path(folder), Path(tokenizer_from)
     config = copy.deepcopy(model.config)
     config.architectures = ["Emu3ForCausalLM"]
@@ -149,13 +166,14 @@ def save_policy(
     sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in model.named_parameters()}
     files = _file_names(sizes)
     for file, weights in itertools.groupby(whole_weights(model, dtype), key=lambda pair: files[pair[0]]):
-        save_file(dict(weights), folder / file, metadata={"format": "pt"})
+        tensors.write(folder / file, dict(weights), {"format": "pt"})
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    with manifest.reading(tokenizer_from, TOKENIZER_FILES):
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(tokenizer_from / name, folder / name)
     return manifest.seal(folder)
 
 
@@ -175,11 +193,31 @@ def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "
     """Return the vision tokenizer of a folder in float32 and evaluation mode, not to be altered; a process keeps it.
 
     Raises:
-        EarlError: when the folder is missing or does not load.
+        EarlError: when the folder is missing, does not load, or holds files that are not what its manifest says.
     """
     folder = check_files(folder)
     key = (manifest.fingerprint(folder), str(device))
-    return residents.get("vision tokenizer", key, lambda: _read_vision_tokenizer(folder, device))
+
+    def read() -> "Emu3VQVAE":
+        with manifest.reading(folder):
+            return _read_vision_tokenizer(folder, device)
+
+    return residents.get("vision tokenizer", key, read)
+
+
+def check_vision_tokenizer(folder: Path | str) -> int:
+    """Check that a folder says it is a vision tokenizer; return the size of its codebook.
+
+    Raises:
+        EarlError: when it is missing or is none.
+    """
+    fields = config_fields(check_files(folder))
+    if fields["model_type"] != VISION_TYPE:
+        raise EarlError(
+            f"{folder}: is of model_type {fields['model_type']!r}, no Emu3VQVAE; `earl convert model` makes one from a "
+            "published checkpoint"
+        )
+    return fields.get("codebook_size", CODEBOOK_SIZE)
 
 
 def _read_vision_tokenizer(folder: Path, device: "torch.device | str") -> "Emu3VQVAE":
@@ -187,12 +225,7 @@ def _read_vision_tokenizer(folder: Path, device: "torch.device | str") -> "Emu3V
 
     from earl.emu3.models import Emu3VQVAE
 
-    kind = config_fields(folder)["model_type"]
-    if kind != "emu3_vqgan":
-        raise EarlError(
-            f"{folder}: is of model_type {kind!r}, no Emu3VQVAE; `earl convert model` makes one from a published "
-            "checkpoint"
-        )
+    check_vision_tokenizer(folder)
     try:
         model, found = Emu3VQVAE.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -221,6 +254,7 @@ def check_files(folder: Path | str) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise EarlError(f"{folder}: holds no config.json; give the folder of a checkpoint")
+    remedies.refuse_pointers(folder)
     if (folder / manifest.NAME).is_file():
         manifest.check(folder)
     return folder
@@ -235,10 +269,10 @@ def config_fields(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise EarlError(f"{path}: cannot be read ({error}); give the folder of a checkpoint") from error
     if not str(fields.get("model_type")).lower().startswith("emu3"):
-        raise EarlError(f"{path}: model_type is {fields.get('model_type')!r}; a policy must be an Emu3")
+        raise EarlError(f"{path}: model_type is {fields.get('model_type')!r}; it must be an Emu3")
     return fields
 
 
@@ -295,7 +329,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise EarlError(f"{index}: is damaged ({error!r}); copy the checkpoint again") from error
     for name in sorted(names):
         if not (folder / name).is_file():

@@ -48,6 +48,12 @@ def kind_at(k, height, width):
     return kind + (k >= end) * (EOF + after)
 
 
+def shortest_completion(grid: tuple[int, int]) -> int:
+    """Return the tokens of the shortest whole completion for a grid (H, W): img, H rows, eof, eoi, eos."""
+    height, width = grid
+    return 1 + height * (width + 1) + 3
+
+
 def kinds_of_completion(token_ids: Sequence[int], grid: tuple[int, int], vocabulary: "Vocabulary") -> np.ndarray:
     """Return int8 [L]: the kind that was allowed where each token of a completion was sampled."""
     ids = np.asarray(token_ids)

@@ -18,11 +18,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from earl import network
 from earl.config.hub import Conversion
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
 from earl.errors import EarlError
-from earl.files import atomic, manifest
+from earl.files import atomic, manifest, remedies, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -78,10 +79,8 @@ def located(source: str, revision: str | None = None, wanted: Sequence[str] = WA
         return Path(source)
     import huggingface_hub
 
-    try:
+    with network.failures(f"{source}: is no folder, and could not be downloaded as a repository", network.CHECK_HUB):
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(wanted)))
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{source}: is no folder, and could not be downloaded as a repository ({error})") from error
 
 
 def make(wanted: Conversion, out: Path) -> str:
@@ -108,8 +107,10 @@ def convert(source: Path, out: Path, tokenizer_from: Path | None = None, vision:
     Raises:
         EarlError: naming the file, when something is missing, damaged, or not what its configuration says.
     """
+    for folder in filter(None, (source, tokenizer_from)):
+        remedies.refuse_pointers(folder)
     fields = checkpoint.config_fields(source)
-    with atomic.folder(out) as temporary:
+    with atomic.folder(out) as temporary, manifest.reading(source), manifest.reading(tokenizer_from or source):
         if fields["model_type"] == "Emu3VisionVQ" or vision:
             _write_vision_tokenizer(source, fields, temporary)
             checkpoint.load_vision_tokenizer(temporary, "cpu")
@@ -188,14 +189,12 @@ def _tokenizer(folder: Path) -> "Tokenizer":
 
 def _write_weights(source: Path, out: Path, rename: Rename) -> None:
     """Write renamed weights, file by file, those left out for which ``rename`` returns None."""
-    from safetensors.torch import save_file
-
     places: dict[str, Path] = {}
     for index, (_, group) in enumerate(groupby(checkpoint.weights(source), key=lambda item: item[0])):
         kept = dict(pair for _, name, weight in group if (pair := rename(name, weight)) is not None)
         if kept:
             path = out / f"{index:05d}.safetensors"
-            save_file({name: weight.contiguous() for name, weight in kept.items()}, path, metadata={"format": "pt"})
+            tensors.write(path, {name: weight.contiguous() for name, weight in kept.items()}, {"format": "pt"})
             places |= dict.fromkeys(kept, path)
     if not places:
         raise EarlError(f"{source}: holds none of the weights that are wanted")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.errors import EarlError
+from earl.files import manifest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,8 +51,8 @@ class Vocabulary:
         """Read ``tokenizer.json`` of a policy or tokenizer folder.
 
         Raises:
-            EarlError: when the file is missing, a role's token is unknown, or the visual ids are not one block
-                that ends the vocabulary.
+            EarlError: when the file is missing or damaged, a role's token is unknown, or the visual ids are not one
+                block that ends the vocabulary.
         """
         from tokenizers import Tokenizer
 
@@ -61,11 +62,18 @@ class Vocabulary:
                 f"{path}: does not exist; the folder needs the tokenizer of its policy beside the weights. A published "
                 "checkpoint gets one by `earl convert model`"
             )
-        tokenizer = Tokenizer.from_file(str(path))
+        with manifest.reading(path.parent, [path.name]):
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the library has no narrower class
+                raise EarlError(f"{path}: does not load ({error}); copy the tokenizer again") from error
         roles = {role: tokenizer.token_to_id(name) for role, name in ROLES.items()}
         for role, token_id in roles.items():
             if token_id is None:
                 raise EarlError(f"{path}: has no token {ROLES[role]!r} ({role}); it is not an Emu3 tokenizer")
+        # Some libraries write visual tokens as ordinary ones, which `encode_plain` would take for what they say.
+        added = tokenizer.get_added_tokens_decoder().values()
+        tokenizer.add_special_tokens([one for one in added if not one.special and one.content.startswith("<|")])
         first, count = _visual_block(tokenizer, path)
         if max(roles.values()) >= first:
             raise EarlError(f"{path}: a special token's id lies among the visual ids, which start at {first}")

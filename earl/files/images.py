@@ -3,8 +3,9 @@
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from earl.data import pictures
 from earl.errors import EarlError
 
 
@@ -30,14 +31,14 @@ def struct(data: bytes | None, name: str = "") -> dict[str, bytes | str] | None:
     return None if data is None else {"bytes": data, "path": name}
 
 
-def decode(data: bytes, where: str) -> np.ndarray:
-    """Return the pixels, uint8 [height, width, 3], of an encoded image in any format Pillow reads.
+def decode(data: bytes | None, where: str) -> np.ndarray:
+    """Return the pixels, uint8 [height, width, 3], of an encoded image: as `earl.data.pictures.read`, of any size.
 
     Raises:
-        EarlError: naming ``where`` the image stands, when it does not decode.
+        EarlError: naming ``where`` the image stands, when there is none or it cannot be used.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise EarlError(f"{where}: the image does not decode ({error}); mend or remove the row") from error
+        return pictures.read(data, smallest=1)
+    except pictures.Rejected as problem:
+        reason = str(problem).removeprefix("does not decode: ")
+        raise EarlError(f"{where}: the image does not decode ({reason}); replace it or remove its row") from problem

@@ -2,15 +2,26 @@
 
 ``manifest.json`` lists every file with its size and SHA-256 and is written last: a folder with a manifest is
 complete. The folder's digest is that of its manifest, so that reading it costs nothing however large the weights.
+For Parquet files, which are read in parts, it also lists the SHA-256 of the footer; their pages carry checksums.
 """
 
 import hashlib
 import json
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from earl.errors import EarlError
 
 NAME = "manifest.json"
+REMEDY = (
+    "make it again: `earl restore` for the checkpoint of an iteration, otherwise remove the folder and run the stage "
+    "that writes it, or copy it again"
+)
+_THREADS = 4
+"""Files that are hashed at the same time; hashing releases Python's lock."""
 
 
 def digest_file(path: Path | str) -> str:
@@ -26,16 +37,39 @@ def digest_file(path: Path | str) -> str:
         raise EarlError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def digest_footer(path: Path | str) -> str:
+    """Return the SHA-256 of a Parquet file's footer: schema, metadata, sizes and extremes of all columns.
+
+    Raises:
+        EarlError: when the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(-8, 2)
+            length = int.from_bytes(stream.read(4), "little")
+            stream.seek(-8 - length, 2)
+            return hashlib.sha256(stream.read(length)).hexdigest()
+    except OSError as error:
+        raise EarlError(f"{path}: is not a complete Parquet file ({error.strerror or error})") from error
+
+
 def _members(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != NAME)
 
 
 def _listing(folder: Path) -> str:
-    files = {
-        member.relative_to(folder).as_posix(): {"sha256": digest_file(member), "size": member.stat().st_size}
-        for member in _members(folder)
-    }
+    files = {member.relative_to(folder).as_posix(): _entry(member) for member in _members(folder)}
     return json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
+
+
+def _entry(member: Path) -> dict[str, str | int]:
+    entry = {"sha256": digest_file(member), "size": member.stat().st_size}
+    return entry | {"footer": digest_footer(member)} if _is_parquet(member) else entry
+
+
+def _is_parquet(member: Path) -> bool:
+    with open(member, "rb") as stream:
+        return member.suffix == ".parquet" and stream.read(4) == b"PAR1"
 
 
 def seal(folder: Path | str) -> str:
@@ -75,28 +109,83 @@ def fingerprint(folder: Path | str) -> str | None:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def check(folder: Path | str, deep: bool = False) -> None:
-    """Compare a sealed folder with its manifest: names and sizes, and contents too when ``deep``.
+def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> int:
+    """Compare a sealed folder with its manifest: names, sizes and footers, and contents too when ``deep``.
+
+    Returns how many files it lists.
+
+    Args:
+        folder: The folder.
+        deep: Also hash every file.
+        remedy: Ends the message of an error.
 
     Raises:
         EarlError: when the manifest is missing or a file is missing, of another size or (deep) changed.
     """
     folder = Path(folder)
+    entries = _entries(folder, remedy)
+    for name, entry in entries.items():
+        _check_size(folder, name, entry, remedy)
+        if entry["footer"] and digest_footer(folder / name) != entry["footer"]:
+            raise EarlError(f"{folder / name}: is damaged: its footer differs from {folder / NAME}; {remedy}")
+    if deep:
+        with reading(folder, remedy=remedy):
+            pass
+    return len(entries)
+
+
+@contextmanager
+def reading(folder: Path | str, names: Collection[str] | None = None, remedy: str = REMEDY) -> Iterator[None]:
+    """Hash files of a folder in threads while the body reads them; at its end they are what the manifest says.
+
+    Damage is reported in place of whatever it made the body raise. A folder that nobody sealed has no digests to
+    compare with: its files pass.
+
+    Args:
+        folder: The folder.
+        names: Files that the body reads, those of them that the manifest lists; by default all of the folder.
+        remedy: Ends the message of an error.
+
+    Raises:
+        EarlError: a file is missing, or its size or content is not what the manifest says.
+    """
+    folder = Path(folder)
+    entries = _entries(folder, remedy) if (folder / NAME).is_file() else {}
+    wanted = [name for name in entries if names is None or name in names]
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="digest") as pool:
+        checks = [pool.submit(_check_content, folder, name, entries[name], remedy) for name in wanted]
+        try:
+            yield
+        finally:
+            for check in checks:
+                check.result()
+
+
+def _entries(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
+    """Return what a manifest lists, by name: size, digest, and that of the footer or None."""
     path = folder / NAME
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        wanted = ("size", "sha256")
+        return {
+            name: {key: entry[key] for key in wanted} | {"footer": entry.get("footer")} for name, entry in files.items()
+        }
     except FileNotFoundError as error:
-        raise EarlError(f"{path}: is missing, so {folder} is incomplete; run the stage that writes it") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise EarlError(f"{path}: is damaged ({error!r}); run the stage that writes {folder} again") from error
-    for name, entry in files.items():
-        member = folder / name
-        if not member.is_file():
-            raise EarlError(f"{member}: is missing though {path} lists it; run the stage that writes {folder} again")
-        if member.stat().st_size != entry["size"]:
-            raise EarlError(
-                f"{member}: has {member.stat().st_size} bytes where {path} lists {entry['size']}; "
-                f"run the stage that writes {folder} again"
-            )
-        if deep and digest_file(member) != entry["sha256"]:
-            raise EarlError(f"{member}: its content differs from {path}; run the stage that writes {folder} again")
+        raise EarlError(f"{path}: is missing, so {folder} is incomplete; {remedy}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EarlError(f"{path}: is damaged ({error!r}); {remedy}") from error
+
+
+def _check_size(folder: Path, name: str, entry: dict[str, Any], remedy: str) -> None:
+    member = folder / name
+    if not member.is_file():
+        raise EarlError(f"{member}: is missing though {folder / NAME} lists it; {remedy}")
+    size = member.stat().st_size
+    if size != entry["size"]:
+        raise EarlError(f"{member}: has {size} bytes where {folder / NAME} lists {entry['size']}; {remedy}")
+
+
+def _check_content(folder: Path, name: str, entry: dict[str, Any], remedy: str) -> None:
+    _check_size(folder, name, entry, remedy)
+    if digest_file(folder / name) != entry["sha256"]:
+        raise EarlError(f"{folder / name}: is damaged: its content differs from {folder / NAME}; {remedy}")

@@ -1,9 +1,9 @@
 """The Parquet tables: their schemas, one writer, one checking reader.
 
 Every table is compressed (Zstandard, or LZ4 where it is read row by row), carries page checksums and, for the image
-columns, the Hugging Face ``Image`` feature, so that pandas, DuckDB and ``datasets`` open it and show pictures. The
-file's metadata says where it comes from (run, iteration, digests, code version); it holds no times and no host names,
-so that equal inputs give equal bytes.
+columns, the Hugging Face ``Image`` feature, so that pandas, polars, DuckDB and ``datasets`` (3 or newer) open it and
+show pictures. The file's metadata says where it comes from (run, iteration, digests, code version); it holds no times
+and no host names, so that equal inputs give equal bytes.
 """
 
 import json
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from earl.errors import EarlError
 from earl.files import atomic
+from earl.files.remedies import OURS, Remedies, described
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Lists of tokens are declared at their widest and stored as the smallest unsigned type that holds the vocabulary.
@@ -23,7 +24,10 @@ TOKENS = pa.list_(pa.uint32())
 # See `earl.data.grids`.
 TOKEN_GRID = pa.struct([("height", pa.uint16()), ("width", pa.uint16()), ("ids", pa.binary())])
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
-_REMEDY = "Run the stage that writes the file again, or name one of the right kind"
+LEFT_OUT = "left_out_prompts"
+"""Metadata of an iteration's rollouts: prompts that the whole iteration passed over, being too long."""
+SAMPLING = "sampling"
+"""Metadata of an evaluation's rollouts: `earl.config.freeze.sampling` as JSON."""
 SCORE_RANGE = (0.0, 10.0)
 SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
 """Every score that a judge may give."""
@@ -182,11 +186,17 @@ def _narrowed(kind: pa.DataType, leaf: pa.DataType) -> pa.DataType:
     return leaf if pa.types.is_unsigned_integer(kind) else kind
 
 
+def features(fields: Sequence[pa.Field]) -> dict[str, object]:
+    """Return what `datasets`, of any version, is told about columns in the metadata of a file."""
+    return {field.name: _feature(field.type) for field in fields}
+
+
 def _feature(kind: pa.DataType) -> object:
     if kind == IMAGE:
         return {"_type": "Image"}
     if pa.types.is_list(kind):
-        return {"feature": _feature(kind.value_type), "_type": "List"}
+        # A plain list is known to every version of `datasets`; a name for it, `Sequence` or `List`, only to some.
+        return [_feature(kind.value_type)]
     if pa.types.is_struct(kind):
         return {field.name: _feature(field.type) for field in kind}
     return {"dtype": {"float": "float32", "double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
@@ -223,13 +233,12 @@ def write_table(
             arrays.append(_array(columns[field.name], field.type))
         except KeyError as error:
             raise EarlError(f"{path}: column {field.name!r} is missing from what is to be written") from error
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
             raise EarlError(f"{path}: column {field.name!r} does not convert to {field.type}: {error}") from error
-    features = {field.name: _feature(field.type) for field in fields}
     info = {
         **(schema.metadata or {}),
         **{key.encode(): value.encode() for key, value in metadata.items()},
-        b"huggingface": json.dumps({"info": {"features": features}}).encode(),
+        b"huggingface": json.dumps({"info": {"features": features(fields)}}).encode(),
     }
     table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=info))
     by_row = rows_per_group is not None
@@ -273,8 +282,11 @@ def _array(values: object, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
     return pa.array(values, type=kind)
 
 
-def open_table(path: Path | str) -> pq.ParquetFile:
+def open_table(path: Path | str, remedies: Remedies = OURS) -> pq.ParquetFile:
     """Open a Parquet file to read parts of it; what is read is not checked beyond page checksums.
+
+    Args:
+        remedies: What to say helps, by whose file it is.
 
     Raises:
         EarlError: when the file is missing, truncated or no Parquet.
@@ -282,11 +294,10 @@ def open_table(path: Path | str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError as error:
-        raise EarlError(f"{path}: does not exist; run the stage that writes it") from error
+        raise EarlError(f"{path}: does not exist; {remedies.missing}") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise EarlError(
-            f"{path}: is not a complete Parquet file ({error}); delete it and run the stage that writes it again"
-        ) from error
+        found = described(Path(path)) or f"is not a complete Parquet file ({error}); {remedies.damaged}"
+        raise EarlError(f"{path}: {found}") from error
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -301,33 +312,42 @@ def metadata_of(source: pq.ParquetFile) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
 
-def read_table(path: Path | str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(
+    path: Path | str, schema: pa.Schema, columns: Sequence[str] | None = None, remedies: Remedies = OURS
+) -> pa.Table:
     """Read a table and check it against ``schema``.
 
     Args:
         path: The Parquet file.
         schema: What the columns must be; token columns may have any unsigned width, strings may be large.
         columns: Names to read, by default all of the schema; columns beyond the schema are ignored.
+        remedies: What to say helps, by whose file it is.
 
     Raises:
         EarlError: naming file and column, when the file is truncated, a column is missing, damaged, of another type,
             null where it may not be, not finite, or a score lies outside its range.
     """
     wanted = list(columns) if columns is not None else schema.names
-    with open_table(path) as source:
-        check_columns(path, source.schema_arrow, schema, wanted)
-        return _read(path, source, schema, wanted)
+    with open_table(path, remedies) as source:
+        check_columns(path, source.schema_arrow, schema, wanted, remedies)
+        return _read(path, source, schema, wanted, remedies)
 
 
 def read_group(
-    path: Path | str, source: pq.ParquetFile, schema: pa.Schema, columns: Sequence[str], group: int, first_row: int
+    path: Path | str,
+    source: pq.ParquetFile,
+    schema: pa.Schema,
+    columns: Sequence[str],
+    group: int,
+    first_row: int,
+    remedies: Remedies = OURS,
 ) -> pa.Table:
     """Read one row group, from ``first_row`` on, of an open table whose columns were checked; values are checked here.
 
     Raises:
         EarlError: as `read_table`.
     """
-    return _read(path, source, schema, columns, group, first_row)
+    return _read(path, source, schema, columns, remedies, group, first_row)
 
 
 def filled_columns(source: pq.ParquetFile, schema: pa.Schema, wanted: Sequence[str]) -> list[list[str]]:
@@ -357,6 +377,7 @@ def _read(
     source: pq.ParquetFile,
     schema: pa.Schema,
     wanted: Sequence[str],
+    remedies: Remedies,
     group: int | None = None,
     first_row: int = 0,
 ) -> pa.Table:
@@ -368,22 +389,24 @@ def _read(
             table = source.read_row_group(group, columns=wanted, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise EarlError(
-            f"{path}: column {_damaged_column(source, wanted)!r} is damaged ({error}); "
-            "delete the file and run the stage that writes it again"
+            f"{path}: column {_damaged_column(source, wanted)!r} is damaged ({error}); {remedies.damaged}"
         ) from error
     for name in wanted:
-        check_values(path, schema.field(name), table.column(name), first_row)
+        check_values(path, schema.field(name), table.column(name), first_row, remedies)
     return table.select(wanted)
 
 
-def check_columns(path: Path | str, found: pa.Schema, schema: pa.Schema, wanted: Sequence[str]) -> None:
+def check_columns(
+    path: Path | str, found: pa.Schema, schema: pa.Schema, wanted: Sequence[str], remedies: Remedies = OURS
+) -> None:
     """Check names and types only; see `read_table` for the errors."""
     for name in wanted:
         if name not in found.names:
-            raise EarlError(f"{path}: column {name!r} is missing; the file has {', '.join(found.names)}. {_REMEDY}")
+            has = ", ".join(found.names)
+            raise EarlError(f"{path}: column {name!r} is missing; the file has {has}; {remedies.wrong}")
         expected, actual = schema.field(name).type, found.field(name).type
         if not _compatible(actual, expected):
-            raise EarlError(f"{path}: column {name!r} has type {actual} where {expected} is expected. {_REMEDY}")
+            raise EarlError(f"{path}: column {name!r} has type {actual} where {expected} is expected; {remedies.wrong}")
 
 
 def _compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
@@ -410,11 +433,15 @@ def _damaged_column(source: pq.ParquetFile, wanted: Sequence[str]) -> str:
     return "?"
 
 
-def check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray, first_row: int = 0) -> None:
+def check_values(
+    path: Path | str, field: pa.Field, column: pa.ChunkedArray, first_row: int = 0, remedies: Remedies = OURS
+) -> None:
     """Check a column for nulls where there may be none, numbers that are not finite, and its range of values."""
     if not field.nullable and column.null_count:
         row = first_row + column.is_null().index(True).as_py()
-        raise EarlError(f"{path}: column {field.name!r} is null in row {row}, where a value is required")
+        raise EarlError(
+            f"{path}: column {field.name!r} is null in row {row}, where a value is required; {remedies.wrong}"
+        )
     kind = column.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
@@ -426,12 +453,12 @@ def check_values(path: Path | str, field: pa.Field, column: pa.ChunkedArray, fir
     values = leaves.drop_null().to_numpy(zero_copy_only=False)
     if not np.isfinite(values).all():
         raise EarlError(
-            f"{path}: column {field.name!r} holds {values[~np.isfinite(values)][0]}; "
-            "every value must be finite. Run the stage that writes the file again"
+            f"{path}: column {field.name!r} holds {values[~np.isfinite(values)][0]}, and every value must be finite; "
+            f"{remedies.wrong}"
         )
     limits = (field.metadata or {}).get(b"range")
     if limits is not None and len(values):
         low, high = json.loads(limits)
         if values.min() < low or values.max() > high:
             wrong = values[(values < low) | (values > high)][0]
-            raise EarlError(f"{path}: column {field.name!r} holds {wrong}, outside {low:g}..{high:g}")
+            raise EarlError(f"{path}: column {field.name!r} holds {wrong}, outside {low:g}..{high:g}; {remedies.wrong}")

@@ -1,17 +1,28 @@
 """Answers of a judge model: the JSON schema they follow, and the parser, which reads and never guesses.
 
-The parser also takes the answers of servers that know no schema: JSON in a code fence or among prose, in any order of
-fields. It gives up wherever two readings are possible or a number is not exactly one of the rubric's.
+The parser also takes the answers of servers that know no schema: JSON in a code fence, after thinking or among prose,
+with its fields in any order. It gives up wherever two readings are possible or a number is not one of the rubric's:
+
+    After thinking, an answer is one JSON object with the scores, around which prose names no score, has no number in
+    range but those of the object (and the scale, "0 to 10" or "out of 10", and labels, "image 1"), and does not go on
+    with the object's sentence.
+
+So a draft or a quotation ("an answer such as {...} would be too harsh. I give 8 and 9") is not taken for the answer.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from earl.judges import thinking
 from earl.judges.rubric import REASONING, Rubric
 
-_WHOLE = re.compile(r"-?\d{1,4}")
+_WHOLE = re.compile(r"-?\d{1,4}(\.0+)?")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\d|%|\.\d|(?:st|nd|rd|th)\b)")
+"""A number in prose; a percentage, an ordinal or the end of a word is none."""
+_BETWEEN = " \t\r\n`\"')]},;:*\u2013\u2014-"
+"""What may stand between an object and the sentence that goes on after it."""
 _LONGEST = 100_000
 """Characters of an answer that are looked at; a real one has hundreds."""
 _BRACE = re.compile(r'\{(?=\s*["}])')
@@ -46,20 +57,12 @@ def parse(text: str, finish_reason: str, rubric: Rubric) -> dict[str, int]:
     """Return the number that an answer gives to each of the rubric's scores, in the rubric's range.
 
     Raises:
-        Unusable: the answer is cut off, holds no JSON object with all scores, holds several that differ, or one of
-            the numbers is missing, not whole, not finite or out of range.
+        Unusable: the answer is cut off, holds no JSON object with all scores, holds several that differ, one of the
+            numbers is missing, not whole, not finite or out of range, or the text around the object may say otherwise.
     """
     if finish_reason != "stop":
         raise Unusable(f"the answer is not finished: finish_reason is {finish_reason!r}")
-    if len(text) > _LONGEST:
-        raise Unusable(f"the answer has {len(text)} characters")
-    found = [item for item in _objects(text) if _answers(item, rubric)]
-    if not found:
-        raise Unusable("no JSON object with the scores " + ", ".join(rubric.scores))
-    readings = [_read(item, rubric) for item in found]
-    if any(reading != readings[0] for reading in readings):
-        raise Unusable("several JSON objects with different scores")
-    return readings[0]
+    return _locate(text, rubric)[0]
 
 
 def places(text: str, rubric: Rubric) -> list[int]:
@@ -68,44 +71,115 @@ def places(text: str, rubric: Rubric) -> list[int]:
     Inside a JSON string every quote has a backslash before it, so a quoted name followed by a colon is a key.
 
     Raises:
-        Unusable: a score is not written as a plain number there.
+        Unusable: the answer cannot be read, or a score is not written as a plain number there.
     """
+    _, start, end = _locate(text, rubric)
     if rubric.score_list is None:
         patterns = [rf'"{name}"\s*:\s*(?=\d)' for name in rubric.scores]
     else:
         patterns = [rf'"{rubric.score_list}"\s*:\s*\[\s*' + r"\d+\s*,\s*" * i for i in range(len(rubric.scores))]
-    found = [list(re.finditer(pattern, text)) for pattern in patterns]
+    found = [list(re.finditer(pattern, text[start:end])) for pattern in patterns]
     if any(len(matches) != 1 for matches in found):
         raise Unusable("the scores do not stand in the answer as plain numbers, each once")
-    return [matches[0].end() for matches in found]
+    return [start + matches[0].end() for matches in found]
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
+def _locate(text: str, rubric: Rubric) -> tuple[dict[str, int], int, int]:
+    """Return the scores of an answer, and where the object with them begins and ends; the last of equal ones."""
+    if len(text) > _LONGEST:
+        raise Unusable(f"the answer has {len(text)} characters")
+    said = text
+    if not _is_json(text):  # where all of it is JSON, a mark of thinking is part of a string
+        try:
+            text = thinking.masked(text)
+        except thinking.Unfinished as error:
+            raise Unusable(str(error)) from error
+    objects = list(_objects(text, rubric))
+    found = [item for item in objects if _answers(item.value, rubric)]
+    if not found:
+        raise Unusable("no JSON object with the scores " + ", ".join(rubric.scores))
+    readings = [_read(item.value, rubric) for item in found]
+    if any(reading != readings[0] for reading in readings):
+        raise Unusable("several JSON objects with different scores")
+    _, start, end = found[-1]
+    if said[end:] != text[end:]:
+        raise Unusable("thinking goes on after the JSON object")
+    _check_prose(text, objects, found, readings[0], rubric)
+    return readings[0], start, end
+
+
+def _check_prose(
+    text: str, objects: "list[_Object]", found: "list[_Object]", reading: dict[str, int], rubric: Rubric
+) -> None:
+    """Refuse an answer whose object may be a draft or a quotation; the module's header has the rule."""
+    outside = _without(text, found)
+    for name in rubric.scores:
+        if match := re.search(name.replace("_", r"[\W_]{0,3}"), outside, re.IGNORECASE):
+            raise Unusable(f"{match[0]!r} stands outside the JSON object, too")
+    scale = rf"(?<!\d){rubric.lowest}\s*(?:-|\u2013|\u2014|to|\.\.+)\s*{rubric.highest}|(?:out of|/)\s*{rubric.highest}"
+    harmless = rf"(?:{scale}|\b(?:image|picture)\s+\d)(?![\d.]*\d)"
+    for match in _NUMBER.finditer(re.sub(harmless, " ", _without(text, objects), flags=re.IGNORECASE)):
+        value = float(match[0])
+        if rubric.lowest <= value <= rubric.highest and value not in reading.values():
+            raise Unusable(f"the number {match[0]} stands outside the JSON object and may be a score")
+    for item in found:
+        if (rest := text[item.end :].lstrip(_BETWEEN))[:1].islower():
+            raise Unusable(f"the JSON object is part of a sentence, which goes on with {rest[:20]!r}")
+
+
+def _without(text: str, objects: "list[_Object]") -> str:
+    starts, ends = [0, *(item.end for item in objects)], [*(item.start for item in objects), len(text)]
+    return " ".join(text[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class _Object(NamedTuple):
+    """A JSON object in a text, and where it begins and ends."""
+
+    value: dict[str, Any]
+    start: int
+    end: int
+
+
+def _objects(text: str, rubric: Rubric) -> Iterator[_Object]:
     """Yield the outermost JSON objects in a text; braces of prose are passed over.
 
     Where an object begins and breaks off, nothing after that is read: it may be a part of what broke off.
     """
+    scored: list[dict[str, Any]] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise ValueError("a name stands there twice")
+        if _answers(value, rubric):
+            scored.append(value)
+        return value
+
     # Not strict: schemas let control characters into strings, which strict JSON does not.
-    decoder = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_once, strict=False)
+    decoder = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=once, strict=False)
     brace = _BRACE.search(text)
     while brace is not None:
+        scored.clear()
         try:
             value, end = decoder.raw_decode(text, brace.start())
         except (ValueError, RecursionError) as error:
             raise Unusable(f"a JSON object that cannot be read: {error}") from error
-        yield value
+        if any(one is not value for one in scored):
+            raise Unusable("the scores stand in an object inside another one")
+        yield _Object(value, brace.start(), end)
         brace = _BRACE.search(text, end)
 
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return value
 
 
 def _answers(item: dict[str, Any], rubric: Rubric) -> bool:
@@ -126,7 +200,7 @@ def _read(item: dict[str, Any], rubric: Rubric) -> dict[str, int]:
 
 def _number(name: str, value: Any, rubric: Rubric) -> int:
     if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
-        value = int(value)
+        value = float(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     # bool is a kind of int in Python, and no score.

@@ -6,17 +6,20 @@ again when a stage runs again.
 """
 
 import contextlib
+import errno
 import json
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 from earl.errors import EarlError
+from earl.text import encodable
 
 _PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""
 _AT_ONCE = 64
 """Answers in one transaction."""
+_FORBIDDEN = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
 
 
 class Cache:
@@ -43,7 +46,17 @@ class Cache:
             return self._new[key]
         with self._errors():
             row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-            return None if row is None else json.loads(row[0])
+            if row is None:
+                return None
+            value = json.loads(row[0])
+            # Earlier versions kept halves of surrogate pairs, too.
+            return json.loads(encodable(json.dumps(value, ensure_ascii=False))) if "\\ud" in row[0] else value
+
+    def drop(self, key: str) -> None:
+        """Forget what is kept under a key."""
+        self._new.pop(key, None)
+        with self._errors(), self._database:
+            self._database.execute("DELETE FROM answers WHERE key = ?", (key,))
 
     def put(self, key: str, value: Any) -> None:
         """Keep a value; it is on disk after some more of them, or `flush`. What is there already stays."""
@@ -63,7 +76,16 @@ class Cache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError) as error:
-            raise EarlError(
-                f"{self._path}: the store of judgements cannot be used ({error}); remove the file, or set "
-                "judge_cache=false where its file system knows no locks"
-            ) from error
+            reason = f"the store of judgements cannot be used ({error})"
+            raise EarlError(f"{self._path}: {reason}; {_remedy(error)}") from error
+
+
+def _remedy(error: Exception) -> str:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
+    if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "free space, then run the stage again"
+    if isinstance(error, OSError) or code in _FORBIDDEN:
+        return "check the folder's permissions, or set judge_cache=false"
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL):
+        return "free space, or set judge_cache=false where its file system has no locks"
+    return "remove the file, or set judge_cache=false"

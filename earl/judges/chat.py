@@ -7,10 +7,12 @@ keep a server busy.
 import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from earl.judges import marks
 from earl.judges.rubric import Rubric
+from earl.text import encodable
 
 Messages = list[dict[str, Any]]
 """Messages of the OpenAI chat API: plain dicts, images as data URLs."""
@@ -57,6 +59,8 @@ class Pass:
     """``stop`` where the model ended by itself; anything else means that the text is cut off."""
     tokens: Sequence[Token] | None = None
     """Only where log-probabilities were asked for."""
+    refusal: str | None = None
+    """Why there is no text, in the server's words."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,20 @@ class Reply:
     """How long the request took; in a batch, the batch's time divided by its questions."""
     error: str | None = None
     """Why there is no answer, after everything that can be tried again has been."""
+
+
+def storable(reply: Reply) -> Reply:
+    """Return a reply whose texts can be written to files, whatever JSON they came in."""
+    passes = [
+        replace(
+            one,
+            text=encodable(one.text),
+            finish_reason=encodable(one.finish_reason),
+            refusal=one.refusal and encodable(one.refusal),
+        )
+        for one in reply.passes
+    ]
+    return replace(reply, passes=passes, error=reply.error and encodable(reply.error))
 
 
 class ChatModel(Protocol):
@@ -91,15 +109,16 @@ def messages(rubric: Rubric, instruction: str, pngs: Mapping[str, bytes]) -> Mes
 
     Args:
         rubric: Its prompt is split where images go; images it does not place follow in the rubric's order.
-        instruction: Put in as it is: braces in it mean nothing.
+        instruction: Braces in it mean nothing, and marks of the model's template are broken: see `marks.plain`.
         pngs: The encoded picture of every image that the rubric names.
     """
+    shown = marks.plain(instruction)
     pieces = _PLACE.split(rubric.prompt)  # text, name, text, name, ..., text
     unplaced = [name for name in rubric.images if name not in pieces[1::2]]
     content: list[dict[str, Any]] = []
     for text, name in zip(pieces[::2], [*pieces[1::2], None], strict=True):
         if text.strip():
-            content.append({"type": "text", "text": text.replace("{instruction}", instruction)})
+            content.append({"type": "text", "text": text.replace("{instruction}", shown)})
         if name is not None:
             content.append(_image(pngs[name]))
     return [{"role": "user", "content": content + [_image(pngs[name]) for name in unplaced]}]

@@ -7,15 +7,21 @@ In the shapes world the truth is known, so that for every example::
 A partial edit carries out half of what changes: every other cell that does, or, where it is one alone, half the way.
 """
 
+import math
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from earl import seeds
+from earl.data import cells
+from earl.data.example import has_words
 from earl.errors import EarlError
-from earl.files import images, tables
+from earl.files import images, remedies, tables
 from earl.judges import Judgement
 from earl.shapes import world
 
@@ -64,15 +70,19 @@ def _cell(image: np.ndarray, cell: int) -> np.ndarray:
 
 
 def read(path: Path, examples: int | None = None) -> list[Ranked]:
-    """Read images with ranks, schema `earl.files.tables.RANKED`.
+    """Read images with ranks, schema `earl.files.tables.RANKED`, in any types that hold its values.
+
+    Ids and labels may be numbers or classes, ranks whole, images bytes alone; label and target may be missing.
 
     Args:
+        path: The Parquet file.
         examples: Take the first so many examples; None takes all.
 
     Raises:
-        EarlError: naming file and column, as `earl.files.tables.read_table`; or when there is nothing to compare.
+        EarlError: naming file, row and column, when a column is missing or damaged, a value cannot be what it should
+            be, an image does not decode, or there is nothing to compare.
     """
-    rows = tables.read_table(path, tables.RANKED).to_pylist()
+    rows = _rows(path)
     chosen = list(dict.fromkeys(row["example_id"] for row in rows))[:examples]
     kept = [(index, row) for index, row in enumerate(rows) if row["example_id"] in set(chosen)]
     if not kept:
@@ -80,12 +90,59 @@ def read(path: Path, examples: int | None = None) -> list[Ranked]:
     return [_ranked(row, f"{path}: row {index}") for index, row in kept]
 
 
-def _ranked(row: dict, where: str) -> Ranked:
-    def pixels(column: str) -> np.ndarray | None:
-        return None if row[column] is None else images.decode(row[column]["bytes"], f"{where}, column {column!r}")
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with tables.open_table(path, remedies.GIVEN) as source:
+        schema = source.schema_arrow
+        for field in tables.RANKED:
+            if schema.names.count(field.name) > 1:
+                raise EarlError(f"{path}: column {field.name!r} stands twice in the file; rename or remove one of them")
+            if not field.nullable and field.name not in schema.names:
+                there = ", ".join(schema.names)
+                raise EarlError(f"{path}: column {field.name!r} is missing; the file has {there}. Add it")
+        try:
+            table = source.read(columns=[name for name in tables.RANKED.names if name in schema.names])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise EarlError(f"{path}: is damaged ({error}); {remedies.GIVEN.damaged}") from error
+    rows = cells.rows(table)
+    for column in ("example_id", "label"):
+        names = cells.class_names(schema, column, ())
+        for row in rows if names else ():
+            row[column] = cells.named(row[column], names)
+    for index, row in enumerate(rows):
+        row["example_id"] = _text(row["example_id"], f"{path}: row {index}, column 'example_id'")
+    return rows
 
-    judgement = Judgement(row["instruction"], pixels("original"), pixels("edited"), pixels("target"))
-    return Ranked(row["example_id"], row["rank"], row["label"] or f"rank {row['rank']:g}", judgement)
+
+def _ranked(row: dict[str, Any], where: str) -> Ranked:
+    def at(column: str) -> str:
+        return f"{where}, column {column!r}"
+
+    def pixels(column: str) -> np.ndarray | None:
+        value = row.get(column)
+        if value is None and tables.RANKED.field(column).nullable:
+            return None
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes | None):
+            raise EarlError(f"{at(column)}: is a {type(data).__name__}; give the bytes of an image")
+        return images.decode(data, at(column))
+
+    instruction, rank, label = _text(row["instruction"], at("instruction")), row["rank"], row.get("label")
+    if not has_words(instruction):
+        raise EarlError(f"{at('instruction')}: is empty; a judge needs to know what was asked for")
+    if not isinstance(rank, int | float) or isinstance(rank, bool) or not math.isfinite(rank):
+        raise EarlError(f"{at('rank')}: is {rank!r}; give a number, higher for a better edit")
+    label = f"rank {rank:g}" if label is None else _text(label, at("label")) or f"rank {rank:g}"
+    judgement = Judgement(instruction, pixels("original"), pixels("edited"), pixels("target"))
+    return Ranked(row["example_id"], float(rank), label, judgement)
+
+
+def _text(value: Any, where: str) -> str:
+    """Return a text, or a number or id as one."""
+    if isinstance(value, cells.Unreadable):
+        raise EarlError(f"{where}: {value.reason}; mend or remove the row")
+    if not isinstance(value, str | int | uuid.UUID):
+        raise EarlError(f"{where}: is {value!r}; give a text")
+    return str(value)
 
 
 def write(path: Path, ranked: list[Ranked]) -> None:

@@ -9,18 +9,17 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pvariance
 from typing import TYPE_CHECKING, Any
 
-from earl import seeds
 from earl.config import paths
 from earl.errors import EarlError
 from earl.files import images, manifest
-from earl.judges import Judgement, Verdict, answers, chat, readout, rubric
+from earl.judges import Judgement, Verdict, answers, chat, marks, readout, rubric, thinking
 from earl.judges.answers import Unusable
 from earl.judges.cache import Cache
+from earl.judges.cases import Case, by_question, reads_alike, verdict
 from earl.judges.chat import ChatModel, Pass, Question, Reply
 from earl.judges.rubric import Rubric
 
@@ -49,29 +48,13 @@ class Settings:
 
 
 @dataclass
-class _Case:
-    """One question to the model, which any number of judgements may share."""
-
-    key: str
-    rubric: Rubric
-    messages: chat.Messages
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    failure: str | None = None
-    hopeless: bool = False
-
-    @property
-    def passes(self) -> list[dict[str, Any]]:
-        """The answers that give scores."""
-        return [one for request in self.requests for one in request["passes"] if one["scores"]]
-
-
-@dataclass
 class _Open:
     """An answer whose expected scores need to know what follows a "1"."""
 
-    case: _Case
+    case: Case
     answer: Pass
     record: dict[str, Any]
+    attempt: int
     unclear: list[readout.Unclear]
 
 
@@ -91,25 +74,33 @@ class ModelJudge:
         self.rubrics, self.rubrics_digest = list(rubrics), rubric.digest_all(rubrics)
         self._chat_model, self._settings, self._retries, self._cache = chat_model, settings, retries, cache
 
-    def score(self, judgements: Sequence[Judgement]) -> list[Verdict]:
-        """See `earl.judges.Judge`. What is identical is asked once."""
+    def score(self, judgements: Sequence[Judgement], before: Sequence[Sequence[dict[str, Any]]] = ()) -> list[Verdict]:
+        """See `earl.judges.Judge`. What is identical is asked once.
+
+        Args:
+            before: What was asked for these judgements earlier, rows of `earl.files.tables.REQUEST`: answers among it
+                are kept, and the tries go on after the last one, with seeds of their own.
+        """
         pngs: dict[str, bytes] = {}
-        cases: dict[str, _Case] = {}
+        cases: dict[str, Case] = {}
         rows = [[self._case(judgement, one, pngs, cases) for one in self.rubrics] for judgement in judgements]
+        for question, requests in by_question(before).items():
+            if question in cases and reads_alike(requests, cases[question].rubric, self._settings.expected):
+                cases[question].requests = requests
         try:
             self._answer(list(cases.values()))
         finally:
             if self._cache is not None:
                 self._cache.flush()
-        verdicts = [_verdict(row, self._settings.samples) for row in rows]
-        reasons = Counter(verdict.failure for verdict in verdicts if verdict.status == "failed")
+        verdicts = [verdict(row, self._settings.samples) for row in rows]
+        reasons = Counter(one.failure for one in verdicts if one.status == "failed")
         for reason, count in reasons.most_common(5):
             log.warning("judge: %d of %d judgements failed: %s", count, len(verdicts), reason)
         return verdicts
 
     def _case(
-        self, judgement: Judgement, asked: Rubric, pngs: dict[str, bytes], cases: dict[str, _Case]
-    ) -> "_Case | str":
+        self, judgement: Judgement, asked: Rubric, pngs: dict[str, bytes], cases: dict[str, Case]
+    ) -> "Case | str":
         """Return the question that a rubric makes of a judgement, or why there is none."""
         digests = {}
         for name in asked.images:
@@ -120,47 +111,51 @@ class ModelJudge:
         key = self._key(asked, judgement.instruction, digests)
         if key not in cases:
             shown = {name: pngs[digest] for name, digest in digests.items()}
-            cases[key] = _Case(key, asked, chat.messages(asked, judgement.instruction, shown))
+            cases[key] = Case(key, asked, chat.messages(asked, judgement.instruction, shown))
         return cases[key]
 
     def _key(self, asked: Rubric, instruction: str, digests: dict[str, str]) -> str:
         """Digest of everything that an answer depends on."""
         content = {
             "rubric": asked.digest,
-            "instruction": instruction if "{instruction}" in asked.prompt else None,
+            "instruction": marks.plain(instruction) if "{instruction}" in asked.prompt else None,
             "images": digests,
             "settings": vars(self._settings),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _answer(self, cases: list[_Case]) -> None:
+    def _answer(self, cases: list[Case]) -> None:
         for case in cases:
             if self._cache is not None and (kept := self._cache.get(case.key)) is not None:
-                case.requests = kept
+                if reads_alike(kept, case.rubric, self._settings.expected):
+                    case.requests = kept
+                else:
+                    self._cache.drop(case.key)
         log.info("judge: %d questions, %d of them answered before", len(cases), sum(self._is_done(c) for c in cases))
-        for attempt in range(1 + self._retries):
+        for _ in range(1 + self._retries):
             pending = [case for case in cases if not self._is_done(case) and not case.hopeless]
             if not pending:
                 break
-            self._ask(pending, attempt)
+            self._ask(pending)
 
-    def _is_done(self, case: _Case) -> bool:
+    def _is_done(self, case: Case) -> bool:
         return len(case.passes) == self._settings.samples
 
-    def _ask(self, pending: list[_Case], attempt: int) -> None:
+    def _ask(self, pending: list[Case]) -> None:
         """Ask for the passes that are missing, once."""
         opened: list[_Open] = []
-        questions = [self._question(case, attempt) for case in pending]
+        attempts = [case.attempt for case in pending]
+        questions = [self._question(case) for case in pending]
 
         def take(index: int, reply: Reply) -> None:
-            case = pending[index]
-            passes = _record(case, attempt, questions[index].seed, reply)
+            case, attempt = pending[index], attempts[index]
+            passes = case.record(attempt, questions[index], reply)
             for answer, record in zip(reply.passes, passes, strict=True):
-                self._read(_Open(case, answer, record, []), opened)
+                self._read(_Open(case, answer, record, attempt, []), opened)
             self._keep(case)
 
         self._all(questions, take)
-        self._continue(opened, attempt)
+        self._continue(opened)
 
     def _all(self, questions: list[Question], take: Callable[[int, Reply], None]) -> None:
         if not questions:
@@ -169,17 +164,17 @@ class ModelJudge:
 
         def count(index: int, reply: Reply) -> None:
             missing.remove(index)
-            take(index, reply)
+            take(index, chat.storable(reply))
 
         self._chat_model.ask(questions, count)
         if missing:
             raise EarlError(f"judge {self.name!r} gave no reply to {len(missing)} of {len(questions)} questions")
 
-    def _question(self, case: _Case, attempt: int) -> Question:
+    def _question(self, case: Case) -> Question:
         settings = self._settings
         return Question(
             messages=case.messages,
-            seed=_seed(case, attempt),
+            seed=case.seed(case.attempt),
             passes=settings.samples - len(case.passes),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
@@ -191,6 +186,8 @@ class ModelJudge:
         """Write an answer's scores into its record, or why it has none, or put it with those that are open."""
         case, answer, record = item.case, item.answer, item.record
         try:
+            if answer.refusal is not None:
+                raise Unusable(answer.refusal)
             scores: dict[str, float] = answers.parse(answer.text, answer.finish_reason, case.rubric)
             if self._settings.expected:
                 scores, item.unclear = readout.expected(answer, case.rubric, continued)
@@ -201,47 +198,47 @@ class ModelJudge:
         except Unusable as error:
             record["failure"] = case.failure = str(error)
 
-    def _continue(self, opened: list[_Open], attempt: int) -> None:
+    def _continue(self, opened: list[_Open]) -> None:
         """Have the beginnings up to a "1" continued, and read those answers again."""
         probes = [(item, unclear) for item in opened for unclear in item.unclear]
-        questions = [self._continuation(item.case, unclear, attempt) for item, unclear in probes]
+        questions = [self._continuation(item, unclear) for item, unclear in probes]
         found: dict[int, dict[int, chat.Token]] = {}
+        refusals: dict[int, str] = {}
 
         def take(index: int, reply: Reply) -> None:
             item, unclear = probes[index]
-            _record(item.case, attempt, questions[index].seed, reply, continues=unclear.beginning)
+            item.case.record(item.attempt, questions[index], reply)
             if reply.passes and reply.passes[0].tokens:
                 found.setdefault(id(item), {})[unclear.which] = reply.passes[0].tokens[0]
+            elif reply.passes and reply.passes[0].refusal:
+                refusals[id(item)] = reply.passes[0].refusal
 
         self._all(questions, take)
         for item in opened:
             still: list[_Open] = []
             self._read(item, still, found.get(id(item)))
             if still:
-                reason = item.case.failure if item.case.hopeless else "no log-probabilities"
+                refusal = refusals.get(id(item), "no log-probabilities")
+                reason = item.case.failure if item.case.hopeless else refusal
                 item.record["failure"] = item.case.failure = f"the model does not tell 1 from 10: {reason}"
             self._keep(item.case)
 
-    def _continuation(self, case: _Case, unclear: readout.Unclear, attempt: int) -> Question:
+    def _continuation(self, item: _Open, unclear: readout.Unclear) -> Question:
         settings = self._settings
+        beginning = marks.plain(unclear.beginning, but=thinking.TAG)
         return Question(
-            messages=[*case.messages, {"role": "assistant", "content": unclear.beginning}],
-            seed=_seed(case, attempt),
+            messages=[*item.case.messages, {"role": "assistant", "content": beginning}],
+            seed=item.case.seed(item.attempt),
             max_tokens=1,
             temperature=settings.temperature,
-            regex=answers.rest_pattern(case.rubric, unclear.which) if settings.structured else None,
+            regex=answers.rest_pattern(item.case.rubric, unclear.which) if settings.structured else None,
             logprobs=True,
             continues=True,
         )
 
-    def _keep(self, case: _Case) -> None:
+    def _keep(self, case: Case) -> None:
         if self._cache is not None and self._is_done(case):
             self._cache.put(case.key, case.requests)
-
-
-def _seed(case: _Case, attempt: int) -> int:
-    # Some servers take no more than 31 bits.
-    return seeds.seed("judge", case.key, attempt) % 2**31
 
 
 def _encode(pixels: "np.ndarray", size: int, pngs: dict[str, bytes]) -> str:
@@ -250,61 +247,6 @@ def _encode(pixels: "np.ndarray", size: int, pngs: dict[str, bytes]) -> str:
     digest = hashlib.sha256(png).hexdigest()
     pngs[digest] = png
     return digest
-
-
-def _record(case: _Case, attempt: int, seed: int, reply: Reply, continues: str | None = None) -> list[dict[str, Any]]:
-    """Add a reply to what a question has been asked, as a row of `earl.files.tables.REQUEST`; return its passes."""
-    passes = [
-        {"raw": one.text, "finish_reason": one.finish_reason, "failure": None, "scores": []} for one in reply.passes
-    ]
-    case.requests.append(
-        {
-            "question": case.key,
-            "rubric": case.rubric.name,
-            "rubric_digest": case.rubric.digest,
-            "attempt": attempt,
-            "continues": continues,
-            "seed": seed,
-            "error": reply.error,
-            "tokens_in": reply.tokens_in,
-            "tokens_out": reply.tokens_out,
-            "seconds": reply.seconds,
-            "passes": passes,
-        }
-    )
-    if reply.error is not None:
-        # Whatever may pass has been tried again already, with the same seed.
-        case.failure, case.hopeless = reply.error, True
-    return passes
-
-
-def _verdict(row: "list[_Case | str]", samples: int) -> Verdict:
-    cases = [case for case in row if isinstance(case, _Case)]
-    requests = [request for case in cases for request in case.requests]
-    raw = "\n".join(one["raw"] for case in cases for one in case.passes or _last_passes(case))
-    failures = [
-        case if isinstance(case, str) else f"{case.rubric.name}: {case.failure}"
-        for case in row
-        if isinstance(case, str) or len(case.passes) < samples
-    ]
-    if failures:
-        return Verdict("failed", raw, failure="; ".join(failures), requests=requests)
-    means, variance = {}, {}
-    for case in cases:
-        for name in case.rubric.scores:
-            values = [case.rubric.stretched(_value(one, name)) for one in case.passes]
-            means[name], variance[name] = fmean(values), pvariance(values)
-    return Verdict("ok", raw, **means, variance=variance, requests=requests)
-
-
-def _last_passes(case: _Case) -> list[dict[str, Any]]:
-    """The answers to the last try of a question, its continuations aside."""
-    asked = [request for request in case.requests if request["continues"] is None]
-    return asked[-1]["passes"] if asked else []
-
-
-def _value(record: dict[str, Any], name: str) -> float:
-    return next(score["value"] for score in record["scores"] if score["name"] == name)
 
 
 def from_config(config: "Config") -> ModelJudge:
@@ -334,6 +276,7 @@ def from_config(config: "Config") -> ModelJudge:
             concurrency=config.judge_concurrency,
             timeout=config.judge_timeout_seconds,
             startup=config.judge_startup_seconds,
+            patience=config.judge_retry_seconds,
         )
     else:
         from earl.judges.vllm_model import VllmModel

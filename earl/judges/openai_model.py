@@ -1,286 +1,383 @@
 """A chat model behind any OpenAI-compatible server.
 
-What a network does is met here: the server may not be up yet, answers come late, cut off or as something else. What
-may pass is tried again with growing pauses, a bounded number of times; what does not pass becomes a reply with an
-error. Sizes and times are bounded, so that no server can make a run hang or fill its memory.
+What a network does is met here: the server may not be up yet, have no time, answer late, cut off or something else.
+What may pass is tried again, for a bounded time; what does not pass becomes a reply with an error. Sizes and times are
+bounded, so that no server can make a run hang or fill its memory.
+
+    earl.judges.address    where the server is
+    earl.judges.transport  one request, and how it may fail
+    earl.judges.pace       how many requests at once, and when none
+    earl.judges.dialect    how a request is put to this server
+    earl.judges.responses  what its answers mean
 """
 
 import asyncio
-import json
 import logging
-import os
-import time
+import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl.errors import EarlError
-from earl.judges import server
-from earl.judges.chat import Pass, Question, Reply, Token
+from earl.judges import address, dialect, responses, transport
+from earl.judges.chat import Pass, Question, Reply
+from earl.judges.dialect import Dialect
+from earl.judges.pace import Pace
+from earl.judges.transport import Busy, Failure, Faulty, Page, Refused, Slow, Unreachable
+from earl.redaction import redacted
 
 if TYPE_CHECKING:
     import httpx2
-    import tenacity
 
 log = logging.getLogger(__name__)
 
-LARGEST = 8 * 2**20
-"""Bytes of a response that are read at most; a response with log-probabilities has up to 1 MiB."""
-OUTAGES = 3
-"""Times that a question may find no server at all, the server being back each time."""
-_AGAIN = {408, 409, 425, 429}
-"""HTTP statuses below 500 that may pass by themselves."""
-_REFUSED = {401, 403, 404, 405}
-"""HTTP statuses that every question would meet."""
+_SMALLEST = Question([{"role": "user", "content": "1"}], seed=0, max_tokens=1)
+
+_known: dict[tuple[str, str], Dialect] = {}
+"""What this process has found out, by address and model."""
 
 
-class _MayPass(Exception):
-    """Something that may go well when it is tried again; ``pause`` is the server's wish, in seconds."""
+@dataclass
+class _Patience:
+    """How long one question has been tried."""
 
-    def __init__(self, message: str, pause: float | None = None) -> None:
-        super().__init__(message)
-        self.pause = pause
-
-
-class _Unreachable(_MayPass):
-    """No response at all."""
-
-
-class _Fails(Exception):
-    """The server refuses this one question."""
+    index: int
+    tries: int = 0
+    seconds: float = 0.0
+    """Of all its tries."""
+    spent: float = 0.0
+    """Seconds of its own tries that failed, and of the pauses after them; not those in which it waited its turn."""
+    turned_away: float | None = None
+    """When the server first had no time for it, since it last had."""
 
 
 @dataclass
 class OpenAIModel:
-    """Asks a server, up to ``concurrency`` questions at a time."""
+    """Asks a server, up to ``concurrency`` questions at a time, fewer where it bears no more."""
 
     api_base: str
-    """URL, or a file that holds it: see `earl.judges.server.address`."""
+    """URL, or a file that holds it: see `earl.judges.address`."""
     model: str
     concurrency: int = 64
     timeout: float = 120.0
     """Seconds that one try may take from connecting to the last byte."""
     startup: float = 1800.0
     """Seconds to wait for the server to come up."""
-    tries: int = 6
-    """Of one question, before it is given up."""
+    patience: float = 300.0
+    """Seconds that a question is tried for before it is given up, and a server that has time for none."""
     pause: tuple[float, float] = (0.5, 30.0)
-    """Seconds of the first pause between tries, and of the longest."""
+    """Seconds of the first pause between tries, and of the longest, where the server names none."""
     _url: str = field(default="", init=False)
-    _is_vllm: bool = field(default=False, init=False)
+    _found_at: float = field(default=0.0, init=False)
+    _has_answered: bool = field(default=False, init=False)
+    _has_logprobs: bool = field(default=False, init=False)
 
     def ask(self, questions: Sequence[Question], take: Callable[[int, Reply], None]) -> None:
         """See `earl.judges.chat.ChatModel`.
 
         Raises:
-            EarlError: the server does not come up in time, or goes away for longer than that; it has no such model;
-                it refuses the key.
+            EarlError: the server does not come up in time, goes away for longer than that, or has no time for any
+                question for as long as `patience`; it has no such model; it refuses the key; it gives no
+                log-probabilities where they are wanted.
         """
         asyncio.run(self._ask_all(questions, take))
 
     async def _ask_all(self, questions: Sequence[Question], take: Callable[[int, Reply], None]) -> None:
-        async with self._client() as client:
+        self._pace, self._changing = Pace(self.concurrency, self.pause), asyncio.Lock()
+        async with transport.client(self.concurrency) as client:
             await self._find(client)
-            queue = iter(enumerate(questions))
 
-            async def work() -> None:
-                for index, question in queue:
-                    take(index, await self._ask(client, question))
+            async def work(index: int, question: Question) -> None:
+                take(index, await self._ask(client, index, question))
 
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self.concurrency, len(questions))):
-                        group.create_task(work())
+                    for index, question in enumerate(questions):
+                        group.create_task(work(index, question))
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
-    def _client(self) -> "httpx2.AsyncClient":
-        import httpx2
+    async def _ask(self, client: "httpx2.AsyncClient", index: int, question: Question) -> Reply:
+        patience, passes = _Patience(index), list[Pass]()
+        tokens_in = tokens_out = None
+        try:
+            while len(passes) < question.passes:
+                answer, found = await self._post(client, question, len(passes), patience)
+                passes += found
+                used_in, used_out = responses.usage(answer)
+                tokens_in, tokens_out = _sum(tokens_in, used_in), _sum(tokens_out, used_out)
+        except Failure as error:
+            return Reply(seconds=patience.seconds, error=str(error))
+        return Reply(passes, tokens_in, tokens_out, patience.seconds)
 
-        key = os.environ.get(server.KEY)
-        return httpx2.AsyncClient(
-            # Uncompressed, so that what is read is no larger than what was sent.
-            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
-            limits=httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-            # The whole try is timed, in `_fetch`: these would start anew with every byte.
-            timeout=None,
-            follow_redirects=False,
+    async def _post(
+        self, client: "httpx2.AsyncClient", question: Question, done: int, patience: _Patience
+    ) -> tuple[Any, list[Pass]]:
+        """Ask for the answers that are missing until some come; return the response and those.
+
+        Raises:
+            Failure: the question is given up; the message says why.
+        """
+        while True:
+            async with self._pace.turn(patience.tries, patience.index):
+                started = _now()
+                try:
+                    answer, found = await self._speak(client, question, done)
+                except (Busy, Faulty) as error:
+                    failure: Failure = error
+                    if isinstance(error, Busy):
+                        self._pace.overloaded(started, self._bounded(error.wish))
+                    elif isinstance(error, Slow):
+                        self._pace.lower(started)
+                except Refused:
+                    self._pace.answered()
+                    raise
+                else:
+                    self._pace.answered()
+                    self._has_answered = True
+                    return answer, found
+                finally:
+                    tried = _now() - started
+                    patience.seconds += tried
+            await self._bear(client, failure, started, tried, patience)
+
+    async def _bear(
+        self, client: "httpx2.AsyncClient", failure: Failure, started: float, tried: float, patience: _Patience
+    ) -> None:
+        """Wait until a question may be tried again.
+
+        Raises:
+            Failure: it has been tried for long enough.
+            EarlError: the server has no time for anyone, or is gone.
+        """
+        patience.tries += 1
+        if isinstance(failure, Busy):
+            await self._check_time(client, failure, patience)
+            return
+        patience.turned_away = None
+        if not isinstance(failure, Slow | Unreachable):
+            self._pace.served = _now()
+        first, longest = self.pause
+        backoff = random.uniform(0.5, 1.0) * min(longest, first * 2.0 ** min(patience.tries, 30))
+        pause = max(self._bounded(failure.wish) or 0.0, backoff)
+        patience.spent += tried + pause
+        # A server that is slow because of all that it is asked at once is not slow any more when that is little.
+        least = 2 + (int(math.log2(self.concurrency)) if isinstance(failure, Slow) else 0)
+        if patience.tries >= least and patience.spent >= self.patience:
+            raise Failure(f"after {patience.tries} tries in {patience.spent:.3g} s (judge_retry_seconds): {failure}")
+        await asyncio.sleep(pause)
+        if isinstance(failure, Unreachable):
+            # One lost question, or no server any more? The second ends the stage: what was answered is kept.
+            await self._find(client, since=started)
+
+    def _bounded(self, wish: float | None) -> float | None:
+        return None if wish is None else min(wish, self.patience)
+
+    async def _check_time(self, client: "httpx2.AsyncClient", failure: Failure, patience: _Patience) -> None:
+        """Give up where the server has had no time for this question, nor for any other, for too long.
+
+        Whether it is the server or this question is asked, with the smallest question there is.
+        """
+        most = max(self.patience, self.timeout)
+        if patience.turned_away is None:
+            patience.turned_away = _now()
+        if (idle := _now() - self._pace.served) < most:
+            return
+        try:
+            await self._request(client, self._dialect, _SMALLEST, 0)
+        except (Busy, Slow, Unreachable) as error:
+            raise EarlError(
+                f"{self._url}: the server has had no time for {idle:.0f} s (judge_retry_seconds): {error}; what it "
+                "answered before is kept: start again when it has time, or raise judge_retry_seconds"
+            ) from error
+        except Failure:
+            pass  # not the words that were hoped for, but words
+        if _now() - patience.turned_away >= most:
+            raise Failure(f"after {patience.tries} tries: no time for it, only for others: {failure}")
+
+    async def _speak(self, client: "httpx2.AsyncClient", question: Question, done: int) -> tuple[Any, list[Pass]]:
+        """Ask once, in the form that this server takes: found out where it refuses one."""
+        spoken = self._dialect
+        try:
+            return await self._request(client, spoken, question, done)
+        except Refused as refusal:
+            first = refusal
+        if first.status not in transport.FORM:
+            raise self._final(first, question) from first
+        async with self._changing:
+            if spoken != self._dialect:  # another question has found it out in the meantime
+                spoken = self._dialect
+                try:
+                    return await self._request(client, spoken, question, done)
+                except Refused as refusal:
+                    first = refusal
+            return await self._change(client, spoken, first, question, done)
+
+    async def _change(
+        self, client: "httpx2.AsyncClient", spoken: Dialect, first: Refused, question: Question, done: int
+    ) -> tuple[Any, list[Pass]]:
+        """Leave out what a refusal names until the request is taken. What helped is kept; if nothing does, raise."""
+        refusal, tried = first, set[str]()
+        while not (question.logprobs and dialect.refuses_logprobs(refusal.said)):
+            body = spoken.body(question, self.model, question.passes - done, 0)
+            change = next((one for one in spoken.changes(refusal.said, body) if one not in tried), None)
+            if change is None:
+                refusal = first
+                break
+            tried.add(change)
+            before, spoken = spoken, replace(spoken, without=spoken.without | {change})
+            try:
+                found = await self._request(client, spoken, question, done)
+            except Refused as again:
+                if again.said == refusal.said:
+                    spoken = before
+                refusal = again
+                continue
+            self._learn(spoken, refusal)
+            return found
+        raise self._final(refusal, question) from refusal
+
+    def _learn(self, spoken: Dialect, refusal: Failure | None = None) -> None:
+        """Keep what a server does not take, and say once what that means."""
+        known = self._dialect
+        for name in sorted(spoken.without - known.without):
+            because = f" ({str(refusal)[:200]})" if refusal else ""
+            log.warning("judge: %s does not take %s: %s%s", self._url, name, dialect.MEANING[name], because)
+        _known[self._url, self.model] = replace(known, without=known.without | spoken.without)
+
+    def _final(self, refusal: Refused, question: Question) -> Exception:
+        """Return what a refusal comes to: the end of the stage where every question would meet it."""
+        if question.logprobs and dialect.refuses_logprobs(refusal.said):
+            return self._no_logprobs(str(refusal))
+        # Some refuse with 403 what they do not want to talk about.
+        if refusal.status in transport.EVERYONE and not (refusal.status == 403 and self._has_answered):
+            return transport.everyone(f"{self._url}/chat/completions", refusal)
+        return Refused(str(refusal)[:400], refusal.status)
+
+    def _no_logprobs(self, said: str) -> EarlError:
+        return EarlError(
+            f"{self._url}: gives no log-probabilities, which judge_readout 'expected' reads ({said[:300]}); set "
+            "judge_readout to 'sampled', or ask another server"
         )
 
-    async def _find(self, client: "httpx2.AsyncClient") -> None:
-        """Wait for the server and see that it has the model."""
-        deadline, told = time.monotonic() + self.startup, False
+    async def _request(
+        self, client: "httpx2.AsyncClient", spoken: Dialect, question: Question, done: int
+    ) -> tuple[Any, list[Pass]]:
+        """Send one request and read its answers: all that are missing, or the next one."""
+        wanted = 1 if dialect.ONE in spoken.without else question.passes - done
+        seed = dialect.pass_seed(question, done)
+        body = spoken.body(question, self.model, wanted, seed)
+        answer = await transport.fetch(client, "POST", f"{self._url}/chat/completions", self.timeout, body)
+        found = responses.passes(answer, question, wanted)
+        if len(found) < wanted:
+            self._learn(replace(spoken, without=spoken.without | {dialect.ONE}))
+        if question.logprobs and not self._has_logprobs:
+            self._has_logprobs = any(one.tokens for one in found)
+            if not self._has_logprobs and any(one.text for one in found):
+                raise self._no_logprobs("its answers have none")
+        return answer, found
+
+    @property
+    def _dialect(self) -> Dialect:
+        return _known.get((self._url, self.model), Dialect())
+
+    async def _find(self, client: "httpx2.AsyncClient", since: float = float("inf")) -> None:
+        """Wait for the server and see that it has the model; only once for all who lost it at the same time."""
+        async with self._changing:
+            if self._found_at < since:
+                await self._wait(client)
+                self._found_at = _now()
+
+    async def _wait(self, client: "httpx2.AsyncClient") -> None:
+        deadline, is_told = _now() + self.startup, False
         while True:
+            url = ""
             try:
-                url = server.address(self.api_base)
-                if url is None:
-                    raise _MayPass(f"the file {self.api_base} is not there yet")
-                listing = await self._fetch(client, "GET", f"{url}/models")
+                url = self._resolved()
+                listing = await transport.fetch(client, "GET", f"{url}/models", self.timeout)
                 break
-            except _MayPass as error:
-                if time.monotonic() > deadline:
+            except (Busy, Faulty) as error:
+                if not is_told:
+                    await _check_kind(url, error)
+                    log.info("judge: waiting for the server at %s: %s", redacted(self.api_base), error)
+                    is_told = True
+                if _now() > deadline:
                     raise EarlError(
                         f"reward_function_api_base {self.api_base}: no judge server within {self.startup:g} s "
                         f"(judge_startup_seconds): {error}. Start one with `earl judge serve`"
                     ) from error
-                if not told:
-                    log.info("judge: waiting for the server at %s: %s", self.api_base, error)
-                    told = True
-                await asyncio.sleep(min(1.0, self.pause[0]))
-            except _Fails as error:
-                raise EarlError(f"{url}/models: {error}; check reward_function_api_base") from error
+                await asyncio.sleep(max(min(error.wish or 0.0, deadline - _now()), min(1.0, self.pause[0])))
+            except Refused as refusal:
+                if refusal.status in (401, 407):
+                    raise transport.everyone(f"{url}/models", refusal) from refusal
+                # Some servers do not say what they have; the first question tells.
+                log.info("judge: %s lists no models (%.100s); that it has %s is not checked", url, refusal, self.model)
+                listing = None
+                break
         self._url = url
-        self._check_model(listing)
+        is_vllm = listing is not None and self._check_model(listing)
+        _known[url, self.model] = replace(self._dialect, is_vllm=is_vllm)
 
-    def _check_model(self, listing: Any) -> None:
-        entries = listing.get("data") if isinstance(listing, dict) else None
-        entries = [entry for entry in entries or [] if isinstance(entry, dict)]
-        names = [str(entry.get("id")) for entry in entries]
-        if self.model not in names:
+    def _resolved(self) -> str:
+        url = address.resolve(self.api_base)
+        if url is None:
+            raise Faulty(f"the file {Path(self.api_base).absolute()} is not there yet")
+        return url
+
+    def _check_model(self, listing: Any) -> bool:
+        """Raise where a server says that it has other models only; return whether it is vLLM's."""
+        names = _names(listing)
+        if not any(name == self.model or name.endswith(f"/{self.model}") for name in names):
             raise EarlError(
-                f"{self._url}: serves {', '.join(names[:10]) or 'no model'}, not "
+                f"{self._url or self.api_base}: serves {', '.join(names[:10]) or 'no model'}, not "
                 f"reward_function_api_model_name {self.model!r}; ask another server, or correct the name"
             )
-        self._is_vllm = any(entry.get("owned_by") == "vllm" for entry in entries)
-
-    async def _ask(self, client: "httpx2.AsyncClient", question: Question) -> Reply:
-        start, error = time.monotonic(), ""
-        for _ in range(OUTAGES):
-            try:
-                answer = await self._retrying()(self._complete, client, question)
-                return replace(answer, seconds=time.monotonic() - start)
-            except _Unreachable as outage:
-                # One lost question, or no server any more? The second ends the stage: what was answered is kept.
-                await self._find(client)
-                error = f"no connection, {OUTAGES} times: {outage}"
-            except _MayPass as last:
-                error = f"after {self.tries} tries: {last}"
-                break
-            except _Fails as refusal:
-                error = str(refusal)
-                break
-        return Reply(seconds=time.monotonic() - start, error=error)
-
-    async def _complete(self, client: "httpx2.AsyncClient", question: Question) -> Reply:
-        answer = await self._fetch(client, "POST", f"{self._url}/chat/completions", self._body(question))
-        return _reply(answer, question)
-
-    def _retrying(self) -> "tenacity.AsyncRetrying":
-        import tenacity
-
-        first, longest = self.pause
-        backoff = tenacity.wait_random_exponential(multiplier=first, max=longest)
-
-        def wait(state: "tenacity.RetryCallState") -> float:
-            error = state.outcome.exception()
-            asked_for = error.pause if isinstance(error, _MayPass) else None
-            return min(longest, max(asked_for or 0.0, backoff(state)))
-
-        return tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_MayPass),
-            stop=tenacity.stop_after_attempt(self.tries),
-            wait=wait,
-            reraise=True,
-        )
-
-    async def _fetch(self, client: "httpx2.AsyncClient", method: str, url: str, body: dict | None = None) -> Any:
-        """Return the JSON of a response, in bounded time and space."""
-        import httpx2
-
-        try:
-            async with asyncio.timeout(self.timeout), client.stream(method, url, json=body) as response:
-                data = bytearray()
-                async for chunk in response.aiter_raw():
-                    data += chunk
-                    if len(data) > LARGEST:
-                        raise _MayPass(f"the response has more than {LARGEST} bytes")
-        except TimeoutError as error:
-            raise _MayPass(f"no whole response within {self.timeout:g} s") from error
-        except httpx2.ConnectError as error:
-            raise _Unreachable(f"no connection: {error}") from error
-        except httpx2.TransportError as error:
-            raise _MayPass(f"broken connection: {type(error).__name__}: {error}") from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _Fails(f"{type(error).__name__}: {error}") from error
-        return _content(response, bytes(data), url)
-
-    def _body(self, question: Question) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": question.messages,
-            "n": question.passes,
-            "seed": question.seed,
-            "max_tokens": question.max_tokens,
-            "temperature": question.temperature,
-            "top_p": 1.0,
-        }
-        if question.regex is not None:
-            body["structured_outputs"] = {"regex": question.regex}
-        elif question.schema is not None:
-            form = {"name": "judgement", "schema": question.schema, "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": form}
-        if question.logprobs:
-            body |= {"logprobs": True, "top_logprobs": server.TOP_LOGPROBS}
-        if question.continues:
-            body |= {"continue_final_message": True, "add_generation_prompt": False}
-        if self._is_vllm:
-            # Some checkpoints bring defaults that would make every pass the same.
-            body |= {"top_k": -1, "repetition_penalty": 1.0}
-        return body
+        return any(entry.get("owned_by") == "vllm" for entry in _entries(listing))
 
 
-def _content(response: "httpx2.Response", data: bytes, url: str) -> Any:
-    status, said = response.status_code, data[:300].decode(errors="replace")
-    if status >= 500 or status in _AGAIN:
-        raise _MayPass(f"HTTP {status}: {said}", _wished_pause(response))
-    if status in _REFUSED:
+async def _check_kind(url: str, error: Failure) -> None:
+    """Raise where what a server says to begin with shows that it is another one, and will stay so."""
+    if isinstance(error, Page):
         raise EarlError(
-            f"{url}: HTTP {status}: {said}; check reward_function_api_base, reward_function_api_model_name and the "
-            f"environment variable {server.KEY}"
-        )
-    if status != 200:
-        raise _Fails(f"HTTP {status}: {said}")
+            f"{url}/models: a web page came instead of data ({error}): a login page, or another server? "
+            "check reward_function_api_base"
+        ) from error
+    if url and not isinstance(error, Busy | Slow | Unreachable) and await transport.expects_tls(url):
+        raise EarlError(f"{url}: the server speaks https; write https:// into reward_function_api_base") from error
+
+
+def _entries(listing: Any) -> list[dict[str, Any]]:
+    """The models in a listing, which servers write in several forms."""
+    entries = listing.get("data", listing.get("models")) if isinstance(listing, dict) else listing
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _names(listing: Any) -> list[str]:
+    return [str(entry.get("id", entry.get("name"))) for entry in _entries(listing)]
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _sum(before: int | None, more: int | None) -> int | None:
+    return more if before is None else before if more is None else before + more
+
+
+def listed(url: str, seconds: float = 10.0) -> str:
+    """Return the names of the models that the server at an address has, for a person to read.
+
+    Raises:
+        EarlError: why it does not say.
+    """
+
+    async def ask() -> Any:
+        async with transport.client(1) as client:
+            return await transport.fetch(client, "GET", f"{url}/models", seconds)
+
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _MayPass(f"the response is not JSON: {said[:100]!r}") from error
-
-
-def _wished_pause(response: "httpx2.Response") -> float | None:
-    try:
-        seconds = float(response.headers.get("Retry-After", ""))
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < 3600 else None
-
-
-def _reply(answer: Any, question: Question) -> Reply:
-    """Read a response; one of another form is as broken as a cut one."""
-    try:
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        passes = [_pass(choice, question.logprobs) for choice in choices]
-        usage = answer.get("usage") or {}
-        tokens_in, tokens_out = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _MayPass(f"the response has no answers: {error!r}") from error
-    if len(passes) != question.passes:
-        raise _MayPass(f"the response has {len(passes)} answers, not {question.passes}")
-    return Reply(passes, _count(tokens_in), _count(tokens_out))
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and 0 <= value < 2**31 else None
-
-
-def _pass(choice: dict[str, Any], logprobs: bool) -> Pass:
-    text = choice["message"].get("content")
-    if not isinstance(text, str):
-        raise ValueError("an answer without text")
-    tokens = None
-    listed = (choice.get("logprobs") or {}).get("content")
-    if logprobs and listed is not None:
-        tokens = [
-            Token(entry["token"], [(top["token"], float(top["logprob"])) for top in entry["top_logprobs"]])
-            for entry in listed
-        ]
-    return Pass(text, str(choice["finish_reason"]), tokens)
+        return ", ".join(_names(asyncio.run(ask()))) or "no model"
+    except Failure as error:
+        raise EarlError(f"{url}/models: {error}") from error

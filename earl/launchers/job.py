@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 
+from earl import names
 from earl.errors import EarlError
 
 
@@ -62,8 +62,7 @@ class Resources:
         for setting in settings:
             name, separator, value = setting.partition("=")
             if not separator or name not in cls.names():
-                near = get_close_matches(name, cls.names(), n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(cls.names())}"
+                hint = names.hint(name, cls.names(), f"there are {', '.join(cls.names())}")
                 raise EarlError(f"resource '{setting}': is not name=value with a known name; {hint}")
             is_text = "str" in str(cls.__dataclass_fields__[name].type)
             if not is_text and not value.isdecimal():

@@ -1,6 +1,5 @@
 """What Slurm says of this user's jobs and of its nodes. Needs no accounting database."""
 
-import getpass
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 
 def _squeue(*options: str) -> subprocess.CompletedProcess[str]:
-    command = ["squeue", "--noheader", "--states=all", "--user", getpass.getuser(), *options]
+    command = ["squeue", "--noheader", "--states=all", "--user", str(os.getuid()), *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:

@@ -69,6 +69,7 @@ class Source:
     rollouts: list[str]
     scores: list[str]
     rubrics: str | None  # digest of what the judge was asked by; None where it has no rubrics
+    left_out: int = 0  # prompts that were too long to be sampled
 
 
 def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -> Source:
@@ -100,7 +101,9 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
         )
     _check_complete(rows, iteration, expected)
     ordered = sorted(rows, key=lambda row: row["episode_id"])
-    return Source(ordered, rollout_digests, score_digests, *rubrics)
+    # Every shard tells of the whole iteration.
+    left_out = int(tables.read_metadata(iteration.rollouts(0)).get(tables.LEFT_OUT, 0))
+    return Source(ordered, rollout_digests, score_digests, *rubrics, left_out)
 
 
 def _check_metadata(path: Path, key: str, expected: str, remedy: str) -> None:
@@ -345,6 +348,16 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "groups": len(zero_std),
         "completion_tokens": int(sum(len(outcome.row["completion_token_ids"]) for outcome in used)),
     }
+
+
+def warnings(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return why an iteration teaches nothing, in words; nothing where it does."""
+    found = []
+    if all(outcome.row["status"] == "no_image" for outcome in outcomes if outcome.reward is not None):
+        found.append("no completion holds a finished image")
+    if bool(torch.stack(list(_equal_groups(outcomes).values())).all()):
+        found.append("no group's rewards differ, so no episode has an advantage")
+    return found
 
 
 def _mean_score(rows: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch.distributed.checkpoint import Metadata, SavePlan, SavePlanner, StorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from earl.files import tensors as files
 from earl.learner.ranks import Ranks
 
 OFFSETS = "DCP_SHARDING_INFO"
@@ -31,7 +31,7 @@ class PartWriter(StorageWriter):
             if chunk.sizes.numel():  # of a tensor with fewer rows than there are ranks some have none
                 tensors[item.index.fqn] = planner.resolve_data(item).detach().cpu().contiguous()
                 places[item.index.fqn] = {"saved_offsets": list(chunk.offsets)}
-        save_file(tensors, self.path, metadata={OFFSETS: json.dumps(places, sort_keys=True)})
+        files.write(self.path, tensors, {OFFSETS: json.dumps(places, sort_keys=True)})
         with open(self.path, "rb") as stream:
             os.fsync(stream.fileno())
         future: Future[list[WriteResult]] = Future()

@@ -6,9 +6,12 @@ training reruns.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from earl.errors import EarlError
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
 
 SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts")
 FINAL_REWARDS = {
@@ -25,7 +28,16 @@ COMPONENTS = {
 """What advantages may be computed of one by one: the least of these sub-scores."""
 PARTS = {**COMPONENTS, **FINAL_REWARDS}
 """Every score that can be computed of an episode, with the sub-scores that it needs."""
+ASKED_BY = dict.fromkeys(SUB_SCORES, "reward_compute_viescore") | {"ground_score": "reward_compute_ground_score"}
+"""The field that has a judge model asked for a sub-score."""
 JUDGEMENT_FAILED = "judgement failed"
+
+
+def needed(config: "Config") -> dict[str, tuple[str, str]]:
+    """Return the sub-scores that training needs, each with the field that needs it and this field's value."""
+    wanted = [("reward_final_reward", config.reward_final_reward)]
+    wanted += [("advantage_components", name) for name in config.advantage_components]
+    return {score: (field, which) for field, which in reversed(wanted) for score in PARTS[which]}
 
 
 def viescore(scores: Mapping[str, float]) -> float:

@@ -287,7 +287,7 @@ def resume(
     if found is None:
         return Progress()
     newest, state = found
-    remedy = f"remove {checkpoints} to begin anew"
+    remedy = _remedy(checkpoints)
     trainer_state.has_weights(newest, policy, remedy)
     progress = Progress(**state["progress"])
     progress.validation = {int(step): loss for step, loss in progress.validation.items()}
@@ -296,12 +296,16 @@ def resume(
     return progress
 
 
+def _remedy(checkpoints: Path) -> str:
+    return f"remove {checkpoints} to begin anew"
+
+
 def _newest(checkpoints: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint and its `state.json`; those of another identity are removed."""
     found = sorted(folder for folder in checkpoints.glob("step-*") if (folder / manifest.NAME).is_file())
     if not found:
         return None
-    manifest.check(found[-1], deep=True)
+    manifest.check(found[-1], deep=True, remedy=_remedy(checkpoints))
     state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
     if state["identity"] == identity:
         return found[-1], state

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.errors import EarlError
-from earl.files import manifest
+from earl.files import atomic, manifest
 from earl.learner.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -70,7 +70,11 @@ def save(
 def write_parts(
     folder: Path, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", team: Ranks, with_weights: bool
 ) -> None:
-    """Write the moments, and the weights if wanted, each rank what it holds of them; return when all have."""
+    """Write the moments, and the weights if wanted, each rank what it holds of them; return when all have.
+
+    Raises:
+        EarlError: when the system refuses the write (disk full, no permission), to any rank.
+    """
     import torch.distributed.checkpoint as dcp
 
     from earl.learner.parts import PartWriter
@@ -78,7 +82,13 @@ def write_parts(
     tensors = _tensors(model, optimizer, with_weights)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-        dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
+        try:
+            dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
+        except dcp.CheckpointException as error:  # of all ranks, whichever failed
+            reasons = [failure for failure, _ in error.failures.values()]
+            if not all(isinstance(reason, OSError) for reason in reasons):
+                raise
+            raise EarlError(atomic.refusal(folder, reasons[0])) from error
     team.of_first(None)
 
 
@@ -122,7 +132,9 @@ def load(
     state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
     with_weights = has_weights(folder, model)
     rounded = [_local(p).bfloat16() for p in model.parameters()] if with_weights else []
-    read_parts(folder, model, optimizer, state.optimizer_steps, team, with_weights)
+    # Every rank reads its own part; the first one hashes the files for all.
+    with manifest.reading(folder, None if team.first else (), _REMEDY):
+        read_parts(folder, model, optimizer, state.optimizer_steps, team, with_weights)
     for (name, parameter), before in zip(model.named_parameters(), rounded, strict=False):
         if not torch.equal(_local(parameter).bfloat16(), before):
             raise EarlError(f"{folder}: tensor '{WEIGHT}.{name}' is not what the policy rounds; {_REMEDY}")
@@ -220,7 +232,7 @@ def _local(tensor: "torch.Tensor") -> "torch.Tensor":
 
 def check(folder: Path, *, iteration: int, policy_digest: str, config_digest: str) -> TrainerState:
     """Check a folder as `load` does, as far as that goes without reading tensors; return its counters."""
-    manifest.check(folder)
+    manifest.check(folder, remedy=_REMEDY)
     state = read_state(folder)
     _check_binding(folder, state, iteration, policy_digest, config_digest)
     return state
@@ -233,7 +245,7 @@ def read_state(folder: Path) -> TrainerState:
         return TrainerState(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise EarlError(f"{path}: is missing; {_REMEDY}") from error
-    except (json.JSONDecodeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise EarlError(f"{path}: is damaged ({error}); {_REMEDY}") from error
 
 

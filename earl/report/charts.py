@@ -5,8 +5,11 @@ equal numbers give equal bytes.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from html import escape
 
 # A screen shows no more; longer series are averaged in bins.
@@ -14,6 +17,13 @@ MOST_POINTS = 240
 # Points are marked, and answer to the pointer, where there are few.
 MOST_MARKS = 60
 MINUS = "\N{MINUS SIGN}"
+DIGITS = 3
+"""Significant digits of a number."""
+_LARGEST = Fraction(sys.float_info.max)
+# Values that lie closer together, relative to their size, differ by rounding alone.
+_RESOLUTION = Fraction(1, 10**9)
+# Below it floats lose digits; an axis does not go into them.
+_SMALLEST = Fraction(1, 10**300)
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,11 @@ class Line:
 
 
 def line(label: str, points: Iterable[tuple], colour: int = 0) -> Line | None:
-    """Make a line from (x, y) or (x, y, low, high); points without a value are left out. None where nothing is left."""
-    kept = [point for point in points if all(value is not None for value in point)]
+    """Make a line from (x, y) or (x, y, low, high). None where no point is left.
+
+    Points are left out where a value is missing or not finite.
+    """
+    kept = [point for point in points if all(value is not None and math.isfinite(value) for value in point)]
     if not kept:
         return None
     x, y, *band = (list(values) for values in zip(*kept, strict=True))
@@ -45,34 +58,73 @@ def _thinned(full: Line) -> Line:
 
     def bins(values: Sequence[float]) -> list[float]:
         parts = [values[start : start + size] for start in range(0, len(values), size)]
-        return [sum(part) / len(part) for part in parts]
+        return [_mean(part) for part in parts]
 
     return Line(full.label, bins(full.x), bins(full.y), bins(full.low), bins(full.high), full.colour)
 
 
-def number(value: float) -> str:
-    """Three significant digits, in the shortest form, with a real minus sign."""
+def _mean(values: Sequence[float]) -> float:
+    # Divided before they are added: the sum of the largest floats is not a float.
+    mean = sum(value / len(values) for value in values)
+    return max(min(values), min(max(values), mean))
+
+
+def number(value: float, digits: int = DIGITS) -> str:
+    """Return so many significant digits (of a whole number below 100,000 all), in the shortest form.
+
+    The minus sign is a real one.
+    """
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    if not -3 <= exponent < 5:
-        mantissa = f"{value / 10.0**exponent:.3g}"
-        return f"{mantissa}e{exponent}".replace("-", MINUS)
-    text = f"{value:.{max(0, 2 - exponent)}f}"
-    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", MINUS)
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    if -3 <= int(exponent) < 5:
+        return _without_zeros(f"{value:.{max(0, digits - 1 - int(exponent))}f}").replace("-", MINUS)
+    return f"{_without_zeros(mantissa)}e{int(exponent)}".replace("-", MINUS)
+
+
+def _without_zeros(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def labels(values: Sequence[float]) -> list[str]:
+    """Return different values as text: `DIGITS` digits, or as many as tell them apart."""
+    texts: list[str] = []
+    for digits in range(DIGITS, 18):
+        texts = [number(value, digits) for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round values (steps of 1, 2 or 5 times a power of ten) that enclose low..high; at least two."""
-    if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-11):  # ticks are rounded to twelve decimals
-        reach = abs(low) * 0.1 if abs(low) > 1e-10 else 1.0
-        low, high = low - (reach if low else 0.0), high + reach
-    step = 10.0 ** math.floor(math.log10((high - low) / (most - 1)))
-    while math.ceil(high / step - 1e-9) - math.floor(low / step + 1e-9) > most - 1:
-        mantissa = step / 10.0 ** math.floor(math.log10(step) + 1e-9)
-        step *= 2.5 if round(mantissa) == 2 else 2
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    """Return round values (steps of 1, 2 or 5 times a power of ten) that enclose low..high; at least two.
+
+    Values that differ by rounding alone, as machines round a constant differently, count as one: then the axis reaches
+    a tenth of it further to both sides. Where a round value is larger than any float, the largest stands for it.
+    """
+    # Exact arithmetic: no step vanishes, overflows, or depends on how a processor rounds.
+    bottom, top = Fraction(str(low)), Fraction(str(high))
+    size = max(abs(bottom), abs(top))
+    if size < _SMALLEST or top - bottom <= size * _RESOLUTION:
+        reach = Fraction(1) if size < _SMALLEST else size / 10
+        bottom, top = (max(-_LARGEST, bottom - reach) if bottom else bottom), min(_LARGEST, top + reach)
+    finest = (top - bottom) / (most - 1)
+    power = Fraction(10) ** (Decimal(finest.numerator) / Decimal(finest.denominator)).adjusted()
+    for mantissa in (1, 2, 5, 10, 20):
+        step = power * mantissa
+        first, last = math.floor(bottom / step), math.ceil(top / step)
+        if last - first < most:
+            break
+    return [float(max(-_LARGEST, min(_LARGEST, index * step))) for index in range(first, last + 1)]
+
+
+def position(value: float, low: float, high: float) -> float:
+    """Return where a value lies between ``low`` (0) and ``high`` (1); 0 where the two are equal."""
+    if low == high:
+        return 0.0
+    # Divided first: the distance of the largest floats is not a float.
+    size = max(abs(low), abs(high))
+    return (value / size - low / size) / (high / size - low / size)
 
 
 @dataclass(frozen=True)
@@ -87,11 +139,9 @@ class _Frame:
     y: tuple[float, float]
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return (
-            round(self.left + across * (self.right - self.left), 1),
-            round(self.bottom - up * (self.bottom - self.top), 1),
+            round(self.left + position(x, *self.x) * (self.right - self.left), 1),
+            round(self.bottom - position(y, *self.y) * (self.bottom - self.top), 1),
         )
 
 
@@ -102,16 +152,16 @@ def line_chart(
     values = [v for each in lines for v in (*each.y, *each.low, *each.high)] + ([] if floor is None else [floor])
     across = [v for each in lines for v in each.x]
     y_ticks = ticks(min(values), max(values), most=8 if height > 300 else 5)
-    labels = [number(value) for value in y_ticks]
+    y_labels = labels(y_ticks)
     frame = _Frame(
-        left=10 + 6.6 * max(map(len, labels)),
+        left=10 + 6.6 * max(map(len, y_labels)),
         right=width - 12,
         top=10,
         bottom=height - 24,
         x=(min(across), max(across)),
         y=(y_ticks[0], y_ticks[-1]),
     )
-    parts = [*_y_axis(frame, y_ticks, labels), *_x_axis(frame)]
+    parts = [*_y_axis(frame, y_ticks, y_labels), *_x_axis(frame)]
     for each in lines:
         parts += _drawn(frame, each)
     label = escape(_in_words(title, lines), quote=True)
@@ -128,12 +178,12 @@ def _in_words(title: str, lines: Sequence[Line]) -> str:
     return f"{title}. {'; '.join(parts)}."
 
 
-def _y_axis(frame: _Frame, values: Sequence[float], labels: Sequence[str]) -> list[str]:
+def _y_axis(frame: _Frame, values: Sequence[float], texts: Sequence[str]) -> list[str]:
     parts = []
-    for value, label in zip(values, labels, strict=True):
+    for value, text in zip(values, texts, strict=True):
         _, y = frame.place(frame.x[0], value)
         parts.append(f'<path class="grid" d="M{frame.left:.1f} {y}H{frame.right:.1f}"/>')
-        parts.append(f'<text class="tick" text-anchor="end" x="{frame.left - 6:.1f}" y="{y + 4:.1f}">{label}</text>')
+        parts.append(f'<text class="tick" text-anchor="end" x="{frame.left - 6:.1f}" y="{y + 4:.1f}">{text}</text>')
     return parts
 
 
@@ -177,8 +227,8 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def interval_bar(mean: float, low: float, high: float, reach: float, width: int = 200, height: int = 18) -> str:
-    """Draw a change with its interval around a zero line; ``reach`` is the value at both ends of the axis."""
-    middle = height / 2
+    """Draw a change with its interval around a zero line; ``reach`` is the value at both ends of the axis (0: 1)."""
+    middle, reach = height / 2, reach or 1.0
 
     def place(value: float) -> float:
         return round(width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 6), 1)

@@ -35,19 +35,19 @@ def dot_chart(title: str, dots: Sequence[Dot], width: int = 520) -> str:
     height = ROW * len(dots) + 30
 
     def place(value: float) -> float:
-        return round(left + (value - axis[0]) / (axis[-1] - axis[0]) * (width - 16 - left), 1)
+        return round(left + charts.position(value, axis[0], axis[-1]) * (width - 16 - left), 1)
 
     parts = []
-    for value in axis:
+    for value, label in zip(axis, charts.labels(axis), strict=True):
         x = place(value)
         parts.append(f'<path class="grid" d="M{x} 4V{height - 24}"/>')
-        parts.append(f'<text class="tick" text-anchor="middle" x="{x}" y="{height - 8}">{charts.number(value)}</text>')
+        parts.append(f'<text class="tick" text-anchor="middle" x="{x}" y="{height - 8}">{label}</text>')
     for row, dot in enumerate(dots):
         parts += _row(dot, 4 + ROW * (row + 0.5), left, place)
     words = "; ".join(f"{dot.label}: {charts.number(dot.mean)}" for dot in dots)
-    label = escape(f"{title}. {words}.", quote=True)
+    told = escape(f"{title}. {words}.", quote=True)
     return (
-        f'<svg class="chart dots" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+        f'<svg class="chart dots" viewBox="0 0 {width} {height}" role="img" aria-label="{told}">{"".join(parts)}</svg>'
     )
 
 

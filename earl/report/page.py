@@ -65,6 +65,7 @@ def render(found: Contents) -> str:
         gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
         tasks=tasks(found),
         training=training(found.metrics),
+        warnings=warnings(found.metrics),
         times=times(found.seconds),
         verification=verification(found.verification),
         settings=settings(found.config),
@@ -250,6 +251,21 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
     return [each for each in drawn if each]
 
 
+def warnings(metrics: list[dict[str, Any]]) -> list[str]:
+    """Return what iterations warned of, each with how many of them did and the first ones."""
+    warned: dict[str, list[int]] = {}
+    for row in metrics:
+        for text in row.get("warnings", []):
+            warned.setdefault(text, []).append(row["iteration"])
+        if row.get("left_out_prompts"):
+            warned.setdefault("prompts that were too long have been left out", []).append(row["iteration"])
+    return [
+        f"{len(found)} of {len(metrics)} iterations ({', '.join(map(str, found[:5]))}{', ...' if found[5:] else ''}): "
+        f"{text}"
+        for text, found in warned.items()
+    ]
+
+
 def tasks(found: Contents) -> list[dict[str, Any]]:
     """One row an edit type of the headline evaluation, and the whole as the last one."""
     if not found.evaluations:
@@ -289,17 +305,19 @@ def times(seconds: dict[str, list[float]]) -> dict[str, Any] | None:
     return {"rows": rows, "total": total}
 
 
+CHECKED = {"files": "files there", "hashed": "files with the recorded content"}
+
+
 def verification(found: dict[str, Any] | None) -> dict[str, Any] | None:
     """The outcome of `earl verify`: its problems as lines, and what it looked at."""
     if found is None:
         return None
     looked = [f"{found[key]} {key}" for key in ("iterations", "evaluations") if key in found]
-    if found.get("files"):
-        looked.append(f"{found['files']} files hashed")
+    looked += [f"{found[key]} {words}" for key, words in CHECKED.items() if found.get(key)]
     if found.get("code_versions", 0) > 1:
         looked.append(f"made by {found['code_versions']} versions of the code")
     problems = [f"{each['file']}: {each['problem']}" for each in found.get("problems", [])]
-    return {"problems": problems, "looked": ", ".join(looked)}
+    return {"problems": problems, "looked": ", ".join(looked), "deep": found.get("deep", False)}
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from earl import code_version, statistics
+from earl.config import freeze
 from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
 from earl.learner.rewards import COMPONENTS, SUB_SCORES, component, episode_reward
@@ -40,21 +41,26 @@ def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Pat
     """Write the evaluation's table to ``out`` and its summary beside it (suffix ``.json``).
 
     Raises:
-        EarlError: when rollouts and scores do not belong together, or a score that the reward needs is missing.
+        EarlError: when rollouts and scores do not belong together, the rollouts were sampled with other settings, or
+            a score that the reward needs is missing.
     """
     episodes = joined(rollouts, scores)
     columns = _with_rewards(episodes, config.reward_final_reward, scores)
     metadata = tables.read_metadata(rollouts)
+    _check_sampling(config, name, rollouts, metadata)
     origin = {key: value for key, value in metadata.items() if key not in ("huggingface", "earl_table")}
     origin |= {"evaluation": name, "scores_digest": manifest.digest_file(scores), "code_version": code_version()}
     tables.write_table(out, EVALUATION, columns, origin, _largest_token(episodes))
     summary = {
         "evaluation": name,
         "iteration": iteration,
-        **_sampling(config, name),
+        **freeze.recorded(config, name),
         "judge": _judge(scores),
         "reward_final_reward": config.reward_final_reward,
         "policy_digest": metadata.get("policy_digest"),
+        "rollouts_digest": manifest.digest_file(rollouts),
+        "scores_digest": origin["scores_digest"],
+        "table_digest": manifest.digest_file(out),
         **summarise(_rows(columns)),
     }
     atomic.write_text(out.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
@@ -125,12 +131,17 @@ def _largest_token(episodes: pa.Table) -> int:
     return 2 ** episodes.schema.field("completion_token_ids").type.value_type.bit_width - 1
 
 
-def _sampling(config: "Config", name: str) -> dict[str, Any]:
+def _check_sampling(config: "Config", name: str, rollouts: Path, metadata: dict[str, str]) -> None:
+    """Refuse rollouts that were sampled when the evaluation had other settings."""
     if name not in config.evaluations:
         known = ", ".join(config.evaluations) or "none"
         raise EarlError(f"evaluation {name!r} is not in the configuration's field evaluations (known: {known})")
-    settings = config.evaluations[name]
-    return {key: getattr(settings, key) for key in ("temperature", "top_p", "top_k", "samples_per_prompt")}
+    stated, wanted = metadata.get(tables.SAMPLING), json.dumps(freeze.sampling(config, name))
+    if stated not in (None, wanted):
+        raise EarlError(
+            f"{rollouts}: was sampled with {stated}, but evaluations.{name} says {wanted}; remove it and generate it "
+            "again, or give the changed evaluation a name of its own"
+        )
 
 
 def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,21 +1,20 @@
 """Generate: sample completions from a policy and decode them to images. Writes facts only, no reward."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from earl import code_version, engines, layout, runtime, seeds
-from earl.config.freeze import config_digest
-from earl.config.paths import evaluation_paths, resolve, vision_tokenizer_folder
-from earl.data import mixing
-from earl.data.tokenised import Example, open_dataset
+from earl.config import freeze
+from earl.config.paths import vision_tokenizer_folder
+from earl.data.tokenised import Example
 from earl.emu3 import checkpoint, sequence, vision
 from earl.emu3.vocabulary import Vocabulary
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
+from earl.stages import prompts
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -49,16 +48,15 @@ def run(config: "Config", iteration: int, shard: int, policy: Path, out: Path) -
         shard,
         max(1, config.engine_batch_size // config.generations_per_sample),
     )
-    examples = _draw(
-        config, policy, config.train_paths_file, config.coefficients, iteration, config.prompts_per_iteration, wanted
-    )
+    drawn = prompts.of_iteration(config, iteration, policy, wanted)
     plan = Plan(
         name=layout.iteration_name(iteration),
-        examples=examples,
+        examples=drawn.examples,
         samples=config.generations_per_sample,
         params=engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens),
     )
-    _sample_and_write(config, plan, policy, out, {"iteration": str(iteration), "shard": str(shard)})
+    where = {"iteration": str(iteration), "shard": str(shard), tables.LEFT_OUT: str(drawn.left_out)}
+    _sample_and_write(config, plan, policy, out, where)
 
 
 def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, out: Path) -> None:
@@ -66,56 +64,17 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
 
     The prompts and every seed depend on the evaluation's name alone, so that policies are compared on equal draws.
     """
-    if name not in config.evaluations:
-        raise EarlError(
-            f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}"
-        )
+    drawn = prompts.of_evaluation(config, name, policy)
     wanted = config.evaluations[name]
-    paths = evaluation_paths(config, name)
-    coefficients = [1.0] * len(paths) if wanted.paths_file else config.val_coefficients
-    examples = _draw(config, policy, paths, coefficients, 0, wanted.prompts)
-    _check_names(name, [example for _, example in examples])
     plan = Plan(
         name=name,
-        examples=examples,
+        examples=drawn.examples,
         samples=wanted.samples_per_prompt,
         params=engines.SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, config.max_response_tokens),
     )
-    _sample_and_write(config, plan, policy, out, {"evaluation": name, "iteration": str(iteration)})
-
-
-def _check_names(evaluation: str, examples: Sequence[Example]) -> None:
-    """Refuse different prompts of one name: an evaluation tells its prompts apart by it, also across policies."""
-    seen: dict[tuple[str, str], Example] = {}
-    for example in examples:
-        first = seen.setdefault((example.dataset, example.example_id), example)
-        same_image = np.array_equal(first.original_tokens, example.original_tokens)
-        if first.instruction != example.instruction or not same_image:
-            raise EarlError(
-                f"evaluation {evaluation!r}: two prompts of dataset {example.dataset!r} have the example_id "
-                f"{example.example_id!r}; name a column that tells them apart in raw_datasets.<name>.columns, or "
-                "example_id: null to number the rows, and tokenise the data again"
-            )
-
-
-def _draw(
-    config: "Config",
-    policy: Path,
-    paths: Sequence[str],
-    coefficients: Sequence[float],
-    iteration: int,
-    count: int | None,
-    wanted: range | None = None,
-) -> list[tuple[int, Example]]:
-    """Draw ``count`` prompts for an iteration, None: all, and read those that are ``wanted``, None: all of them."""
-    codebook_size = Vocabulary.from_folder(policy).num_visual
-    datasets = [open_dataset(resolve(config, path), codebook_size) for path in paths]
-    mixture = mixing.mixture([len(dataset) for dataset in datasets], coefficients, config.random_seed)
-    drawn = mixing.prompts(mixture, config.random_seed, iteration, mixture.distinct if count is None else count)
-    return [
-        (index, datasets[drawn[index][0]][drawn[index][1]])
-        for index in (range(len(drawn)) if wanted is None else wanted)
-    ]
+    sampling = json.dumps(freeze.sampling(config, name))
+    where = {"evaluation": name, "iteration": str(iteration), tables.SAMPLING: sampling}
+    _sample_and_write(config, plan, policy, out, where)
 
 
 def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:
@@ -150,7 +109,7 @@ def _sample_and_write(config: "Config", plan: Plan, policy: Path, out: Path, whe
         "run": config.run_name,
         **where,
         "policy_digest": manifest.digest_folder(policy),
-        "config_digest": config_digest(config),
+        "config_digest": freeze.config_digest(config),
         "code_version": code_version(),
     }
     tables.write_table(out, tables.ROLLOUTS, columns, metadata, largest_token=vocabulary.size - 1)
@@ -158,15 +117,6 @@ def _sample_and_write(config: "Config", plan: Plan, policy: Path, out: Path, whe
 
 def _request(config: "Config", plan: Plan, index: int, example: Example, vocabulary: Vocabulary) -> engines.Request:
     prompt = sequence.prompt_ids(example.original_tokens, example.instruction, config.assistant_prefill, vocabulary)
-    room = config.model_context_size - plan.params.max_tokens
-    if config.max_prompt_len is not None:
-        room = min(room, config.max_prompt_len)
-    if len(prompt) > room:
-        raise EarlError(
-            f"dataset {example.dataset!r}, example {example.example_id!r}: the prompt has {len(prompt)} tokens where "
-            f"{room} fit (max_prompt_len is {config.max_prompt_len}, model_context_size {config.model_context_size} "
-            f"with max_response_tokens {plan.params.max_tokens}); raise the limit or leave the example out"
-        )
     place = ("rollout", config.random_seed, plan.name, index)
     return engines.Request(
         prompt_token_ids=prompt,

@@ -1,10 +1,11 @@
 """Replay: train again over the stored rollouts and scores of a run, with another learner, into a new run folder.
 
-Neither a policy is sampled nor a judge asked. The first iteration is trained exactly as if the run had been made with
-the other learner. Every later one meets episodes that the source's policies sampled, not the replayed one: it is
-*off-policy*. Then the ratio of the two policies is part of what `importance_ratio` and `sampler_correction` correct
-for, nothing corrects for it where both are off, and `parity_tolerance`, which looks for errors, is not applied. Rewards
-are those of the source's episodes; what the replayed policy earns, an evaluation has to tell.
+Neither a policy is sampled nor a judge asked; the scores may be those that another judge gave the same rollouts. The
+first iteration is trained exactly as if the run had been made with the other learner. Every later one meets episodes
+that the source's policies sampled, not the replayed one: it is *off-policy*. Then the ratio of the two policies is part
+of what `importance_ratio` and `sampler_correction` correct for, nothing corrects for it where both are off, and
+`parity_tolerance`, which looks for errors, is not applied. Rewards are those of the source's episodes; what the
+replayed policy earns, an evaluation has to tell.
 """
 
 import logging
@@ -20,9 +21,9 @@ from earl.config.schema import is_free
 from earl.errors import EarlError
 from earl.files import atomic, manifest
 from earl.layout import Run
-from earl.learner import ranks
+from earl.learner import ranks, rewards
 from earl.report import comparison, curves
-from earl.stages import train
+from earl.stages import rescore, train
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -93,7 +94,7 @@ def _is_on(config: "Config", name: str) -> bool:
     return getattr(config, name) != "none"
 
 
-def run(source_path: Path, out: Path, overrides: Mapping[str, Any]) -> Replayed:
+def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str | None = None) -> Replayed:
     """Replay a run, or go on with a replay that was stopped; equal inputs give equal bytes.
 
     Args:
@@ -101,16 +102,18 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any]) -> Replayed:
         out: The new run's folder; its name becomes the `run_name`.
         overrides: Values of fields of the learner by dotted name. `num_iterations` is how many iterations to replay,
             by default all that the source has.
+        scores: The name below ``<source>/rescored`` of the scores to train on, by default the run's own.
 
     Raises:
-        EarlError: a field decides how rollouts or scores are made; the source is no chain of iterations, or its files
-            have changed; ``out`` holds another run.
+        EarlError: a field decides how rollouts or scores are made; the scores do not hold what the reward is made of;
+            the source is no chain of iterations, or its files have changed; ``out`` holds another run.
     """
     source, target = Run(Path(source_path)), Run(Path(out))
     if source.path.resolve() == target.path.resolve():
         raise EarlError(f"{out}: is the run itself; give the replay a folder of its own")
-    config = _config(source, target, overrides)
-    record = replays.new_record(target, source, config.num_iterations)
+    config = _config(source, target, overrides, scores)
+    record = replays.new_record(target, source, config.num_iterations, scores)
+    replays.check_scores(source, config, last=config.num_iterations, scores=scores)
     if target.config.is_file() and replays.record_of(target) is None:
         raise EarlError(f"{out}: holds a run that is no replay; give a folder of its own")
     target.path.mkdir(parents=True, exist_ok=True)
@@ -137,12 +140,16 @@ def _train(config: "Config", target: Run, index: int) -> None:
         raise EarlError(f"{target.iteration(index).path}: training it failed, as its ranks have said above")
 
 
-def _config(source: Run, target: Run, overrides: Mapping[str, Any]) -> "Config":
+def _config(source: Run, target: Run, overrides: Mapping[str, Any], scores: str | None) -> "Config":
     own = read(source.config)
+    judge = _judge(source, scores) if scores else {}
     count = overrides.get("num_iterations", runs.newest_complete(source))
     if not isinstance(count, int) or count < 1:
         raise EarlError(f"{source.path}: has no iteration to replay, or num_iterations is {count!r}")
-    config = changed(own, {**overrides, "num_iterations": count, "run_name": target.path.name})
+    given = {**judge, **overrides, "num_iterations": count, "run_name": target.path.name}
+    # What the judge was asked for is seen in its scores (`replays.check_scores`): the fields follow from the reward.
+    wanted = rewards.needed(changed(own, given | dict.fromkeys(rewards.ASKED_BY.values(), True)))
+    config = changed(own, given | {rewards.ASKED_BY[score]: True for score in wanted})
     for name in overrides:
         field = name.split(".")[0]
         if field not in LEARNER and not is_free(field):
@@ -151,6 +158,18 @@ def _config(source: Run, target: Run, overrides: Mapping[str, Any]) -> "Config":
                 f"it can change {', '.join(LEARNER)}"
             )
     return config
+
+
+def _judge(source: Run, scores: str) -> dict[str, Any]:
+    """Return the fields of the judge that gave these scores."""
+    path = source.rescored(scores).config
+    if not path.is_file():
+        raise EarlError(
+            f"--scores {scores}: there is no {path.parent}; score the rollouts first: "
+            f"earl rescore --run {source.path} --name {scores}"
+        )
+    values = read(path).model_dump(mode="json")
+    return {name: value for name, value in values.items() if name.startswith(rescore.JUDGE) and name not in LEARNER}
 
 
 def changes(source: Run, target: Run) -> list[tuple[str, Any, Any]]:

@@ -69,9 +69,9 @@ def run(
         EarlError: a field is not the judge's; there is nothing to score; under this name another judge has scored.
     """
     files = Run(Path(run_path))
-    folder = files.path / "rescored" / name
+    folder = files.rescored(name).path
     config = _config(files, folder, overrides)
-    found = list(_stored(files, folder, iterations, evaluations))
+    found = list(stored(files, folder, iterations, evaluations))
     if not found:
         raise EarlError(f"{files.path}: has no scored rollouts of these iterations and evaluations; name others")
     with runs.exclusive(Run(folder)):
@@ -101,13 +101,13 @@ def _config(files: Run, folder: Path, overrides: Mapping[str, Any]) -> "Config":
     return config
 
 
-def _stored(files: Run, folder: Path, iterations: Sequence[int], evaluations: Sequence[str]) -> Iterator[Scored]:
+def stored(files: Run, folder: Path, iterations: Sequence[int], evaluations: Sequence[str]) -> Iterator[Scored]:
     """Yield what has been scored, in the order of iterations and names of evaluations."""
     wanted = set(iterations)
     indices = [index for index in runs.iterations(files) if index and (not wanted or index in wanted)]
     for index in [] if evaluations else indices:
         stored = replays.iteration_of(files, index)
-        for before in sorted((stored.path / "scores").glob("*.parquet")):
+        for before in sorted(stored.scores(0).parent.glob("*.parquet")):
             shard = int(before.stem)
             after = Run(folder).iteration(index).scores(shard)
             yield Scored("iterations", index, stored.rollouts(shard), before, after)

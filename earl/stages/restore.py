@@ -1,4 +1,4 @@
-"""Restore stage: bring back the policy of an iteration whose checkpoint was dropped.
+"""Restore stage: bring back the policy of an iteration whose checkpoint was dropped or is damaged.
 
 Training is a function of files that are kept, so it is replayed from the nearest earlier checkpoint over the stored
 rollouts and scores. Neither a policy is sampled nor a judge asked, and the result must be, bit for bit, what
@@ -65,10 +65,21 @@ def run(run_path: Path, iteration: int) -> None:
 
 
 def _is_kept(iteration: Iteration) -> bool:
-    """Whether training can go on from here: a sealed policy and trainer, or the starting policy, sealed or not."""
+    """Whether training can go on from here: a whole policy and trainer, or the starting policy, sealed or not.
+
+    A damaged checkpoint counts as dropped.
+    """
     if iteration.index == 0:
         return iteration.policy.is_dir()
-    return runs.has_checkpoint(iteration)
+    if not runs.has_checkpoint(iteration):
+        return False
+    try:
+        for folder in (iteration.policy, iteration.trainer):
+            manifest.check(folder, deep=True)
+    except EarlError as error:
+        log.warning("restore: %s", error)
+        return False
+    return True
 
 
 def _nearest_kept(files: Run, iteration: int) -> int:

@@ -4,14 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from earl import code_version, judges
 from earl.config.freeze import config_digest
 from earl.errors import EarlError
 from earl.files import images, manifest, tables
+from earl.judges.model_judge import ModelJudge
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from earl.config.schema import Config
 
 _READ = ("episode_id", "group_id", "task", "instruction", "finish_reason", "original", "target", "edited")
@@ -45,6 +46,56 @@ def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None 
         schema = tables.MODEL_SCORES
         columns |= _model_columns(answers, judge)
     tables.write_table(out, schema, columns, _metadata(config, rollouts, judge))
+
+
+def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
+    """Ask the failed judgements of a file of scores again, and write it with their answers; all other rows stay.
+
+    What was answered for them is kept, the tries go on after the last one, and their seeds follow from its number. So
+    the file is a function of configuration, rollouts and the file as it was, whose digest it records (`asked_again`).
+
+    Args:
+        config: The run's resolved configuration.
+        rollouts: What the scores are of.
+        out: The scores; a file in which no judgement failed is left alone.
+
+    Returns:
+        How many judgements had failed, and how many still have.
+
+    Raises:
+        EarlError: the scores are of other rollouts, or by another judge or configuration; the judge asks no model.
+    """
+    judge = judges.get(config)
+    if not isinstance(judge, ModelJudge):
+        raise EarlError(f"{out}: the judge {judge.name!r} asks no model, so asking again gives the same")
+    metadata = _metadata(config, rollouts, judge)
+    scores = tables.read_table(out, tables.MODEL_SCORES)
+    _check_same(out, scores, metadata, judge)
+    failed = [index for index, status in enumerate(scores["status"].to_pylist()) if status == "failed"]
+    if not failed:
+        return 0, 0
+    rows = tables.read_table(rollouts, tables.ROLLOUTS, _READ).take(failed)
+    asked = [_judgement(row, rollouts, index) for index, row in zip(failed, rows.to_pylist(), strict=True)]
+    verdicts = judge.score(asked, [scores["requests"][index].as_py() for index in failed])
+    columns = {name: scores[name].to_pylist() for name in tables.MODEL_SCORES.names}
+    for name, values in (_columns(rows, verdicts, judge.name) | _model_columns(verdicts, judge)).items():
+        for index, value in zip(failed, values, strict=True):
+            columns[name][index] = value.as_py() if isinstance(value, pa.Scalar) else value
+    metadata["asked_again"] = manifest.digest_file(out)
+    tables.write_table(out, tables.MODEL_SCORES, columns, metadata)
+    return len(failed), sum(verdict.status == "failed" for verdict in verdicts)
+
+
+def _check_same(out: Path, scores: pa.Table, metadata: dict[str, str], judge: judges.Judge) -> None:
+    """Refuse to mix what is asked now with scores of other rollouts, or by another judge or configuration."""
+    told = tables.read_metadata(out)
+    keys = ("rollouts_digest", "rubrics_digest", "config_digest")
+    found = [(key, told.get(key), metadata[key]) for key in keys]
+    for key, now in (("judge_model", judge.model), ("judge_revision", judge.revision)):
+        found += [(key, then, now) for then in scores[key].unique().to_pylist()]
+    for key, then, now in found:
+        if then != now:
+            raise EarlError(f"{out}: its {key} is {then}, now it is {now}; remove the file and run the score stage")
 
 
 def _judgement(row: dict, rollouts: Path, index: int) -> judges.Judgement:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,16 @@ import numpy as np
 import torch
 
 from earl import residents, runtime, seeds
-from earl.config.paths import SFT_FREE, SFT_USES, fine_tuning, policy_folder, resolve, validation_paths
+from earl.config.paths import (
+    SFT_FREE,
+    SFT_USES,
+    fine_tuning,
+    fine_tuning_data,
+    fine_tuning_inputs,
+    policy_folder,
+    resolve,
+    validation_data,
+)
 from earl.data import mixing
 from earl.data.example import Dataset, Example
 from earl.data.tokenised import open_dataset
@@ -51,24 +62,22 @@ def run(config: "Config", name: str, out: Path) -> None:
 
 def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> None:
     base = policy_folder(config, tuning.base_model)
-    paths = [resolve(config, path) for path in tuning.train_paths_file]
     vocabulary = Vocabulary.from_folder(base)
-    validation = [resolve(config, path) for path in validation_paths(config, tuning)]
-    opened = {"codebook_size": vocabulary.num_visual, "images": False}
-    datasets = [open_dataset(path, **opened) for path in paths]
+    data = fine_tuning_data(config, name)
+    build = _Builder(tuning, _opened(config, data.references, vocabulary), vocabulary)
     for kind in ("learner", "reference"):
         residents.take(kind, None)  # Of what RL has left in memory nothing serves here, and it may fill the GPUs.
     policy = sharding.load(base, team, config.dtype == "bfloat16")
-    mixture = mixing.mixture([len(dataset) for dataset in datasets], tuning.coefficients, tuning.random_seed)
-    sequences = _Sequences(tuning, config.model_context_size, vocabulary)
-    held_out = _held_out(tuning, [open_dataset(path, **opened) for path in validation], sequences)
+    with data.named():
+        sizes = [len(dataset) for dataset in build.datasets]
+        mixture = mixing.mixture(sizes, tuning.coefficients, tuning.random_seed)
+        left_out = _too_long(config, build, mixture, team)
+    sequence = _sequences(build, mixture, left_out)
+    held_out, left_out_held_out = _held_out(config, name, vocabulary, team)
     checkpoints, kept = (out.parent / f"{out.name}.{kind}" for kind in ("partial", "checkpoints"))
-    identity = _identity(config, tuning, base, [*paths, *validation])
+    paths = [resolve(config, path) for path in fine_tuning_inputs(config, name)]
+    identity = _identity(config, tuning, base, paths)
     settings = _settings(config, tuning, team.device)
-
-    def sequence(index: int) -> sft.Example:
-        dataset, row = mixture[index]
-        return sequences.of(datasets[dataset], row)
 
     if team.first and not checkpoints.exists():  # What an earlier attempt kept is not this one's.
         shutil.rmtree(kept, ignore_errors=True)
@@ -81,8 +90,10 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
     with ranks.folder(out, team) as folder:
         if team.first:
             # Neither time nor code version: the folder's digest is that of the policy, whoever made the same weights.
-            curve = json.dumps(done.curve(settings), indent=1)
-            (folder / CURVE).write_text(curve + "\n", encoding="utf-8")
+            curve = done.curve(settings) | {"left_out_examples": len(left_out)}
+            if tuning.validation:
+                curve["left_out_validation_examples"] = left_out_held_out
+            (folder / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
         digest = sharding.save(policy, folder, base, team)
     if team.first:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -92,23 +103,31 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
     )
 
 
-class _Sequences:
-    """Makes training sequences of examples."""
+def _opened(config: "Config", references: list[str], vocabulary: Vocabulary) -> list[Dataset]:
+    found = [resolve(config, reference) for reference in references]
+    return [open_dataset(path, codebook_size=vocabulary.num_visual, images=False) for path in found]
 
-    def __init__(self, tuning: "Sft", longest: int, vocabulary: Vocabulary) -> None:
+
+class _Builder:
+    """Makes the training sequence of a row of data sets, and says what messages call the row.
+
+    Attributes:
+        missing: a row that lacked a key of `reasoning_keys`, by data set and key.
+    """
+
+    def __init__(self, tuning: "Sft", datasets: list[Dataset], vocabulary: Vocabulary) -> None:
         self.reasoning, self.keys = tuning.reasoning, tuning.reasoning_keys
-        self.longest = longest
+        self.datasets = datasets
         self.vocabulary = vocabulary
-        self.missed: set[tuple[str, str]] = set()
-        """Data sets and keys of reasoning that were missing once, and have been reported."""
+        self.missing: dict[tuple[str, str], str] = {}
 
-    def of(self, dataset: Dataset, row: int) -> sft.Example:
-        """Return the sequence of an example.
+    def __call__(self, row: mixing.Row) -> tuple[str, sft.Example]:
+        """Return the name of a row and its sequence.
 
         Raises:
-            EarlError: it lacks its edit or the reasoning that is wanted, or is too long.
+            EarlError: the example lacks its edit or the reasoning that is wanted.
         """
-        example = dataset[row]
+        example = self.datasets[row[0]][row[1]]
         where = f"{example.dataset}: example {example.example_id}"
         if example.target_tokens is None:
             raise EarlError(f"{where}: column 'target_tokens' is empty: there is no edit to learn from; leave it out")
@@ -119,10 +138,8 @@ class _Sequences:
             )
         except EarlError as error:
             raise EarlError(f"{where}: {error}") from error
-        if len(ids) > self.longest:
-            raise EarlError(f"{where}: {len(ids)} tokens are more than model_context_size = {self.longest}; raise it")
         prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length])
-        return sft.Example(prompt, completion)
+        return where, sft.Example(prompt, completion)
 
     def _reasoning(self, example: Example, where: str) -> list[tuple[str, str]]:
         if example.reasoning is None:
@@ -137,22 +154,99 @@ class _Sequences:
                 f"{', '.join(found) or 'nothing'}"
             )
         for key in self.keys:
-            if key not in found and (example.dataset, key) not in self.missed:
-                self.missed.add((example.dataset, key))
-                log.warning("sft: %s has no reasoning %r; it and others without it are trained on the rest", where, key)
+            if key not in found:
+                self.missing.setdefault((example.dataset, key), where)
         return chosen
 
+    def warn(self, team: Ranks) -> None:
+        """Log, once for each data set and key, which reasoning was missing in the rows that any rank has built."""
+        found: dict[tuple[str, str], str] = {}
+        for missing in team.gather(self.missing):
+            found = missing | found
+        for (_, key), where in found.items() if team.first else ():
+            log.warning("sft: %s has no reasoning %r; it and others without it are trained on the rest", where, key)
 
-def _held_out(tuning: "Sft", datasets: list[Dataset], sequences: _Sequences) -> list[sft.Example]:
-    """Return the sequences to validate on: as many of each data set, drawn once by the fine-tuning's seed."""
-    if tuning.validation is None:
-        return []
-    share = max(1, tuning.validation.examples // len(datasets))
-    found = []
-    for index, dataset in enumerate(datasets):
-        order = seeds.generator("sft-validation", tuning.random_seed, index).permutation(len(dataset))
-        found += [sequences.of(dataset, int(row)) for row in order[:share]]
+
+def _too_long(config: "Config", build: _Builder, mixture: mixing.Mixture, team: Ranks) -> set[mixing.Row]:
+    """Look at every example before the first step; return those that are longer than `model_context_size`.
+
+    Each rank looks at a part of them.
+
+    Raises:
+        EarlError: one cannot be learned from; all are too long, or some are and `long_prompts` is `stop`.
+    """
+    found, first = set(), None
+    for row in islice(mixture.rows(), team.rank, None, team.size):
+        where, example = build(row)
+        if len(example) > config.model_context_size:
+            found.add(row)
+            first = first or _length(config, where, example)
+    build.warn(team)
+    together = team.gather((found, first))
+    found = set().union(*(rows for rows, _ in together))
+    _check_left_out(config, len(found), mixture.distinct, next((first for _, first in together if first), ""))
     return found
+
+
+def _length(config: "Config", where: str, example: sft.Example) -> str:
+    return f"{where}: {len(example)} tokens where model_context_size is {config.model_context_size}"
+
+
+def _check_left_out(config: "Config", count: int, looked_at: int, first: str) -> None:
+    """Say how many examples are too long; EarlError where these are all, or `long_prompts` is `stop`."""
+    if not count:
+        return
+    said = f"{count} of {looked_at} examples are too long; first {first}"
+    if count == looked_at:
+        raise EarlError(f"{said}. These are all of them; raise model_context_size")
+    if config.long_prompts == "stop":
+        raise EarlError(f"{said}; raise it, or set long_prompts, which is `stop`, to `leave_out`")
+    log.warning("sft: %s; the next ones take their places", said)
+
+
+def _sequences(build: _Builder, mixture: mixing.Mixture, left_out: set[mixing.Row]) -> Callable[[int], sft.Example]:
+    """Return the function from an index of the mixture to its training sequence, or to that of the next one left."""
+
+    def sequence(index: int) -> sft.Example:
+        while mixture[index] in left_out:
+            index = (index + 1) % len(mixture)
+        return build(mixture[index])[1]
+
+    return sequence
+
+
+def _held_out(config: "Config", name: str, vocabulary: Vocabulary, team: Ranks) -> tuple[list[sft.Example], int]:
+    """Return the sequences to validate on, and how many were too long: the next ones took their places.
+
+    Of each data set come as many, in an order that is drawn once by the fine-tuning's seed.
+
+    Raises:
+        EarlError: as of `_too_long`.
+    """
+    tuning, data = fine_tuning(config, name), validation_data(config, name)
+    if data is None or tuning.validation is None:
+        return [], 0
+    found: list[sft.Example] = []
+    too_long: list[str] = []
+    with data.named():
+        if not data.references:
+            raise EarlError("there is no data set to validate on; name some, or set validation to null")
+        build = _Builder(tuning, _opened(config, data.references, vocabulary), vocabulary)
+        share = max(1, tuning.validation.examples // len(build.datasets))
+        for index, dataset in enumerate(build.datasets):
+            order = seeds.generator("sft-validation", tuning.random_seed, index).permutation(len(dataset))
+            wanted = len(found) + share
+            for row in order:
+                if len(found) == wanted:
+                    break
+                where, example = build((index, int(row)))
+                if len(example) > config.model_context_size:
+                    too_long.append(_length(config, where, example))
+                else:
+                    found.append(example)
+        build.warn(team)
+        _check_left_out(config, len(too_long), len(too_long) + len(found), too_long[0] if too_long else "")
+    return found, len(too_long)
 
 
 def _settings(config: "Config", tuning: "Sft", device: torch.device) -> sft.Settings:

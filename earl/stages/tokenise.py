@@ -1,13 +1,12 @@
 """Tokenise: raw image pairs to a folder of tokenised Parquet files, with the policy's vision tokenizer.
 
 Both images of a pair get the size of the original scaled to ``image_area``, so that the edit has the grid of the
-original; boxes in the reasoning text scale with it. A row that cannot be used is written down with its reason, and a
-run that was killed goes on with the shards it has.
+original; boxes in pixels in the reasoning text scale with it. A row that cannot be used is written down with its
+reason, and a run that was killed goes on with the shards it has.
 """
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 from earl import code_version, runtime
 from earl.config.paths import vision_tokenizer_folder
 from earl.data import pictures
+from earl.data.boxes import misfits, scale_boxes
 from earl.data.example import CODEBOOK_SIZE
 from earl.data.grids import stored
 from earl.data.pictures import Rejected
@@ -31,13 +31,11 @@ from earl.files import atomic, images, manifest, tables
 if TYPE_CHECKING:
     from transformers import Emu3VQVAE
 
-    from earl.config.schema import Config
+    from earl.config.schema import BoxUnit, Config
 
 ROWS_PER_FILE = 1024
 ROWS_AT_ONCE = 128
 """Rows whose images are in memory together, from which batches of one shape are made."""
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class _Pair:
     reasoning: list[dict[str, str]] | None
     original: np.ndarray
     edited: np.ndarray | None
+    misfits: list[str]
+    """Lists of four numbers in the reasoning that are not boxes in the unit of the data set."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     entry = config.raw_datasets.get(dataset)
     source = RawSource(raw, entry.columns if entry else None)
     keep_images = entry.keep_images if entry else True
+    unit = entry.boxes if entry else "pixels"
     device = runtime.prepare(config)
     folder = vision_tokenizer_folder(config)
     model = checkpoint.load_vision_tokenizer(folder, device)
@@ -90,6 +91,7 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
         "vision_tokenizer_digest": manifest.digest_folder(folder),
     }
     made_from = metadata | {
+        "boxes": unit,
         "code_version": code_version(),
         "columns": source.places,
         "cpu_threads": config.cpu_threads,
@@ -100,16 +102,24 @@ def run(config: "Config", dataset: str, raw: Path, out: Path) -> None:
     fraction = entry.max_rejected_fraction if entry else 0.0
     with (
         atomic.resumable_folder(out, json.dumps(made_from, sort_keys=True)) as unfinished,
+        manifest.reading(raw),
         tqdm(total=len(source), desc=f"tokenise {dataset}", unit="pair", file=sys.stderr) as progress,
         ThreadPoolExecutor(config.cpu_threads) as pool,
     ):
         writer = ShardWriter(unfinished, metadata, len(source), fraction, keep_images)
-        tokeniser = _Tokeniser(dataset, model, config.image_area, keep_images, pool)
+        tokeniser = _Tokeniser(dataset, model, config.image_area, keep_images, unit, pool)
         for number, window in enumerate(source.windows(ROWS_PER_FILE)):
             if not writer.is_done(number):
                 writer.write(number, *tokeniser.columns(source, window))
             progress.update(window.rows)
         writer.finish()
+    if tokeniser.misfits:
+        print(
+            f"tokenise {dataset}: {tokeniser.misfits:,} lists of four numbers in reasoning, such as "
+            f"{tokeniser.misfit_example}, are not boxes in unit {unit!r} and were left as they are; set "
+            f"raw_datasets.{dataset}.boxes to the unit of the boxes, or to 'none'",
+            file=sys.stderr,
+        )
     print(f"tokenise {dataset}: {writer.text()}", file=sys.stderr)
 
 
@@ -120,34 +130,27 @@ def scaled_size(width: int, height: int, area: int, factor: int) -> tuple[int, i
     return next(sides), next(sides)
 
 
-def scale_boxes(text: str, scale_x: float, scale_y: float) -> str:
-    """Return ``text`` with every box ``[x1, y1, x2, y2]`` scaled; whole numbers stay whole, others get two decimals."""
-    if scale_x == scale_y == 1:
-        return text
-
-    def scaled(match: re.Match[str]) -> str:
-        numbers = zip(match.groups(), (scale_x, scale_y, scale_x, scale_y), strict=True)
-        return f"[{', '.join(_scale_number(number, scale) for number, scale in numbers)}]"
-
-    return _BOX.sub(scaled, text)
-
-
-def _scale_number(number: str, scale: float) -> str:
-    value = float(number) * scale
-    return f"{value:.2f}" if "." in number else str(math.floor(value + 0.5))
-
-
 class _Tokeniser:
     """Makes the columns of a shard: threads decode images while the device encodes those before."""
 
     def __init__(
-        self, dataset: str, model: "Emu3VQVAE", area: int, keep_images: bool, pool: ThreadPoolExecutor
+        self,
+        dataset: str,
+        model: "Emu3VQVAE",
+        area: int,
+        keep_images: bool,
+        unit: "BoxUnit",
+        pool: ThreadPoolExecutor,
     ) -> None:
+        self.misfits = 0
+        """How many lists of four numbers were left as they are (`earl.data.boxes.misfits`)."""
+        self.misfit_example: str | None = None
         self._dataset = dataset
         self._model = model
         self._area = area
         self._factor = 2 ** (len(model.config.channel_multiplier) - 1)
         self._keep_images = keep_images
+        self._unit = unit
         self._pool = pool
 
     def columns(self, source: RawSource, window: Window) -> tuple[dict[str, list], list[Reject]]:
@@ -160,15 +163,20 @@ class _Tokeniser:
             for row, future in part:
                 found = future.result()
                 if isinstance(found, _Problem):
-                    rejects.append(Reject(window.file.name, number, row.example_id, found.column, found.reason))
+                    file = source.label(window.file)
+                    rejects.append(Reject(file, number, row.example_id, found.column, found.reason))
                 else:
                     pairs.append(found)
+                    self.misfits += len(found.misfits)
+                    self.misfit_example = self.misfit_example or next(
+                        (f"{text} in {window.file.name}: row {number}" for text in found.misfits), None
+                    )
                 number += 1
             self._add(columns, pairs)
         return columns, rejects
 
     def _submit(self, row: RawRow) -> "Future[_Pair | _Problem]":
-        return self._pool.submit(_prepared, row, self._area, self._factor)
+        return self._pool.submit(_prepared, row, self._area, self._factor, self._unit)
 
     def _add(self, columns: dict[str, list], pairs: list[_Pair]) -> None:
         known = [pixels for pair in pairs for pixels in (pair.original, pair.edited) if pixels is not None]
@@ -202,8 +210,10 @@ def _one_ahead(
     yield waiting
 
 
-def _prepared(row: RawRow, area: int, factor: int) -> _Pair | _Problem:
+def _prepared(row: RawRow, area: int, factor: int, unit: "BoxUnit") -> _Pair | _Problem:
     """Decode, check and resize one row."""
+    if row.unreadable:
+        return _Problem(*row.unreadable)
     column = "instruction"
     try:
         instruction = row.checked_instruction()
@@ -217,11 +227,18 @@ def _prepared(row: RawRow, area: int, factor: int) -> _Pair | _Problem:
         return _Problem(column, str(problem))
     height, width = original.shape[:2]
     size = scaled_size(width, height, area, factor)
-    scale = (size[0] / width, size[1] / height)
+    misfitting = [found for _, text in reasoning or () for found in misfits(text, unit, width, height)]
     if reasoning is not None:
-        reasoning = [{"key": key, "value": scale_boxes(text, *scale)} for key, text in reasoning]
+        reasoning = [{"key": key, "value": _fitted(text, unit, (width, height), size)} for key, text in reasoning]
     edited = None if edited is None else _resized(edited, size)
-    return _Pair(row, instruction, reasoning, _resized(original, size), edited)
+    return _Pair(row, instruction, reasoning, _resized(original, size), edited, misfitting)
+
+
+def _fitted(text: str, unit: "BoxUnit", before: tuple[int, int], after: tuple[int, int]) -> str:
+    # Relative boxes hold at any size.
+    if unit != "pixels":
+        return text
+    return scale_boxes(text, after[0] / before[0], after[1] / before[1], *before)
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -67,8 +67,9 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
         replays.check_support(config)
         log.info("train: iteration %d is of another policy's episodes, so parity_tolerance is not applied", iteration)
         settings = replace(settings, parity_tolerance=None)
-    if not used:
-        log.warning("train: iteration %d has no group whose rewards differ: no step, the policy stays", iteration)
+    warnings = episodes.warnings(outcomes)
+    for text in warnings if team.first else ():
+        log.warning("train: iteration %d: %s", iteration, text)
     with clock.phase("load"):
         learner, steps = _learner(config, previous, policy_digest, team)
         reference_digest, reference = _reference(config, files.iteration(0).policy, team)
@@ -88,10 +89,12 @@ def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks)
     }
     metrics = {
         **episodes.metrics(outcomes),
+        "warnings": warnings,
         **learned,
         "counted": settings.counted,
         "learning_rate": config.learning_rate,
         "optimizer_steps": steps + done,
+        "left_out_prompts": source.left_out,
         "rubrics_digest": source.rubrics,
         "ranks": team.size,
         "inputs": inputs,
@@ -228,8 +231,9 @@ def _write(
         described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
         episodes.write(current.episodes, outcomes, described)
         objects.write(current.performance, _performance(clock, peaks, outcomes, team))
+        metrics["episodes_digest"] = manifest.digest_file(current.episodes)
         objects.write(current.metrics, metrics)
-    return metrics
+    return team.of_first(metrics)
 
 
 def _performance(clock: Clock, peaks: list[int], outcomes: list[episodes.Outcome], team: Ranks) -> dict[str, Any]:

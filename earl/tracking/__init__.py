@@ -36,14 +36,16 @@ class Sent:
         return f"sent iterations {', '.join(map(str, self.iterations))} to {self.where}"
 
 
-def check(config: "Config") -> None:
-    """Look for what sending will need, before a run starts that could not be sent at its end.
+def missing(config: "Config") -> str | None:
+    """Return what a run will not be able to send at its end, and the remedy; None where nothing is missing.
 
-    Raises:
-        EarlError: as `check_wandb` and `check_hub`.
+    Training does not need it, and what is installed later is sent by starting the workflow again.
     """
-    check_wandb(config)
-    check_hub(config)
+    try:
+        check_wandb(config)
+    except EarlError as error:
+        return f"{error}. Until then the run trains all the same, but its last step, which sends, fails"
+    return None
 
 
 def check_wandb(config: "Config") -> None:
@@ -51,7 +53,7 @@ def check_wandb(config: "Config") -> None:
     if config.wandb_mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise EarlError(
             f"wandb_mode is `{config.wandb_mode}`, but wandb is not installed; "
-            "pip install 'earl[tracking]', or set wandb_mode to `disabled`"
+            "in EARL's folder, pip install -e '.[tracking]', or set wandb_mode to `disabled`"
         )
 
 

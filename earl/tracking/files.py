@@ -110,9 +110,9 @@ def fine_tunings(config: "Config") -> Iterator[FineTuning]:
 
 
 def _curve(content: dict[str, Any]) -> list[dict[str, float]]:
-    validation = content.pop("validation", {"step": [], "loss": []})
-    names = [f"sft/{name}" for name in content]
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*content.values(), strict=True)]
+    validation = content.get("validation", {"step": [], "loss": []})
+    by_step = {f"sft/{name}": values for name, values in content.items() if isinstance(values, list)}
+    rows = [dict(zip(by_step, values, strict=True)) for values in zip(*by_step.values(), strict=True)]
     for step, loss in zip(validation["step"], validation["loss"], strict=True):
         rows[step - 1]["sft/validation_loss"] = loss
     return rows

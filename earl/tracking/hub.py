@@ -5,12 +5,14 @@ only tagged by the next one.
 """
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import runs, tracking
+from earl import network, runs, tracking
 from earl.errors import EarlError
 from earl.files import manifest, objects
 from earl.layout import Iteration, Run, iteration_name
+from earl.tracking import origin
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,33 +35,46 @@ def push(run: Run, config: "Config") -> tracking.Sent:
     if not config.push_to_hub:
         return tracking.Sent([], "the hub (push_to_hub is false)")
     tracking.check_hub(config)
-    import httpx2
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
-    with tracking.lock(run, "hub"):
+    remedy = "check the network, the token (`hf auth whoami`) and push_to_hub_repo_id"
+    with tracking.lock(run, "hub"), network.failures(f"hub, repository {config.push_to_hub_repo_id}", remedy):
         state = tracking.folder(run) / "hub.json"
-        # By iteration: what was pushed, and as which commit.
-        pushed: dict[str, dict[str, str]] = tracking.read_state(state)
+        pushed = _pushed(run, config, state)
         new = []
-        try:
-            repository = None
-            for index in due(run, config):
-                iteration = run.iteration(index)
-                digest = manifest.digest_folder(iteration.policy)
-                if pushed.get(str(index), {}).get("policy_digest") == digest:
-                    continue
-                repository = repository or _Repository(HfApi(), config)
-                commit = repository.push(iteration, digest)
-                pushed[str(index)] = {"policy_digest": digest, "commit": commit, "repository": repository.id}
-                objects.write(state, pushed)
-                new.append(index)
-        except (httpx2.HTTPError, HFValidationError, OSError) as error:
-            raise EarlError(
-                f"hub, repository {config.push_to_hub_repo_id}: {' '.join(str(error).split())}; "
-                "check the network, the token (`hf auth whoami`) and push_to_hub_repo_id"
-            ) from error
+        repository = None
+        for index in due(run, config):
+            iteration = run.iteration(index)
+            digest = manifest.digest_folder(iteration.policy)
+            if pushed.get(str(index), {}).get("policy_digest") == digest:
+                continue
+            repository = repository or _Repository(HfApi(), config)
+            commit = repository.push(iteration, digest)
+            pushed[str(index)] = {"policy_digest": digest, "commit": commit, "repository": repository.id}
+            objects.write(state, {"folder": origin.here(run), "pushed": pushed})
+            new.append(index)
         return tracking.Sent(new, f"{config.push_to_hub_repo_id} on the hub")
+
+
+def _pushed(run: Run, config: "Config", state: Path) -> dict[str, dict[str, str]]:
+    """Return what was pushed of a run, by iteration: policy, commit, repository. Nothing was of a copy.
+
+    Raises:
+        EarlError: the run is a copy of one that was pushed to the same repository.
+    """
+    known = tracking.read_state(state)
+    pushed: dict[str, dict[str, str]] = known.get("pushed", {})
+    if not origin.is_copy(run, known.get("folder"), state):
+        return pushed
+    wanted = str(config.push_to_hub_repo_id)
+    for entry in pushed.values():
+        if wanted in (entry["repository"], entry["repository"].rpartition("/")[2]):
+            raise EarlError(
+                f"{run.path}: is a copy of {known['folder']['path']}, whose policies are in repository "
+                f"{entry['repository']} on the hub; set push_to_hub_repo_id to another name, or remove {state} where "
+                "the copy takes the place of the original"
+            )
+    return {}
 
 
 def due(run: Run, config: "Config") -> list[int]:
@@ -106,7 +121,7 @@ class _Repository:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self.api.repo_info(self.id).sha
-        manifest.check(iteration.policy)
+        manifest.check(iteration.policy, deep=True)
         members = {
             path.relative_to(iteration.policy).as_posix(): path
             for path in sorted(iteration.policy.rglob("*"))

@@ -21,7 +21,7 @@ from earl.config.freeze import config_digest
 from earl.errors import EarlError
 from earl.files import images, objects
 from earl.layout import Run
-from earl.tracking import files
+from earl.tracking import files, origin
 
 if TYPE_CHECKING:
     import wandb
@@ -46,6 +46,7 @@ class Page:
         policies: what may have been sent, written before it is: policy digests by iteration.
         complete: the last iteration known to be there with everything; -1 for none.
         offline: names of the offline folders that are whole, each with the last iteration in it.
+        folder: where the run folder was, see `earl.tracking.origin`.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Page:
     policies: dict[str, str] = field(default_factory=dict)
     complete: int = -1
     offline: dict[str, int] = field(default_factory=dict)
+    folder: dict[str, Any] | None = None
 
     def contradicts(self, rows: Iterable[files.Row]) -> bool:
         """Return whether an iteration has been trained again, into another policy than the one that was sent."""
@@ -78,14 +80,32 @@ def send(run: Run, config: "Config") -> tracking.Sent:
 
 
 def _page(run: Run, config: "Config", rows: list[files.Row]) -> Page:
-    """Return the run's page: the one it has, a first one, or a new one after `earl rewind`."""
+    """Return the run's page: the one it has, a first one, or a new one for a copy or after `earl rewind`."""
     known = tracking.read_state(_state(run))
     page = Page(**known) if known else Page(_id(run, config), config.run_name)
+    if origin.is_copy(run, page.folder, _state(run)):
+        page = _page_of_copy(run, config, page)
+    page = replace(page, folder=origin.here(run))
     if page.contradicts(rows):
         # Steps of a page cannot be changed; two histories on one page would be neither.
         base, generation = page.id.removesuffix(f"-{page.generation}"), page.generation + 1
-        page = Page(f"{base}-{generation}", f"{config.run_name} ({generation})", generation)
+        page = Page(f"{base}-{generation}", f"{config.run_name} ({generation})", generation, folder=page.folder)
         log.info("the run was trained again since it was sent: it gets a new page, %s", page.name)
+    return page
+
+
+def _page_of_copy(run: Run, config: "Config", original: Page) -> Page:
+    """Return a page for a copied run folder; offline folders that came with it stand aside, lest they be synced."""
+    page = Page(_id(run, config), f"{config.run_name} (copy)")
+    log.info(
+        "%s is a copy of %s, which has the W&B run %s: the copy gets its own, %s (to keep the old one, set "
+        "WANDB_RUN_ID=%s)",
+        *(run.path, original.folder and original.folder["path"], original.id, page.id, original.id),
+    )
+    left = tracking.folder(run) / "wandb"
+    if left.is_dir():
+        left.rename(left.with_name(f"wandb-of-{original.id}"))
+    objects.write(_state(run), asdict(replace(page, folder=origin.here(run))))
     return page
 
 
@@ -96,10 +116,10 @@ def _state(run: Run) -> Path:
 def _id(run: Run, config: "Config") -> str:
     """Return the id of a run's first page: WANDB_RUN_ID, or the run's name with a digest of folder and configuration.
 
-    Chosen once and kept in the run folder, which may move afterwards.
+    Chosen once and kept in the run folder, which may move afterwards; a copy of the folder chooses again.
     """
-    unique = hashlib.sha256(f"{run.path.resolve()}\n{config_digest(config)}".encode()).hexdigest()[:8]
-    return os.environ.get("WANDB_RUN_ID") or f"{config.run_name}-{unique}"
+    unique = f"{run.path.resolve()}\n{config_digest(config)}".encode(errors="surrogateescape")
+    return os.environ.get("WANDB_RUN_ID") or f"{config.run_name}-{hashlib.sha256(unique).hexdigest()[:8]}"
 
 
 def _send_fine_tuning(run: Run, config: "Config", tuning: files.FineTuning) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -30,42 +31,72 @@ def is_news(record):
     return not record.getMessage().startswith(("Select jobs to execute", "Execute "))
 
 
+def flag(name):
+    """Return whether a setting of --config is on. Snakemake leaves `false` a text, which Python takes for true."""
+    value = str(config.get(name, False)).lower()
+    if value not in ("true", "false"):
+        raise WorkflowError(f"{name}={config[name]}: is neither true nor false")
+    return value == "true"
+
+
+def stages_run_here():
+    """Return whether stages run in the environment of this workflow, so that it can say what they will miss."""
+    elsewhere = profile_setting("launcher", "local") != "local"
+    deployed = workflow.deployment_settings.deployment_method
+    return not (elsewhere or deployed or "earl_command" in config)
+
+
 def make_plans():
-    """Return what is to be done, by run folder; stop where a run's frozen configuration differs."""
+    """Return what is to be done, by run folder; stop where a run's configuration differs, or it is sure to fail."""
     if "experiment" not in config:
         raise WorkflowError(
             "No experiment was named. Say which one, or a list with commas between: "
             "--config experiment=config/demo.jsonnet"
         )
-    overrides = load.parse_overrides(config.get("set", []))
     window_of, last = None, None
     if "window" in config:
         window_of, last = str(config["window"]).rsplit(":", 1)
-    single = int(config["iteration"]) if "iteration" in config else None
+    single = config.get("iteration")
+    if not isinstance(single, int | None):
+        raise WorkflowError(f"iteration={single}: is no number of an iteration")
     plans = []
     try:
-        for experiment in settings_list(config["experiment"]):
-            resolved = load.load(experiment, overrides).config
-            run = Run(Path(resolved.base_exp_dir) / resolved.run_name)
+        overrides = load.parse_overrides(config.get("set", []), load.WORKFLOW)
+        experiments = [
+            load.load(experiment, overrides, load.WORKFLOW)
+            for experiment in settings_list(config["experiment"])
+        ]
+        for loaded in plan.spelled_alike(experiments):
+            run = Run(Path(loaded.config.base_exp_dir) / loaded.config.run_name)
             if window_of in (None, run.path.as_posix()):
                 if not ACCEPT_CHANGES:
-                    freeze.check(resolved, run.config)
-                tracking.check(resolved)
-                if not runs.start_record(run.iteration(0)).is_file():
-                    places.check(resolved)
-                plans.append(plan.plan(resolved, last and int(last), single))
+                    freeze.check(loaded.config, run.config, load.WORKFLOW)
+                freeze.check_evaluations(loaded.config, run)
+                plans.append(plan.plan(loaded.config, last and int(last), single))
+                if "window" not in config and workflow.is_main_process:
+                    check_plan(plans[-1], loaded)
         return plan.choose(plans)
     except EarlError as error:
         raise WorkflowError(str(error)) from None
 
 
+def check_plan(item, loaded):
+    """Stop where what is left of a run is sure to fail; say what it will only miss."""
+    started = runs.start_record(item.run.iteration(0)).is_file()
+    if not started or item.iterations or item.evaluations:
+        places.check(loaded.config, loaded.origin, started, stages_run_here())
+    tracking.check_hub(loaded.config)
+    missing = tracking.missing(loaded.config)
+    if missing:
+        print(f"{item.key}: {missing}", file=sys.stderr)
+
+
 def open_runs():
     """Take what is to be written for this workflow alone, and write each configuration where the stages read it."""
     try:
-        for output in SHARED:
-            if not os.path.exists(stands_for(output)):
-                LOCKS.append(processes.lock(output.parent / f".{output.name}.lock"))
-                refuse_other_writers(output.parent.parent)
+        if not take_shared():
+            # Planned before it was there: plan again, as called.
+            os.execv(sys.executable, sys.orig_argv)
         for item in PLANS.values():
             # Whatever this one has, a killed workflow's workers may not know yet that they are on their own.
             opening.clear_up(workers_beside(item))
@@ -74,6 +105,21 @@ def open_runs():
             freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)
     except EarlError as error:
         raise WorkflowError(str(error)) from None
+
+
+def take_shared():
+    """Lock the shared outputs that are missing; return whether all still were, when no other workflow made one more.
+
+    In one order for all workflows, so that no two wait for each other.
+    """
+    missing = [path for path in sorted(SHARED) if not os.path.exists(stands_for(path))]
+    for path in missing:
+        made = partial(os.path.exists, stands_for(path))
+        held = processes.lock_unless(made, path.parent / f".{path.name}.lock", path)
+        LOCKS.append(held)
+        if held:
+            refuse_other_writers(path.parent.parent)
+    return not any(os.path.exists(stands_for(path)) for path in missing)
 
 
 def make_shared():

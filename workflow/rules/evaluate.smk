@@ -6,7 +6,8 @@ rule evaluate_generate:
         policy=policy,
         vision=lambda w: ancient(vision_tokenizer(w)),
         prompts=lambda w: datasets(
-            w.run, paths.evaluation_paths(PLANS[w.run].config, w.evaluation)
+            w.run,
+            paths.evaluation_data(PLANS[w.run].config, w.evaluation).references,
         ),
     output:
         "{run}/evaluations/{evaluation}/{step}.rollouts.parquet",

@@ -1,0 +1,165 @@
+"""Which prompts an iteration or an evaluation samples, and what becomes of those that are too long.
+
+What is left out is a function of the data and the configuration alone: whoever draws an iteration's prompts, for
+whichever shard, passes over the same ones and takes the next draws in their place.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from earl.config import paths
+from earl.data import mixing
+from earl.data.example import Dataset
+from earl.data.tokenised import Example, open_dataset
+from earl.emu3 import grid, sequence
+from earl.emu3.vocabulary import Vocabulary
+from earl.errors import EarlError
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+log = logging.getLogger(__name__)
+
+_REMEDY = "raise the limit, or take such examples out of the data"
+_STOP = f"{_REMEDY}, or set long_prompts, which is `stop`, to `leave_out`"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Prompts to sample."""
+
+    examples: list[tuple[int, Example]]
+    """Index of each prompt within the iteration, and its example."""
+    left_out: int = 0
+    """Prompts of the whole iteration that were passed over since they are too long."""
+
+
+def of_iteration(config: "Config", iteration: int, policy: Path, wanted: range) -> Drawn:
+    """Draw the prompts of an iteration, and read those whose index is ``wanted``.
+
+    Raises:
+        EarlError: a data set is missing or damaged; there are too few prompts, or too few that are not too long; one is
+            too long and `long_prompts` is `stop`.
+    """
+    data, vocabulary = paths.training_data(config), Vocabulary.from_folder(policy)
+    count = config.prompts_per_iteration
+    with data.named():
+        datasets = _open(config, data, vocabulary)
+        mixture = mixing.mixture([len(dataset) for dataset in datasets], data.coefficients, config.random_seed)
+        mixing.check_rows(mixture.distinct, count)
+        # Shards look at all prompts of the iteration, but at the images of their own alone.
+        texts = datasets if len(wanted) == count else _open(config, data, vocabulary, images=False)
+        if config.long_prompts == "stop" and iteration == 1 and wanted.start == 0:
+            _check_all(config, texts, mixture, vocabulary)
+        kept, left_out = [], []
+        for dataset, row in mixing.draws(mixture, config.random_seed, iteration):
+            example = texts[dataset][row]
+            reason = too_long(example, config, vocabulary)
+            if reason is None:
+                index = len(kept)
+                kept.append(example if texts is datasets or index not in wanted else datasets[dataset][row])
+            elif config.long_prompts == "stop":
+                raise EarlError(f"{_name(example)}: {reason}; {_STOP}")
+            else:
+                left_out.append(f"{_name(example)}: {reason}")
+            if len(kept) == count:
+                break
+        if left_out:
+            log.warning(
+                "generate: iteration %d leaves out %d prompts that are too long, first %s",
+                *(iteration, len(left_out), left_out[0]),
+            )
+        if len(kept) < count:
+            raise EarlError(
+                f"{len(left_out)} of {mixture.distinct} different prompts are too long, so {count} cannot be drawn; "
+                f"first {left_out[0]}; {_REMEDY}"
+            )
+    return Drawn([(index, kept[index]) for index in wanted], len(left_out))
+
+
+def of_evaluation(config: "Config", name: str, policy: Path) -> Drawn:
+    """Draw and read the prompts of an evaluation. None is left out: its results would not say what they are of.
+
+    Raises:
+        EarlError: there is no such evaluation; a data set is missing or damaged; there are too few prompts, or some are
+            too long, or different ones have one name.
+    """
+    if name not in config.evaluations:
+        raise EarlError(
+            f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}"
+        )
+    data, vocabulary = paths.evaluation_data(config, name), Vocabulary.from_folder(policy)
+    with data.named(f"evaluation {name!r}, "):
+        datasets = _open(config, data, vocabulary)
+        mixture = mixing.mixture([len(dataset) for dataset in datasets], data.coefficients, config.random_seed)
+        wanted = config.evaluations[name].prompts
+        count = mixture.distinct if wanted is None else wanted
+        drawn = mixing.prompts(mixture, config.random_seed, 0, count)
+        examples = [datasets[dataset][row] for dataset, row in drawn]
+        _check_names(examples)
+        reasons = [(example, too_long(example, config, vocabulary)) for example in examples]
+        if found := [f"{_name(example)}: {reason}" for example, reason in reasons if reason]:
+            raise EarlError(
+                f"{len(found)} of {count} prompts are too long, and an evaluation leaves none out; first {found[0]}; "
+                f"{_REMEDY}"
+            )
+    return Drawn(list(enumerate(examples)))
+
+
+def too_long(example: Example, config: "Config", vocabulary: Vocabulary) -> str | None:
+    """Return why a prompt cannot be answered within the configured lengths, or None."""
+    prompt = len(
+        sequence.prompt_ids(example.original_tokens, example.instruction, config.assistant_prefill, vocabulary)
+    )
+    room = config.model_context_size - config.max_response_tokens
+    if config.max_prompt_len is not None:
+        room = min(room, config.max_prompt_len)
+    if prompt > room:
+        return (
+            f"the prompt has {prompt} tokens where {room} fit (max_prompt_len is {config.max_prompt_len}, "
+            f"model_context_size {config.model_context_size} with max_response_tokens {config.max_response_tokens})"
+        )
+    completion = grid.shortest_completion(example.original_tokens.shape)
+    if config.emu3_use_logit_processor and completion > config.max_response_tokens:
+        limit = config.max_response_tokens
+        return f"an image of its size takes {completion} tokens, but max_response_tokens is {limit}"
+    return None
+
+
+def _check_all(config: "Config", datasets: list[Dataset], mixture: mixing.Mixture, vocabulary: Vocabulary) -> None:
+    """Look at every prompt that may ever be drawn, so that a run which is to stop does so before it has begun."""
+    found, first = 0, ""
+    for dataset, row in mixture.rows():
+        example = datasets[dataset][row]
+        if reason := too_long(example, config, vocabulary):
+            found, first = found + 1, first or f"{_name(example)}: {reason}"
+    if found:
+        raise EarlError(f"{found} of {mixture.distinct} prompts are too long; first {first}; {_STOP}")
+
+
+def _open(config: "Config", data: paths.Mixed, vocabulary: Vocabulary, images: bool = True) -> list[Dataset]:
+    found = [paths.resolve(config, reference) for reference in data.references]
+    return [open_dataset(path, vocabulary.num_visual, images) for path in found]
+
+
+def _name(example: Example) -> str:
+    return f"dataset {example.dataset!r}, example {example.example_id!r}"
+
+
+def _check_names(examples: Sequence[Example]) -> None:
+    """Refuse different prompts of one name: an evaluation tells its prompts apart by it, also across policies."""
+    seen: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        first = seen.setdefault((example.dataset, example.example_id), example)
+        same_image = np.array_equal(first.original_tokens, example.original_tokens)
+        if first.instruction != example.instruction or not same_image:
+            raise EarlError(
+                f"two prompts of dataset {example.dataset!r} have the example_id {example.example_id!r}; name a column "
+                "that tells them apart in raw_datasets.<name>.columns, or example_id: null to number the rows, and "
+                "tokenise the data again"
+            )
