@@ -138,7 +138,7 @@ def plan(config: "Config", last: int | None = None, single: int | None = None) -
     start = runs.newest_complete(run)
     if start < config.num_iterations and (start == 0 or config.kl_coeff):  # what is trained next needs it
         runs.check_start(run)
-    replays.check_scores(run, config, last=max(start, config.num_iterations), first=start + 1)
+    replays.check_scores(run, config, last=max(runs.iterations(run), default=0), first=start + 1)
     if last is not None:
         return Plan(run, config, min(start, last), last)
     return Plan(run, config, start, max(start, config.num_iterations))

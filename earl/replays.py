@@ -188,7 +188,10 @@ def check_scores(run: Run, config: "Config", last: int, first: int = 1, scores: 
     needed = rewards.needed(config)
     for index in range(first, last + 1):
         for path in sorted(_iteration(run, index, scores).scores(0).parent.glob("*.parquet")):
-            table = tables.read_table(path, tables.SCORES, ["status", *needed])
+            try:
+                table = tables.read_table(path, tables.SCORES, ["status", *needed])
+            except EarlError:
+                continue  # Training names what is damaged, and how to mend it.
             for score, (field, which) in needed.items():
                 judged = zip(table["status"].to_pylist(), table[score].is_null().to_pylist(), strict=True)
                 if missing := sum(status == "ok" and unknown for status, unknown in judged):

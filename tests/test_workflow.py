@@ -216,7 +216,7 @@ def test_windows_follow_each_other_and_end_in_the_same_policy(place, undisturbed
 @pytest.mark.parametrize("profile", ["local", "slurm"])
 def test_what_windows_have_in_common_is_made_before_them(place, profile):
     place.profile = profile
-    raw = {name: {"source": "shapes", "count": 8, "seed": seed} for seed, name in enumerate(("pairs", "one", "two"))}
+    raw = {name: {"source": "shapes", "count": 16, "seed": seed} for seed, name in enumerate(("pairs", "one", "two"))}
     own = {"own": {"prompts": 4, "paths_file": ["stage:tokenise/two"]}}
     fields = {
         "raw_datasets": raw,
@@ -293,7 +293,7 @@ def shapes_experiment(place: Workplace, name: str, **fields: object) -> str:
     sft = {"base_model": "stage:shapes-policy", "train_paths_file": ["stage:tokenise/pairs"], "steps": 1}
     return place.experiment(
         name,
-        raw_datasets={"pairs": {"source": "shapes", "count": 8, "seed": 1}},
+        raw_datasets={"pairs": {"source": "shapes", "count": 16, "seed": 1}},
         train_paths_file=["stage:tokenise/pairs"],
         model_path="stage:sft/s",
         sft={"s": sft},

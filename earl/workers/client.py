@@ -15,8 +15,9 @@ from typing import IO, Protocol
 from earl import code_version, processes
 from earl.workers import KINDS, channel, pool
 
-_VARYING = ("PWD", "OLDPWD", "SHLVL", "_", pool.VARIABLE, processes.WATCHED)
-"""Environment variables that may differ between a worker and its client: a stage does not depend on them."""
+_VARYING = ("PWD", "OLDPWD", "SHLVL", "_", "TQDM_MININTERVAL", "LOGNAME", pool.VARIABLE, processes.WATCHED)
+"""Environment variables that may differ between a worker and its client: a stage does not depend on them. Commands set
+some of them for themselves."""
 
 
 class Starter(Protocol):
