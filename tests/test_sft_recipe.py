@@ -338,6 +338,36 @@ def test_it_resumes_from_the_steps_that_are_named(make, data, tmp_path, monkeypa
         assert digests[0] == digests[1], folder
 
 
+def damage(folder: Path) -> None:
+    """Change one bit of the last weight of a folder, which stays a valid file."""
+    file = max(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_named(make, tmp_path, monkeypatch):
+    recipe = {"steps": 3, "keep_checkpoints_every_n_steps": 1, "save_checkpoints_every_n_steps": 1}
+    plain = sft.train_step
+
+    def until_the_third(*args):
+        if args[4] == 2:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "train_step", until_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(make(one=recipe), "one", tmp_path / "out")
+    damage(tmp_path / "out.partial" / "step-000002")
+    with pytest.raises(EarlError, match=r"step-000002/.* is damaged: .*; remove .*out\.partial to begin anew"):
+        stage.run(make(one=recipe), "one", tmp_path / "out")
+    kept = tmp_path / "out.checkpoints" / "step-000001"
+    damage(kept)
+    with pytest.raises(EarlError, match=r"step-000001/.* is damaged: its content differs"):
+        stage.run(make(one=recipe | {"base_model": str(kept)}), "one", tmp_path / "next")
+
+
 def test_how_often_it_saves_makes_no_other_model(make):
     often = make(one={"save_checkpoints_every_n_steps": 1})
     assert paths.sft_folder(often, "one") == paths.sft_folder(make(one={}), "one")
