@@ -12,15 +12,26 @@
   validation:: std.extVar('APP__DATA_DIR') + '/validation_22march_256/tokenised',
   dataset(name):: std.extVar('APP__DATA_DIR') + '/earl-datasets/' + name + '/train/tokenised',
 
-  fine_tuning(mixing):: {
+  // The published recipe. Its rate ran over ten epochs, of which the published models are a checkpoint; here it runs
+  // over the steps up to theirs.
+  fine_tuning(mixing, steps):: {
     base_model: 'BAAI/Emu3-Stage1',
     train_paths_file: [$.dataset(row[0]) for row in mixing],
     coefficients: [row[1] for row in mixing],
-    // Rate and steps are those in the name of a published model, batch and warm-up are ours.
-    steps: 10800,
+    steps: steps,
     batch_size: 64,
-    learning_rate: 1e-5,
-    warmup_steps: 100,
+    learning_rate: 1e-4,
+    final_learning_rate: 1e-5,
+    schedule: 'cosine',
+    warmup_steps: 30,
+    weight_decay: 0.1,
+    adam_beta1: 0.9,
+    adam_beta2: 0.95,
+    adam_epsilon: 1e-6,
+    max_gradient_norm: 5.0,
+    // Of the data in val_paths_file.
+    validation: { examples: 1000, every_n_steps: 100 },
+    save_checkpoints_every_n_steps: 100,
   },
 
   tokenizer_path: 'BAAI/Emu3-Gen',

@@ -29,7 +29,7 @@
       steps: 250,
       batch_size: 8,
       learning_rate: 5e-4,
-      warmup_steps: 20,
+      warmup_steps: std.min(20, self.steps),
       random_seed: 42,
     },
   },

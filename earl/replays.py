@@ -19,14 +19,16 @@ from earl.errors import EarlError
 from earl.files import manifest, objects
 from earl.layout import Iteration, Run
 from earl.learner import rewards
-from earl.learner.rewards import SUB_SCORES
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
     from earl.learner.episodes import Source
 
 
-OF_EPISODES = ("reward_", "completion_length", "zero_std_", "failed_", "no_image_", *SUB_SCORES, "ground_score")
+OF_EPISODES = (
+    *("reward_", "viescore_", "completion_length", "zero_std_", "failed_", "truncated_", "no_image_", "reasoning_"),
+    *rewards.COMPONENTS,
+)
 """What the names of metrics begin with that describe episodes, whatever policy is trained on them."""
 
 

@@ -27,6 +27,7 @@ CASES = {
     "padded, micro-batch 1": {"micro_batch": 1},
     "packed, micro-batch 3": {"micro_batch": 3, "packed": True},
     "two steps, recomputed": {"micro_batch": 2, "optimizer_steps": 2, "gradient_checkpointing": True, "packed": True},
+    "text only": {"micro_batch": 2, "counted": "text", "normalization": "sequences"},
     "bfloat16": {"micro_batch": 3, "bfloat16": True},
 }
 BY_BLOCKS = ("packed, micro-batch 3", "bfloat16")

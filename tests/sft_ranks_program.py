@@ -20,14 +20,17 @@ from earl.files import atomic
 from earl.learner import grpo, ranks, sft, sharding
 from earl.learner.ranks import Ranks
 
-SETTINGS = sft.Settings(steps=1, batch_size=5, micro_batch=1, learning_rate=1.0, warmup_steps=0, seed=1, bfloat16=False)
+SETTINGS = sft.Settings(
+    steps=1, batch_size=5, micro_batch=1, learning_rate=1.0, warmup_steps=0, seed=1, bfloat16=False,
+    max_gradient_norm=None,
+)  # fmt: skip
+BOUND = 0.01
+"""Norm that the gradient is clipped to in the case `clipped`; in the others it is as long as it comes."""
 CASES = {
     "padded": {},
     "packed": {"packed": True, "micro_batch": 3, "gradient_checkpointing": True},
-    "clipped": {},
+    "clipped": {"max_gradient_norm": BOUND},
 }
-BOUND = 0.01
-"""Norm that the gradient is clipped to in the case `clipped`; in the others it is as long as it comes."""
 
 
 def examples(vocabulary: Vocabulary) -> list[sft.Example]:
@@ -40,12 +43,11 @@ def examples(vocabulary: Vocabulary) -> list[sft.Example]:
 
 
 def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
-    grpo.MAX_GRADIENT_NORM = BOUND if case == "clipped" else float("inf")
     settings = replace(SETTINGS, **CASES[case])
     policy = sharding.load(policy_folder, team, bfloat16=False)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     with grpo.ready_to_learn(policy, settings.objective):
-        loss = sft.train_step(policy, optimizer, examples(Vocabulary.from_folder(policy_folder)), settings, 0, team)
+        loss, _ = sft.train_step(policy, optimizer, examples(Vocabulary.from_folder(policy_folder)), settings, 0, team)
     with ranks.folder(out / case, team) as folder:
         sharding.save(policy, folder, policy_folder, team)
     if team.first:

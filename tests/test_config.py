@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from earl import plan
 from earl.config import freeze, load, paths
-from earl.config.schema import Config, Evaluation, JudgeGate, RawDataset, Sft
+from earl.config.schema import Config, Evaluation, JudgeGate, RawDataset, Sft, SftValidation
 from earl.errors import EarlError
 
 ROOT = Path(__file__).parent.parent
@@ -26,14 +26,16 @@ COMPLEX = {"magic_brush": 6, "aurora_ag": 6, "aurora_kubric": 0.7, "ss2": 1.55, 
 BOTH = {"omniedit": 0.13} | COMPLEX
 AT_ONCE = "<|image start|>"
 THINKING = " Let's think step by step. <|start thinking|>"
+MIXED = "Image-editing/Emu3-Base-SFT-without_cot-May06_mixed_gc_lr1e-4-checkpoint-4800"
+SECOND_STAGE = "Image-editing/Emu3-Base-SFT-without_cot-May07_mixed_gc_post_lr1e-4-checkpoint-1200"
 TABLE = {
     "sft_s__rl_s": ("mair-lab/sft-simple", AT_ONCE, SIMPLE),
     "sft_s__rl_c": ("mair-lab/sft-simple", AT_ONCE, COMPLEX),
     "sft_s__rl_sc": ("mair-lab/sft-simple", AT_ONCE, BOTH),
-    "sft_sc__rl_c": ("stage:sft/sc", AT_ONCE, COMPLEX),
-    "sft_sc__rl_sc": ("stage:sft/sc", AT_ONCE, BOTH),
-    "sft_sc2stage__rl_c": ("stage:sft/sc2stage", AT_ONCE, COMPLEX),
-    "sft_sc2stage__rl_sc": ("stage:sft/sc2stage", AT_ONCE, BOTH),
+    "sft_sc__rl_c": (MIXED, AT_ONCE, COMPLEX),
+    "sft_sc__rl_sc": (MIXED, AT_ONCE, BOTH),
+    "sft_sc2stage__rl_c": (SECOND_STAGE, AT_ONCE, COMPLEX),
+    "sft_sc2stage__rl_sc": (SECOND_STAGE, AT_ONCE, BOTH),
     "sft_think_s__rl_s": ("mair-lab/thinking-sft-simple", THINKING, SIMPLE),
     "sft_think_s__rl_c": ("mair-lab/thinking-sft-simple", THINKING, COMPLEX),
     "sft_think_s__rl_sc": ("mair-lab/thinking-sft-simple", THINKING, BOTH),
@@ -41,12 +43,25 @@ TABLE = {
 BENCHMARKS = ["aurora", "emuedit", "i2ebench", "magicbrush", "omniedit", "vismin"]
 BASE = "BAAI/Emu3-Stage1"
 RECIPES = {
-    "sft_s": {"s": (BASE, SIMPLE, False)},
-    "sft_sc": {"sc": (BASE, BOTH, False)},
-    "sft_sc2stage": {"s": (BASE, SIMPLE, False), "sc2stage": ("stage:sft/s", BOTH, False)},
-    "sft_think_s": {"think_s": (BASE, SIMPLE, True)},
+    "sft_s": {"s": (BASE, SIMPLE, False, 11600)},
+    "sft_sc": {"sc": (BASE, BOTH, False, 4800)},
+    "sft_sc2stage": {"s": (BASE, SIMPLE, False, 11600), "sc2stage": ("stage:sft/s", BOTH, False, 1200)},
+    "sft_think_s": {"think_s": (BASE, SIMPLE, True, 11600)},
 }
-"""Base, data and whether with reasoning, of each fine-tuning that an experiment describes."""
+"""Base, data, whether with reasoning, and steps of each fine-tuning that an experiment describes."""
+PUBLISHED = {
+    "batch_size": 64,
+    "learning_rate": 1e-4,
+    "final_learning_rate": 1e-5,
+    "schedule": "cosine",
+    "warmup_steps": 30,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-6,
+    "max_gradient_norm": 5.0,
+}
+"""What the fine-tunings have in common."""
 SHARED = {
     "run_name": "trial",
     "base_exp_dir": "/experiments",
@@ -138,9 +153,12 @@ def test_the_table_covers_every_experiment_file() -> None:
 def test_each_model_describes_its_fine_tunings(kind: str, variables: None) -> None:
     name = next(name for name in TABLE if name.startswith(f"{kind}__"))
     config = load.load(ROOT / "config" / f"{name}.jsonnet").config
-    for tuning, (base, data, reasoning) in RECIPES[kind].items():
+    for tuning, (base, data, reasoning, steps) in RECIPES[kind].items():
         found = config.sft[tuning]
-        assert (found.base_model, found.reasoning) == (base, reasoning)
+        assert (found.base_model, found.reasoning, found.steps) == (base, reasoning, steps)
+        assert {name: getattr(found, name) for name in PUBLISHED} == PUBLISHED
+        assert (found.validation.examples, found.validation.every_n_steps) == (1000, 100)
+        assert paths.validation_data(config, tuning).references == config.val_paths_file
         names = [f"/data/earl-datasets/{name}/train/tokenised" for name in data]
         assert (found.train_paths_file, found.coefficients) == (names, list(data.values()))
     assert config.sft.keys() == RECIPES[kind].keys()
@@ -158,7 +176,7 @@ def test_each_experiment_has_its_like_in_the_shapes_world(name: str) -> None:
     assert config.train_paths_file == [f"stage:tokenise/{dataset}" for dataset in data]
     assert (config.coefficients, config.assistant_prefill) == (list(data.values()), prefill)
     assert config.model_path == f"stage:{kind.replace('_', '/', 1)}"
-    recipe = {tuning: (list(data), reasoning) for tuning, (_, data, reasoning) in RECIPES[kind].items()}
+    recipe = {tuning: (list(data), reasoning) for tuning, (_, data, reasoning, _) in RECIPES[kind].items()}
     assert recipe == {
         tuning: ([path.removeprefix("stage:tokenise/") for path in found.train_paths_file], found.reasoning)
         for tuning, found in config.sft.items()
@@ -193,7 +211,7 @@ def test_from_raw_data_to_rl_and_the_table_in_one_plan(tmp_path: Path, variables
     assert stages["vismin"].inputs == (Path("/data/raw/vismin.parquet"), converted[vision])
     assert stages["benchmark_vismin_counting"].inputs[0] == files[0]
     outputs = {name: stage.output for name, stage in stages.items()}
-    assert stages["sc2stage"].inputs == (*(outputs[name] for name in BOTH), outputs["s"])
+    assert stages["sc2stage"].inputs == (*(outputs[name] for name in [*BOTH, "validation"]), outputs["s"])
 
     planned = plan.plan(config).evaluations
     assert sorted(planned) == list(range(0, 2001, 100))
@@ -373,8 +391,8 @@ def test_overrides_are_json_or_text() -> None:
 
 def test_a_dotted_override_changes_one_field_of_a_section() -> None:
     demo = load.load(ROOT / "config" / "demo.jsonnet").config
-    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.shapes.steps": 3})
-    assert changed.config.sft == {"shapes": demo.sft["shapes"].model_copy(update={"steps": 3})}
+    changed = load.load(ROOT / "config" / "demo.jsonnet", {"sft.shapes.steps": 30})
+    assert changed.config.sft == {"shapes": demo.sft["shapes"].model_copy(update={"steps": 30})}
     assert changed.origins["sft.shapes.steps"] == "--set"
     assert changed.origins["sft.shapes.batch_size"] != "--set"
 
@@ -636,7 +654,8 @@ def integer_fields(model: type = Config, prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         text = str(field.annotation)
-        sections = [inner for inner in (RawDataset, Sft, Evaluation, JudgeGate) if inner.__name__ in text]
+        kinds = (RawDataset, Sft, SftValidation, Evaluation, JudgeGate)
+        sections = [inner for inner in kinds if re.search(rf"\b{inner.__name__}\b", text)]
         for section in sections:
             found += integer_fields(section, f"{prefix}{name}." + ("*." if "dict" in text else ""))
         if not sections and re.search(r"\bint\b", text):
@@ -653,7 +672,11 @@ def nested(name: str, value: object) -> dict:
     prefix = next((prefix for prefix in SECTIONS if name.startswith(prefix)), "")
     if not prefix:
         return {name: value}
-    inner = SECTIONS[prefix] | {name.removeprefix(prefix): value}
+    *parents, field = name.removeprefix(prefix).split(".")
+    changed: dict[str, object] = {field: value}
+    for parent in reversed(parents):
+        changed = {parent: changed}
+    inner = SECTIONS[prefix] | changed
     outer = prefix.split(".")[0]
     return {outer: {"a": inner} if "*" in prefix else inner}
 
@@ -667,9 +690,13 @@ class TestNumbersThatJsonnetDoesNotKeep:
 
     def test_there_are_integers_everywhere(self) -> None:
         names = integer_fields()
-        assert {"random_seed", "raw_datasets.*.seed", "sft.*.steps", "evaluations.*.prompts", "judge_gate.seed"} <= set(
-            names
-        )
+        assert {
+            "random_seed",
+            "raw_datasets.*.seed",
+            "sft.*.validation.examples",
+            "evaluations.*.prompts",
+            "judge_gate.seed",
+        } <= set(names)
 
     @pytest.mark.parametrize("name", integer_fields())
     def test_no_integer_field_takes_them(self, name: str) -> None:

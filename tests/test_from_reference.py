@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from earl.config import from_reference, load
 from earl.config.schema import Config
@@ -86,9 +88,26 @@ def test_defaults_of_the_reference_hold_where_a_field_is_left_out(
     assert config.push_to_hub is False
 
 
-@pytest.mark.parametrize("name", [*from_reference.REQUIRED, *from_reference.DEFAULTS])
-def test_every_field_of_the_reference_is_one_of_ours(name: str) -> None:
-    assert name in Config.model_fields
+def test_every_field_of_the_reference_is_one_of_ours() -> None:
+    names = {*from_reference.REQUIRED, *from_reference.DEFAULTS}
+    assert names <= Config.model_fields.keys()
+    assert len(names) == 43
+    assert set(from_reference.REQUIRED) == GIVEN.keys()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sets(st.sampled_from(sorted(from_reference.DEFAULTS))))
+@example(set(from_reference.DEFAULTS))
+def test_every_default_of_the_reference_is_accepted_as_it_stands(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str]
+) -> None:
+    path = tmp_path_factory.mktemp("defaults") / "experiment.json"
+    fields = GIVEN | {name: from_reference.DEFAULTS[name] for name in names}
+    # A program judges, as the address of a server is one of these fields.
+    path.write_text(json.dumps({"judge": "program", "run_name": "mine"} | fields))
+    config = load.load(path).config
+    named_after_the_file = {"run_name": "experiment"} if "run_name" in names else {}
+    assert {name: getattr(config, name) for name in fields} == fields | named_after_the_file
 
 
 @pytest.mark.parametrize("none", [None, "NONE", "none"])

@@ -1,5 +1,7 @@
 """The learning loop on episodes in memory: what changes the step, and what must not."""
 
+import itertools
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -76,6 +78,98 @@ def test_micro_batches_change_the_step_by_rounding_alone(episodes, settings, lea
         metrics, found = learn(episodes, replace(settings, micro_batch=size))
         assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert_same_gradient(found, gradient)
+
+
+T, V = math.log(457), math.log(256)
+
+
+@pytest.fixture
+def uniform(policy_folder, vocabulary):
+    """A policy to which all text ids are equally likely (a log-prob of -`T`), and all visual ones (-`V`)."""
+    assert (math.log(vocabulary.first_visual), math.log(vocabulary.num_visual)) == (T, V)
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+@pytest.fixture
+def kinds(vocabulary):
+    """Three episodes of t(ext), v(isual) and f(orced text) tokens: the last was cut off before its image began."""
+    ids = {"t": 1, "v": vocabulary.first_visual + 1, "f": vocabulary.eol}
+    prompt = np.arange(4)
+
+    def episode(index: int, tokens: str) -> batches.Episode:
+        completion = np.array([ids[token] for token in tokens])
+        forced = np.array([token == "f" for token in tokens])
+        behavior = np.zeros(len(tokens), dtype=np.float32)
+        return batches.Episode(f"0-{index}", "0", prompt, completion, forced, behavior, float(index + 1))
+
+    return [episode(index, tokens) for index, tokens in enumerate(("ttvvf", "tvvvvf", "tt"))]
+
+
+BY_HAND = {
+    # Advantages 1, 2, 3; a forced token adds nothing and is divided by.
+    ("all", "tokens"): (10 * T + 10 * V) / 13,
+    ("all", "sequences"): ((2 * T + 2 * V) / 5 + (2 * T + 8 * V) / 6 + 6 * T / 2) / 3,
+    ("all", "constant"): (10 * T + 10 * V) / 30,
+    ("text", "tokens"): 10 * T / 7,
+    ("text", "sequences"): (2 * T / 3 + 2 * T / 2 + 6 * T / 2) / 3,
+    ("text", "constant"): 10 * T / 30,
+    ("visual", "tokens"): 10 * V / 6,
+    ("visual", "sequences"): (2 * V / 2 + 8 * V / 4) / 2,  # the third episode has no visual token to average over
+    ("visual", "constant"): 10 * V / 30,
+}
+
+
+@pytest.mark.parametrize(("counted", "normalization"), BY_HAND)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_is_divided_by_tokens_of_the_kind_that_trains(
+    kinds, uniform, settings, counted, normalization, packed
+):
+    settings = replace(settings, counted=counted, normalization=normalization, max_completion_tokens=10, packed=packed)
+    optimizer = torch.optim.SGD(uniform.parameters(), lr=0.0)
+    for size in (1, 2, 8):
+        metrics = grpo.train_iteration(uniform, None, optimizer, kinds, replace(settings, micro_batch=size))
+        assert metrics["loss"] == pytest.approx(BY_HAND[counted, normalization], rel=1e-5)
+
+
+@pytest.mark.parametrize(("counted", "active"), [("all", 13), ("text", 7), ("visual", 6)])
+def test_metrics_tell_what_counts_and_what_it_is_divided_by(kinds, uniform, settings, counted, active):
+    optimizer = torch.optim.SGD(uniform.parameters(), lr=0.0)
+    metrics = grpo.train_iteration(uniform, None, optimizer, kinds, replace(settings, counted=counted))
+    forced = {"all": 2, "text": 2, "visual": 0}[counted]
+    assert (metrics["active_tokens"], metrics["counted_tokens"]) == (active, active - forced)
+
+
+def test_kl_estimates_and_mean_log_probs_by_hand(kinds, uniform, settings, monkeypatch):
+    """The reference finds every token ln 2 likelier: k1 = -ln 2, k3 = 2 - 1 - ln 2."""
+    likelier = math.log(2)
+    plain = grpo.completion_logprobs
+    calls = itertools.count()
+
+    def shifted(*args):
+        logp, entropy, kept = plain(*args)
+        return logp + likelier * (next(calls) % 2), entropy, kept  # policy and reference take turns
+
+    monkeypatch.setattr(grpo, "completion_logprobs", shifted)
+    optimizer = torch.optim.SGD(uniform.parameters(), lr=0.0)
+    metrics = grpo.train_iteration(uniform, uniform, optimizer, kinds, replace(settings, kl_coeff=0.5))
+    k3 = 1 - likelier
+    assert metrics["kl_k1"] == pytest.approx(-likelier, rel=1e-5)
+    assert metrics["kl"] == pytest.approx(k3, rel=1e-5)
+    assert metrics["policy_loss"] == pytest.approx((10 * T + 10 * V) / 13, rel=1e-5)
+    assert metrics["kl_loss"] == pytest.approx(0.5 * k3 * 11 / 13, rel=1e-5), "11 of 13 tokens are free"
+    assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + metrics["kl_loss"], rel=1e-6)
+    assert metrics["logprob_mean"] == pytest.approx(-(5 * T + 6 * V) / 11, rel=1e-5)
+    assert metrics["reference_logprob_mean"] == pytest.approx(metrics["logprob_mean"] + likelier, rel=1e-5)
+
+
+def test_without_a_reference_there_is_no_kl_to_tell(kinds, uniform, settings):
+    optimizer = torch.optim.SGD(uniform.parameters(), lr=0.0)
+    metrics = grpo.train_iteration(uniform, None, optimizer, kinds, settings)
+    assert metrics["policy_loss"] == pytest.approx(metrics["loss"])
+    assert [metrics[name] for name in ("kl", "kl_k1", "kl_loss", "reference_logprob_mean")] == [None] * 4
 
 
 def test_micro_batches_do_not_cut_what_the_filter_looks_at(episodes, settings, learn, policy_folder):

@@ -107,6 +107,7 @@ def row(group, sample, **changes):
         "group_id": str(group),
         "prompt_token_ids": [1],
         "completion_token_ids": [1, 2],
+        "completion_text": "",
         "finish_reason": "stop",
         "status": "ok",
         **SCORES,

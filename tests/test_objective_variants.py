@@ -156,7 +156,7 @@ def test_ratios_that_a_correction_does_not_trust_do_not_weigh_the_kl(correction)
 def test_normalizations_by_hand(normalization, expected):
     """Two episodes of 1 and 3 completion tokens, at most 10 allowed; one counted token with loss 1 in each."""
     lengths = torch.tensor([1.0, 3.0]) if normalization == "sequences" else None
-    denominator = objective.loss_denominator(normalization, episodes=2, completion_tokens=4, max_tokens=10)
+    denominator = objective.loss_denominator(normalization, [1, 3], max_tokens=10)
     loss = objective.grpo_loss(torch.tensor([-1.0, -1.0]), torch.ones(2), denominator, lengths=lengths)
     assert loss.item() == pytest.approx(expected)
 
@@ -200,7 +200,7 @@ def our_loss(logp, batch, normalization, kl_coeff, options):
     """The flat tensors of the loop: only tokens under the mask exist."""
     kept = batch.mask.bool()
     lengths = batch.mask.sum(1, keepdim=True).expand(B, T)
-    denominator = objective.loss_denominator(normalization, B, int(batch.mask.sum()), LONGEST)
+    denominator = objective.loss_denominator(normalization, batch.mask.sum(1).int().tolist(), LONGEST)
     return objective.grpo_loss(
         logp[kept],
         batch.advantages.unsqueeze(1).expand(B, T)[kept],

@@ -15,6 +15,8 @@ from tests.test_workflow import EXPERIMENT, ROOT, Workplace, write_tokenised
 
 SHAPES = {"raw_datasets": {"pairs": {"source": "shapes", "count": 20, "seed": 1}}}
 SHAPES |= {"train_paths_file": ["stage:tokenise/pairs"], "image_area": 64 * 64}
+TUNING = {"base_model": "model", "train_paths_file": ["train.parquet"], "steps": 1}
+VALIDATED = {"model_path": "stage:sft/s", "sft": {"s": TUNING | {"validation": {}}}}
 
 
 @pytest.fixture
@@ -53,9 +55,14 @@ class TestData:
             (
                 {
                     "model_path": "stage:sft/s",
-                    "sft": {"s": {"base_model": "model", "train_paths_file": ["no"], "steps": 1}},
+                    "sft": {"s": TUNING | {"train_paths_file": ["no"]}},
                 },
                 "field sft.s.train_paths_file names what is not there: /",
+            ),
+            (VALIDATED | {"val_paths_file": ["no"]}, "field val_paths_file names what is not there: /"),
+            (
+                {**VALIDATED, "sft": {"s": TUNING | {"validation": {"paths_file": ["no"]}}}},
+                "field sft.s.validation.paths_file names what is not there: /",
             ),
         ],
     )
@@ -111,8 +118,7 @@ class TestModels:
     @pytest.mark.parametrize("field", ["model_path", "sft.s.base_model"])
     def test_a_policy_that_is_no_emu3(self, place: Workplace, field: str) -> None:
         change(place.path / "model" / "config.json", model_type="llama")
-        tuning = {"base_model": "model", "train_paths_file": ["train.parquet"], "steps": 1}
-        fields = {"model_path": "stage:sft/s", "sft": {"s": tuning}} if field.startswith("sft") else {}
+        fields = {"model_path": "stage:sft/s", "sft": {"s": TUNING}} if field.startswith("sft") else {}
         message = refusal(**fields)
         assert f"field {field} is 'model', which cannot be used: model/config.json: model_type is 'llama'" in message
 

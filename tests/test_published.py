@@ -47,6 +47,10 @@ def original(ranks: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def oracle(ranks: list[bytes]) -> tiktoken.Encoding:
+    return oracle_of(ranks)
+
+
+def oracle_of(ranks: list[bytes]) -> tiktoken.Encoding:
     """The library that the published tokenizer calls, set up as it does."""
     names = [*tiktoken_files._FIRST_SPECIAL, *emu3_files.special_names(VISUAL)]
     return tiktoken.Encoding(
@@ -92,6 +96,19 @@ class TestVocabularyFiles:
         expected = oracle.encode(unicodedata.normalize("NFC", written), allowed_special="all")
         assert vocabulary.encode(written) == expected
         assert vocabulary.decode(expected) == oracle.decode(expected)
+
+    def test_reasoning_and_its_end_are_one_string_as_in_the_reference(self, tmp_path: Path) -> None:
+        """A full stop and the `<` after it are one token of the published file, and of this one."""
+        ranks = emu3_files.ranks_of(["It moves.<|end thinking|>"], 400)
+        oracle, end = oracle_of(ranks), "<|end thinking|>"
+        assert oracle.encode_ordinary(f".{end}") != oracle.encode_ordinary(".") + oracle.encode_ordinary(end)
+        emu3_files.write_vocabulary(tmp_path, ranks, VISUAL)
+        tiktoken_files.build_tokenizer(tmp_path).save(str(tmp_path / "tokenizer.json"))
+        grid = np.zeros((2, 2), dtype=np.int64)
+        found = Vocabulary.from_folder(tmp_path)
+        ids, start = sequence.sft_ids(grid, "Go", grid, [("plan", "It moves."), ("why", " <|image end|>?\n")], found)
+        text = f" Let's think step by step. <|start thinking|> plan: It moves. why: <|image end|>?{end}"
+        assert ids[start : ids.index(found.boi, start)] == oracle.encode_ordinary(text)
 
     @pytest.mark.parametrize(
         ("file", "change", "part"),

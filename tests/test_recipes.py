@@ -27,7 +27,7 @@ whole + {{
   raw_datasets: {{
     [name]: whole.raw_datasets[name] + {{ count: 24 }} for name in std.objectFields(whole.raw_datasets)
   }},
-  fine_tuning(mixing):: super.fine_tuning(mixing) + {{ steps: {STEPS}, batch_size: 4, warmup_steps: 0 }},
+  fine_tuning(mixing, steps):: super.fine_tuning(mixing, steps) + {{ steps: {STEPS}, batch_size: 4, warmup_steps: 0 }},
   num_iterations: 1,
   episodes_per_iteration: 8,
   generations_per_sample: 4,

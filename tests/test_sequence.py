@@ -74,7 +74,7 @@ def test_everything_that_is_written_is_read_back(vocabulary, original, target, i
 
 
 def thought(reasoning: list[tuple[str, str]]) -> str:
-    text = " ".join(f"{key}: {value}" for key, value in reasoning)
+    text = " ".join(f"{key}: {value.strip()}" for key, value in reasoning)
     return f" Let's think step by step. <|start thinking|> {text[:1750]}<|end thinking|>"
 
 

@@ -21,7 +21,7 @@ from earl.data.grids import stored
 from earl.emu3 import checkpoint
 from earl.errors import EarlError
 from earl.files import manifest, tables
-from earl.learner import grpo, head, sft
+from earl.learner import head, sft
 from earl.stages import sft as stage
 from tests.test_head import Largest
 
@@ -41,16 +41,18 @@ def batch(vocabulary):
 
 
 @pytest.fixture
-def step(policy_folder, monkeypatch):
+def step(policy_folder):
     """Return a function that takes a step of rate 0, and gives its loss and its gradient, whole."""
-    monkeypatch.setattr(grpo, "MAX_GRADIENT_NORM", float("inf"))
 
     def run(batch, settings=SETTINGS, change=lambda policy: None):
         policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
         with torch.no_grad():
             change(policy)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        loss = sft.train_step(policy, optimizer, batch, replace(settings, learning_rate=0.0), 0)
+        settings = replace(settings, learning_rate=0.0, max_gradient_norm=None)
+        loss, norm = sft.train_step(policy, optimizer, batch, settings, 0)
+        squared = sum(parameter.grad.double().square().sum() for parameter in policy.parameters())
+        assert np.isnan(norm) or norm == pytest.approx(float(squared.sqrt()), rel=1e-4)
         return loss, {name: parameter.grad for name, parameter in policy.named_parameters()}
 
     return run
@@ -235,7 +237,7 @@ def test_it_learns_and_repeats_its_bytes(make, tmp_path):
 def test_what_reinforcement_learning_has_left_in_memory_makes_room(make, tmp_path):
     for kind in ("learner", "reference"):
         residents.put(kind, "key", kind)
-    stage.run(make(one={"steps": 1}), "one", tmp_path / "out")
+    stage.run(make(one={"steps": 1, "warmup_steps": 0}), "one", tmp_path / "out")
     assert [residents.take(kind, "key") for kind in ("learner", "reference")] == [None, None]
 
 
@@ -257,7 +259,7 @@ def seen(monkeypatch):
 
     def look(policy, sequence, count, *_):
         found.extend(sequence(index) for index in range(count))
-        return [0.0]
+        return sft.Progress(1, [0.0])
 
     monkeypatch.setattr(sft, "fine_tune", look)
     return found

@@ -87,6 +87,7 @@ def earl(tmp_path, policy_folder, vocabulary):
     manifest.seal(data)
     tuning = {"base_model": str(policy_folder), "train_paths_file": [str(data)], "coefficients": [1.0]}
     tuning |= {"reasoning": True, "batch_size": 5, "learning_rate": 3e-4, "warmup_steps": 3, "random_seed": 1}
+    tuning |= {"weight_decay": 0.1, "validation": {"paths_file": [str(data)], "examples": 7, "every_n_steps": 5}}
 
     def command(ranks: int, out: str, steps: int = STEPS) -> list[str]:
         config = Config(
@@ -150,9 +151,12 @@ def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_numbe
     fewer, said = done(earl(1, "fewer"))
     assert "resumed at step" in said
 
-    losses = {name: json.loads((tmp_path / name / "sft.json").read_text())["loss"] for name in ("alone", "together")}
-    assert len(losses["alone"]) == STEPS
-    assert losses["together"] == pytest.approx(losses["alone"], rel=1e-4)
+    curves = {name: json.loads((tmp_path / name / "sft.json").read_text()) for name in ("alone", "together")}
+    assert len(curves["alone"]["loss"]) == STEPS
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert curves["together"][name] == pytest.approx(curves["alone"][name], rel=1e-3), name
+    held_out = [curves[name]["validation"]["loss"] for name in ("together", "alone")]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
     for folder in (together, fewer):
         assert (flat(folder) - start - wanted).norm() < 1e-3 * wanted.norm(), folder
     assert not list(tmp_path.glob("*.partial"))

@@ -17,7 +17,9 @@ from run_files import evaluate, new_run, train
 from wandb_server import WandbServer
 
 from earl import runs
+from earl.config import paths
 from earl.errors import EarlError
+from earl.files import atomic
 from earl.layout import Run
 from earl.tracking import files
 
@@ -123,6 +125,41 @@ def test_online_each_step_once_on_one_page(tmp_path, server):
     assert (page.steps(), page.name, page.project) == ([1, 2, 3], "a", "earl")
     assert [line["train/reward_mean"] for line in page.history] == [1.5, 2.5, 3.5]
     assert [line["_step"] for line in page.history if "episodes" in line] == [2]
+
+
+def fine_tune(config, steps: int = 3) -> str:
+    """Write the curves of the fine-tuning that a run starts from; return the name of its folder."""
+    folder = paths.resolve(config, config.model_path)
+    curve = {"loss": [3.0, 2.0, 1.0], "gradient_norm": [6.0, 5.0, 4.0], "learning_rate": [1e-4, 2e-4, 3e-4]}
+    curve |= {"validation": {"step": [2, 3], "loss": [2.5, 1.5]}, "left_out_examples": 4}
+    atomic.write_text(folder / "sft.json", json.dumps(curve))
+    return folder.name
+
+
+def test_a_fine_tuning_is_a_page_of_its_own_sent_once(tmp_path, server):
+    run, config = new_run(tmp_path / "a", wandb_mode="online")
+    name = fine_tune(config)
+    assert f"sent the fine-tuning {name}" in track(run, server), "before there is any iteration"
+    train(run, 1)
+    assert "fine-tuning" not in track(run, server)
+    assert sorted(page.name for page in server.pages.values()) == ["a", name]
+    page = server.pages[name]
+    assert (page.steps(), page.project) == ([1, 2, 3], "earl")
+    assert [line["sft/loss"] for line in page.history] == [3.0, 2.0, 1.0]
+    assert [line["sft/gradient_norm"] for line in page.history] == [6.0, 5.0, 4.0]
+    assert [line["sft/learning_rate"] for line in page.history] == [1e-4, 2e-4, 3e-4]
+    assert [line.get("sft/validation_loss") for line in page.history] == [None, 2.5, 1.5]
+    other, _ = new_run(tmp_path / "b", wandb_mode="online")
+    track(other, server)
+    assert page.steps() == [1, 2, 3], "runs that start from the same one do not send it twice"
+
+
+def test_a_fine_tuning_of_an_offline_run_is_written_once(tmp_path):
+    run, config = new_run(tmp_path / "a", wandb_mode="offline")
+    fine_tune(config)
+    for _ in range(2):
+        track(run)
+    assert offline_steps(run) == [1, 2, 3]
 
 
 def test_episodes_come_with_pictures_scores_and_words(tmp_path, server):

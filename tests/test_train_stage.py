@@ -162,6 +162,14 @@ def test_rerun_gives_the_same_bytes_and_leaves_the_inputs(new_run, vocabulary):
     manifest.check(run.iteration(2).trainer, deep=True)
 
 
+REASONED = {
+    "0-0": "the circle is at [0, 0, 4, 4]<|end thinking|>",
+    "1-0": "it goes",
+    "1-1": " <|end thinking|>",
+}
+"""What stands before the image: a thought, one that has no end, an empty one; of others, nothing."""
+
+
 def test_episodes_and_metrics_by_hand(new_run, vocabulary):
     """Group 0: rewards 4 and 0 (no image). Group 1: equal. Group 2: one failed. Group 3: cut off, and 9."""
     viescores = {"0-0": 4, "1-0": 5, "1-1": 5, "2-0": 6, "3-1": 9}
@@ -174,6 +182,9 @@ def test_episodes_and_metrics_by_hand(new_run, vocabulary):
         row |= {"status": status, **dict.fromkeys(names, score)}
         if key == "3-0":
             row |= {"finish_reason": "length", "edited": None}
+        row["completion_text"] = f"{REASONED.get(key, '')}<|image start|>2*3"
+        if key == "3-1":
+            row |= {"edit_success": 10, "artifacts": 10}
 
     config, run = new_run()
     write_inputs(run, 1, vocabulary, edit=edit)
@@ -187,10 +198,16 @@ def test_episodes_and_metrics_by_hand(new_run, vocabulary):
     assert [row["advantage"] for row in rows if row["used"]] == pytest.approx(expected)
     metrics = json.loads(run.iteration(1).metrics.read_text())
     assert metrics["reward_mean"] == pytest.approx(29 / 7)
-    assert metrics["edit_success_mean"] == pytest.approx(29 / 5)
+    # Of 7 episodes: all but the one whose judgement failed, with 0 where there is no finished image.
+    for name in ("viescore", "semantic_consistency", "perceptual_quality", "overedit", "naturalness", "ground_score"):
+        assert metrics[f"{name}_mean"] == pytest.approx(29 / 7), name
+    for name in ("edit_success", "artifacts"):
+        assert metrics[f"{name}_mean"] == pytest.approx(30 / 7), name
     assert metrics["zero_std_fraction"] == 0.5
     assert metrics["failed_fraction"] == 1 / 8
-    assert metrics["no_image_fraction"] == 2 / 8
+    assert metrics["truncated_fraction"] == 1 / 8
+    assert metrics["no_image_fraction"] == 1 / 8, "of those that were not cut off"
+    assert metrics["reasoning_fraction"] == 2 / 8
     # H*W img, 2 rows of 3 visual tokens and eol, eof, eoi, eos; eol, eof, eoi and eos are forced.
     length = len(vocabulary.encode("2*3")) + 1 + 8 + 3
     assert metrics["completion_length_mean"] == length

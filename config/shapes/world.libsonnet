@@ -34,8 +34,8 @@ demo + {
   // demo's 250 steps at its rate, edits with reasoning score 0.
   thinks:: $.assistant_prefill != demo.assistant_prefill,
   sft_steps:: if $.thinks then 500 else demo.sft.shapes.steps,
-  fine_tuning(mixing):: demo.sft.shapes + {
-    steps: $.sft_steps,
+  fine_tuning(mixing, steps):: demo.sft.shapes + {
+    steps: $.sft_steps,  // of the tiny model, not of the published ones
     learning_rate: if $.thinks then 2e-3 else demo.sft.shapes.learning_rate,
     train_paths_file: [$.dataset(row[0]) for row in mixing],
     coefficients: [row[1] for row in mixing],

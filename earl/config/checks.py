@@ -11,7 +11,7 @@ from earl.judges import address
 from earl.learner import rewards
 
 if TYPE_CHECKING:
-    from earl.config.schema import Config
+    from earl.config.schema import Config, Sft
 
 VLLM_TEMPERATURES = (0.01, 2.0)
 """vLLM refuses what lies above, and takes the lowest, without failing, for what lies below."""
@@ -56,6 +56,20 @@ def check_coefficients(name: str, coefficients: list[float], paths_name: str, pa
             name,
             f"has {len(coefficients)} values for {len(paths)} data sets in {paths_name}; "
             "give one for each, or an empty list to upsample all to the largest",
+        )
+
+
+def check_schedule(tuning: "Sft") -> None:
+    peak, final = tuning.learning_rate, tuning.final_learning_rate
+    if tuning.schedule == "constant" and final:
+        raise wrong("final_learning_rate", f"is {final}, but schedule is `constant`; leave it out")
+    if final > peak:
+        raise wrong("final_learning_rate", f"is {final}, above learning_rate ({peak}), the peak; lower it")
+    if tuning.warmup_steps > tuning.steps:
+        raise wrong(
+            "warmup_steps",
+            f"is {tuning.warmup_steps}, but there are {tuning.steps} steps, so the learning rate would not reach its "
+            "peak; lower it",
         )
 
 

@@ -35,6 +35,8 @@ SHAPES_POLICY_SEED = 42
 """Seed of the weights of `stage:shapes-policy`, the ones that the shipped base policy was trained from."""
 SFT_USES = ("dtype", "cpu_threads", "per_device_batch_size", "packing", "model_context_size")
 """Fields of the run that a fine-tuning depends on beside its own."""
+SFT_FREE = {"save_checkpoints_every_n_steps"}
+"""Fields of a fine-tuning that change nothing of what it leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,25 @@ def fine_tuning_data(config: Config, name: str) -> Mixed:
     return Mixed(f"sft.{name}.train_paths_file", tuning.train_paths_file, tuning.coefficients)
 
 
+def validation_data(config: Config, name: str) -> Mixed | None:
+    """Return what the fine-tuning of this name is validated on; None where it is not validated.
+
+    Its examples are taken from all of them alike, so the coefficients say nothing.
+    """
+    validation = fine_tuning(config, name).validation
+    if validation is None:
+        return None
+    own = validation.paths_file
+    field = f"sft.{name}.validation.paths_file" if own else "val_paths_file"
+    return Mixed(field, own or config.val_paths_file, [1.0] * len(own or config.val_paths_file))
+
+
+def fine_tuning_inputs(config: Config, name: str) -> list[str]:
+    """Return the data sets that a fine-tuning reads: those it is trained on, then those it is validated on."""
+    validation = validation_data(config, name)
+    return [*fine_tuning_data(config, name).references, *(validation.references if validation else ())]
+
+
 def prompt_paths(config: Config) -> list[str]:
     """Return the data sets that a run draws prompts from, each once: those of training, then those of evaluations."""
     held_out = [path for name in config.evaluations for path in evaluation_data(config, name).references]
@@ -198,7 +219,7 @@ def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> 
             found[raw] = SharedStage("raw", stage.name, raw, ())
     if stage.stage == "sft":
         tuning = fine_tuning(config, stage.name)
-        for needed in tuning.train_paths_file:
+        for needed in fine_tuning_inputs(config, stage.name):
             _collect(config, needed, found)
         _collect_policy(config, tuning.base_model, found)
     found[stage.output] = stage
@@ -247,7 +268,7 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
     tuning = fine_tuning(config, name)
-    data = [resolve(config, path) for path in tuning.train_paths_file]
+    data = [resolve(config, path) for path in fine_tuning_inputs(config, name)]
     return SharedStage("sft", name, output, (*data, policy_folder(config, tuning.base_model)))
 
 
@@ -308,7 +329,9 @@ def _shapes_policy_key() -> Any:
 
 def _sft_key(config: Config, name: str) -> Any:
     tuning = fine_tuning(config, name)
-    settings = tuning.model_dump(mode="json")
+    settings = tuning.model_dump(mode="json", exclude=SFT_FREE)
+    if validation := validation_data(config, name):
+        settings["validation"]["paths_file"] = [_key(config, path) for path in validation.references]
     settings["train_paths_file"] = [_key(config, path) for path in tuning.train_paths_file]
     settings["base_model"] = _policy_key(config, tuning.base_model)
     return {"sft": settings} | {name: getattr(config, name) for name in SFT_USES}

@@ -61,14 +61,17 @@ def _is_made(folder: Path) -> bool:
     return (folder / manifest.NAME).is_file()
 
 
-def _drawn_from(config: Config) -> Iterator[paths.Mixed]:
-    """Yield the data sets that a run and the fine-tunings still to be made draw from, by field."""
-    if config.num_iterations:
-        yield paths.training_data(config)
-    held_out = [paths.evaluation_data(config, name) for name in config.evaluations]
-    yield from {data.field: data for data in held_out}.values()
+def _drawn_from(config: Config) -> list[paths.Mixed]:
+    """Return the data sets that a run and the fine-tunings still to be made draw from, each field once."""
+    found = _prompts_from(config)
     for name in _fine_tunings(config):
-        yield paths.fine_tuning_data(config, name)
+        found += [paths.fine_tuning_data(config, name), paths.validation_data(config, name)]
+    return list({data.field: data for data in found if data}.values())
+
+
+def _prompts_from(config: Config) -> list[paths.Mixed]:
+    training = [paths.training_data(config)] if config.num_iterations else []
+    return training + [paths.evaluation_data(config, name) for name in config.evaluations]
 
 
 def _fine_tunings(config: Config) -> list[str]:
@@ -263,9 +266,7 @@ def _models_needed(config: Config) -> dict[str, str]:
 
 def _room(config: Config) -> Iterator[Problem]:
     """Compare lengths with what an image takes, where images are resized here and completions keep to their grid."""
-    drawn = {data.field: data.references for data in _drawn_from(config) if not data.field.startswith("sft.")}
-    resized = any(one.startswith(_TOKENISE) for references in drawn.values() for one in references)
-    if not resized or not drawn:
+    if not any(one.startswith(_TOKENISE) for data in _prompts_from(config) for one in data.references):
         return
     tokens = config.image_area // SPATIAL_FACTOR**2
     image = f"an image of image_area = {config.image_area} pixels is about {tokens} visual tokens"

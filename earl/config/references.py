@@ -23,6 +23,8 @@ def _path_fields(config: "Config") -> dict[str, str]:
     for name, tuning in config.sft.items():
         fields[f"sft.{name}.base_model"] = tuning.base_model
         lists[f"sft.{name}.train_paths_file"] = tuning.train_paths_file
+        if tuning.validation:
+            lists[f"sft.{name}.validation.paths_file"] = tuning.validation.paths_file
     for name, paths in lists.items():
         fields |= {f"{name}.{index}": path for index, path in enumerate(paths)}
     return fields
@@ -45,6 +47,22 @@ def check(config: "Config") -> None:
         if stage == "fetch" and name not in published:
             raise wrong(field, f"is `{path}`, but the published tokenised data sets are: {', '.join(published)}")
     _check_chains(config.sft)
+    for name in fine_tunings(config):
+        validation = config.sft[name].validation
+        if validation and not (validation.paths_file or config.val_paths_file):
+            raise wrong(
+                "val_paths_file",
+                f"is empty, but sft.{name}.validation takes examples of it; name data, or set that field to null",
+            )
+
+
+def fine_tunings(config: "Config") -> list[str]:
+    """Return the names of the fine-tunings that RL starts from, one after the other, the last one first."""
+    found, reference = [], config.model_path
+    while reference.startswith(f"{STAGE}sft/"):
+        found.append(reference.removeprefix(f"{STAGE}sft/"))
+        reference = config.sft[found[-1]].base_model
+    return found
 
 
 _STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}

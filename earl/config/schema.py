@@ -190,6 +190,16 @@ class RawDataset(_Section):
         return self
 
 
+class SftValidation(_Section):
+    """Held-out loss of a fine-tuning while it trains; it changes no weights."""
+
+    paths_file: list[Path] = _fixed(
+        list, "Tokenised data sets to take examples from, as many of each; empty: those of `val_paths_file`."
+    )
+    examples: Positive = _fixed(1000, "Examples to take, all together; the same ones every time.")
+    every_n_steps: Positive = _fixed(100, "Compute the loss after every n-th step, and after the last one.")
+
+
 class Sft(_Section):
     """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
@@ -207,13 +217,47 @@ class Sft(_Section):
     steps: Positive = _fixed(..., "Optimizer steps.")
     batch_size: Positive = _fixed(16, "Sequences in an optimizer step.")
     learning_rate: float = _fixed(1e-4, "Peak learning rate of AdamW.", gt=0)
+    final_learning_rate: float = _fixed(
+        0.0, "Learning rate that `linear` and `cosine` fall to at the end of the last step.", ge=0
+    )
+    schedule: Literal["constant", "linear", "cosine"] = _fixed(
+        "cosine", "How the learning rate goes from its peak, after the warm-up, to its final value."
+    )
     warmup_steps: Integer = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
+    weight_decay: float = _fixed(
+        0.0, "Decoupled weight decay of AdamW, on matrices and embeddings; norms and biases have none.", ge=0
+    )
+    adam_beta1: float = _fixed(0.9, "AdamW: decay of the mean gradient.", ge=0, lt=1)
+    adam_beta2: float = _fixed(0.999, "AdamW: decay of the mean squared gradient.", ge=0, lt=1)
+    adam_epsilon: float = _fixed(1e-8, "AdamW: added to the root of the mean squared gradient.", gt=0)
+    max_gradient_norm: float | None = _fixed(1.0, "Norm that gradients are clipped to; null: they are not.", gt=0)
     reasoning: bool = _fixed(False, "Whether sequences hold the reasoning text before the edited image.")
+    reasoning_keys: list[str] = _fixed(
+        list,
+        "reasoning: keys of the examples' reasoning to train on, in this order; an example's missing keys are left "
+        "out. Empty: all keys, in the order of the data.",
+    )
     random_seed: Integer = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
+    validation: SftValidation | None = _fixed(None, "Held-out loss while it trains; null: none.")
+    save_checkpoints_every_n_steps: Positive | None = _fixed(
+        None,
+        "Of every n-th step, the latest checkpoint is kept until the fine-tuning is complete, to resume from; null: "
+        "of every twentieth part.",
+    )
+    keep_checkpoints_every_n_steps: Positive | None = _fixed(
+        None,
+        "The policy of every n-th step is kept for good, beside the last one, in `<folder>.checkpoints/step-<n>`; "
+        "null: of the last alone.",
+    )
 
     @model_validator(mode="after")
-    def _lists_match(self) -> Self:
+    def _fields_agree(self) -> Self:
         checks.check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
+        checks.check_schedule(self)
+        if self.reasoning_keys and not self.reasoning:
+            raise checks.wrong("reasoning_keys", "is set, but reasoning is false; set that to true or leave this out")
+        if len(set(self.reasoning_keys)) < len(self.reasoning_keys):
+            raise checks.wrong("reasoning_keys", "names a key twice; name each once")
         return self
 
 
@@ -345,7 +389,7 @@ class Config(_Section):
         "tokens",
         "What the loss of an optimizer step is divided by: `tokens`, its completion tokens (DAPO); `sequences`, each "
         "episode by its length and then by their number (GRPO's paper); `constant`, episodes x `max_response_tokens` "
-        "(Dr. GRPO).",
+        "(Dr. GRPO). In a text-only or vision-only iteration the first two count tokens of that kind alone.",
     )
     optimizer_steps_per_iteration: Positive = _fixed(
         1, "Mini-batches of whole groups that an iteration is cut into, one optimizer step on each."

@@ -8,6 +8,7 @@
     SFT        = bos  IMG(original)  instruction  [reasoning]  IMG(edited)  eos
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from earl.errors import EarlError
 START_THINKING = " Let's think step by step. <|start thinking|>"
 END_THINKING = "<|end thinking|>"
 MAX_REASONING_CHARACTERS = 1750
+# What stands before the image of a policy that does not reason.
+_SIZE_ALONE = re.compile(r"\s*(<\|image start\|>)?\s*[\d*]*\s*")
 
 
 def image_ids(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
@@ -62,8 +65,8 @@ def prompt_ids(original_tokens: np.ndarray, instruction: str, prefill: str, voca
 
 
 def reasoning_text(reasoning: Sequence[tuple[str, str]]) -> str:
-    """Return ``key: value`` pairs in one line, cut at 1750 characters."""
-    return " ".join(f"{key}: {value}" for key, value in reasoning)[:MAX_REASONING_CHARACTERS]
+    """Return ``key: value`` pairs in one line, values without the white space around them, cut at 1750 characters."""
+    return " ".join(f"{key}: {value.strip()}" for key, value in reasoning)[:MAX_REASONING_CHARACTERS]
 
 
 def sft_ids(
@@ -77,12 +80,19 @@ def sft_ids(
     prompt = prompt_ids(original_tokens, instruction, "", vocabulary)
     thought = []
     if reasoning is not None:
-        thought = [
-            *vocabulary.encode(START_THINKING),
-            *vocabulary.encode_plain(f" {reasoning_text(reasoning)}"),
-            *vocabulary.encode(END_THINKING),
-        ]
+        thought = [*vocabulary.encode(START_THINKING), *_thought_ids(f" {reasoning_text(reasoning)}", vocabulary)]
     return [*prompt, *thought, *image_ids(target_tokens, vocabulary), vocabulary.eos], len(prompt)
+
+
+def _thought_ids(text: str, vocabulary: Vocabulary) -> list[int]:
+    """Return the ids of a thought and its end.
+
+    They are one string, as in the reference: to Emu3's tokenizer the end is ordinary text, and a full stop before it is
+    one token with its first character. What looks like a special token in the thought stays ordinary text.
+    """
+    if vocabulary.text.token_to_id(END_THINKING) is None:
+        return vocabulary.encode_plain(text + END_THINKING)
+    return [*vocabulary.encode_plain(text), *vocabulary.encode(END_THINKING)]
 
 
 def grid_of_prompt(token_ids: Sequence[int], vocabulary: Vocabulary) -> tuple[int, int]:
@@ -130,3 +140,12 @@ def completion_text(token_ids: Sequence[int], vocabulary: Vocabulary) -> str:
     ids = list(token_ids)
     stop = ids.index(vocabulary.img) if vocabulary.img in ids else len(ids)
     return vocabulary.decode([token for token in ids[:stop] if token < vocabulary.first_visual])
+
+
+def reasoning_of(text: str) -> str:
+    """Return the reasoning in a completion's text, as of `completion_text`; "" where there is none.
+
+    Reasoning that did not come to its end is reasoning too.
+    """
+    thought, end, _ = text.partition(END_THINKING)
+    return "" if not thought.strip() or (not end and _SIZE_ALONE.fullmatch(thought)) else thought

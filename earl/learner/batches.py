@@ -66,7 +66,7 @@ class MicroBatch:
     positions: Tensor  # int64 [T], place in its completion
     targets: Tensor  # int64 [T]
     advantages: Tensor  # float32 [T]
-    lengths: Tensor  # float32 [T], completion tokens of the token's episode
+    lengths: Tensor  # float32 [T], `length` of the token's episode
     behavior_logprobs: Tensor  # float32 [T]
 
 
@@ -111,7 +111,7 @@ def collate(episodes: Sequence[Episode], settings: "Settings", device: torch.dev
                 counts,
                 episode.completion[counts],
                 np.full(len(counts), episode.advantage, dtype=np.float32),
-                np.full(len(counts), len(episode.completion), dtype=np.float32),
+                np.full(len(counts), length(episode, settings), dtype=np.float32),
                 episode.behavior_logprobs[counts],
             )
         )
@@ -143,8 +143,14 @@ def packed_rows(episodes: Sequence[Episode]) -> Rows:
 
 
 def counted_positions(episode: Episode, settings: "Settings") -> np.ndarray:
-    """int64: the positions of the completion whose tokens count in the loss."""
+    """int64: the positions of the completion whose tokens count in the sum of the loss."""
     mask = objective.token_mask(
         torch.from_numpy(episode.completion), torch.from_numpy(episode.forced), settings.visual_range, settings.counted
     )
     return mask.nonzero().squeeze(1).numpy()
+
+
+def length(episode: Episode, settings: "Settings") -> int:
+    """Completion tokens of the kind that trains, forced ones included: what a loss is divided by."""
+    mask = objective.kind_mask(torch.from_numpy(episode.completion), settings.visual_range, settings.counted)
+    return int(mask.sum())

@@ -31,11 +31,14 @@ ROLLOUT_COLUMNS = (
     "completion_token_ids",
     "behavior_logprobs",
     "finish_reason",
+    "completion_text",
 )
 SCORE_COLUMNS = ("episode_id", "status", *rewards.SUB_SCORES, "ground_score")
 TOO_LONG = "longer than the learner takes"
 ZERO_VARIANCE = "the rewards of its group are all equal"
 REWARD = "reward"
+SCORES = ("viescore", *rewards.COMPONENTS)
+"""Scores whose means are metrics."""
 
 
 @dataclass(frozen=True)
@@ -309,28 +312,37 @@ def _viescore(row: dict[str, Any]) -> float | None:
 
 
 def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Figures of the episodes: rewards and sub-scores 0..10, fractions 0..1, lengths in tokens.
+    """Metrics of the episodes: rewards and scores 0..10, fractions 0..1 of all episodes, lengths in tokens.
 
-    Rewards are those of all episodes that were compared, so that masking groups does not change their mean.
+    Rewards are those of all episodes that were compared, so that masking groups does not change their mean. VIEScore,
+    its parts and sub-scores are means over all episodes but those whose judgement failed, and count 0, as the reward
+    does, where there is no finished image. `truncated_fraction` did not end by themselves, `no_image_fraction` did and
+    hold no image, `reasoning_fraction` hold reasoning before the image.
     """
+    rows = [outcome.row for outcome in outcomes]
     used = [outcome for outcome in outcomes if outcome.used]
     got = np.array([outcome.reward for outcome in outcomes if outcome.compared])
-    lengths = np.array([len(outcome.row["completion_token_ids"]) for outcome in outcomes])
+    lengths = np.array([len(row["completion_token_ids"]) for row in rows])
+    truncated = [row["finish_reason"] != "stop" for row in rows]
+    no_image = [row["status"] == "no_image" and not cut for row, cut in zip(rows, truncated, strict=True)]
+    failed = sum(outcome.reward is None for outcome in outcomes)
     equal = _equal_groups(outcomes)
     zero_std = torch.stack(list(equal.values())).all(0)
     return {
         "reward_mean": float(got.mean()),
         "reward_std": float(got.std()),
-        **{f"{name}_mean": _mean_score(outcomes, name) for name in (*rewards.SUB_SCORES, "ground_score")},
+        **{f"{name}_mean": _mean_score(rows, name) for name in SCORES},
         "zero_std_fraction": float(zero_std.double().mean()),
         **{f"zero_std_fraction_{name}": float(each.double().mean()) for name, each in equal.items() if name != REWARD},
-        "failed_fraction": sum(outcome.reward is None for outcome in outcomes) / len(outcomes),
-        "no_image_fraction": sum(outcome.row["status"] == "no_image" for outcome in outcomes) / len(outcomes),
+        "failed_fraction": failed / len(outcomes),
+        "truncated_fraction": sum(truncated) / len(outcomes),
+        "no_image_fraction": sum(no_image) / len(outcomes),
+        "reasoning_fraction": sum(bool(sequence.reasoning_of(row["completion_text"])) for row in rows) / len(rows),
         "completion_length_mean": float(lengths.mean()),
         "completion_length_max": int(lengths.max()),
         "episodes": len(outcomes),
         "used_episodes": len(used),
-        "failed_episodes": sum(outcome.reward is None for outcome in outcomes),
+        "failed_episodes": failed,
         "too_long_episodes": sum(outcome.reason == TOO_LONG for outcome in outcomes),
         "zero_variance_episodes": sum(outcome.reason == ZERO_VARIANCE for outcome in outcomes),
         "groups": len(zero_std),
@@ -348,8 +360,10 @@ def warnings(outcomes: Sequence[Outcome]) -> list[str]:
     return found
 
 
-def _mean_score(outcomes: Sequence[Outcome], name: str) -> float | None:
-    """Mean over the judged episodes, or None where the judge did not give this score."""
-    judged = [outcome.row[name] for outcome in outcomes if outcome.row["status"] == "ok"]
-    found = [score for score in judged if score is not None]
-    return float(np.mean(found)) if found else None
+def _mean_score(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Mean over the episodes whose judgement did not fail; None where the judge was not asked for this score."""
+    judged = [row for row in rows if row["status"] == "ok"]
+    if not judged or any(row[part] is None for row in judged for part in rewards.PARTS[name]):
+        return None
+    found = [rewards.episode_reward(row, name) for row in rows]
+    return float(np.mean([score for score in found if score is not None]))

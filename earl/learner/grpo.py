@@ -21,7 +21,7 @@ from torch import Tensor
 
 from earl.errors import EarlError
 from earl.learner import attention, head, logprobs, objective, sharding
-from earl.learner.batches import Episode, MicroBatch, micro_batches, mini_batches
+from earl.learner.batches import Episode, MicroBatch, length, micro_batches, mini_batches
 from earl.learner.performance import Clock
 from earl.learner.ranks import Ranks, alone
 
@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 MAX_GRADIENT_NORM = 1.0
 SHOWN = 5
 """Tokens that a failed parity check prints."""
-ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimizer beside its rate; the defaults are those of RL."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # of matrices and embeddings alone
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,13 @@ class Totals:
     """
 
     loss: float = 0.0
+    policy_loss: float = 0.0
+    kl_loss: float = 0.0
     tokens: int = 0
+    active: int = 0  # tokens of the kind that trains, forced ones included
     entropy: float = 0.0
+    logp: float = 0.0
+    reference_logp: float = 0.0
     kl: float = 0.0
     clipped_low: int = 0
     clipped_high: int = 0
@@ -92,7 +105,9 @@ class Totals:
     def metrics(self, settings: Settings, with_kl: bool) -> dict[str, float | int | None]:
         """Means in nats a counted token, fractions of the counted tokens; None for what the objective does not have.
 
-        Loss and gradient norm are means over the optimizer steps; `kl` is k3, whatever the loss has. Of the mismatch,
+        Losses and gradient norm are means over the optimizer steps: `loss` = `policy_loss` + `kl_loss`, the latter with
+        its coefficient. `kl` is k3 and `kl_k1` k1, whatever the loss has. `active_tokens` are what the normalization
+        "tokens" divides by: those that count and those that were forced. Of the mismatch,
         `logprob_mismatch_kl` is k3 of KL(sampler || learner), and `effective_sample_size` (sum w)^2 / (n sum w^2), w
         the importance ratios: 1 where all are equal, 1 / n where one token outweighs all others (Kish 1965). Where no
         step was done, nothing is known.
@@ -101,8 +116,13 @@ class Totals:
         ratio, corrects = settings.options.ratio, settings.options.correction != "none"
         return {
             "loss": _mean(self.loss, steps),
+            "policy_loss": _mean(self.policy_loss, steps),
+            "kl_loss": _mean(self.kl_loss, steps if with_kl else 0),
             "entropy": _mean(self.entropy, tokens),
+            "logprob_mean": _mean(self.logp, tokens),
+            "reference_logprob_mean": _mean(self.reference_logp, tokens if with_kl else 0),
             "kl": _mean(self.kl, tokens if with_kl else 0),
+            "kl_k1": _mean(self.logp - self.reference_logp, tokens if with_kl else 0),
             "gradient_norm": _mean(sum(self.gradient_norms), steps),
             "clip_fraction_low": _mean(self.clipped_low, tokens if ratio else 0),
             "clip_fraction_high": _mean(self.clipped_high, tokens if ratio else 0),
@@ -112,6 +132,7 @@ class Totals:
             "logprob_mismatch_kl": _mean(self.mismatch_kl, first),
             "effective_sample_size": _mean(self.weight**2, first * self.squared_weight),
             "counted_tokens": tokens,
+            "active_tokens": self.active,
             "steps": steps,
         }
 
@@ -131,9 +152,12 @@ def total_of(parts: Sequence[Totals]) -> Totals:
     return total
 
 
-def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over all parameters, betas (0.9, 0.999), eps 1e-8, no weight decay."""
-    return torch.optim.AdamW(policy.parameters(), lr=learning_rate, **ADAMW)
+def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float, adamw: AdamW = AdamW()) -> torch.optim.AdamW:
+    """AdamW over all parameters; those with one dimension, norms and biases, do not decay."""
+    matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in policy.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": adamw.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=adamw.betas, eps=adamw.eps)
 
 
 def train_iteration(
@@ -165,12 +189,8 @@ def train_iteration(
     with ready_to_learn(policy, settings):
         for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
             optimizer.zero_grad(set_to_none=True)
-            denominator = objective.loss_denominator(
-                settings.normalization,
-                len(part),
-                sum(len(episode.completion) for episode in part),
-                settings.max_completion_tokens,
-            )
+            lengths = [length(episode, settings) for episode in part]
+            denominator = objective.loss_denominator(settings.normalization, lengths, settings.max_completion_tokens)
             seen = Totals()
             for batch, counts in micro_batches(part, settings, team, description):
                 with clock.phase("forward"):
@@ -183,14 +203,15 @@ def train_iteration(
                 with clock.phase("backward"):
                     (loss if counts else 0 * loss).backward()
                 if counts:
-                    add_to(seen, batch, loss.detach(), logp.detach(), entropy, reference_logp, settings)
+                    add_to(seen, batch, loss.detach(), logp.detach(), entropy, reference_logp, denominator, settings)
                     if step == 0:
                         add_mismatch(seen, batch, logp.detach())
             step_totals = total_of(team.gather(seen))
+            step_totals.active = sum(lengths)
             if step == 0:
                 check_parity(step_totals, settings)
             with clock.phase("step"):
-                step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals))
+                step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals, MAX_GRADIENT_NORM))
             totals = total_of([totals, step_totals])
     return totals.metrics(settings, with_kl=reference is not None)
 
@@ -253,9 +274,13 @@ def batch_loss(
         settings.kl_coeff,
         behavior_logprobs=batch.behavior_logprobs,
         sequences=batch.sequences,
-        lengths=batch.lengths if settings.normalization == "sequences" else None,
+        lengths=divided_by(batch, settings),
         options=settings.options,
     )
+
+
+def divided_by(batch: MicroBatch, settings: Settings) -> Tensor | None:
+    return batch.lengths if settings.normalization == "sequences" else None
 
 
 def add_to(
@@ -265,13 +290,21 @@ def add_to(
     logp: Tensor,
     entropy: Tensor,
     reference_logp: Tensor | None,
+    denominator: int,
     settings: Settings,
 ) -> None:
     options = settings.options
     totals.loss += loss.item()
+    policy = objective.policy_term(logp, batch.advantages, batch.behavior_logprobs, batch.sequences, options)
+    totals.policy_loss += objective.normalized(policy, denominator, divided_by(batch, settings)).item()
     totals.tokens += len(logp)
     totals.entropy += entropy.double().sum().item()
+    totals.logp += logp.double().sum().item()
     if reference_logp is not None:
+        totals.reference_logp += reference_logp.double().sum().item()
+        estimate = objective.kl_estimate(logp, reference_logp, options.kl_estimator, batch.behavior_logprobs)
+        kl_loss = objective.normalized(estimate, denominator, divided_by(batch, settings))
+        totals.kl_loss += settings.kl_coeff * kl_loss.item()
         # Whatever the loss has, k3 is the better value: unbiased, and never negative.
         totals.kl += objective.kl_estimate(logp, reference_logp, "k3").double().sum().item()
     if options.ratio:
@@ -335,13 +368,19 @@ def check_parity(totals: Totals, settings: Settings) -> None:
     )
 
 
-def optimizer_step(policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, totals: Totals) -> float:
-    """Clip the gradient to norm 1 and step; return the norm before clipping. `totals` are those of this step."""
+def optimizer_step(
+    policy: "Emu3ForCausalLM", optimizer: torch.optim.Optimizer, totals: Totals, max_norm: float | None
+) -> float:
+    """Clip the gradient to `max_norm` (None: not at all) and step; return the norm before clipping.
+
+    Args:
+        totals: those of this step.
+    """
     if not totals.tokens:
         raise EarlError(
             "no completion token counts in the loss; check train_text_tokens_only, train_vision_tokens_only"
         )
-    total_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM)
+    total_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf") if max_norm is None else max_norm)
     # A DTensor, where weights are split over ranks: what each knows of it is its own part.
     norm = (total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm).item()
     if not np.isfinite(norm) or not np.isfinite(totals.loss):

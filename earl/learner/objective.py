@@ -6,6 +6,7 @@ completion tokens of any set of episodes, in any order, which makes every functi
 were batched or padded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,36 +182,64 @@ def grpo_loss(
         mask: [T], 1 where the token counts; None where tokens that do not were left out beforehand.
         behavior_logprobs: [T] under the policy that sampled, needed by `ratio`, `correction` and "weighted_k3".
         sequences: int64 [T], needed by the correction "filter".
-        lengths: [T], completion tokens of the token's episode, to weigh episodes equally; None weighs tokens equally.
+        lengths: [T], length of the token's episode (as of `loss_denominator`), to weigh episodes equally; None weighs
+            tokens equally.
 
     Returns:
         scalar.
     """
+    per_token = policy_term(logp, advantages, behavior_logprobs, sequences, options)
+    if reference_logp is not None and kl_coeff != 0.0:
+        per_token = per_token + kl_coeff * kl_estimate(logp, reference_logp, options.kl_estimator, behavior_logprobs)
+    return normalized(per_token, denominator, lengths, mask)
+
+
+def policy_term(
+    logp: Tensor,
+    advantages: Tensor,
+    behavior_logprobs: Tensor | None = None,
+    sequences: Tensor | None = None,
+    options: Options = SPEC,
+) -> Tensor:
+    """policy_t of `grpo_loss`, [T]: the loss without its KL term, weighed or masked by the correction."""
     if options.ratio:
         per_token = ratio_loss(logp, behavior_logprobs, advantages, options.clip_low, options.clip_high)
     else:
         per_token = policy_gradient_loss(logp, advantages)
     if options.correction == "truncate":
-        per_token = per_token * truncated_weights(logp, behavior_logprobs, options.correction_high)
-    elif options.correction == "filter":
+        return per_token * truncated_weights(logp, behavior_logprobs, options.correction_high)
+    if options.correction == "filter":
         bounds = options.correction_low, options.correction_high
-        per_token = per_token * geometric_mean_filter(logp, behavior_logprobs, sequences, *bounds)
-    if reference_logp is not None and kl_coeff != 0.0:
-        per_token = per_token + kl_coeff * kl_estimate(logp, reference_logp, options.kl_estimator, behavior_logprobs)
+        return per_token * geometric_mean_filter(logp, behavior_logprobs, sequences, *bounds)
+    return per_token
+
+
+def normalized(
+    per_token: Tensor, denominator: int, lengths: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """sum_t mask_t / length_t * per_token_t / denominator, with the arguments of `grpo_loss`. Scalar."""
     if lengths is not None:
         per_token = per_token / lengths
     return (per_token if mask is None else per_token * mask).sum() / denominator
 
 
-def loss_denominator(normalization: str, episodes: int, completion_tokens: int, max_tokens: int) -> int:
-    """What the summed loss of an optimizer step is divided by; all arguments are of the whole step.
+def loss_denominator(normalization: str, lengths: Sequence[int], max_tokens: int) -> int:
+    """What the summed loss of an optimizer step is divided by.
 
-    "tokens"     its completion tokens: every token weighs the same (the spec; DAPO's token-level loss).
-    "sequences"  its episodes, the loss of each divided by its length: every episode weighs the same (the GRPO paper).
+    "tokens"     the tokens in `lengths`: every token weighs the same (the spec; DAPO's token-level loss).
+    "sequences"  the episodes with any, the loss of each divided by its length: every episode weighs the same (the GRPO
+                 paper).
     "constant"   episodes * max_tokens, the longest completion allowed: no weight depends on a length (Dr. GRPO, Liu et
-                 al. 2025, arXiv:2503.20783).
+                 al. 2025, arXiv:2503.20783), nor on which tokens train.
+
+    Args:
+        lengths: of every episode of the whole step, its tokens of the kind that trains (`kind_mask`), forced ones
+            included: all of its completion unless the iteration trains text or visual tokens only.
+        max_tokens: longest completion that the sampler may write.
     """
-    return {"tokens": completion_tokens, "sequences": episodes, "constant": episodes * max_tokens}[normalization]
+    if normalization == "constant":
+        return len(lengths) * max_tokens
+    return sum(lengths) if normalization == "tokens" else sum(length > 0 for length in lengths)
 
 
 def sft_loss(logp: Tensor, denominator: int) -> Tensor:
@@ -243,12 +272,19 @@ def _in_first_part(iteration: int, steps: int, cycle_steps: int) -> bool:
     return (iteration - 1) % cycle_steps < steps
 
 
-def token_mask(targets: Tensor, forced: Tensor, visual_range: tuple[int, int], counted: str) -> Tensor:
-    """bool [T]: True where a completion token counts in the loss.
+def kind_mask(targets: Tensor, visual_range: tuple[int, int], counted: str) -> Tensor:
+    """bool [T]: True where a completion token is of the kind that trains, as `counted_tokens` says.
 
-    A token that the sampler was forced to emit was no choice of the policy (its behaviour log-prob is 0) and never
-    counts; of the others, all, only text ids or only visual ids, as `counted_tokens` says.
+    A token is visual or text by its id: ends of rows and of the image are text, as is the reasoning.
     """
     visual = (targets >= visual_range[0]) & (targets < visual_range[1])
-    kinds = {"all": torch.ones_like(visual), "text": ~visual, "visual": visual}
-    return kinds[counted] & ~forced
+    return {"all": torch.ones_like(visual), "text": ~visual, "visual": visual}[counted]
+
+
+def token_mask(targets: Tensor, forced: Tensor, visual_range: tuple[int, int], counted: str) -> Tensor:
+    """bool [T]: True where a completion token counts in the sum of the loss.
+
+    A token that the sampler was forced to emit was no choice of the policy (its behaviour log-prob is 0) and never
+    counts; of the others, those of the kind that trains (`kind_mask`).
+    """
+    return kind_mask(targets, visual_range, counted) & ~forced

@@ -26,6 +26,8 @@ COMPONENTS = {
     **{name: (name,) for name in (*SUB_SCORES, "ground_score")},
 }
 """What advantages may be computed of one by one: the least of these sub-scores."""
+PARTS = {**COMPONENTS, **FINAL_REWARDS}
+"""Every score that can be computed of an episode, with the sub-scores that it needs."""
 ASKED_BY = dict.fromkeys(SUB_SCORES, "reward_compute_viescore") | {"ground_score": "reward_compute_ground_score"}
 """The field that has a judge model asked for a sub-score."""
 JUDGEMENT_FAILED = "judgement failed"
@@ -35,8 +37,7 @@ def needed(config: "Config") -> dict[str, tuple[str, str]]:
     """Return the sub-scores that training needs, each with the field that needs it and this field's value."""
     wanted = [("reward_final_reward", config.reward_final_reward)]
     wanted += [("advantage_components", name) for name in config.advantage_components]
-    made_of = {**COMPONENTS, **FINAL_REWARDS}
-    return {score: (field, which) for field, which in reversed(wanted) for score in made_of[which]}
+    return {score: (field, which) for field, which in reversed(wanted) for score in PARTS[which]}
 
 
 def viescore(scores: Mapping[str, float]) -> float:
@@ -63,10 +64,9 @@ def final_reward(scores: Mapping[str, Any], which: str) -> float:
     Raises:
         EarlError: unknown option; a sub-score that the option needs is missing, not a number or outside 0..10.
     """
-    needed = {**COMPONENTS, **FINAL_REWARDS}
-    if which not in needed:
-        raise EarlError(f"reward_final_reward: unknown option {which!r}; known: {', '.join(needed)}")
-    for name in needed[which]:
+    if which not in PARTS:
+        raise EarlError(f"reward_final_reward: unknown option {which!r}; known: {', '.join(PARTS)}")
+    for name in PARTS[which]:
         _check_score(name, scores.get(name), which)
     if which == "viescore":
         return viescore(scores)

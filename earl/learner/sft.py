@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from earl import seeds
 from earl.errors import EarlError
 from earl.files import manifest
-from earl.learner import batches, grpo, logprobs, objective, ranks, trainer_state
+from earl.learner import batches, grpo, logprobs, objective, ranks, sharding, trainer_state
 from earl.learner.batches import Episode
 from earl.learner.ranks import Ranks
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
 
 CHECKPOINTS = 20
-"""Checkpoints over a whole fine-tuning: a kill costs at most one twentieth of it."""
+"""Checkpoints over a whole fine-tuning that names no steps for them: a kill costs at most one twentieth of it."""
 STATE = "state.json"
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,17 @@ class Settings:
     steps: int
     batch_size: int  # sequences in an optimizer step
     micro_batch: int  # sequences in memory at a time, on each rank; changes no result beyond rounding
-    learning_rate: float
+    learning_rate: float  # the peak
     warmup_steps: int
     seed: int
     bfloat16: bool
+    final_learning_rate: float = 0.0
+    schedule: str = "cosine"  # see learning_rate
+    adamw: grpo.AdamW = field(default_factory=grpo.AdamW)
+    max_gradient_norm: float | None = grpo.MAX_GRADIENT_NORM  # None does not clip
+    validate_every: int | None = None  # steps between two validations
+    save_every: int | None = None  # steps between two checkpoints to resume from; None: a twentieth of all
+    keep_every: int | None = None  # steps between two policies that are kept
     packed: bool = False  # see packing; changes no result beyond rounding
     attention: str = "sdpa"  # see attention.choose
     gradient_checkpointing: bool = False  # see grpo.Settings
@@ -82,10 +89,19 @@ class Example:
 
 @dataclass
 class Progress:
-    """Steps done, and the loss of each, in nats a token."""
+    """Steps done, and what `sft.json` says of each: loss in nats a token, gradient norm, held-out loss where due."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    validation: dict[int, float] = field(default_factory=dict)  # by number of steps done
+
+    def curve(self, settings: Settings) -> dict[str, Any]:
+        """Return the lists by step that are written as JSON; `validation` only where there is any."""
+        rates = [learning_rate(step, settings) for step in range(self.step)]
+        found = {"loss": self.losses, "gradient_norm": self.gradient_norms, "learning_rate": rates}
+        held_out = {"step": list(self.validation), "loss": list(self.validation.values())}
+        return found | ({"validation": held_out} if self.validation else {})
 
 
 def fine_tune(
@@ -96,8 +112,10 @@ def fine_tune(
     checkpoints: Path,
     identity: str,
     team: Ranks | None = None,
-) -> list[float]:
-    """Change `policy` in place; return the loss of every step.
+    held_out: Sequence[Example] = (),
+    keep: Callable[[int], None] = lambda step: None,
+) -> Progress:
+    """Change `policy` in place; return the loss of every step, and what else was measured.
 
     Args:
         sequence: returns training sequence i, 0 <= i < count.
@@ -105,14 +123,16 @@ def fine_tune(
         identity: digest of everything the result depends on; checkpoints of another identity are not resumed.
         team: the ranks, over which `policy` is split, and each of which calls this with the same arguments; None: this
             process alone.
+        held_out: sequences of `settings.validate_every`; the weights do not depend on them.
+        keep: called by all ranks with the number of steps done where `settings.keep_every` keeps the policy.
 
     Raises:
         EarlError: loss or gradient is not finite, a checkpoint is damaged or cannot be written.
     """
     team = team or ranks.alone(policy.device)
-    optimizer = grpo.new_optimizer(policy, settings.learning_rate)
+    optimizer = grpo.new_optimizer(policy, settings.learning_rate, settings.adamw)
     progress = resume(checkpoints, policy, optimizer, identity, team)
-    every = math.ceil(settings.steps / CHECKPOINTS)
+    save_every = settings.save_every or math.ceil(settings.steps / CHECKPOINTS)
     shown = {"desc": "sft", "unit": "step", "total": settings.steps, "initial": progress.step}
     with (
         grpo.ready_to_learn(policy, settings.objective),
@@ -122,16 +142,24 @@ def fine_tune(
         while progress.step < settings.steps:
             indices = batch_indices(settings.seed, progress.step, settings.batch_size, count)
             batch = [sequence(index) for index in indices]
-            loss = train_step(policy, optimizer, batch, settings, progress.step, team)
+            loss, norm = train_step(policy, optimizer, batch, settings, progress.step, team)
             progress.losses.append(loss)
+            progress.gradient_norms.append(norm)
             progress.step += 1
             tokens += sum(map(len, batch))
             rate = tokens / (time.monotonic() - started)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             bar.update()
-            if progress.step % every == 0 and progress.step < settings.steps:
+            last = progress.step == settings.steps
+            if settings.validate_every and (last or progress.step % settings.validate_every == 0):
+                held_out_loss = validation_loss(policy, held_out, settings, team)
+                progress.validation[progress.step] = held_out_loss
+                log.info("sft: step %d, validation loss %.4f", progress.step, held_out_loss)
+            if settings.keep_every and progress.step % settings.keep_every == 0 and not last:
+                keep(progress.step)
+            if progress.step % save_every == 0 and not last:
                 save_checkpoint(checkpoints, policy, optimizer, progress, identity, team)
-    return progress.losses
+    return progress
 
 
 def batch_indices(seed: int, step: int, batch_size: int, count: int) -> list[int]:
@@ -152,8 +180,9 @@ def train_step(
     settings: Settings,
     step: int,
     team: Ranks | None = None,
-) -> float:
-    """One optimizer step on the mean cross-entropy of the batch's counted tokens; return that loss.
+) -> tuple[float, float]:
+    """One optimizer step on the mean cross-entropy of the batch's counted tokens; return that loss, in nats a token,
+    and the norm of its gradient before clipping.
 
     Of several ranks each computes its share of the batch, divided by the tokens of all of it.
     """
@@ -171,18 +200,41 @@ def train_step(
             own += loss.item()
     total = sum(team.gather(own))
     try:
-        grpo.optimizer_step(policy, optimizer, grpo.Totals(loss=total, tokens=denominator))
+        totals = grpo.Totals(loss=total, tokens=denominator)
+        norm = grpo.optimizer_step(policy, optimizer, totals, settings.max_gradient_norm)
     except EarlError as error:
         raise EarlError(f"sft step {step}: {error}") from error
-    return total
+    return total, norm
+
+
+def validation_loss(
+    policy: "Emu3ForCausalLM", examples: Sequence[Example], settings: Settings, team: Ranks | None = None
+) -> float:
+    """Mean cross-entropy of the completions' tokens, in nats; of several ranks each computes its share."""
+    team = team or ranks.alone(policy.device)
+    own = 0.0
+    with torch.no_grad():
+        for part, counts in batches.micro_batches(as_episodes(examples), settings.objective, team):
+            logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
+            own -= logp.double().sum().item() if counts else 0.0
+    sharding.split_again(policy)
+    return sum(team.gather(own)) / sum(len(example.completion) for example in examples)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up to the peak over `warmup_steps`, then a cosine to 0 at the end. `step` counts from 0."""
+    """Rate of a step, counted from 0: a linear warm-up to the peak over `warmup_steps`, then the schedule.
+
+    With f the fraction of the steps after the warm-up that are done, final + (peak - final) * share, where the share is
+    1 - f for "linear" and (1 + cos(pi f)) / 2 for "cosine"; the peak for "constant".
+    """
+    peak, final = settings.learning_rate, settings.final_learning_rate
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return peak * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return peak
     done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    share = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return final + (peak - final) * share
 
 
 def as_episodes(batch: Sequence[Example]) -> list[Episode]:
@@ -214,7 +266,7 @@ def save_checkpoint(
     with ranks.folder(current, team) as folder:
         trainer_state.write_parts(folder, policy, optimizer, team, with_weights=True)
         if team.first:
-            state = {"identity": identity, "step": progress.step, "losses": progress.losses}
+            state = {"identity": identity, "progress": asdict(progress)}
             (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             manifest.seal(folder)
     if team.first:
@@ -237,9 +289,11 @@ def resume(
     newest, state = found
     remedy = _remedy(checkpoints)
     trainer_state.has_weights(newest, policy, remedy)
-    trainer_state.read_parts(newest, policy, optimizer, state["step"], team, with_weights=True, remedy=remedy)
-    log.info("sft: resumed at step %d from %s", state["step"], newest)
-    return Progress(state["step"], state["losses"])
+    progress = Progress(**state["progress"])
+    progress.validation = {int(step): loss for step, loss in progress.validation.items()}
+    trainer_state.read_parts(newest, policy, optimizer, progress.step, team, with_weights=True, remedy=remedy)
+    log.info("sft: resumed at step %d from %s", progress.step, newest)
+    return progress
 
 
 def _remedy(checkpoints: Path) -> str:

@@ -122,6 +122,12 @@ def forward(model: "Emu3ForCausalLM", function: Callable[..., Result], *argument
     return function(model, *arguments) if call is None else call(function, *arguments)
 
 
+def split_again(model: "Emu3ForCausalLM") -> None:
+    """Split what forward passes gathered and no backward pass follows: weights that belong to no layer."""
+    if hasattr(model, "call"):
+        model.reshard()
+
+
 def recompute_layers(model: "Emu3ForCausalLM") -> None:
     """Let layers keep their input alone, and compute again in the backward pass what else it needs."""
     model.gradient_checkpointing_enable({"use_reentrant": False})

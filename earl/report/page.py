@@ -21,6 +21,11 @@ SCORE_LABELS = {
     "artifacts": "No artifacts",
     "ground_score": "Ground score",
 }
+VIESCORE_LABELS = {
+    "viescore": "VIEScore",
+    "semantic_consistency": "Semantic consistency",
+    "perceptual_quality": "Perceptual quality",
+}
 NEAR_GREEDY = 0.3
 PALETTE = 10
 # The order of the pipeline; stages of other names follow by name.
@@ -196,11 +201,22 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
         known = mean is not None and std is not None
         return row["iteration"], mean, *((max(0.0, mean - std), min(10.0, mean + std)) if known else (None, None))
 
+    reasons = any(row.get("reasoning_fraction") for row in metrics)
     scores = [of(f"{key}_mean", SCORE_LABELS[key], colour) for colour, key in enumerate(list(SCORE_LABELS)[:4])]
     drawn = [
         chart("Training reward", "shaded: ± one standard deviation", [charts.line("mean", map(spread, metrics))]),
-        chart("Training sub-scores", "means of the judged episodes", scores),
-        chart("KL to the reference", "nats per token, k3 estimate", [of("kl", "KL")], floor=0.0),
+        chart(
+            "Training VIEScore",
+            "means over all episodes, 0 without a finished image",
+            [of(f"{name}_mean", label, colour) for colour, (name, label) in enumerate(VIESCORE_LABELS.items())],
+        ),
+        chart("Training sub-scores", "means over all episodes, 0 without a finished image", scores),
+        chart("KL to the reference", "nats per token", [of("kl", "k3"), of("kl_k1", "k1", 1)]),
+        chart(
+            "Log-probs of the completions",
+            "means, nats per token",
+            [of("logprob_mean", "policy"), of("reference_logprob_mean", "reference", 1)],
+        ),
         chart("Entropy", "nats per token", [of("entropy", "entropy")]),
         chart(
             "Completion length",
@@ -220,11 +236,17 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
             [
                 of("zero_std_fraction", "groups of equal rewards"),
                 of("failed_fraction", "failed judgements", 1),
-                of("no_image_fraction", "no image", 2),
+                of("truncated_fraction", "cut off", 2),
+                of("no_image_fraction", "ended without an image", 3),
             ],
             floor=0.0,
         ),
-        chart("Loss", "its gradient teaches, its value says little", [of("loss", "loss")]),
+        chart("Reasoning", "fraction of episodes that have some", [of("reasoning_fraction", "reasoning")] * reasons),
+        chart(
+            "Loss",
+            "its gradient teaches, its value says little",
+            [of("policy_loss", "policy"), of("kl_loss", "KL", 1), of("loss", "both", 2)],
+        ),
     ]
     return [each for each in drawn if each]
 

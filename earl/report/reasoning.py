@@ -7,12 +7,10 @@ image stays text and is not drawn.
 import re
 from dataclasses import dataclass
 
-from earl.emu3.sequence import END_THINKING
+from earl.emu3.sequence import END_THINKING, reasoning_of
 
 COLOURS = 6
 CUT_OFF = "[no end, no image]"
-# What stands before the image of a policy that does not reason.
-_SIZE_ALONE = re.compile(r"\s*(<\|image start\|>)?\s*[\d*]*\s*")
 _NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,4})?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 
@@ -47,7 +45,7 @@ def pieces(completion_text: str, width: int, height: int) -> list[Piece]:
         height: Pixels of the original image.
     """
     text, end, _ = completion_text.partition(END_THINKING)
-    if not end and _SIZE_ALONE.fullmatch(text):
+    if not reasoning_of(completion_text):
         return []
     found: list[Piece] = []
     colours: dict[tuple[float, ...], int] = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from earl import runs
+from earl.config import paths, references
 from earl.errors import EarlError
 from earl.files import objects, tables
 from earl.layout import Iteration, Run
@@ -81,6 +82,40 @@ def _flat(prefix: str, content: dict[str, Any], without: set[str]) -> Iterator[t
             yield from _flat(f"{prefix}/{key}", value, set())
         elif isinstance(value, int | float):
             yield f"{prefix}/{key}", value
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """A fine-tuning that a run starts from.
+
+    Attributes:
+        name: that of its folder, which is the same for all runs that share it.
+        curve: numbers by name, ``sft/<measure>``, after step 1, 2, ...
+    """
+
+    name: str
+    curve: list[dict[str, float]]
+
+
+def fine_tunings(config: "Config") -> Iterator[FineTuning]:
+    """Yield the fine-tunings that are complete, of those that a run starts from one after the other, the last first.
+
+    Raises:
+        EarlError: when the file of one is damaged.
+    """
+    for name in references.fine_tunings(config):
+        folder = paths.sft_folder(config, name)
+        if (folder / "sft.json").is_file():
+            yield FineTuning(folder.name, _curve(objects.read(folder / "sft.json")))
+
+
+def _curve(content: dict[str, Any]) -> list[dict[str, float]]:
+    validation = content.get("validation", {"step": [], "loss": []})
+    by_step = {f"sft/{name}": values for name, values in content.items() if isinstance(values, list)}
+    rows = [dict(zip(by_step, values, strict=True)) for values in zip(*by_step.values(), strict=True)]
+    for step, loss in zip(validation["step"], validation["loss"], strict=True):
+        rows[step - 1]["sft/validation_loss"] = loss
+    return rows
 
 
 def has_table(config: "Config", row: Row) -> bool:

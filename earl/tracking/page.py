@@ -63,7 +63,7 @@ class Page:
 
 
 def send(run: Run, config: "Config") -> tracking.Sent:
-    """Send what the page does not have.
+    """Send what the page does not have, and before it the fine-tunings that the run starts from, each once.
 
     Raises:
         EarlError: when wandb is not installed, the server is not reached or refuses, or a file of the run is damaged.
@@ -72,6 +72,8 @@ def send(run: Run, config: "Config") -> tracking.Sent:
     if config.wandb_mode == "disabled":
         return tracking.Sent([], "Weights & Biases (wandb_mode is `disabled`)")
     with tracking.lock(run, "wandb"):
+        for tuning in files.fine_tunings(config):
+            _send_fine_tuning(run, config, tuning)
         rows = files.rows(run, config)
         page = _page(run, config, rows)
         return (_send_offline if config.wandb_mode == "offline" else _send_online)(run, config, page, rows)
@@ -118,6 +120,23 @@ def _id(run: Run, config: "Config") -> str:
     """
     unique = f"{run.path.resolve()}\n{config_digest(config)}".encode(errors="surrogateescape")
     return os.environ.get("WANDB_RUN_ID") or f"{config.run_name}-{hashlib.sha256(unique).hexdigest()[:8]}"
+
+
+def _send_fine_tuning(run: Run, config: "Config", tuning: files.FineTuning) -> None:
+    """Send the curve of a fine-tuning as a page of its own, a step a step, unless that was done."""
+    state = tracking.folder(run) / "wandb-sft.json"
+    sent: dict[str, int] = tracking.read_state(state)
+    key = f"{config.wandb_mode}/{tuning.name}"
+    if key in sent:
+        return
+    for left in (tracking.folder(run) / "wandb").glob(f"offline-run-*-{tuning.name}"):
+        shutil.rmtree(left)  # of a process that was killed
+    with _session(run, config, Page(tuning.name, tuning.name)) as session:
+        for step, figures in enumerate(tuning.curve, start=1):
+            if step >= session.starting_step:  # Another run that starts from it may have sent it.
+                session.log(figures, step=step)
+    objects.write(state, sent | {key: len(tuning.curve)})
+    log.info("sent the fine-tuning %s", tuning.name)
 
 
 def _send_online(run: Run, config: "Config", page: Page, rows: list[files.Row]) -> tracking.Sent:
