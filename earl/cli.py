@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from earl import cli_data, console, processes
+from earl.cli_options import output
 from earl.errors import EarlError
-from earl.files import atomic
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -41,20 +41,13 @@ RunFolder = Annotated[Path, typer.Option("--run", help="The run's folder, <base_
 IterationIndex = Annotated[int, typer.Option("--iteration", min=0, help="Index of the iteration.")]
 
 
-def _output(path: Path | None) -> Path | None:
-    """Refuse what cannot be written before the work begins."""
-    if path is not None:
-        atomic.check_target(path)
-    return path
-
-
 def _run_folder(path: Path) -> Path:
-    """As `_output`, for a folder that is filled, not replaced: a link may lead there."""
-    return path if path.is_dir() else _output(path)
+    """As `output`, for a folder that is filled, not replaced: a link may lead there."""
+    return path if path.is_dir() else output(path)
 
 
 Output = Annotated[
-    Path, typer.Option("--out", callback=_output, help="What to write; it appears only once it is complete.")
+    Path, typer.Option("--out", callback=output, help="What to write; it appears only once it is complete.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="field=value, the value as JSON or plain text; may be repeated.")
@@ -89,7 +82,9 @@ def config_freeze(
 @app.command("import-config")
 def import_config(
     file: Annotated[Path, typer.Argument(help="A .jsonnet or .json file of mair-lab/EARL, an experiment.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The .jsonnet file to write; without, print only.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=output, help="The .jsonnet file to write; without, print only.")
+    ] = None,
 ) -> None:
     """Read a configuration of the reference and write ours; says what becomes of each field."""
     from earl.config import from_reference, load
@@ -187,7 +182,7 @@ def judge_check(
     price_in: Annotated[float, typer.Option(min=0, help="Price of a million tokens read.")] = 0.0,
     price_out: Annotated[float, typer.Option(min=0, help="Price of a million tokens written.")] = 0.0,
     out: Annotated[
-        Path | None, typer.Option(callback=_output, help="Also write the figures as JSON, if they suffice.")
+        Path | None, typer.Option(callback=output, help="Also write the figures as JSON, if they suffice.")
     ] = None,
 ) -> None:
     """Have the judge score images whose order is known; fails where it does not reach the minimum."""
@@ -235,7 +230,7 @@ def judge_serve(
     port: Annotated[int, typer.Option(min=0, help="Port to listen at; 0 takes a free one.")] = 4877,
     host_file: Annotated[
         Path | None,
-        typer.Option(callback=_output, help="Appears with the address once the server answers; goes when it ends."),
+        typer.Option(callback=output, help="Appears with the address once the server answers; goes when it ends."),
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs to split the model over.")] = 1,
     context_size: Annotated[int, typer.Option(min=1, help="Longest question and answer, in tokens.")] = 4096,
@@ -440,7 +435,7 @@ def report(run: RunFolder, out: Output) -> None:
 BestEffort = Annotated[
     bool, typer.Option("--best-effort", help="Warn instead of failing; the next call sends what is missing.")
 ]
-Record = Annotated[Path | None, typer.Option("--out", callback=_output, help="Also write what was done as JSON.")]
+Record = Annotated[Path | None, typer.Option("--out", callback=output, help="Also write what was done as JSON.")]
 
 
 @app.command()
@@ -486,7 +481,7 @@ def start(run: RunFolder, policy: Annotated[Path, typer.Option(help="Folder of t
 @app.command()
 def verify(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(callback=_output, help="Also write the findings as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=output, help="Also write the findings as JSON.")] = None,
     deep: Annotated[bool, typer.Option(help="Also compare every file with its recorded digest.")] = False,
 ) -> None:
     """Check that every file of a run is there, made from what it says by the present configuration and code."""

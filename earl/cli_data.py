@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from earl.cli_options import output
 from earl.errors import EarlError
 
 app = typer.Typer(help="Published data sets: list them, fetch them.", no_args_is_help=True)
@@ -38,7 +39,8 @@ def fetch_data(
         Path | None, typer.Option(help="Folder to lay them out in; for the ten experiments, that of APP__DATA_DIR.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Instead of --to, for one tokenised data set: write it as Parquet alone.")
+        Path | None,
+        typer.Option(callback=output, help="Instead of --to, for one tokenised data set: write it as Parquet alone."),
     ] = None,
     keep_archives: Annotated[bool, typer.Option(help="Keep .pth files once they are converted.")] = True,
     max_rejected_fraction: Annotated[

@@ -98,6 +98,8 @@ def test_a_device_is_refused():
 COMMANDS = {
     "shapes raw": "shapes raw --count 1 --seed 1 --out {out}",
     "shapes policy": "shapes policy --out {out}",
+    "data fetch": "data fetch omniedit --out {out}",
+    "import-config": "import-config missing.jsonnet --out {out}",
     "convert model": "convert model missing --out {out}",
     "convert data": "convert data missing.json --out {out}",
     "download": "download hf://datasets/a/b/c.parquet --out {out}",
