@@ -333,7 +333,6 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         (ASKED | {"reward_final_reward": "ground_score"}, ["reward_compute_ground_score", "earl replay"]),
         (ASKED | {"reward_compute_viescore": False}, ["reward_compute_viescore", "reward_final_reward needs"]),
         ({"judge": "openai"}, ["reward_function_api_base"]),
-        ({"max_response_tokens": 4096}, ["max_response_tokens", "model_context_size"]),
         ({"train_paths_file": ["stage:tokenise/no"]}, ["train_paths_file.0", "raw_datasets"]),
         ({"model_path": "stage:stf"}, ["model_path", "stage:sft/<name>", "stage:shapes-policy"]),
         ({"model_path": "stage:sft"}, ["model_path", "stage:sft/<name>"]),

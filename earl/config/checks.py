@@ -115,12 +115,6 @@ def _check_iteration(config: "Config") -> None:
             "top_k",
             "is 1, so all completions of a prompt are the same and none has an advantage; raise it, or set it to -1",
         )
-    if config.max_response_tokens >= config.model_context_size:
-        raise wrong(
-            "max_response_tokens",
-            f"is {config.max_response_tokens}, which leaves no room for a prompt "
-            f"in model_context_size ({config.model_context_size})",
-        )
     if config.train_text_tokens_only and config.train_vision_tokens_only:
         raise wrong("train_text_tokens_only", "and train_vision_tokens_only are both true; choose one")
     if config.train_text_tokens_only and config.text_only_steps and config.assistant_prefill.endswith(IMAGE_START):
