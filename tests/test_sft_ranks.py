@@ -163,8 +163,8 @@ def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_numbe
 
 
 def test_ranks_that_stay_write_what_cold_ranks_write(earl, place):  # noqa: F811
-    cold, _ = done(earl(2, "cold", steps=2))
-    command = earl(2, "warm", steps=2)
+    cold, _ = done(earl(2, "cold", steps=3))
+    command = earl(2, "warm", steps=3)
     place.good(*command[3:])
     assert rank(place.pool.path, 1), "a worker's ranks have done it"
     assert manifest.digest_folder(Path(command[-1])) == manifest.digest_folder(cold)
