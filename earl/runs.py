@@ -96,7 +96,7 @@ def iterations(run: Run) -> list[int]:
         return []
     except NotADirectoryError as error:
         raise EarlError(
-            f"{run.path}: a file stands where a folder has to be; give another base_exp_dir or run_name, or move the file"
+            f"{run.path}: a file stands where a folder has to be; give another base_exp_dir or run_name, or move it"
         ) from error
 
 
