@@ -85,12 +85,20 @@ def lock_file(run: Run) -> Path:
 
 
 def iterations(run: Run) -> list[int]:
-    """Return the numbers of all iteration folders in ascending order: one directory listing, no look inside."""
+    """Return the numbers of all iteration folders in ascending order: one directory listing, no look inside.
+
+    Raises:
+        EarlError: something in the path of the run is a file.
+    """
     try:
         with os.scandir(run.path / "iterations") as entries:
             return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
     except FileNotFoundError:
         return []
+    except NotADirectoryError as error:
+        raise EarlError(
+            f"{run.path}: a file stands where a folder has to be; give another base_exp_dir or run_name, or move it"
+        ) from error
 
 
 def has_checkpoint(iteration: Iteration) -> bool:

@@ -788,3 +788,9 @@ def test_runs_that_cannot_learn_are_refused(tmp_path, fields, message):
 )
 def test_what_can_learn_is_accepted(tmp_path, fields):
     load.load(experiment(tmp_path, **fields))
+
+
+def test_a_frozen_configuration_below_a_file_is_not_to_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(EarlError, match=r"run/config\.json: cannot be read \(Not a directory\); check the path"):
+        load.read(tmp_path / "run" / "config.json")

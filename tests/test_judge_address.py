@@ -65,6 +65,7 @@ class TestTheAddress:
             ("HTTPS://a", "https://a/v1"),
             ("https://ark.example/api/v3", "https://ark.example/api/v3"),
             ("https://g.example/v1beta/openai/", "https://g.example/v1beta/openai"),
+            ("https://s.example/api/v1.0", "https://s.example/api/v1.0"),
             ("https://q.example/openai", "https://q.example/openai/v1"),
             ("http://a:1/v1/chat/completions", "http://a:1/v1"),
             ("http://a:1/judge", "http://a:1/judge/v1"),
@@ -104,6 +105,7 @@ class TestTheAddress:
             ("http://myhost:port", "http://host:port"),
             ("http://::1:8000", "in brackets"),
             ("http://myhost?api-version=1", "leave it out"),
+            (" ", "is empty; give the judge server's address"),
         ],
     )
     def test_what_is_no_address_is_refused_in_the_plan_and_by_the_client(self, tmp_path, text, remedy):

@@ -46,7 +46,10 @@ def message(content, finish_reason="stop", **more) -> str:
         message(TEXT, refusal=None, tool_calls=None, reasoning_content="First, 3 and 4."),
         choices({"message": {"content": TEXT}, "finish_reason": "stop"}),
         choices({"index": None, "message": {"content": TEXT}, "finish_reason": "stop"}, usage=None),
-        *[message(TEXT, reason) for reason in ("eos_token", "end_turn", "STOP", "eos", None)],
+        *[
+            message(TEXT, reason)
+            for reason in ("eos_token", "end_turn", "STOP", "FinishReason.STOP", "end", "eos", "", None)
+        ],
         choices({"message": {"content": TEXT}}),
     ],
 )
@@ -66,6 +69,7 @@ def test_text_in_any_form_is_read(text):
         ("content_filter", TEXT, "content_filter"),
         (None, '{"edit_success": 8, "overedit": 1', "none"),
         (None, "edit_success: 8, overedit: 1", "none"),
+        ("", "edit_success: 8, overedit: 1", "none"),
     ],
 )
 def test_an_answer_that_may_be_cut_does_not_count_as_whole(reason, text, expected):
@@ -133,18 +137,37 @@ def test_an_error_that_passes_is_tried_again_whatever_its_status(error):
     assert seen == [7, 7]
 
 
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (402, {"message": "Insufficient credits", "code": 402}),
+        (
+            429,
+            {"code": "insufficient_quota", "message": "You exceeded your current quota, check your billing details."},
+        ),
+        (200, {"code": "insufficient_quota", "message": "You exceeded your current quota."}),
+        (400, {"message": "Insufficient Balance"}),
+    ],
+)
+def test_an_account_without_money_ends_the_stage_at_once(status, error):
+    seen = []
+    with pytest.raises(EarlError, match="pay for more, or ask with the key of another account"):
+        ask(lambda asked: seen.append(asked) or (status, json.dumps({"error": error}), ""))
+    assert len(seen) == 1
+
+
 def many(passes: int) -> Question:
     return replace(QUESTION, passes=passes)
 
 
-@pytest.mark.parametrize("refuses", [True, False])
-def test_several_answers_of_a_server_that_gives_one(refuses, caplog):
+@pytest.mark.parametrize("refusal", ["'n' : number must be at most 1", "Only one completion choice is allowed", None])
+def test_several_answers_of_a_server_that_gives_one(refusal, caplog):
     seen = []
 
     def respond(asked):
         seen.append(asked.body)
-        if refuses and asked.body.get("n", 1) > 1:
-            return 400, json.dumps({"error": {"message": "'n' : number must be at most 1", "param": None}}), ""
+        if refusal and asked.body.get("n", 1) > 1:
+            return 400, json.dumps({"error": {"message": refusal, "param": None}}), ""
         return 200, answered(f"answer {asked.body['seed']}"), ""
 
     with caplog.at_level(logging.INFO, "earl"):
@@ -198,6 +221,37 @@ def test_a_refused_parameter_is_left_out_from_then_on_and_that_is_said_once(capl
         told = [one.getMessage() for one in caplog.records if f"does not take {name}" in one.getMessage()]
         assert len(told) == (name != "response_format")
     assert said in caplog.text
+
+
+def test_of_two_parameters_that_exclude_each_other_the_one_without_effect_goes():
+    def respond(asked):
+        if {"temperature", "top_p"} <= asked.body.keys():
+            return 400, json.dumps({"error": {"message": "`temperature` and `top_p` cannot both be specified."}}), ""
+        respond.last = asked.body
+        return 200, answered(TEXT), ""
+
+    ask(respond, replace(QUESTION, temperature=0.3))
+    assert respond.last["temperature"] == 0.3
+    assert "top_p" not in respond.last
+
+
+def test_each_parameter_is_left_out_in_the_words_that_refused_it(caplog):
+    respond = refusing("seed", "temperature", words="Unsupported parameter: '{}'.")
+    with caplog.at_level(logging.WARNING, "earl"):
+        ask(respond)
+    for name in ("seed", "temperature"):
+        (told,) = [one.getMessage() for one in caplog.records if f"does not take {name}" in one.getMessage()]
+        assert f"'{name}'" in told
+
+
+def test_a_schema_of_which_a_server_makes_no_grammar():
+    def respond(asked):
+        if asked.body.get("response_format", {}).get("type") == "json_schema":
+            return 400, json.dumps({"error": {"message": "Failed to parse grammar"}}), ""
+        return 200, answered(TEXT), ""
+
+    (reply,) = ask(respond)
+    assert reply.passes[0].text == TEXT
 
 
 def test_the_names_in_a_form_of_fastapi_are_found():

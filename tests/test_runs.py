@@ -99,6 +99,12 @@ def test_nothing_is_complete_before_the_start(tmp_path):
     assert runs.newest_complete(Run(tmp_path / "none")) == 0
 
 
+def test_a_file_in_the_path_of_a_run_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EarlError, match=r"file: a file stands where a folder has to be; give another base_exp_dir"):
+        runs.newest_complete(Run(tmp_path / "file"))
+
+
 def test_start_links_relatively_and_records_the_digest(run, tmp_path):
     link = run.iteration(0).policy
     assert link.readlink() == Path("../../../model")

@@ -99,7 +99,9 @@ def read(path: Path | str) -> Config:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise EarlError(f"{path}: does not exist; `earl config freeze` writes it") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise EarlError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise EarlError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is no object of fields; {_AGAIN}")

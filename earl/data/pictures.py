@@ -48,7 +48,7 @@ def read(data: bytes | None, smallest: int = MIN_SIDE) -> np.ndarray:
             type without a known range.
     """
     if data is None:
-        raise Rejected("no bytes: the column holds a path alone")
+        raise Rejected("no bytes: the value is missing, or a path alone")
     if not data:
         raise Rejected("empty: 0 bytes")
     try:

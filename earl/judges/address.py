@@ -17,7 +17,7 @@ KEY = "EARL_JUDGE_API_KEY"
 """Environment variable with the server's key, if it wants one; never part of a configuration."""
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):\d{1,5}(/\S*)?")
 _ENDPOINT = re.compile(r"/(chat/completions|completions|models)$")
-_VERSION = re.compile(r"/v\d+[a-z0-9]*(/|$)")
+_VERSION = re.compile(r"/v\d+[a-z0-9.]*(/|$)")
 
 
 def key() -> str | None:
@@ -42,6 +42,8 @@ def check(api_base: str) -> None:
     Raises:
         ValueError: it is no address, and cannot be meant as a file.
     """
+    if not api_base.strip():
+        raise ValueError("is empty; give the judge server's address, http://host:port, or a file that holds it")
     if _is_url(api_base):
         if "@" in urlsplit(api_base).netloc:
             raise ValueError(

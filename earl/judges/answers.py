@@ -4,8 +4,8 @@ The parser also takes the answers of servers that know no schema: JSON in a code
 with its fields in any order. It gives up wherever two readings are possible or a number is not one of the rubric's:
 
     After thinking, an answer is one JSON object with the scores, around which prose names no score, has no number in
-    range but those of the object (and the scale, "0 to 10" or "out of 10", and labels, "image 1"), and does not go on
-    with the object's sentence.
+    range but those of the object (and the scale, "0 to 10" or "out of 10", labels, "image 1" or "step 2", and the
+    numbers of a list), and does not go on with the object's sentence.
 
 So a draft or a quotation ("an answer such as {...} would be too harsh. I give 8 and 9") is not taken for the answer.
 """
@@ -21,6 +21,11 @@ from earl.judges.rubric import REASONING, Rubric
 _WHOLE = re.compile(r"-?\d{1,4}(\.0+)?")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\d|%|\.\d|(?:st|nd|rd|th)\b)")
 """A number in prose; a percentage, an ordinal or the end of a word is none."""
+_IMAGE = "(?:image|picture|photo|figure)"
+_LABELS = rf"\b{_IMAGE}(?:\s+#?|-)[1-3]|\b{_IMAGE}s\s+[12]\s*(?:and|&)\s*[23]|\b(?:step|criterion)\s+\d"
+"""What a number names: one of at most three images, a step or a criterion."""
+_LISTED = re.compile(r"^[ \t>*#-]*(\d{1,2})[.)][ \t]+(?=[*_\"'`(]*[^\W\d])", re.MULTILINE)
+"""The number before an item of a list; words follow it."""
 _BETWEEN = " \t\r\n`\"')]},;:*\u2013\u2014-"
 """What may stand between an object and the sentence that goes on after it."""
 _LONGEST = 100_000
@@ -114,17 +119,39 @@ def _check_prose(
     """Refuse an answer whose object may be a draft or a quotation; the module's header has the rule."""
     outside = _without(text, found)
     for name in rubric.scores:
-        if match := re.search(name.replace("_", r"[\W_]{0,3}"), outside, re.IGNORECASE):
+        spelled = name.replace("overedit", "over_edit").replace("_", r"[\W_]{0,3}")
+        if match := re.search(spelled, outside, re.IGNORECASE):
             raise Unusable(f"{match[0]!r} stands outside the JSON object, too")
-    scale = rf"(?<!\d){rubric.lowest}\s*(?:-|\u2013|\u2014|to|\.\.+)\s*{rubric.highest}|(?:out of|/)\s*{rubric.highest}"
-    harmless = rf"(?:{scale}|\b(?:image|picture)\s+\d)(?![\d.]*\d)"
-    for match in _NUMBER.finditer(re.sub(harmless, " ", _without(text, objects), flags=re.IGNORECASE)):
+    prose = _without_list_numbers(_without(text, objects))
+    for match in _NUMBER.finditer(re.sub(_harmless(rubric), " ", prose, flags=re.IGNORECASE)):
         value = float(match[0])
         if rubric.lowest <= value <= rubric.highest and value not in reading.values():
             raise Unusable(f"the number {match[0]} stands outside the JSON object and may be a score")
     for item in found:
         if (rest := text[item.end :].lstrip(_BETWEEN))[:1].islower():
             raise Unusable(f"the JSON object is part of a sentence, which goes on with {rest[:20]!r}")
+
+
+def _harmless(rubric: Rubric) -> str:
+    """Return a pattern of what has numbers that are no scores: the scale, and labels of images, steps and criteria."""
+    lowest, highest = rubric.lowest, rubric.highest
+    to = r"\s*(?:\([^()\d]{1,30}\)\s*)?(?:-|\u2013|\u2014|to|\.\.+)\s*"
+    scale = rf"(?<!\d){lowest}{to}{highest}|between\s+{lowest}\s+and\s+{highest}|\[{lowest},\s*{highest}\]"
+    scale += rf"|(?:out of|/)\s*{highest}|\b{highest}-point\s+scale"
+    return rf"(?:{scale}|{_LABELS})(?![\d.]*\d)"
+
+
+def _without_list_numbers(prose: str) -> str:
+    """Return prose without the numbers of lists, which count from 1 to 2 or more; others may be scores."""
+    lists: list[list[re.Match[str]]] = []
+    for found in _LISTED.finditer(prose):
+        if found[1] == "1":
+            lists.append([found])
+        elif lists and int(found[1]) == len(lists[-1]) + 1:
+            lists[-1].append(found)
+    for found in reversed([item for items in lists if len(items) > 1 for item in items]):
+        prose = prose[: found.start(1)] + prose[found.end(1) :]
+    return prose
 
 
 def _without(text: str, objects: "list[_Object]") -> str:

@@ -32,6 +32,7 @@ MEANING = {
 """What can be left out, and what that means."""
 _BOUNDS = ("maxLength", "minimum", "maximum", "minItems", "maxItems")
 _UNKNOWN = re.compile(r"max_completion_tokens|un(known|supported|recognized|expected)|extra|not (supported|permitted)")
+_ONLY_ONE = re.compile(r"\b(?:only (?:one|1|a single)|multiple) (?:\w+ )?(?:choice|completion|candidate|response)s?\b")
 _TOO_LONG = re.compile(r"context (length|window|size)|too (long|many tokens)|maximum (number of )?tokens")
 
 
@@ -82,11 +83,15 @@ class Dialect:
         found = {name: at for name in MEANING if name in body and (at := _named(name, words)) is not None}
         if RENAMED in found and not _UNKNOWN.search(words.lower()):
             del found[RENAMED]  # a value that is too large
+        if body.get(ONE, 1) > 1 and (about := _ONLY_ONE.search(words.lower())):
+            found.setdefault(ONE, about.start())
+        if {"temperature", "top_p"} <= found.keys():
+            found["top_p"] = -1  # where one of them has to go: it is 1, which changes nothing
         if "response_format" in body:
             places = [_named(name, words) for name in _BOUNDS]
             if bounds := [at for at in places if at is not None]:
                 found[BARE] = min(bounds)
-            if about := re.search(r"response_format|schema|structured", words, re.IGNORECASE):
+            if about := re.search(r"response_format|schema|structured|grammar|guided", words, re.IGNORECASE):
                 # In this order, and after a refusal of the bounds alone.
                 found |= {OBJECT: max([about.start(), *bounds]) + 0.1, FREE: max([about.start(), *bounds]) + 0.2}
         yield from sorted(found, key=lambda name: found[name])

@@ -83,8 +83,8 @@ def read(path: Path, examples: int | None = None) -> list[Ranked]:
             be, an image does not decode, or there is nothing to compare.
     """
     rows = _rows(path)
-    chosen = list(dict.fromkeys(row["example_id"] for row in rows))[:examples]
-    kept = [(index, row) for index, row in enumerate(rows) if row["example_id"] in set(chosen)]
+    chosen = set(list(dict.fromkeys(row["example_id"] for row in rows))[:examples])
+    kept = [(index, row) for index, row in enumerate(rows) if row["example_id"] in chosen]
     if not kept:
         raise EarlError(f"{path}: holds no image; give at least two of one example, with different ranks")
     return [_ranked(row, f"{path}: row {index}") for index, row in kept]

@@ -15,9 +15,10 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from earl.errors import EarlError
@@ -219,14 +220,14 @@ class OpenAIModel:
         self, client: "httpx2.AsyncClient", spoken: Dialect, first: Refused, question: Question, done: int
     ) -> tuple[Any, list[Pass]]:
         """Leave out what a refusal names until the request is taken. What helped is kept; if nothing does, raise."""
-        refusal, tried = first, set[str]()
+        refusal, tried = first, dict[str, Refused]()
         while not (question.logprobs and dialect.refuses_logprobs(refusal.said)):
             body = spoken.body(question, self.model, question.passes - done, 0)
             change = next((one for one in spoken.changes(refusal.said, body) if one not in tried), None)
             if change is None:
                 refusal = first
                 break
-            tried.add(change)
+            tried[change] = refusal
             before, spoken = spoken, replace(spoken, without=spoken.without | {change})
             try:
                 found = await self._request(client, spoken, question, done)
@@ -235,15 +236,15 @@ class OpenAIModel:
                     spoken = before
                 refusal = again
                 continue
-            self._learn(spoken, refusal)
+            self._learn(spoken, tried)
             return found
         raise self._final(refusal, question) from refusal
 
-    def _learn(self, spoken: Dialect, refusal: Failure | None = None) -> None:
-        """Keep what a server does not take, and say once what that means."""
+    def _learn(self, spoken: Dialect, refusals: Mapping[str, Failure] = MappingProxyType({})) -> None:
+        """Keep what a server does not take, and say once what that means and in which words it was refused."""
         known = self._dialect
         for name in sorted(spoken.without - known.without):
-            because = f" ({str(refusal)[:200]})" if refusal else ""
+            because = f" ({str(refusals[name])[:200]})" if name in refusals else ""
             log.warning("judge: %s does not take %s: %s%s", self._url, name, dialect.MEANING[name], because)
         _known[self._url, self.model] = replace(known, without=known.without | spoken.without)
 
@@ -310,7 +311,7 @@ class OpenAIModel:
                     ) from error
                 await asyncio.sleep(max(min(error.wish or 0.0, deadline - _now()), min(1.0, self.pause[0])))
             except Refused as refusal:
-                if refusal.status in (401, 407):
+                if refusal.status in (401, transport.PAYMENT, 407):
                     raise transport.everyone(f"{url}/models", refusal) from refusal
                 # Some servers do not say what they have; the first question tells.
                 log.info("judge: %s lists no models (%.100s); that it has %s is not checked", url, refusal, self.model)

@@ -9,10 +9,21 @@ import re
 from typing import Any
 
 from earl.judges.chat import Pass, Question, Token
-from earl.judges.transport import Faulty, Refused, failed
+from earl.judges.transport import PAYMENT, Faulty, Refused, failed
 from earl.redaction import redacted
 
-_STOP = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "completed", "complete", "finished"}
+_STOP = {
+    "stop",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "stop_sequence",
+    "stop_token",
+    "completed",
+    "complete",
+    "finished",
+    "end",
+}
 _LENGTH = {"length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length"}
 _PASSES_BY = re.compile(r"rate.?limit|overload|too many requests|time.?d? ?out|unavailable|try again|capacity|busy")
 _BROKEN = re.compile(r"internal|server.?error|upstream|bad gateway")
@@ -63,7 +74,8 @@ def _count(value: Any) -> int | None:
 def _error(content: dict[str, Any]) -> Any:
     """Return an error that stands in the place of an answer, None where there is none; raise as its status would.
 
-    A key that is refused is refused for all; what else does not pass is this question's, and returned.
+    A key that is refused, or has no money left, is so for all; what else does not pass is this question's, and
+    returned.
     """
     error = content if content.get("object") == "error" else content.get("error")
     if not error or content.get("choices"):
@@ -75,7 +87,7 @@ def _error(content: dict[str, Any]) -> Any:
     if status is None:
         status = 503 if _PASSES_BY.search(words.lower()) else 500 if _BROKEN.search(words.lower()) else 400
     found = failed(status, words)
-    if status == 401 or not isinstance(found, Refused):
+    if found.status in (401, PAYMENT) or not isinstance(found, Refused):
         raise found
     return error
 
@@ -111,9 +123,9 @@ def _finish_reason(value: Any, text: str, ended: bool) -> str:
 
     Where there is none the answer counts as whole if it is shorter than it might be, or ends as JSON does.
     """
-    if value is None:
+    if value is None or value == "":
         return "stop" if ended or text.rstrip().endswith(("}", "```")) else "none"
-    word = str(value).lower()
+    word = str(value).lower().removeprefix("finishreason.")
     return "stop" if word in _STOP else "length" if word in _LENGTH else str(value)
 
 

@@ -30,10 +30,13 @@ BUSY = {429, 502, 503, 504, 529}
 """HTTP statuses that say: not now."""
 AGAIN = {408, 409, 425}
 """HTTP statuses below 500 that may pass by themselves."""
-EVERYONE = {401, 403, 404, 405, 407}
+PAYMENT = 402
+"""HTTP status of an account without money, whatever status its server gives."""
+EVERYONE = {401, PAYMENT, 403, 404, 405, 407}
 """HTTP statuses that every question would meet."""
 FORM = {400, 415, 422, 501}
 """HTTP statuses that a request gets for its form."""
+_NO_MONEY = re.compile(r"insufficient[_ ](quota|balance|credits?|funds)|exceeded your current quota", re.IGNORECASE)
 LONGEST_WISH = 24 * 3600.0
 """Seconds of the longest wait that a server is believed to mean."""
 
@@ -133,12 +136,19 @@ async def expects_tls(url: str) -> bool:
 
 def failed(status: int, said: str, wish: float | None = None) -> Failure:
     """Return what a status other than 200 means; ``said`` are the server's words."""
+    if status == PAYMENT or (status in (400, 403, 429) and _NO_MONEY.search(said)):
+        return Refused(f"HTTP {status}: {said[:SHOWN]}", PAYMENT, wish, said)
     kind = Busy if status in BUSY else Faulty if (status >= 500 and status not in FORM) or status in AGAIN else Refused
     return kind(f"HTTP {status}: {said[:SHOWN]}", status, wish, said)
 
 
 def everyone(url: str, refusal: Refused) -> EarlError:
     """Return the error for what every question would meet."""
+    if refusal.status == PAYMENT:
+        return EarlError(
+            f"{url}: {refusal}; pay for more, or ask with the key of another account ({address.KEY}); what the server "
+            "answered before is kept"
+        )
     return EarlError(
         f"{url}: {refusal}; check reward_function_api_base, reward_function_api_model_name and the environment "
         f"variable {address.KEY}"
