@@ -425,7 +425,7 @@ class TestStage:
         for name in ("BASE_EXP_DIR", "RUN_NAME", "REWARD_FUNCTION_API_BASE"):
             monkeypatch.setenv(f"APP__{name}", "x")
         monkeypatch.delenv("APP__DATA_DIR", raising=False)
-        parts = [ROOT / "config" / part for part in ("sft_sc__rl_c.jsonnet", "data/fetched.libsonnet")]
+        parts = [ROOT / "config" / part for part in ("sft_s__rl_sc.jsonnet", "data/fetched.libsonnet")]
         (tmp_path / "a.jsonnet").write_text(" + ".join(f"(import '{part}')" for part in parts))
         made = paths.shared_stages(load.load(tmp_path / "a.jsonnet").config)
         fetched = {stage.name for stage in made.values() if stage.stage == "fetch"}

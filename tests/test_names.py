@@ -52,9 +52,9 @@ def test_of_a_section() -> None:
     message = error_of({"raw_datasets.shapes_rl.cout": 3})
     assert "raw_datasets.shapes_rl.cout" in message
     assert "did you mean count?" in message
-    message = error_of({"raw_datasets.shapes_rl.zzz": 3})
+    message = error_of({"judge_gate.zzz": 3})
     assert "zzz" in message
-    assert "there are source" in message
+    assert "there are pairs" in message
     assert "did you mean" not in message
 
 
