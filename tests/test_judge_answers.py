@@ -269,7 +269,7 @@ def test_a_draft_is_no_answer(text):
         FINAL.replace("done", 'the form is {\\"edit_success\\": 3, \\"overedit\\": 3}'),
         '{"image": {"size": [4, 4]}, "edit_success": 8, "overedit": 9}',
         '{"explanation": "8 of 10", "edit_success": 8, "overedit": 9, "notes": {"first": ["Step 1 is done"], "a": ""}}',
-        '{"edit_success": 8, "overedit": 9, "is_final": true, "problem": null}',
+        '{"edit_success": 8, "overedit": 9, "is_final": true, "problem": null, "naturalness": 3}',
         f"<!-- an answer -->\n{FINAL}\n<!-- the end -->",
         f"~~no~~ {FINAL} ~~yes~~",
         f"~~~json\n{FINAL}\n~~~",
@@ -343,6 +343,11 @@ def test_two_readings_are_none(one, other, before, after):
     assume([json.loads(one)[name] for name in TWO.scores] != [json.loads(other)[name] for name in TWO.scores])
     with pytest.raises(Unusable):
         read(f"{before}{one}{after}{other}")
+
+
+def test_a_list_beside_scores_by_name_has_two_readings():
+    with pytest.raises(Unusable):
+        read('{"score": [7, 10], "edit_success": 8}', AS_LIST)
 
 
 def test_published_prompts_answer_with_a_list():

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from earl.judges import thinking
-from earl.judges.rubric import REASONING, Rubric
+from earl.judges.rubric import REASONING, SCORES_OF, Rubric
 
 _WHOLE = re.compile(r"-?\d{1,4}(\.0+)?")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\d|%|\.\d|(?:st|nd|rd|th)\b)")
@@ -254,6 +254,7 @@ def _is_struck(text: str, objects: "list[_Object]", item: "_Object") -> bool:
 def _check_further(item: dict[str, Any], rubric: Rubric) -> None:
     """Refuse an object that may give another score beside the rubric's."""
     own = [rubric.score_list] if rubric.score_list else rubric.scores
+    others = {name for names in SCORES_OF.values() for name in names} - {*rubric.scores}  # those of other rubrics
     stack: list[tuple[str, Any]] = [(name, value) for name, value in item.items() if name not in own]
     while stack:
         name, value = stack.pop()
@@ -263,7 +264,7 @@ def _check_further(item: dict[str, Any], rubric: Rubric) -> None:
             stack += value.items()
         elif isinstance(value, list):
             stack += [(name, one) for one in value]
-        elif _is_number(value) and name.lower() not in _SIZES:
+        elif _is_number(value) and name.lower() not in _SIZES | others:
             raise Unusable(f"the number {str(value)[:40]} of {name[:40]!r} may be a score")
 
 
