@@ -160,7 +160,7 @@ def _spelled(rubric: Rubric) -> re.Pattern[str]:
 def _stretched(share: re.Match[str], rubric: Rubric) -> str:
     """Return a percentage, or a number out of 20, 50 or 100, as a number in the rubric's range."""
     value = float(share[1]) / float(share[2] or 100)
-    return f" {rubric.lowest + value * (rubric.highest - rubric.lowest):.4f} "
+    return f" {rubric.lowest + value * (rubric.highest - rubric.lowest):.4g} "
 
 
 def _harmless(rubric: Rubric) -> str:
