@@ -222,13 +222,13 @@ def judge(wanted: Wanted) -> tuple[bool | None, str]:
     """Ask the judge's server which models it has."""
     if wanted.judge is None:
         return None, "no address was given"
-    from earl.judges import address, openai_model
+    from earl.judges import address, listing
 
     try:
         url = address.resolve(wanted.judge)
         if url is None:
             return False, f"{wanted.judge}: the file is not there yet; start one with `earl judge serve`"
-        return True, f"{url}: {openai_model.listed(url)}"
+        return True, f"{url}: {listing.listed(url)}"
     except EarlError as error:
         return False, str(error)
 

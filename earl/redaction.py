@@ -20,7 +20,16 @@ _PATTERNS = (
     re.compile(r"(?<=://)(?:[^\s/?#@:]*:(?!\d+[/\s]))\S*(?=@)"),
     re.compile(r"(?<=://)[^\s/?#]+(?=@)"),
     re.compile(r"(?i)(?<=[?&])((?:api[-_]?)?key|(?:access[-_]?)?token|password|sig(?:nature)?)=[^\s&#'\"]+"),
-    re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}"),
+    re.compile(r"(?i)(?<=\bbearer )(?=\S*\d)[A-Z0-9._~+/-]{16,}=*"),
+    # JSON web tokens
+    re.compile(r"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){1,4}"),
+    re.compile(
+        r"(?<![A-Za-z0-9])(?:"
+        r"(?:hf_|gsk_|gh[oprsu]_)[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"  # Hugging Face, Groq, GitHub
+        # OpenAI and others; names that people give have no capitals and digits, nor a part as long.
+        r"|(?:sk|xai|nvapi|pplx)-(?=[\w-]*\d)(?=[\w-]*(?:[A-Z]|[a-z0-9]{16}))[A-Za-z0-9_-]{16,}"
+        r"|AIza[A-Za-z0-9_-]{30,}|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9]))"  # Google, AWS
+    ),
 )
 
 

@@ -111,6 +111,9 @@ class Server:
         if path.endswith("/models"):
             await send(writer, 200, json.dumps({"data": [{"id": MODEL, "owned_by": "the tests"}]}))
             return
+        if json.loads(body)["model"] != MODEL:
+            await send(writer, 404, json.dumps({"error": {"message": "The model does not exist."}}))
+            return
         if b"image_url" not in body:
             await send(writer, 200, answered("1"))
             return

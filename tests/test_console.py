@@ -29,6 +29,17 @@ KEY = "EARL_JUDGE_API_KEY"
         ("https://host/v1?key=abc&x=1", "https://host/v1?key=[hidden]&x=1"),
         ("https://host/v1?api-key=abc", "https://host/v1?api-key=[hidden]"),
         ("hf_abcdefghijklmnopqrst is no token", "[hidden] is no token"),
+        ("key AIzaSyA1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q is not valid", "key [hidden] is not valid"),
+        ("'ghp_16C7e42F292c6912E7710c838347Ae178B4a'", "'[hidden]'"),
+        ("token=gho_16C7e42F292c6912E7710c838347Ae178B4a.", "token=[hidden]."),
+        ("github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz0123456789", "[hidden]"),
+        ("key_gsk_a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6", "key_[hidden]"),
+        ("AKIAIOSFODNN7EXAMPLE/20261125", "[hidden]/20261125"),
+        ("sk-proj-a1B2c3D4_e5F6-g7H8 and sk-or-v1-0123456789abcdef", "[hidden] and [hidden]"),
+        ("xai-a1B2c3D4e5F6g7H8i9J0k1, nvapi-a1B2c3D4e5F6g7H8i9J0-_k1", "[hidden], [hidden]"),
+        ("Authorization: Bearer eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.SflKxwRJSMeKKF2Q", "Authorization: Bearer [hidden]"),
+        ("{'jwt': 'eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.SflKxwRJSMeKKF2Q'}", "{'jwt': '[hidden]'}"),
+        ("authorization: bearer a1b2c3d4e5f6g7h8i9==", "authorization: bearer [hidden]"),
     ],
 )
 def test_secrets_by_their_form(text, hidden):
@@ -44,6 +55,12 @@ def test_secrets_by_their_form(text, hidden):
         "me@host",
         "a: b@c",
         "keys: 3 tokens",
+        "da39a3ee5e6b4b0d3255bfef95601890afd80709",
+        "SHA256:E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855",
+        "/data/hf_cache/models--org--name/snapshots/da39a3ee5e6b4b0d3255bfef95601890afd80709/x.json",
+        "/runs/task-0123456789abcdef0123/sk-learn-feature-extraction/gsk_/AIza.py",
+        "/data/sk-learn-features-v2-2025-11/x",
+        "a bearer of bad news, Bearer authentication-is-needed",
     ],
 )
 def test_what_is_no_secret_stays(text):

@@ -209,6 +209,33 @@ def test_a_mark_of_thinking_inside_the_answers_own_text_is_text():
         '{"draft": {"edit_success": 2, "overedit": 2}, "edit_success": 8, "overedit": 9}',
         '{"edit_success": 2, "overedit": 2, "final": {"edit_success": 8, "overedit": 9}}',
         f'{{"edit_success": 8, "overedit": 9}} {{"earlier": [{DRAFT}]}}',
+        '{"edit_success": 2, "overedit": 2, "final_edit_success": 8}',
+        '{"edit_success": 2, "overedit": 2, "edit_success_revised": 8}',
+        '{"edit_success": 2, "overedit": 2, "Edit Success (revised)": "eight"}',
+        '{"edit_success": 2, "overedit": 2, "over-edit": null}',
+        '{"edit_success": 2, "overedit": 2, "corrected": [8, 9]}',
+        '{"edit_success": 2, "overedit": 2, "corrected": "8"}',
+        '{"edit_success": 2, "overedit": 2, "corrected": ["8/10", "90%"]}',
+        '{"edit_success": 2, "overedit": 2, "confidence": 0.5}',
+        '{"edit_success": 2, "overedit": 2, "final": {"values": [{"first": 8}]}}',
+        '{"edit_success": 2, "overedit": 2, "final": {"edit_success is": "eight"}}',
+        '{"reasoning": {"final": 8}, "edit_success": 2, "overedit": 2}',
+        f"<!-- {DRAFT} -->",
+        f"<!--\n```json\n{DRAFT}\n```\n-->\nNothing to see.",
+        f"<!-- {DRAFT}",
+        f"~~{DRAFT}~~",
+        f"~~At first: {DRAFT}~~ It is better than that.",
+        f"<draft>{DRAFT}</draft>",
+        f"<Draft n='a'>\n{DRAFT}\n</Draft>\nI withdraw that.",
+        f"<del>{DRAFT}</del>",
+        f"<draft>{DRAFT}",
+        f"{DRAFT}\nOn second thought 80% and 90%.",
+        f"80 % for both\n{DRAFT}",
+        f"{DRAFT}\nCorrected: 85/100",
+        f"{DRAFT}\nCorrected: 85 out of 100",
+        f"85 percent\n{DRAFT}",
+        f"17/20\n{DRAFT}",
+        f"{DRAFT}\nIt is 80% after all.",
     ],
 )
 def test_a_draft_is_no_answer(text):
@@ -241,6 +268,14 @@ def test_a_draft_is_no_answer(text):
         FINAL.replace("done", "edit_success could be 3, overedit 4 of 10, were it not for <image>"),
         FINAL.replace("done", 'the form is {\\"edit_success\\": 3, \\"overedit\\": 3}'),
         '{"image": {"size": [4, 4]}, "edit_success": 8, "overedit": 9}',
+        '{"explanation": "8 of 10", "edit_success": 8, "overedit": 9, "notes": {"first": ["Step 1 is done"], "a": ""}}',
+        '{"edit_success": 8, "overedit": 9, "is_final": true, "problem": null, "naturalness": 3}',
+        f"<!-- an answer -->\n{FINAL}\n<!-- the end -->",
+        f"~~no~~ {FINAL} ~~yes~~",
+        f"~~~json\n{FINAL}\n~~~",
+        f"<draft>It is red.</draft>{FINAL}",
+        FINAL.replace("done", "<!-- ~~ <draft>"),
+        f"I am 100% sure, and 30% of the image is 20% darker. So 80% and 90/100:\n{FINAL}",
     ],
 )
 def test_what_is_clear_is_read(text):
@@ -308,6 +343,11 @@ def test_two_readings_are_none(one, other, before, after):
     assume([json.loads(one)[name] for name in TWO.scores] != [json.loads(other)[name] for name in TWO.scores])
     with pytest.raises(Unusable):
         read(f"{before}{one}{after}{other}")
+
+
+def test_a_list_beside_scores_by_name_has_two_readings():
+    with pytest.raises(Unusable):
+        read('{"score": [7, 10], "edit_success": 8}', AS_LIST)
 
 
 def test_published_prompts_answer_with_a_list():

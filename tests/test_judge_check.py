@@ -144,6 +144,19 @@ def test_pairs_that_cannot_be_used_are_named(changes, message, tmp_path):
         known_order.read(tmp_path / "pairs.parquet")
 
 
+@pytest.mark.parametrize("changes", [{"rank": [1, 1]}, {"rank": [1, 1.0]}, {"example_id": ["a", "b"]}])
+def test_pairs_without_an_order_are_refused_before_a_judge_is_asked(changes, tmp_path, monkeypatch):
+    class Judge:
+        def score(self, judgements):
+            raise AssertionError("the judge was asked")
+
+    monkeypatch.setattr(check.judges, "get", lambda config: Judge())
+    pq.write_table(pa.table(pairs(**changes)), tmp_path / "pairs.parquet")
+    gate = JudgeGate(pairs=str(tmp_path / "pairs.parquet"))
+    with pytest.raises(EarlError, match=r"pairs\.parquet: .*at least two of one example, with different ranks"):
+        check.run(demo_config(), gate)
+
+
 def test_a_column_that_stands_twice_is_named(tmp_path):
     table = pa.table(pairs(label=["a", "b"]))
     pq.write_table(table.append_column("label", table.column("label")), tmp_path / "pairs.parquet")

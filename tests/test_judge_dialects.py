@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from earl.errors import EarlError
-from earl.judges import answers, rubric
+from earl.judges import answers, rubric, transport
 from earl.judges.chat import Question, Reply
 from earl.judges.openai_model import OpenAIModel
 from tests.faulty_server import MODEL, answered, scripted, serving
@@ -354,6 +354,148 @@ def test_a_listing_in_another_form(listing):
 
     (reply,) = ask(respond, models=False)
     assert reply.passes[0].text == TEXT
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        {"data": []},
+        [],
+        [MODEL],
+        {"data": [MODEL]},
+        {"data": [{"id": f"{MODEL}:latest"}]},
+        {"data": [{"id": "test/*"}]},
+        {"data": [{"id": "other"}], "has_more": True},
+        {"data": [{}]},
+        "no listing",
+    ],
+)
+@pytest.mark.parametrize("first_word", ["answered", "renamed", "busy"])
+def test_a_model_that_is_not_listed_but_answers_is_asked(listing, first_word, caplog):
+    def respond(asked):
+        if asked.path.endswith("/models"):
+            return 200, json.dumps(listing), ""
+        assert asked.body["model"] == MODEL
+        if first_word == "renamed" and "max_tokens" in asked.body:
+            return 400, json.dumps({"error": {"message": "Unsupported parameter: 'max_tokens'."}}), ""
+        respond.asked += 1
+        if first_word == "busy" and respond.asked == 1:
+            return 503, "loading the model", ""
+        return 200, answered(TEXT), ""
+
+    respond.asked = 0
+    with caplog.at_level(logging.WARNING, "earl"):
+        (reply,) = ask(respond, models=False)
+    assert reply.passes[0].text == TEXT
+    is_listed = listing in ([MODEL], {"data": [MODEL]})
+    assert ("does not list" in caplog.text) == (not is_listed)
+    assert respond.asked == (2 if not is_listed or first_word == "busy" else 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (404, {"error": {"message": f"The model `{MODEL}` does not exist.", "code": 404}}),
+        (400, {"error": {"message": f"{MODEL} is not a valid model ID", "code": 400}}),
+        (403, {"error": {"message": "no access to this model"}}),
+        (422, {"detail": "unknown model"}),
+        (200, {"error": {"message": "model not found", "code": 404}}),
+    ],
+)
+def test_a_model_that_is_not_listed_and_is_refused_ends_the_stage_at_once(status, words):
+    def respond(asked):
+        if asked.path.endswith("/models"):
+            return 200, json.dumps({"data": [{"id": "a"}, {"id": "b"}]}), ""
+        seen.append(asked.body)
+        return status, json.dumps(words), ""
+
+    seen = []
+    with pytest.raises(EarlError, match=rf"serves a, b, not \w+_model_name '{MODEL}'.*correct the name"):
+        ask(respond, *[QUESTION] * 20, models=False)
+    assert [body["messages"][0]["content"] for body in seen] == ["1"], "the smallest question, once"
+
+
+@pytest.mark.parametrize("status", [500, 503, 408])
+def test_a_listing_that_fails_for_good_is_not_waited_for_where_questions_are_answered(status, monkeypatch):
+    async def expects_tls(url):
+        return False
+
+    monkeypatch.setattr(transport, "expects_tls", expects_tls)  # which takes seconds
+
+    def respond(asked):
+        if asked.path.endswith("/models"):
+            respond.listed += 1
+            return status, "broken", ""
+        return 200, answered(TEXT), ""
+
+    respond.listed = 0
+    found: dict[int, Reply] = {}
+    with serving(scripted(respond, models=False)) as url:
+        # It would be given up after 1 s with an error.
+        OpenAIModel(url, MODEL, startup=1.0, pause=(0.001, 0.01)).ask([QUESTION], found.__setitem__)
+    assert found[0].passes[0].text == TEXT
+    assert respond.listed < 10
+
+
+@pytest.mark.parametrize("status", [500, 502])
+@pytest.mark.parametrize(
+    ("words", "refuses"),
+    [
+        ("response_format json_schema is not supported", lambda body: "response_format" in body),
+        (
+            "Failed to parse grammar",
+            lambda body: body.get("response_format", {}).get("type") == "json_schema",
+        ),
+        ("generate() got an unexpected keyword argument 'seed'", lambda body: "seed" in body),
+        ("Unsupported parameter: 'max_tokens'", lambda body: "max_tokens" in body),
+    ],
+)
+def test_a_form_that_is_refused_with_a_servers_fault_is_changed(words, refuses, status, caplog):
+    def respond(asked):
+        seen.append(asked.body)
+        if refuses(asked.body):
+            return status, json.dumps({"message": words}), ""
+        return 200, answered(TEXT), ""
+
+    seen = []
+    with caplog.at_level(logging.WARNING, "earl"):
+        (reply,) = ask(respond)
+    assert (reply.error, reply.passes[0].text) == (None, TEXT)
+    assert len(seen) <= 4, "changed, not tried again"
+    assert "does not take" in caplog.text
+
+
+@pytest.mark.parametrize("words", ["seed node lost", "n workers are left", "schema of the database is locked", "oops"])
+def test_a_servers_fault_that_names_no_refusal_changes_nothing(words, caplog):
+    def respond(asked):
+        seen.append(asked.body)
+        return (500, words, "") if len(seen) == 1 else (200, answered(TEXT), "")
+
+    seen = []
+    (reply,) = ask(respond)
+    assert reply.passes[0].text == TEXT
+    assert seen[1] == seen[0]
+    assert "does not take" not in caplog.text
+
+
+def test_log_probabilities_that_are_refused_with_a_servers_fault_end_the_stage():
+    def respond(asked):
+        return 500, json.dumps({"error": {"message": "'logprobs' is not supported with this model"}}), ""
+
+    with pytest.raises(EarlError, match=r"no log-probabilities.*judge_readout to 'sampled'"):
+        ask(respond, replace(QUESTION, logprobs=True))
+
+
+@pytest.mark.parametrize("status", [201, 202, 203])
+def test_an_answer_with_another_status_of_success_is_one(status):
+    (reply,) = ask(lambda asked: (status, message(TEXT), ""))
+    assert (reply.error, reply.passes[0].text) == (None, TEXT)
+
+
+@pytest.mark.parametrize("status", [202, 204])
+def test_a_status_of_success_without_an_answer_is_named(status):
+    (reply,) = ask(lambda asked: (status, "", ""))
+    assert f"HTTP {status}" in reply.error
 
 
 def test_a_question_that_is_forbidden_stops_no_others():

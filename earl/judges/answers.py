@@ -5,7 +5,8 @@ with its fields in any order. It gives up wherever two readings are possible or 
 
     After thinking, an answer is one JSON object with the scores, around which prose names no score, has no number in
     range but those of the object (and the scale, "0 to 10" or "out of 10", labels, "image 1" or "step 2", and the
-    numbers of a list), and does not go on with the object's sentence.
+    numbers of a list), and does not go on with the object's sentence. The object has no further score and no number
+    but in texts and sizes, and is neither struck out nor in a comment. "80%" and "80/100" are 8 of 10.
 
 So a draft or a quotation ("an answer such as {...} would be too harsh. I give 8 and 9") is not taken for the answer.
 """
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from earl.judges import thinking
-from earl.judges.rubric import REASONING, Rubric
+from earl.judges.rubric import REASONING, SCORES_OF, Rubric
 
 _WHOLE = re.compile(r"-?\d{1,4}(\.0+)?")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\d|%|\.\d|(?:st|nd|rd|th)\b)")
@@ -24,6 +25,23 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\d|%|\.\d|(?:st|nd|rd|th)\b)")
 _IMAGE = "(?:image|picture|photo|figure)"
 _LABELS = rf"\b{_IMAGE}(?:\s+#?|-)[1-3]|\b{_IMAGE}s\s+[12]\s*(?:and|&)\s*[23]|\b(?:step|criterion)\s+\d"
 """What a number names: one of at most three images, a step or a criterion."""
+_COLOURS = "red|green|blue|yellow|orange|purple|pink|brown|black|white|gr[ae]y"
+_LARGER = "larger|smaller|bigger|brighter|darker|lighter|wider|narrower|taller|shorter|thicker|thinner"
+_DEGREES = rf"sure|certain|confident|less|more|transparent|opaque|{_COLOURS}|{_LARGER}"
+_AREAS = r"of\s+(?:the|this|its)\s+(?:image|picture|photo|figure|frame|canvas|area|pixels|cells|background|sky)"
+_DESCRIBED = rf"\b\d+(?:\.\d+)?\s?(?:%|percent)\s+(?:{_DEGREES}|{_AREAS})\b"
+"""Percentages of something that can be seen, or of certainty."""
+_SHARE = re.compile(
+    r"(?<![\w.])(\d{1,3}(?:\.\d+)?)(?:\s?%|\s?per\s?cent\b|\s*(?:/|out\s+of)\s*(20|50|100)\b(?!\.\d))", re.IGNORECASE
+)
+"""A percentage, or a number out of more than a rubric's."""
+_STRUCK = re.compile(
+    r"<!--.*?(?:-->|\Z)|(?<!~)~~(?!~).*?(?<!~)~~(?!~)|<(draft|del|s|strike|example)\b[^<>]*>.*?(?:</\1\s*>|\Z)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What is written and not said."""
+_SIZES = {"size", "width", "height", "resolution", "dimensions"}
+"""Names of numbers that are no scores."""
 _LISTED = re.compile(r"^[ \t>*#-]*(\d{1,2})[.)][ \t]+(?=[*_\"'`(]*[^\W\d])", re.MULTILINE)
 """The number before an item of a list; words follow it."""
 _BETWEEN = " \t\r\n`\"')]},;:*\u2013\u2014-"
@@ -107,6 +125,8 @@ def _locate(text: str, rubric: Rubric) -> tuple[dict[str, int], int, int]:
     if any(reading != readings[0] for reading in readings):
         raise Unusable("several JSON objects with different scores")
     _, start, end = found[-1]
+    if any(_is_struck(text, objects, item) for item in found):
+        raise Unusable("the JSON object is struck out, a draft or part of a comment")
     if said[end:] != text[end:]:
         raise Unusable("thinking goes on after the JSON object")
     _check_prose(text, objects, found, readings[0], rubric)
@@ -118,12 +138,11 @@ def _check_prose(
 ) -> None:
     """Refuse an answer whose object may be a draft or a quotation; the module's header has the rule."""
     outside = _without(text, found)
-    for name in rubric.scores:
-        spelled = name.replace("overedit", "over_edit").replace("_", r"[\W_]{0,3}")
-        if match := re.search(spelled, outside, re.IGNORECASE):
-            raise Unusable(f"{match[0]!r} stands outside the JSON object, too")
+    if match := _spelled(rubric).search(outside):
+        raise Unusable(f"{match[0]!r} stands outside the JSON object, too")
     prose = _without_list_numbers(_without(text, objects))
-    for match in _NUMBER.finditer(re.sub(_harmless(rubric), " ", prose, flags=re.IGNORECASE)):
+    prose = re.sub(_harmless(rubric), " ", prose, flags=re.IGNORECASE)
+    for match in _NUMBER.finditer(_SHARE.sub(lambda share: _stretched(share, rubric), prose)):
         value = float(match[0])
         if rubric.lowest <= value <= rubric.highest and value not in reading.values():
             raise Unusable(f"the number {match[0]} stands outside the JSON object and may be a score")
@@ -132,13 +151,25 @@ def _check_prose(
             raise Unusable(f"the JSON object is part of a sentence, which goes on with {rest[:20]!r}")
 
 
+def _spelled(rubric: Rubric) -> re.Pattern[str]:
+    """Return a pattern of the names of the scores, as prose and keys spell them."""
+    names = [name.replace("overedit", "over_edit").replace("_", r"[\W_]{0,3}") for name in rubric.scores]
+    return re.compile("|".join(names), re.IGNORECASE)
+
+
+def _stretched(share: re.Match[str], rubric: Rubric) -> str:
+    """Return a percentage, or a number out of 20, 50 or 100, as a number in the rubric's range."""
+    value = float(share[1]) / float(share[2] or 100)
+    return f" {rubric.lowest + value * (rubric.highest - rubric.lowest):.4g} "
+
+
 def _harmless(rubric: Rubric) -> str:
     """Return a pattern of what has numbers that are no scores: the scale, and labels of images, steps and criteria."""
     lowest, highest = rubric.lowest, rubric.highest
     to = r"\s*(?:\([^()\d]{1,30}\)\s*)?(?:-|\u2013|\u2014|to|\.\.+)\s*"
     scale = rf"(?<!\d){lowest}{to}{highest}|between\s+{lowest}\s+and\s+{highest}|\[{lowest},\s*{highest}\]"
     scale += rf"|(?:out of|/)\s*{highest}|\b{highest}-point\s+scale"
-    return rf"(?:{scale}|{_LABELS})(?![\d.]*\d)"
+    return rf"(?:{scale}|{_LABELS})(?![\d.]*\d)|{_DESCRIBED}"
 
 
 def _without_list_numbers(prose: str) -> str:
@@ -213,7 +244,38 @@ def _answers(item: dict[str, Any], rubric: Rubric) -> bool:
     return rubric.score_list in item if rubric.score_list else any(name in item for name in rubric.scores)
 
 
+def _is_struck(text: str, objects: "list[_Object]", item: "_Object") -> bool:
+    """Return whether an object is inside what is struck out; marks inside objects are texts."""
+    for one in objects:
+        text = text[: one.start] + " " * (one.end - one.start) + text[one.end :]
+    return any(match.start() < item.start < match.end() for match in _STRUCK.finditer(text))
+
+
+def _check_further(item: dict[str, Any], rubric: Rubric) -> None:
+    """Refuse an object that may give another score beside the rubric's."""
+    own = [rubric.score_list] if rubric.score_list else rubric.scores
+    others = {name for names in SCORES_OF.values() for name in names} - {*rubric.scores}  # those of other rubrics
+    stack: list[tuple[str, Any]] = [(name, value) for name, value in item.items() if name not in own]
+    while stack:
+        name, value = stack.pop()
+        if _spelled(rubric).search(name):
+            raise Unusable(f"the object has {name[:40]!r}, too")
+        if isinstance(value, dict):
+            stack += value.items()
+        elif isinstance(value, list):
+            stack += [(name, one) for one in value]
+        elif _is_number(value) and name.lower() not in _SIZES | others:
+            raise Unusable(f"the number {str(value)[:40]} of {name[:40]!r} may be a score")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"\s*-?\d+(\.\d+)?\s*(%|(/|out of)\s*\d+)?\s*", value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _read(item: dict[str, Any], rubric: Rubric) -> dict[str, int]:
+    _check_further(item, rubric)
     if rubric.score_list is None:
         numbers = [item.get(name) for name in rubric.scores]
     else:

@@ -32,6 +32,12 @@ MEANING = {
 """What can be left out, and what that means."""
 _BOUNDS = ("maxLength", "minimum", "maximum", "minItems", "maxItems")
 _UNKNOWN = re.compile(r"max_completion_tokens|un(known|supported|recognized|expected)|extra|not (supported|permitted)")
+_REFUSES = re.compile(
+    r"un(known|supported|recogni[sz]ed|expected)|(not|n't) (support(ed)?|permitted|allowed|available|implemented)"
+    r"|invalid (json[ _])?(schema|grammar|response_format)|extra (fields|inputs)"
+    r"|(fail(ed|ure)|unable|cannot|could not|error)[a-z ]{0,20} (pars|compil|convert)[a-z]*[a-z ]{1,20}(grammar|schema)"
+)
+"""A fault that says these words of a parameter is a refusal of it."""
 _ONLY_ONE = re.compile(r"\b(?:only (?:one|1|a single)|multiple) (?:\w+ )?(?:choice|completion|candidate|response)s?\b")
 _TOO_LONG = re.compile(r"context (length|window|size)|too (long|many tokens)|maximum (number of )?tokens")
 
@@ -95,6 +101,13 @@ class Dialect:
                 # In this order, and after a refusal of the bounds alone.
                 found |= {OBJECT: max([about.start(), *bounds]) + 0.1, FREE: max([about.start(), *bounds]) + 0.2}
         yield from sorted(found, key=lambda name: found[name])
+
+
+def refuses_form(said: str, body: dict[str, Any]) -> bool:
+    """Return whether the words of a server's fault say that it does not take something that ``body`` has."""
+    if not _REFUSES.search(" ".join(_texts(said)).lower()):
+        return False
+    return any(Dialect().changes(said, body)) or ("logprobs" in body and refuses_logprobs(said))
 
 
 def refuses_logprobs(said: str) -> bool:

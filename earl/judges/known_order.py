@@ -25,6 +25,8 @@ from earl.files import images, remedies, tables
 from earl.judges import Judgement
 from earl.shapes import world
 
+_AT_LEAST = "give at least two of one example, with different ranks"
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -86,8 +88,11 @@ def read(path: Path, examples: int | None = None) -> list[Ranked]:
     chosen = set(list(dict.fromkeys(row["example_id"] for row in rows))[:examples])
     kept = [(index, row) for index, row in enumerate(rows) if row["example_id"] in chosen]
     if not kept:
-        raise EarlError(f"{path}: holds no image; give at least two of one example, with different ranks")
-    return [_ranked(row, f"{path}: row {index}") for index, row in kept]
+        raise EarlError(f"{path}: holds no image; {_AT_LEAST}")
+    ranked = [_ranked(row, f"{path}: row {index}") for index, row in kept]
+    if len({(one.example_id, one.rank) for one in ranked}) == len(chosen):
+        raise EarlError(f"{path}: has nothing to compare in {len(chosen)} examples; {_AT_LEAST}")
+    return ranked
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

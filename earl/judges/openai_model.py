@@ -8,6 +8,7 @@ bounded, so that no server can make a run hang or fill its memory.
     earl.judges.transport  one request, and how it may fail
     earl.judges.pace       how many requests at once, and when none
     earl.judges.dialect    how a request is put to this server
+    earl.judges.listing    which models it has
     earl.judges.responses  what its answers mean
 """
 
@@ -22,11 +23,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from earl.errors import EarlError
-from earl.judges import address, dialect, responses, transport
+from earl.judges import address, dialect, listing, responses, transport
 from earl.judges.chat import Pass, Question, Reply
 from earl.judges.dialect import Dialect
 from earl.judges.pace import Pace
-from earl.judges.transport import Busy, Failure, Faulty, Page, Refused, Slow, Unreachable
+from earl.judges.transport import Busy, Failure, Faulty, Refused, Slow, Unreachable
 from earl.redaction import redacted
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TRIES = 3
+"""Times that a list of models is asked for before it is seen whether questions are answered without."""
 _SMALLEST = Question([{"role": "user", "content": "1"}], seed=0, max_tokens=1)
 
 _known: dict[tuple[str, str], Dialect] = {}
@@ -270,8 +273,14 @@ class OpenAIModel:
         wanted = 1 if dialect.ONE in spoken.without else question.passes - done
         seed = dialect.pass_seed(question, done)
         body = spoken.body(question, self.model, wanted, seed)
-        answer = await transport.fetch(client, "POST", f"{self._url}/chat/completions", self.timeout, body)
-        found = responses.passes(answer, question, wanted)
+        try:
+            answer = await transport.fetch(client, "POST", f"{self._url}/chat/completions", self.timeout, body)
+            found = responses.passes(answer, question, wanted)
+        except (Busy, Faulty) as error:
+            if (error.status or 0) < 500 or not dialect.refuses_form(error.said, body):
+                raise
+            # A refusal that came as a fault of the server. The status is that of a refusal, not to be tried again.
+            raise Refused(str(error), 501, said=error.said) from error
         if len(found) < wanted:
             self._learn(replace(spoken, without=spoken.without | {dialect.ONE}))
         if question.logprobs and not self._has_logprobs:
@@ -292,18 +301,24 @@ class OpenAIModel:
                 self._found_at = _now()
 
     async def _wait(self, client: "httpx2.AsyncClient") -> None:
-        deadline, is_told = _now() + self.startup, False
+        deadline, tries = _now() + self.startup, 0
         while True:
-            url = ""
+            url, models = "", None
             try:
                 url = self._resolved()
-                listing = await transport.fetch(client, "GET", f"{url}/models", self.timeout)
+                models = await transport.fetch(client, "GET", f"{url}/models", self.timeout)
                 break
             except (Busy, Faulty) as error:
-                if not is_told:
-                    await _check_kind(url, error)
+                tries += 1
+                if tries == 1:
+                    await listing.check_kind(url, error)
                     log.info("judge: waiting for the server at %s: %s", redacted(self.api_base), error)
-                    is_told = True
+                is_due = tries >= _TRIES or _now() > deadline
+                if url and is_due and not isinstance(error, Unreachable):
+                    self._url = url
+                    if await self._is_answering(client):
+                        self._unlisted(error)
+                        break
                 if _now() > deadline:
                     raise EarlError(
                         f"reward_function_api_base {self.api_base}: no judge server within {self.startup:g} s "
@@ -311,15 +326,21 @@ class OpenAIModel:
                     ) from error
                 await asyncio.sleep(max(min(error.wish or 0.0, deadline - _now()), min(1.0, self.pause[0])))
             except Refused as refusal:
-                if refusal.status in (401, transport.PAYMENT, 407):
+                if refusal.status in transport.ACCOUNT:
                     raise transport.everyone(f"{url}/models", refusal) from refusal
-                # Some servers do not say what they have; the first question tells.
-                log.info("judge: %s lists no models (%.100s); that it has %s is not checked", url, refusal, self.model)
-                listing = None
+                self._url = url
+                self._unlisted(refusal)
                 break
         self._url = url
-        is_vllm = listing is not None and self._check_model(listing)
-        _known[url, self.model] = replace(self._dialect, is_vllm=is_vllm)
+        if models is None:
+            return
+        _known[url, self.model] = replace(self._dialect, is_vllm=listing.is_vllm(models))
+        if not listing.has(models, self.model):
+            await self._check_answers(client, listing.shown(models))
+
+    def _unlisted(self, why: Failure) -> None:
+        # Some servers do not say what they have; the first question tells.
+        log.info("judge: %s lists no models (%.100s); that it has %s is not checked", self._url, why, self.model)
 
     def _resolved(self) -> str:
         url = address.resolve(self.api_base)
@@ -327,36 +348,45 @@ class OpenAIModel:
             raise Faulty(f"the file {Path(self.api_base).absolute()} is not there yet")
         return url
 
-    def _check_model(self, listing: Any) -> bool:
-        """Raise where a server says that it has other models only; return whether it is vLLM's."""
-        names = _names(listing)
-        if not any(name == self.model or name.endswith(f"/{self.model}") for name in names):
+    async def _check_answers(self, client: "httpx2.AsyncClient", has: str) -> None:
+        """Ask the smallest question of a server that does not list the model: it may have it by another name.
+
+        Raises:
+            EarlError: the server refuses the model, or the key.
+        """
+        try:
+            try:
+                answer, _ = await self._request(client, self._dialect, _SMALLEST, 0)
+            except Refused as refusal:
+                if refusal.status not in transport.FORM:
+                    raise
+                answer, _ = await self._change(client, self._dialect, refusal, _SMALLEST, 0)
+            if not answer.get("choices"):
+                raise Refused(responses.shown(answer))
+        except Refused as refusal:
+            if refusal.status in transport.ACCOUNT:
+                raise transport.everyone(f"{self._url}/chat/completions", refusal) from refusal
             raise EarlError(
-                f"{self._url or self.api_base}: serves {', '.join(names[:10]) or 'no model'}, not "
-                f"reward_function_api_model_name {self.model!r}; ask another server, or correct the name"
+                f"{self._url}: serves {has}, not reward_function_api_model_name {self.model!r} "
+                f"({str(refusal)[:300]}); ask another server, or correct the name"
+            ) from refusal
+        except (Busy, Faulty) as error:
+            log.warning("judge: %s does not list %s but %s; it cannot say more: %s", self._url, self.model, has, error)
+        else:
+            log.warning(
+                "judge: %s does not list %s but %s; it answers by that name all the same, as model %.100r",
+                *(self._url, self.model, has, answer.get("model")),
             )
-        return any(entry.get("owned_by") == "vllm" for entry in _entries(listing))
 
-
-async def _check_kind(url: str, error: Failure) -> None:
-    """Raise where what a server says to begin with shows that it is another one, and will stay so."""
-    if isinstance(error, Page):
-        raise EarlError(
-            f"{url}/models: a web page came instead of data ({error}): a login page, or another server? "
-            "check reward_function_api_base"
-        ) from error
-    if url and not isinstance(error, Busy | Slow | Unreachable) and await transport.expects_tls(url):
-        raise EarlError(f"{url}: the server speaks https; write https:// into reward_function_api_base") from error
-
-
-def _entries(listing: Any) -> list[dict[str, Any]]:
-    """The models in a listing, which servers write in several forms."""
-    entries = listing.get("data", listing.get("models")) if isinstance(listing, dict) else listing
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-
-
-def _names(listing: Any) -> list[str]:
-    return [str(entry.get("id", entry.get("name"))) for entry in _entries(listing)]
+    async def _is_answering(self, client: "httpx2.AsyncClient") -> bool:
+        """Return whether a server deals with questions, whatever it says to the smallest."""
+        try:
+            await self._request(client, self._dialect, _SMALLEST, 0)
+        except (Busy, Faulty):
+            return False
+        except Refused:
+            pass
+        return True
 
 
 def _now() -> float:
@@ -365,20 +395,3 @@ def _now() -> float:
 
 def _sum(before: int | None, more: int | None) -> int | None:
     return more if before is None else before if more is None else before + more
-
-
-def listed(url: str, seconds: float = 10.0) -> str:
-    """Return the names of the models that the server at an address has, for a person to read.
-
-    Raises:
-        EarlError: why it does not say.
-    """
-
-    async def ask() -> Any:
-        async with transport.client(1) as client:
-            return await transport.fetch(client, "GET", f"{url}/models", seconds)
-
-    try:
-        return ", ".join(_names(asyncio.run(ask()))) or "no model"
-    except Failure as error:
-        raise EarlError(f"{url}/models: {error}") from error

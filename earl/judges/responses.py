@@ -38,16 +38,16 @@ def passes(answer: Any, question: Question, wanted: int) -> list[Pass]:
         Faulty: it is no response of the chat API, or has log-probabilities of another form.
     """
     if not isinstance(answer, dict):
-        raise Faulty(f"the response is no answer: {_shown(answer)}")
+        raise Faulty(f"the response is no answer: {shown(answer)}")
     if error := _error(answer):
         return [Pass("", "none", refusal=_words("an error", error))] * wanted
     if "choices" not in answer:
-        raise Faulty(f"the response has no choices: {_shown(answer)}")
+        raise Faulty(f"the response has no choices: {shown(answer)}")
     choices = answer["choices"]
     if not choices:
         return [Pass("", "none", refusal=_words("an answer without choices", answer))] * wanted
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise Faulty(f"the choices are no list of answers: {_shown(answer)}")
+        raise Faulty(f"the choices are no list of answers: {shown(answer)}")
     for choice in choices:
         _error(choice)
     if all(type(choice.get("index")) is int for choice in choices):
@@ -80,7 +80,7 @@ def _error(content: dict[str, Any]) -> Any:
     error = content if content.get("object") == "error" else content.get("error")
     if not error or content.get("choices"):
         return None
-    words = _shown(error)
+    words = shown(error)
     fields = error if isinstance(error, dict) else {}
     codes = [fields.get(name) for name in ("code", "status", "status_code")]
     status = next((int(code) for code in map(str, codes) if re.fullmatch(r"[45]\d\d", code)), None)
@@ -147,10 +147,10 @@ def _why(message: dict[str, Any], choice: dict[str, Any], reason: str) -> str:
 
 
 def _words(what: str, said: Any) -> str:
-    return f"{what}: {_shown(said)}"
+    return f"{what}: {shown(said)}"
 
 
-def _shown(said: Any) -> str:
+def shown(said: Any) -> str:
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     text = redacted(" ".join(text.encode("utf-8", "replace").decode().split()))
     return text if len(text) <= _LONGEST_WORDS else f"{text[:_LONGEST_WORDS]}..."

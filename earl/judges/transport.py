@@ -26,6 +26,8 @@ LARGEST = 8 * 2**20
 """Bytes of a response that are read at most; a response with log-probabilities has up to 1 MiB."""
 SHOWN, KEPT = 300, 4000
 """Characters of a server's words that a message shows, and bytes of them that are looked at."""
+ANSWER = {200, 201, 202, 203}
+"""HTTP statuses that come with an answer."""
 BUSY = {429, 502, 503, 504, 529}
 """HTTP statuses that say: not now."""
 AGAIN = {408, 409, 425}
@@ -34,6 +36,8 @@ PAYMENT = 402
 """HTTP status of an account without money, whatever status its server gives."""
 EVERYONE = {401, PAYMENT, 403, 404, 405, 407}
 """HTTP statuses that every question would meet."""
+ACCOUNT = {401, PAYMENT, 407}
+"""Those of them that are about the key or the account."""
 FORM = {400, 415, 422, 501}
 """HTTP statuses that a request gets for its form."""
 _NO_MONEY = re.compile(r"insufficient[_ ](quota|balance|credits?|funds)|exceeded your current quota", re.IGNORECASE)
@@ -135,7 +139,7 @@ async def expects_tls(url: str) -> bool:
 
 
 def failed(status: int, said: str, wish: float | None = None) -> Failure:
-    """Return what a status other than 200 means; ``said`` are the server's words."""
+    """Return what a status without an answer means; ``said`` are the server's words."""
     if status == PAYMENT or (status in (400, 403, 429) and _NO_MONEY.search(said)):
         return Refused(f"HTTP {status}: {said[:SHOWN]}", PAYMENT, wish, said)
     kind = Busy if status in BUSY else Faulty if (status >= 500 and status not in FORM) or status in AGAIN else Refused
@@ -163,11 +167,13 @@ def _content(response: "httpx2.Response", data: bytes, url: str) -> Any:
             f"{url}: HTTP {status}, which leads to {to or 'nowhere'}: a login page, or another address? "
             "check reward_function_api_base"
         )
-    if status != 200:
+    if status not in ANSWER:
         raise failed(status, said, _wish(response))
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
+        if status != 200:
+            raise failed(status, said, _wish(response)) from error
         is_page = re.match(r"\s*<(!doctype|html|\?xml|head|body)", said, re.IGNORECASE)
         raise (Page if is_page else Faulty)(f"the response is not JSON: {said[:100]!r}") from error
 
