@@ -253,7 +253,7 @@ def test_a_draft_is_no_answer(text):
         f"Here is my verdict:\n\n{FINAL}",
         f"Here are the scores, from 0 to 10: {FINAL}",
         f"On a scale of 0-10:\n{FINAL}\nLet me know if you need anything else!",
-        f"The 2nd picture is 50% red, at x4, in 256 colours. My answer is {FINAL}.",
+        f"The 2nd picture is at x4, in 256 colours. My answer is {FINAL}.",
         f"<answer>{FINAL}</answer>",
         f"Final answer: `{FINAL}`",
         f"I would give 8 and 9.\n{FINAL}",
@@ -275,7 +275,7 @@ def test_a_draft_is_no_answer(text):
         f"~~~json\n{FINAL}\n~~~",
         f"<draft>It is red.</draft>{FINAL}",
         FINAL.replace("done", "<!-- ~~ <draft>"),
-        f"I am 100% sure, and 30% of the image is 20% darker. So 80% and 90/100:\n{FINAL}",
+        f"So 80% and 90/100:\n{FINAL}",
     ],
 )
 def test_what_is_clear_is_read(text):

@@ -25,12 +25,6 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\d|%|\.\d|(?:st|nd|rd|th)\b)")
 _IMAGE = "(?:image|picture|photo|figure)"
 _LABELS = rf"\b{_IMAGE}(?:\s+#?|-)[1-3]|\b{_IMAGE}s\s+[12]\s*(?:and|&)\s*[23]|\b(?:step|criterion)\s+\d"
 """What a number names: one of at most three images, a step or a criterion."""
-_COLOURS = "red|green|blue|yellow|orange|purple|pink|brown|black|white|gr[ae]y"
-_LARGER = "larger|smaller|bigger|brighter|darker|lighter|wider|narrower|taller|shorter|thicker|thinner"
-_DEGREES = rf"sure|certain|confident|less|more|transparent|opaque|{_COLOURS}|{_LARGER}"
-_AREAS = r"of\s+(?:the|this|its)\s+(?:image|picture|photo|figure|frame|canvas|area|pixels|cells|background|sky)"
-_DESCRIBED = rf"\b\d+(?:\.\d+)?\s?(?:%|percent)\s+(?:{_DEGREES}|{_AREAS})\b"
-"""Percentages of something that can be seen, or of certainty."""
 _SHARE = re.compile(
     r"(?<![\w.])(\d{1,3}(?:\.\d+)?)(?:\s?%|\s?per\s?cent\b|\s*(?:/|out\s+of)\s*(20|50|100)\b(?!\.\d))", re.IGNORECASE
 )
@@ -169,7 +163,7 @@ def _harmless(rubric: Rubric) -> str:
     to = r"\s*(?:\([^()\d]{1,30}\)\s*)?(?:-|\u2013|\u2014|to|\.\.+)\s*"
     scale = rf"(?<!\d){lowest}{to}{highest}|between\s+{lowest}\s+and\s+{highest}|\[{lowest},\s*{highest}\]"
     scale += rf"|(?:out of|/)\s*{highest}|\b{highest}-point\s+scale"
-    return rf"(?:{scale}|{_LABELS})(?![\d.]*\d)|{_DESCRIBED}"
+    return rf"(?:{scale}|{_LABELS})(?![\d.]*\d)"
 
 
 def _without_list_numbers(prose: str) -> str:
