@@ -293,7 +293,8 @@ def _check_shared(current: "Config", found: Verification) -> None:
         elif path.is_file():
             found.files += 1
         elif not path.is_dir() or path in paths.shared_stages(current):
-            found.add(path, "is missing or incomplete; run the workflow again, or put it back")
+            elsewhere = "" if path.is_absolute() else "verify from the folder where the run was started, "
+            found.add(path, f"is missing or incomplete; {elsewhere}run the workflow again, or put it back")
 
 
 def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) -> None:
