@@ -62,7 +62,8 @@ class Verification:
         contents = f"contents of {self.hashed} compared" if self.deep else "contents not compared (--deep does that)"
         looked = f"{self.iterations} iterations, {self.evaluations} evaluations, {self.files} files there, {contents}"
         lines = [f"{item.file}: {item.problem}" for item in self.problems]
-        return "\n".join([*lines, f"{looked}: {len(self.problems) or 'no'} problems"])
+        count = len(self.problems)
+        return "\n".join([*lines, f"{looked}: {count or 'no'} {'problem' if count == 1 else 'problems'}"])
 
     def json(self) -> str:
         """Return the outcome as the text of ``verify.json``."""
