@@ -62,7 +62,8 @@ class Verification:
         contents = f"contents of {self.hashed} compared" if self.deep else "contents not compared (--deep does that)"
         looked = f"{self.iterations} iterations, {self.evaluations} evaluations, {self.files} files there, {contents}"
         lines = [f"{item.file}: {item.problem}" for item in self.problems]
-        return "\n".join([*lines, f"{looked}: {len(self.problems) or 'no'} problems"])
+        count = len(self.problems)
+        return "\n".join([*lines, f"{looked}: {count or 'no'} {'problem' if count == 1 else 'problems'}"])
 
     def json(self) -> str:
         """Return the outcome as the text of ``verify.json``."""
@@ -293,7 +294,8 @@ def _check_shared(current: "Config", found: Verification) -> None:
         elif path.is_file():
             found.files += 1
         elif not path.is_dir() or path in paths.shared_stages(current):
-            found.add(path, "is missing or incomplete; run the workflow again, or put it back")
+            elsewhere = "" if path.is_absolute() else "verify from the folder where the run was started, "
+            found.add(path, f"is missing or incomplete; {elsewhere}run the workflow again, or put it back")
 
 
 def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) -> None:

@@ -69,12 +69,18 @@ class TestData:
     def test_missing_tokenised_data_are_named_by_their_field(self, place, fields: dict, message: str) -> None:
         assert message in refusal(**fields)
 
-    @pytest.mark.parametrize("path", ["no.parquet", "no/*.parquet", "empty"])
+    @pytest.mark.parametrize("path", ["no.parquet", "no/*.parquet"])
     def test_missing_raw_data_are_named_by_their_field(self, place: Workplace, path: str) -> None:
-        (place.path / "empty").mkdir()
         raw = {"raw_datasets": {"pairs": {"source": "parquet", "path": path}}}
         message = refusal(**SHAPES | raw)
         assert f"field raw_datasets.pairs.path is '{path}', but there is no Parquet file {place.path}" in message
+
+    def test_a_folder_of_images_is_no_raw_data_set(self, place: Workplace) -> None:
+        (place.path / "photos").mkdir()
+        (place.path / "photos" / "a.jpg").touch()
+        message = refusal(**SHAPES | {"raw_datasets": {"pairs": {"source": "parquet", "path": "photos"}}})
+        assert "pairs.path is 'photos', which cannot be read: photos: holds no Parquet file" in message
+        assert "but a.jpg; check the path, or write the data as Parquet (docs/data.md shows how)" in message
 
     def test_raw_data_that_nobody_reads_may_be_missing(self, place: Workplace) -> None:
         places.check(config(raw_datasets={"unused": {"source": "parquet", "path": "no.parquet"}}))

@@ -365,7 +365,7 @@ class TestTokenise:
             tokenise.run(whole, "d", path, tmp_path / "out")
         some = load.changed(whole, {"raw_datasets.d.subset": {"rows": 1, "seed": 0}})
         assert np.random.default_rng(0).permutation(4)[0] == 2
-        with pytest.raises(EarlError, match=r"1 rows rejected .*0 of 1"):
+        with pytest.raises(EarlError, match=r"1 row rejected .*0 of 1"):
             tokenise.run(some, "d", path, tmp_path / "out")
 
 

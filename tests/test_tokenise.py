@@ -308,7 +308,7 @@ class TestRejects:
         write_raw(raw, raw_columns(2) | {"original": [PICTURE, {"bytes": b"GIF89a", "path": ""}]})
         failed = subprocess.run(command, capture_output=True, text=True)
         assert failed.returncode == 2
-        assert "error: 1 rows rejected" in failed.stderr
+        assert "error: 1 row rejected" in failed.stderr
         assert "raw.parquet: row 1, column 'original'" in failed.stderr
         assert contents(out) == before
 
@@ -459,7 +459,7 @@ def test_shards_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tokenise, "ROWS_PER_FILE", 4)
     raw, out = tmp_path / "raw.parquet", tmp_path / "out"
     write_raw(raw, raw_columns(8) | {"instruction": ["first"] * 7 + [""]})
-    with pytest.raises(EarlError, match="1 rows rejected"):
+    with pytest.raises(EarlError, match="1 row rejected"):
         tokenise.run(demo(), "d", raw, out)
     assert (tmp_path / ".out.unfinished" / "data" / "0000.parquet").is_file()
     write_raw(raw, raw_columns(8) | {"instruction": ["second"] * 8})

@@ -429,6 +429,13 @@ def test_how_to_evaluate_may_change_until_there_are_results(place):
     assert read(place.folder("a").config).evaluations["e"].prompts == 5
 
 
+def test_a_setting_that_nothing_reads_is_refused(place):
+    output = place.run(place.experiment("a"), temperature="1", fails=True)
+    assert "--config temperature=...: is not a setting; to set the field, write set=temperature=..." in output
+    output = place.run(place.experiment("a"), sett="temperature=1", fails=True)
+    assert "--config sett=...: is not a setting; did you mean set?" in output
+
+
 @pytest.mark.slow
 def test_what_is_sure_to_fail_is_refused_before_a_job_starts(place):
     raw = {"pairs": {"source": "parquet", "path": "no/raw.parquet"}}

@@ -106,7 +106,8 @@ def _check_iteration(config: "Config") -> None:
     if config.rollout_shards > batches:
         raise wrong(
             "rollout_shards",
-            f"is {config.rollout_shards}, but an iteration has only {batches} batches of engine_batch_size "
+            f"is {config.rollout_shards}, but an iteration has only {batches} "
+            f"{'batch' if batches == 1 else 'batches'} of engine_batch_size "
             f"({config.engine_batch_size}) episodes; lower one of the two",
         )
     check_top_k(config.top_k)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from earl import names
 from earl.config.evaluate import Evaluated, evaluate, shown
-from earl.config.schema import Config
+from earl.config.schema import NAME, Config
 from earl.errors import EarlError
 
 DEFAULT = "default"
@@ -98,7 +98,9 @@ def read(path: Path | str) -> Config:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise EarlError(f"{path}: does not exist; `earl config freeze` writes it") from error
+        raise EarlError(
+            f"{path}: does not exist; check the path of the run, or write the file by `earl config freeze`"
+        ) from error
     except OSError as error:
         raise EarlError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
@@ -232,6 +234,11 @@ def _problem(problem: Mapping[str, Any], path: str, source: Callable[[str], str]
             return f"{place} is missing{near}. It is: {_description(location)}"
         case "cross_field" | "inexact":
             return f"{place} {problem['msg']}"
+        case "string_pattern_mismatch" if problem["ctx"]["pattern"] == NAME:
+            return (
+                f"{place} is {json.dumps(problem['input'])}, which cannot be a folder's name; use letters, digits, "
+                "`.`, `_` and `-`, and begin with a letter or a digit"
+            )
     message = problem["msg"]
     found = json.dumps(problem["input"], default=str)
     return f"{place} is {found}: {message[0].lower()}{message[1:]}. It is: {_description(location)}"

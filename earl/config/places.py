@@ -88,10 +88,12 @@ def _raw_data(config: Config) -> Iterator[Problem]:
         if path is None or hub.data_files(path) or _is_made(paths.tokenised_folder(config, name)):
             continue
         field = f"raw_datasets.{name}.path"
-        if not _raw_files(path):
-            yield field, f"is {path!r}, but there is no Parquet file {Path(path).absolute()}; name pairs that are there"
-            continue
         try:
+            if Path(path).is_dir():
+                listing.parquet_files(path)
+            if not _raw_files(path):
+                yield field, f"is {path!r}, but there is no Parquet file {Path(path).absolute()}; check the path"
+                continue
             if not _raw_rows(path):
                 yield field, f"is {path!r}, which has no rows; name raw pairs, or write them again"
         except EarlError as error:

@@ -22,7 +22,8 @@ from pydantic_core import PydanticCustomError
 
 from earl.config import checks, hub, references
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 """A name that becomes part of a file's path: letters, digits, dot, underscore, hyphen."""
 
 Integer = Annotated[int, BeforeValidator(checks.check_exact)]

@@ -30,6 +30,7 @@ COLUMNS = tuple(tables.RAW.names)
 OPTIONAL = ("example_id", "task", "reasoning")
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+_IMAGE = "an image is its encoded bytes, or a struct {bytes, path}; a path alone is not enough"
 _REMEDY = "say in raw_datasets.<name>.columns where it stands, or null where there is none"
 
 
@@ -219,7 +220,8 @@ class RawSource:
             for one, kind_of in [(given, name)] if isinstance(given, str) else [(one, "instruction") for one in given]:
                 place = places.find(file, schema, one, name, _REMEDY)
                 if not _fits(kind_of, place.kind):
-                    raise EarlError(f"{file}: column {one!r} has type {place.kind}, which cannot be {name}; {_REMEDY}")
+                    remedy = f"{_IMAGE}; {_REMEDY}" if name in ("original", "edited") else _REMEDY
+                    raise EarlError(f"{file}: column {one!r} has type {place.kind}, which cannot be {name}; {remedy}")
                 found[name].append(place)
         return found
 

@@ -117,13 +117,14 @@ class ShardWriter:
             column = f", column {last.column!r}" if last.column else ""
             raise EarlError(
                 f"{self._reasons()}, more than max_rejected_fraction allows ({self._allowed} of {self._rows}); the "
-                f"last is {last.file}: row {last.row}{column}: {last.reason}. Mend them or raise it; "
-                f"{self.folder / REJECTED} lists all"
+                f"last is {last.file}: row {last.row}{column}: {last.reason}. Repair or remove the rows that "
+                f"{self.folder / REJECTED} lists, or raise max_rejected_fraction"
             )
 
     def _reasons(self) -> str:
         counts = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
-        return f"{self.rejected.total()} rows rejected ({counts})"
+        total = self.rejected.total()
+        return f"{total} {'row' if total == 1 else 'rows'} rejected ({counts})"
 
     def _shard(self, number: int) -> Path:
         return self.folder / DATA / f"{number:04d}.parquet"

@@ -59,4 +59,7 @@ def _instead(path: Path) -> str:
         )
     others = list(islice((file.name for file in sorted(path.iterdir()) if not file.name.startswith(".")), _NAMED + 1))
     told = ", ".join([*others[:_NAMED], *(["..."] if len(others) > _NAMED else [])])
-    return f"holds no Parquet file (*.parquet), but {told or 'nothing'}; check the path, or write the data as Parquet"
+    return (
+        f"holds no Parquet file (*.parquet), but {told or 'nothing'}; check the path, or write the data as Parquet "
+        "(docs/data.md shows how)"
+    )

@@ -11,10 +11,23 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
-from earl import plan, processes, runs, tracking
+from earl import names, plan, processes, runs, tracking
 from earl.config import freeze, load, paths, places
+from earl.config.schema import Config
 from earl.errors import EarlError
 from earl.layout import Run
+
+# Settings of --config; the workflow itself sets the last one.
+SETTINGS = (
+    "experiment",
+    "set",
+    "iteration",
+    "accept_changes",
+    "granularity",
+    "launcher",
+    "earl_command",
+    "window",
+)
 
 
 def settings_list(value):
@@ -46,8 +59,22 @@ def stages_run_here():
     return not (elsewhere or deployed or "earl_command" in config)
 
 
+def refuse_unknown_settings():
+    """Stop at a setting of --config that nothing reads: a misspelt one, or a field that belongs into set=."""
+    for name in config:
+        if name not in SETTINGS:
+            is_field = name.split(".")[0] in Config.model_fields
+            remedy = (
+                f"to set the field, write set={name}=..."
+                if is_field
+                else names.hint(name, SETTINGS, "")
+            )
+            raise WorkflowError(f"--config {name}=...: is not a setting; {remedy}")
+
+
 def make_plans():
     """Return what is to be done, by run folder; stop where a run's configuration differs, or it is sure to fail."""
+    refuse_unknown_settings()
     if "experiment" not in config:
         raise WorkflowError(
             "No experiment was named. Say which one, or a list with commas between: "
