@@ -91,10 +91,14 @@ def import_config(
     from earl.files import atomic
 
     lines = from_reference.read(file)
+    text = from_reference.jsonnet(lines, file.name)
+    if out is not None and out.exists() and out.read_text(encoding="utf-8", errors="replace") != text:
+        raise EarlError(f"{out}: is there already and says something else; choose another name, or remove it first")
     typer.echo("\n".join(line.text() for line in lines))
     load.validate(from_reference.values(lines), str(file))
     if out is not None:
-        atomic.write_text(out, from_reference.jsonnet(lines, file.name))
+        atomic.write_text(out, text)
+        typer.echo(f"written: {out}")
 
 
 @shapes_app.command("raw")

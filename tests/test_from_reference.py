@@ -149,6 +149,17 @@ def test_what_cannot_be_imported_says_why(tmp_path: Path, text: str, message: st
         from_reference.read(path)
 
 
+def test_a_file_that_was_edited_since_is_not_replaced(tmp_path: Path) -> None:
+    path, out = written(tmp_path), tmp_path / "ours.jsonnet"
+    command = [sys.executable, "-m", "earl", "import-config", path, "--out", out]
+    for _ in range(2):  # the same again changes nothing
+        assert f"written: {out}" in subprocess.run(command, check=True, env={}, capture_output=True, text=True).stdout
+    out.write_text("{}")
+    done = subprocess.run(command, env={}, capture_output=True, text=True)
+    assert (done.returncode, out.read_text()) == (2, "{}")
+    assert "is there already and says something else" in done.stderr
+
+
 def test_a_value_that_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path, out = written(tmp_path, temperature=-1.0), tmp_path / "ours.jsonnet"
     done = subprocess.run(
