@@ -51,7 +51,8 @@ def pools(temporary: Path) -> list[Path]:
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_in_the_bytes_of_an_undisturbed_run(small_config, tmp_path, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("t")
-    undisturbed = one_process.run_all(small_config("plain"))
+    # Of the same name, since files say whose they are.
+    undisturbed = one_process.run_all(small_config("killed"))
     for moment in (
         "shared/tokenised/*/manifest.json",
         "shared/logs/sft/*.log",

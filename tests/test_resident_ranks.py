@@ -119,8 +119,10 @@ def test_rank_that_is_killed_in_a_command_fails_it_and_ends_all(place, cold, new
     place.good(*command(run, 1))
     team = [rank(place.pool.path, each) for each in (0, 1)]
     os.kill(team[1], signal.SIGSTOP)  # Rank 0 waits for it in its first sum.
+    idle = ticks(team[0])
     client = place.start(*command(run, 2))
     wait_until(lambda: is_connected(place.pool.file("ranks-0.sock")))
+    wait_until(lambda: ticks(team[0]) > idle)  # Rank 0 has begun: before, a new team would do the command.
     os.kill(team[number], signal.SIGKILL)
     _, said = client.communicate(timeout=60)
     assert client.returncode == 1, said
@@ -129,6 +131,12 @@ def test_rank_that_is_killed_in_a_command_fails_it_and_ends_all(place, cold, new
     wait_until(lambda: not any(processes.is_alive(pid) for pid in team))
     assert about_trainer(place.good(*command(run, 2))) == [loaded(1)]
     assert [made_of(run, i) for i in (1, 2)] == [made_of(cold, i) for i in (1, 2)]
+
+
+def ticks(pid: int) -> int:
+    """Return the CPU time of a process, in clock ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def is_connected(path: str) -> bool:
