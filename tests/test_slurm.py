@@ -245,11 +245,11 @@ def test_four_ranks_on_two_nodes_train_as_one_process_does(slurm, tmp_path, one_
     digests = set()
     for workers in ("none", "submitit"):
         options = sized("stage", "train:nodes=2", "train:tasks_per_node=2")
-        fields = {"run_name": workers, "workers": workers, "num_iterations": 1}
+        fields = {"run_name": f"in-{workers}", "workers": workers, "num_iterations": 1}
         command, env = demo(tmp_path, slurm, options, **fields)
         ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stdout + ended.stderr
-        iteration = Run(tmp_path / workers).iteration(1)
+        iteration = Run(tmp_path / f"in-{workers}").iteration(1)
         found = json.loads(iteration.metrics.read_text())
         assert found["ranks"] == 4
         assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4, abs=1e-6)
