@@ -24,7 +24,7 @@ from pathlib import Path
 
 from earl.config import load
 from earl.config.freeze import config_digest, frozen_text
-from earl.layout import Run
+from earl.run.layout import Run
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,8 +22,8 @@ from resource import RUSAGE_SELF, getrusage
 import numpy as np
 import torch
 
+from earl.execution.ranks import alone
 from earl.learner import batches, grpo, logprobs, objective
-from earl.learner.ranks import alone
 
 VISUAL = (151_854, 184_622)
 PROMPT, COMPLETION, VISUAL_TOKENS = 1_100, 1_060, 1_024

@@ -3,7 +3,8 @@
     python benchmarks/learning.py --seeds 42 43 44
 
 Each seed runs the demo's RL (prompts, sampling) from the same SFT policy, in this process. Differences are paired by
-held-out prompt, over which seeds are averaged; the intervals are 95% bootstrap intervals, see `earl.statistics`.
+held-out prompt, over which seeds are averaged; the intervals are 95% bootstrap intervals, see
+`earl.statistics.intervals`.
 """
 
 import argparse
@@ -15,9 +16,11 @@ from statistics import fmean
 import pyarrow.parquet as pq
 
 from benchmarks import one_process
-from earl import code_version, runs, statistics
+from earl import code_version
 from earl.config import freeze, load, paths
-from earl.layout import Run
+from earl.run import state
+from earl.run.layout import Run
+from earl.statistics import intervals
 
 MEASURES = {"reward": "reward", "edit_success": "edit success", "overedit": "overedit"}
 
@@ -28,8 +31,8 @@ def run_seed(experiment: str, seed: int, overrides: dict) -> Run:
     run = Run(Path(config.base_exp_dir) / config.run_name)
     freeze.write(config, run.config)
     one_process.make_shared(config)
-    runs.start(run, paths.policy_folder(config, config.model_path))
-    for index in range(runs.newest_complete(run) + 1, config.num_iterations + 1):
+    state.start(run, paths.policy_folder(config, config.model_path))
+    for index in range(state.newest_complete(run) + 1, config.num_iterations + 1):
         one_process.run_iteration(config, run, index)
     for index in (0, config.num_iterations):
         if not all(run.evaluation(name, index).summary.is_file() for name in config.evaluations):
@@ -59,10 +62,10 @@ def table(found: dict[str, list[tuple[dict, dict]]]) -> str:
         for measure in MEASURES:
             # A completion without an image has no sub-scores; nothing of the edit was done then.
             before, after = (
-                statistics.mean_by_prompt((row["example_id"], row[measure] or 0.0) for row in side)
+                intervals.mean_by_prompt((row["example_id"], row[measure] or 0.0) for row in side)
                 for side in zip(*both, strict=True)
             )
-            change = statistics.paired_bootstrap(before, after)
+            change = intervals.paired_bootstrap(before, after)
             cells.append(f"{fmean(before.values()):.2f} -> {fmean(after.values()):.2f}")
             cells.append(f"{change.mean:+.2f} [{change.low:+.2f}, {change.high:+.2f}]")
         lines.append("| " + " | ".join(cells) + " |")

@@ -9,10 +9,10 @@ times, and the proof in the tests that cutting a run into processes changes no b
 import argparse
 from pathlib import Path
 
-from earl import runs
 from earl.config import freeze, hub, load, paths, places
 from earl.config.schema import Config
-from earl.layout import Run
+from earl.run import state
+from earl.run.layout import Run
 
 
 def make_shared(config: Config) -> None:
@@ -77,7 +77,7 @@ def run_all(config: Config) -> Run:
     places.check(config)
     freeze.write(config, run.config)
     make_shared(config)
-    runs.start(run, paths.policy_folder(config, config.model_path))
+    state.start(run, paths.policy_folder(config, config.model_path))
     for index in range(config.num_iterations + 1):
         if index:
             run_iteration(config, run, index)

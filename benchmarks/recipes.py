@@ -28,16 +28,18 @@ from statistics import fmean
 import pyarrow.parquet as pq
 
 from benchmarks import learning, one_process
-from earl import code_version, runs, seeds, statistics
+from earl import code_version
 from earl.config import freeze, load, paths
 from earl.config.schema import Config
 from earl.files import atomic
 from earl.judges import Judgement, Verdict
 from earl.judges.program import ProgramJudge
-from earl.layout import Run
 from earl.learner import rewards
 from earl.report import charts
+from earl.run import state
+from earl.run.layout import Run
 from earl.stages import generate, score, train
+from earl.statistics import intervals, seeds
 
 log = logging.getLogger("recipes")
 
@@ -109,9 +111,9 @@ def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     run = Run(Path(config.base_exp_dir) / config.run_name)
     freeze.write(config, run.config)
     one_process.make_shared(config)
-    runs.start(run, paths.policy_folder(config, config.model_path))
+    state.start(run, paths.policy_folder(config, config.model_path))
     for index in range(config.num_iterations + 1):
-        if index > runs.newest_complete(run):
+        if index > state.newest_complete(run):
             run_iteration(config, run, index, arm)
         wanted = one_process.is_evaluated(config, index) and (index or with_start)
         if wanted and not all(run.evaluation(name, index).summary.is_file() for name in config.evaluations):
@@ -146,7 +148,7 @@ def held_out(found: Found, arm: str, seed: int, name: str, index: int) -> dict[s
 
 def by_prompt(rows: Sequence[Mapping[str, dict]], measure: str) -> dict:
     """Mean over seeds of a measure by prompt; a completion without an image has done nothing of the edit."""
-    return statistics.mean_by_prompt(
+    return intervals.mean_by_prompt(
         (example, row[measure] or 0.0) for one in rows for example, row in sorted(one.items())
     )
 
@@ -171,7 +173,7 @@ def training_rewards(run: Run, last: int) -> list[float]:
 
 
 def difference(before: Mapping, after: Mapping) -> str:
-    change = statistics.paired_bootstrap(before, after)
+    change = intervals.paired_bootstrap(before, after)
     return f"{change.mean:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
 
 

@@ -30,10 +30,10 @@ from earl.emu3 import checkpoint, grid, sequence
 from earl.emu3.vocabulary import ROLES, Vocabulary
 from earl.engines import Request, SamplingParams
 from earl.engines.torch_engine import TorchEngine
-from earl.errors import EarlError
 from earl.judges import answers
 from earl.judges.rubric import Rubric
 from earl.learner import advantage, batches, grpo, logprobs, objective, rewards, sft
+from earl.messages.errors import EarlError
 
 POLICY = Path(paths.__file__).parent.parent / "shapes" / "base_policy"
 SHAPE, PROMPTS, SAMPLES = (8, 8), 4, 2

@@ -24,8 +24,8 @@ import torch
 from earl.emu3 import checkpoint, grid, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Request, SamplingParams, vllm_engine
+from earl.execution.ranks import alone
 from earl.learner import batches, grpo, logprobs
-from earl.learner.ranks import alone
 from tests import policies
 
 BATCHES = (16, 32, 64, 128, 256)

@@ -18,11 +18,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks import one_process
-from earl import processes, runs
 from earl.config import freeze, load, paths
 from earl.config.schema import Config
+from earl.execution import processes
 from earl.files import manifest
-from earl.layout import Run
+from earl.run import state
+from earl.run.layout import Run
 from earl.workers import opening, pool
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -32,7 +33,7 @@ def start_run(config: Config, folder: Path) -> Run:
     """Return a run folder with the configuration and the link to the starting policy."""
     run = Run(folder)
     freeze.write(config, run.config)
-    runs.start(run, paths.policy_folder(config, config.model_path))
+    state.start(run, paths.policy_folder(config, config.model_path))
     return run
 
 

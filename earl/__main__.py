@@ -3,7 +3,7 @@
 import os
 import sys
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 from earl.workers import client
 
 

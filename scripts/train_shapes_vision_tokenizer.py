@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from earl import seeds
 from earl.emu3.models import Emu3VQVAE, Emu3VQVAEConfig
 from earl.files import atomic, manifest
 from earl.shapes import world
+from earl.statistics import seeds
 
 CODES, WIDTH = 256, 8
 RAMP = 6.0

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from earl import seeds, torch_extensions
+from earl.execution import torch_extensions
 from earl.files import atomic, manifest
+from earl.statistics import seeds
 
 SPECIAL = (
     "<|endoftext|>",

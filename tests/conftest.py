@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from earl import torch_extensions
 from earl.emu3.vocabulary import Vocabulary
-from tests import policies, slurm_cluster
+from earl.execution import torch_extensions
+from tests.support import policies, slurm_cluster
 
 DEMO = Path(__file__).parent.parent / "config" / "demo.jsonnet"
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 PREFIX = "APP__"
 """Environment variables that begin with this are Jsonnet's external variables."""

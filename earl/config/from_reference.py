@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from earl.config.evaluate import PREFIX, RUN_NAME, shown
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 REQUIRED = (
     "train_paths_file",

@@ -10,10 +10,10 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from earl import names
 from earl.config.evaluate import Evaluated, evaluate, shown
 from earl.config.schema import NAME, Config
-from earl.errors import EarlError
+from earl.messages import names
+from earl.messages.errors import EarlError
 
 DEFAULT = "default"
 

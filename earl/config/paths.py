@@ -26,8 +26,8 @@ from earl.config import hub
 from earl.config.references import PACKAGE, STAGE
 from earl.config.schema import Config, Sft
 from earl.data import catalogue
-from earl.errors import EarlError
 from earl.files import listing
+from earl.messages.errors import EarlError
 
 Stage = Literal["raw", "download", "fetch", "tokenise", "policy", "convert", "sft"]
 

@@ -16,9 +16,9 @@ from earl.data import catalogue, datalist, mixing, row_files
 from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
 from earl.emu3 import checkpoint
-from earl.errors import EarlError
 from earl.files import listing, manifest, objects
 from earl.judges import rubric
+from earl.messages.errors import EarlError
 
 SPATIAL_FACTOR = 8
 """Pixels of a visual token's side, in Emu3's vision tokenizer."""

@@ -10,7 +10,7 @@ import sys
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 LARGEST_RATIO = 100
 """Bytes that may come out for each byte of the archive."""

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 TOKENISED = "tokenised"
 """Folder of the converted data, beside ``list`` and ``feature``."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from earl.data.example import is_unicode
-from earl.errors import EarlError
 from earl.files import remedies
+from earl.messages.errors import EarlError
 
 FILE = "tokenized_datalist.json"
 _LOOKED_AT = 32

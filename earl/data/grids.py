@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from earl.errors import EarlError
 from earl.files import tables
+from earl.messages.errors import EarlError
 
 _ITEMSIZES = (1, 2, 4)
 _LONGEST = 2**16 - 1

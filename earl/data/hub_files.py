@@ -5,10 +5,10 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from earl import network
 from earl.config.hub import DataFiles
-from earl.errors import EarlError
 from earl.files import atomic, manifest
+from earl.messages import network
+from earl.messages.errors import EarlError
 
 
 def download(wanted: DataFiles, out: Path) -> str:

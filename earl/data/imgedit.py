@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from earl.errors import EarlError
 from earl.files import atomic, tables
+from earl.messages.errors import EarlError
 
 LISTS = ("singleturn.json", "basic_edit.json")
 _SCHEMA = pa.schema(

@@ -12,8 +12,8 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, islice
 
-from earl import seeds
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
+from earl.statistics import seeds
 
 Row = tuple[int, int]
 """Index of a data set, and of a row in it."""

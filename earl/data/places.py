@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from earl.data import cells
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 _ITEM = re.compile(r"\[(\d+)\]")
 

@@ -23,8 +23,8 @@ from earl.data.example import has_words, is_unicode
 from earl.data.pictures import Rejected
 from earl.data.places import Place
 from earl.data.selection import Selection
-from earl.errors import EarlError
 from earl.files import listing, tables
+from earl.messages.errors import EarlError
 
 COLUMNS = tuple(tables.RAW.names)
 OPTIONAL = ("example_id", "task", "reasoning")

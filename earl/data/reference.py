@@ -21,8 +21,8 @@ import numpy as np
 from earl.data import datalist
 from earl.data.example import Example, has_words, is_unicode
 from earl.data.grids import grid
-from earl.errors import EarlError
 from earl.files import remedies
+from earl.messages.errors import EarlError
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 

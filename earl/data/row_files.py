@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from earl.data import cells
-from earl.errors import EarlError
 from earl.files import manifest, remedies, tables
+from earl.messages.errors import EarlError
 
 ARROW = ".arrow"
 _FILE_FORMAT = b"ARROW1"

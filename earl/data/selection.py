@@ -16,7 +16,7 @@ import pyarrow as pa
 from earl.data import cells, places, row_files
 from earl.data.cells import Unreadable
 from earl.data.places import Place
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import RawDataset

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
+from earl.messages.errors import EarlError
 
 DATA = "data"
 REJECTED = "_rejected"

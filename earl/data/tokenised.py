@@ -19,8 +19,8 @@ from earl.data.example import CODEBOOK_SIZE, Dataset, Example
 from earl.data.grids import StoredGrids
 from earl.data.reference import ReferenceDataset
 from earl.data.shards import DATA
-from earl.errors import EarlError
 from earl.files import manifest, remedies, tables
+from earl.messages.errors import EarlError
 
 _HELD_BYTES = 64 * 2**20
 _OPEN_FILES = 64

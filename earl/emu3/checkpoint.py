@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
-from earl.errors import EarlError
 from earl.files import manifest, remedies, tensors
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch

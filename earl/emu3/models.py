@@ -1,6 +1,6 @@
 """Emu3's classes in transformers. The package imports them from here, where it is sure that they can be imported."""
 
-from earl import torch_extensions
+from earl.execution import torch_extensions
 
 torch_extensions.work_around()
 

@@ -18,12 +18,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import network
 from earl.config.hub import Conversion
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
-from earl.errors import EarlError
 from earl.files import atomic, manifest, remedies, tensors
+from earl.messages import network
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from earl.emu3.vocabulary import Vocabulary
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 START_THINKING = " Let's think step by step. <|start thinking|>"
 END_THINKING = "<|end thinking|>"

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

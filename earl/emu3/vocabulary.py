@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.errors import EarlError
 from earl.files import manifest
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -34,7 +34,7 @@ class Request:
     grid: tuple[int, int]
     """Rows and columns (H, W) of visual tokens in the original image."""
     seeds: Sequence[int]
-    """One seed for each sample, see `earl.seeds`: a completion depends on its own seed alone."""
+    """One seed for each sample, see `earl.statistics.seeds`: a completion depends on its own seed alone."""
 
 
 @dataclass(frozen=True)

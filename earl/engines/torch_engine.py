@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from earl import residents, runtime, seeds
+from earl import residents
 from earl.emu3 import checkpoint, truncation
 from earl.emu3 import grid as grid_rules
 from earl.emu3.models import StaticCache
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Completion, Request, SamplingParams, memory_errors, room
-from earl.errors import EarlError
+from earl.execution import runtime
 from earl.files import manifest
+from earl.messages.errors import EarlError
+from earl.statistics import seeds
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

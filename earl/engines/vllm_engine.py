@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from earl import residents, runtime, torch_extensions
+from earl import residents
 from earl.emu3 import checkpoint
 from earl.engines import Completion, Request, SamplingParams, memory_errors, room
-from earl.errors import EarlError
+from earl.execution import runtime, torch_extensions
 from earl.files import manifest
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch

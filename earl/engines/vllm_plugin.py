@@ -5,7 +5,7 @@ platform first and loads general plugins later, so that both functions reach all
 that run this never touch an Emu3.
 """
 
-from earl import torch_extensions
+from earl.execution import torch_extensions
 
 
 def platform() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from earl.errors import EarlError
-from earl.text import encodable
+from earl.messages.errors import EarlError
+from earl.messages.text import encodable
 
 
 def _temporary(path: Path) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from earl.data import pictures
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 _WILD = "*?["
 _NAMED = 5

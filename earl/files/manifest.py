@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 NAME = "manifest.json"
 REMEDY = (

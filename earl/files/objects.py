@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from earl.errors import EarlError
 from earl.files import atomic
+from earl.messages.errors import EarlError
 
 
 def read(path: Path, remedy: str = "run the stage that writes it again") -> dict[str, Any]:

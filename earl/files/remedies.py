@@ -7,7 +7,7 @@ import codecs
 from dataclasses import dataclass
 from pathlib import Path
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from earl.errors import EarlError
 from earl.files import atomic
 from earl.files.remedies import OURS, Remedies, described
+from earl.messages.errors import EarlError
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Lists of tokens are declared at their widest and stored as the smallest unsigned type that holds the vocabulary.

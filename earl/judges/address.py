@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 DEFAULT_PORT = 4877
 KEY = "EARL_JUDGE_API_KEY"

@@ -12,8 +12,8 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from earl.errors import EarlError
-from earl.text import encodable
+from earl.messages.errors import EarlError
+from earl.messages.text import encodable
 
 _PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""

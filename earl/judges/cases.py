@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from statistics import fmean, pvariance
 from typing import Any
 
-from earl import seeds
 from earl.judges import Verdict, answers
 from earl.judges.answers import Unusable
 from earl.judges.chat import Messages, Question, Reply
 from earl.judges.rubric import Rubric
+from earl.statistics import seeds
 
 Request = dict[str, Any]
 """A row of `earl.files.tables.REQUEST`."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from earl.judges import marks
 from earl.judges.rubric import Rubric
-from earl.text import encodable
+from earl.messages.text import encodable
 
 Messages = list[dict[str, Any]]
 """Messages of the OpenAI chat API: plain dicts, images as data URLs."""

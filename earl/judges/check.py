@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from earl import code_version, judges, statistics
-from earl.agreement import spearman
-from earl.errors import EarlError
+from earl import code_version, judges
 from earl.files import atomic
 from earl.judges import Verdict, known_order
 from earl.judges.known_order import Ranked
 from earl.learner import rewards
+from earl.messages.errors import EarlError
+from earl.statistics import intervals
+from earl.statistics.agreement import spearman
 
 if TYPE_CHECKING:
     from earl.config.schema import Config, JudgeGate
@@ -107,7 +108,7 @@ def measure(ranked: Sequence[Ranked], verdicts: Sequence[Verdict], which: str) -
         "examples": len(accuracies),
         "images": len(ranked),
         "pairs": pairs,
-        "accuracy": vars(statistics.bootstrap(accuracies)),
+        "accuracy": vars(intervals.bootstrap(accuracies)),
         "accuracy_by_pair": {pair: fmean(found) for pair, found in by_pair.items()},
         "spearman": fmean(correlations),
         "failed": failed,

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from earl import seeds
 from earl.judges import server
 from earl.judges.chat import Question
+from earl.statistics import seeds
 
 BARE, OBJECT, FREE = "a schema with bounds", "a schema", "JSON output"
 ONE, RENAMED = "n", "max_tokens"

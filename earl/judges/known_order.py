@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from earl import seeds
 from earl.data import cells
 from earl.data.example import has_words
-from earl.errors import EarlError
 from earl.files import images, remedies, tables
 from earl.judges import Judgement
+from earl.messages.errors import EarlError
 from earl.shapes import world
+from earl.statistics import seeds
 
 _AT_LEAST = "give at least two of one example, with different ranks"
 

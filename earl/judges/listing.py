@@ -3,9 +3,9 @@
 import asyncio
 from typing import Any
 
-from earl.errors import EarlError
 from earl.judges import transport
 from earl.judges.transport import Busy, Failure, Page, Slow, Unreachable
+from earl.messages.errors import EarlError
 
 
 def names(listing: Any) -> list[str]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl.config import paths
-from earl.errors import EarlError
 from earl.files import images, manifest
 from earl.judges import Judgement, Verdict, answers, chat, marks, readout, rubric, thinking
 from earl.judges.answers import Unusable
@@ -22,6 +21,7 @@ from earl.judges.cache import Cache
 from earl.judges.cases import Case, by_question, reads_alike, verdict
 from earl.judges.chat import ChatModel, Pass, Question, Reply
 from earl.judges.rubric import Rubric
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import numpy as np

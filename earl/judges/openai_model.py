@@ -22,13 +22,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from earl.errors import EarlError
 from earl.judges import address, dialect, listing, responses, transport
 from earl.judges.chat import Pass, Question, Reply
 from earl.judges.dialect import Dialect
 from earl.judges.pace import Pace
 from earl.judges.transport import Busy, Failure, Faulty, Refused, Slow, Unreachable
-from earl.redaction import redacted
+from earl.messages.errors import EarlError
+from earl.messages.redaction import redacted
 
 if TYPE_CHECKING:
     import httpx2

@@ -10,7 +10,7 @@ from typing import Any
 
 from earl.judges.chat import Pass, Question, Token
 from earl.judges.transport import PAYMENT, Faulty, Refused, failed
-from earl.redaction import redacted
+from earl.messages.redaction import redacted
 
 _STOP = {
     "stop",

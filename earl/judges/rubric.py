@@ -25,8 +25,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from earl.config.evaluate import evaluate
-from earl.errors import EarlError
 from earl.files import remedies
+from earl.messages.errors import EarlError
 
 ImageName = Literal["original", "target", "edited"]
 ScoreName = Literal["edit_success", "overedit", "naturalness", "artifacts", "ground_score"]

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from earl import processes
-from earl.errors import EarlError
+from earl.execution import processes
 from earl.files import atomic
 from earl.judges import address
+from earl.messages.errors import EarlError
 
 MAX_IMAGES = 2
 """Images in one question at most."""

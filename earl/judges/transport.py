@@ -1,7 +1,7 @@
 """One request to a server: bounded in time and space, and every way in which it may fail told apart.
 
 `Busy` says nothing about what was asked, `Faulty` may go well another time, `Refused` will not. What would befall every
-request is an `earl.errors.EarlError`.
+request is an `earl.messages.errors.EarlError`.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from earl import network
-from earl.errors import EarlError
 from earl.judges import address
-from earl.redaction import redacted
+from earl.messages import network
+from earl.messages.errors import EarlError
+from earl.messages.redaction import redacted
 
 if TYPE_CHECKING:
     import httpx2

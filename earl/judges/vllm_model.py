@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import residents, runtime
+from earl import residents
 from earl.engines.vllm_engine import check_device, vllm_torch
-from earl.errors import EarlError
+from earl.execution import runtime
 from earl.files import manifest, remedies
 from earl.judges import server
 from earl.judges.chat import Pass, Question, Reply, Token
 from earl.judges.marks import unbroken
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

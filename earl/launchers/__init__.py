@@ -15,8 +15,8 @@ environment, as under torchrun.
 import importlib.util
 from typing import Protocol
 
-from earl.errors import EarlError
 from earl.launchers.job import Job
+from earl.messages.errors import EarlError
 
 NAMES = ("local", "debug", "slurm", "workers")
 

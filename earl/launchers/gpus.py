@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from earl import processes
-from earl.errors import EarlError
+from earl.execution import processes
+from earl.messages.errors import EarlError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOOK = 0.5

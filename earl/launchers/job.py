@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from earl import names
-from earl.errors import EarlError
+from earl.messages import names
+from earl.messages.errors import EarlError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import time
 
-from earl.errors import EarlError
 from earl.launchers import child, gpus
 from earl.launchers.job import Job
+from earl.messages.errors import EarlError
 
 
 class LocalLauncher:

@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from earl import processes
-from earl.errors import EarlError
+from earl.execution import processes
 from earl.files import atomic
 from earl.launchers import squeue
+from earl.messages.errors import EarlError
 
 RECORD, CLAIM, WRITER, LAUNCHER = "job.json", "claim", "writer.lock", "launcher.lock"
 RECORD_PATIENCE = 60.0

@@ -18,11 +18,11 @@ import submitit
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmJob
 
-from earl import processes
-from earl.errors import EarlError
+from earl.execution import processes
 from earl.launchers import child, record, squeue
 from earl.launchers.job import Job, Resources
 from earl.launchers.slurm_task import StageTask, WorkerTask
+from earl.messages.errors import EarlError
 
 LOOK_FOR_RESULT = 0.5
 """Seconds between two looks for a job's result, a file."""

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 """States that a job does not leave, but for being queued again; then it has another."""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earl.errors import EarlError
 from earl.learner.packing import Group
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from earl.execution.ranks import Ranks, rounds
 from earl.learner import objective, packing
-from earl.learner.ranks import Ranks, rounds
 
 if TYPE_CHECKING:
     from earl.learner.grpo import Settings

@@ -15,11 +15,11 @@ import torch
 from earl.emu3 import grid as grid_rules
 from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
-from earl.errors import EarlError
 from earl.files import manifest, tables
-from earl.layout import Iteration
 from earl.learner import advantage, logprobs, rewards
 from earl.learner.batches import Episode
+from earl.messages.errors import EarlError
+from earl.run.layout import Iteration
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from earl.errors import EarlError
+from earl.execution.ranks import Ranks, alone
 from earl.learner import attention, head, logprobs, objective, sharding
 from earl.learner.batches import Episode, MicroBatch, length, micro_batches, mini_batches
 from earl.learner.performance import Clock
-from earl.learner.ranks import Ranks, alone
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM

@@ -9,8 +9,8 @@ from torch.distributed.checkpoint import Metadata, SavePlan, SavePlanner, Storag
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from earl.execution.ranks import Ranks
 from earl.files import tensors as files
-from earl.learner.ranks import Ranks
 
 OFFSETS = "DCP_SHARDING_INFO"
 """Entry of a file's header where HuggingFaceStorageReader looks for the place of each part in its tensor. It must stay

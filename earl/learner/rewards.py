@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

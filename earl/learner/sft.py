@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from earl import seeds
-from earl.errors import EarlError
+from earl.execution import ranks
+from earl.execution.ranks import Ranks
 from earl.files import manifest
-from earl.learner import batches, grpo, logprobs, objective, ranks, sharding, trainer_state
+from earl.learner import batches, grpo, logprobs, objective, sharding, trainer_state
 from earl.learner.batches import Episode
-from earl.learner.ranks import Ranks
+from earl.messages.errors import EarlError
+from earl.statistics import seeds
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM

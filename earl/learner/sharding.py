@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from earl.emu3 import checkpoint
-from earl.errors import EarlError
-from earl.learner.ranks import Ranks
+from earl.execution.ranks import Ranks
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM

@@ -10,7 +10,7 @@ of ranks goes on from what any other number wrote. The files are those that its 
 writer of them is not used, since the entries of its headers come in another order in every process: equal states would
 have unequal bytes. Its default format keeps a pickle.
 
-No generator state is kept: every draw of a run is a function of (seed, place), see `earl.seeds`.
+No generator state is kept: every draw of a run is a function of (seed, place), see `earl.statistics.seeds`.
 """
 
 import json
@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.errors import EarlError
+from earl.execution.ranks import Ranks
 from earl.files import atomic, manifest
-from earl.learner.ranks import Ranks
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch

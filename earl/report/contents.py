@@ -8,12 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from earl import replays, statistics
 from earl.config import load, paths
-from earl.errors import EarlError
 from earl.files import objects, tables
-from earl.layout import Run
+from earl.messages.errors import EarlError
+from earl.run import replays
+from earl.run.layout import Run
 from earl.stages.evaluate import EVALUATION, prompt_of
+from earl.statistics import intervals
 
 SUMMARY_NAME = re.compile(r"\d{6}\.json")
 
@@ -125,7 +126,7 @@ class Comparison:
 
     before: float
     after: float | None
-    change: statistics.Interval | None
+    change: intervals.Interval | None
     prompts: int
 
 
@@ -143,7 +144,7 @@ def compare(first: pa.Table, last: pa.Table | None, measure: str, task: str | No
     return Comparison(
         before=sum(before[prompt] for prompt in shared) / len(shared),
         after=sum(after[prompt] for prompt in shared) / len(shared),
-        change=statistics.paired_bootstrap(before, after),
+        change=intervals.paired_bootstrap(before, after),
         prompts=len(shared),
     )
 
@@ -151,4 +152,4 @@ def compare(first: pa.Table, last: pa.Table | None, measure: str, task: str | No
 def _by_prompt(table: pa.Table, measure: str, task: str | None) -> dict[Any, float]:
     rows = table.select(["dataset", "example_id", "task", measure]).to_pylist()
     chosen = (row for row in rows if task is None or (row["task"] or "") == task)
-    return statistics.mean_by_prompt((prompt_of(row), row[measure]) for row in chosen)
+    return intervals.mean_by_prompt((prompt_of(row), row[measure]) for row in chosen)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from earl import replays
 from earl.files import objects
-from earl.layout import Run
 from earl.report import charts
+from earl.run import replays
+from earl.run.layout import Run
 
 MEASURES = {
     "reward_mean": ("Training reward", "mean over the iteration's episodes"),

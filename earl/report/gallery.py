@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from earl import seeds
 from earl.files import images
-from earl.layout import Run
 from earl.report import reasoning
 from earl.report.contents import Series
+from earl.run.layout import Run
 from earl.stages.evaluate import prompt_of
+from earl.statistics import seeds
 
 PER_KIND = 4
 SCORES = ("reward", "edit_success", "overedit", "naturalness", "artifacts")

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from earl import statistics
-from earl.errors import EarlError
 from earl.files import tables
-from earl.layout import Run
 from earl.learner.rewards import SUB_SCORES
+from earl.messages.errors import EarlError
 from earl.report.contents import SUMMARY_NAME
+from earl.run.layout import Run
 from earl.stages.evaluate import EVALUATION, prompt_of
+from earl.statistics import intervals
 
 MAIN = "viescore"
 MEASURES = (MAIN, "semantic_consistency", "perceptual_quality", *SUB_SCORES, "ground_score")
@@ -45,14 +45,14 @@ class Entry:
         if self.iteration == 0 or not self.run.evaluation(name, 0).summary.is_file():
             return None
         before = self._rewards(name, 0, None)
-        change = statistics.paired_bootstrap(before, self.rewards(name, None))
+        change = intervals.paired_bootstrap(before, self.rewards(name, None))
         return {"mean": fmean(before.values()), "change": vars(change)} if change else None
 
     def _rewards(self, name: str, iteration: int, task: str | None) -> dict[Any, float]:
         table = self.run.evaluation(name, iteration).table
         rows = tables.read_table(table, EVALUATION, ["dataset", "example_id", "task", MAIN]).to_pylist()
         chosen = (row for row in rows if task is None or (row["task"] or "") == task)
-        return statistics.mean_by_prompt((prompt_of(row), row[MAIN]) for row in chosen)
+        return intervals.mean_by_prompt((prompt_of(row), row[MAIN]) for row in chosen)
 
 
 def read(spec: str, wanted: Sequence[str] = ()) -> Entry:
@@ -151,7 +151,7 @@ def _changes(baseline: Entry, entry: Entry) -> dict[str, Any]:
             continue
         tasks = [None, *entry.summaries[name]["tasks"]]
         before, after = ({task: each.rewards(name, task) for task in tasks} for each in (baseline, entry))
-        all_, *rest = (statistics.paired_bootstrap(before[task], after[task]) for task in tasks)
+        all_, *rest = (intervals.paired_bootstrap(before[task], after[task]) for task in tasks)
         by_task = {task: vars(change) for task, change in zip(tasks[1:], rest, strict=True) if change}
         found[name] = {"all": vars(all_) if all_ else None, "tasks": by_task}
     return found

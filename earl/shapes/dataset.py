@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from earl.errors import EarlError
 from earl.files import images, tables
+from earl.messages.errors import EarlError
 from earl.shapes import world
 
 

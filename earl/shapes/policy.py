@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import seeds
 from earl.emu3 import sequence, vocabulary
 from earl.files import atomic, manifest
 from earl.shapes import world
+from earl.statistics import seeds
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from earl import seeds
+from earl.statistics import seeds
 
 GRID = 4
 """Cells along one side of a scene."""

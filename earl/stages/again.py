@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from earl import runs
 from earl.config.load import read
-from earl.layout import Run
+from earl.run import state
+from earl.run.layout import Run
 from earl.stages import rescore, score
 
 
@@ -35,7 +35,7 @@ def run(run_path: Path, iterations: Sequence[int] = (), evaluations: Sequence[st
     """
     files = Run(Path(run_path))
     config = read(files.config)
-    with runs.exclusive(files):
+    with state.exclusive(files):
         for each in rescore.stored(files, files.path, iterations, evaluations):
             # A replay reads the scores of another run, which are not its own to change.
             if each.before.is_relative_to(files.path):

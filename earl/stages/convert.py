@@ -10,8 +10,8 @@ from earl.data.example import CODEBOOK_SIZE, Example
 from earl.data.grids import stored
 from earl.data.reference import ReferenceDataset
 from earl.data.shards import Reject, ShardWriter
-from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
+from earl.messages.errors import EarlError
 
 ROWS_PER_FILE = 8192
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from earl import code_version, statistics
+from earl import code_version
 from earl.config import freeze
-from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
 from earl.learner.rewards import COMPONENTS, SUB_SCORES, component, episode_reward
+from earl.messages.errors import EarlError
+from earl.statistics import intervals
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -192,8 +193,8 @@ def _best_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]
     sizes = sorted({2**power for power in range(most.bit_length())} | {most}) if most > 1 else []
     found = {}
     for size in sizes:
-        interval = statistics.bootstrap(
-            statistics.expected_best(rewards, size) for rewards in known.values() if len(rewards) >= size
+        interval = intervals.bootstrap(
+            intervals.expected_best(rewards, size) for rewards in known.values() if len(rewards) >= size
         )
         if interval is not None:
             found[str(size)] = vars(interval)
@@ -211,7 +212,7 @@ def _spread(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, float | i
     if not values:
         return None
     # Of the mean over prompts, which is the mean over episodes wherever no judgement failed.
-    interval = statistics.bootstrap(statistics.mean_by_prompt((prompt_of(row), row[measure]) for row in rows).values())
+    interval = intervals.bootstrap(intervals.mean_by_prompt((prompt_of(row), row[measure]) for row in rows).values())
     return {
         "mean": float(np.mean(values)),
         "std": float(np.std(values)),

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import code_version, engines, layout, runtime, seeds
+from earl import code_version, engines
 from earl.config import freeze
 from earl.config.paths import vision_tokenizer_folder
 from earl.data.tokenised import Example
 from earl.emu3 import checkpoint, sequence, vision
 from earl.emu3.vocabulary import Vocabulary
-from earl.errors import EarlError
+from earl.execution import runtime
 from earl.files import images, manifest, tables
+from earl.messages.errors import EarlError
+from earl.run import layout
 from earl.stages import prompts
+from earl.statistics import seeds
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -18,7 +18,7 @@ from earl.data.example import Dataset
 from earl.data.tokenised import Example, open_dataset
 from earl.emu3 import grid, sequence
 from earl.emu3.vocabulary import Vocabulary
-from earl.errors import EarlError
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import replays, runs
 from earl.config import freeze
 from earl.config.load import changed, leaves, read
 from earl.config.schema import is_free
-from earl.errors import EarlError
+from earl.execution import ranks
 from earl.files import atomic, manifest
-from earl.layout import Run
-from earl.learner import ranks, rewards
+from earl.learner import rewards
+from earl.messages.errors import EarlError
 from earl.report import comparison, curves
+from earl.run import replays, state
+from earl.run.layout import Run
 from earl.stages import rescore, train
 
 if TYPE_CHECKING:
@@ -117,14 +118,14 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
     if target.config.is_file() and replays.record_of(target) is None:
         raise EarlError(f"{out}: holds a run that is no replay; give a folder of its own")
     target.path.mkdir(parents=True, exist_ok=True)
-    with runs.exclusive(target):
+    with state.exclusive(target):
         replays.write(target, record)
         freeze.write(config, target.config)
         _start(source, target)
-        for index in range(runs.newest_complete(target) + 1, config.num_iterations + 1):
+        for index in range(state.newest_complete(target) + 1, config.num_iterations + 1):
             log.info("replay: iteration %d of %d", index, config.num_iterations)
             _train(config, target, index)
-            runs.prune(target, runs.Retention.of(config), after=index)
+            state.prune(target, state.Retention.of(config), after=index)
         off_policy = replays.off_policy(target, config.num_iterations)
         replayed = Replayed(source, target, config, config.num_iterations, off_policy)
         atomic.write_text(replayed.page, _page(replayed))
@@ -143,7 +144,7 @@ def _train(config: "Config", target: Run, index: int) -> None:
 def _config(source: Run, target: Run, overrides: Mapping[str, Any], scores: str | None) -> "Config":
     own = read(source.config)
     judge = _judge(source, scores) if scores else {}
-    count = overrides.get("num_iterations", runs.newest_complete(source))
+    count = overrides.get("num_iterations", state.newest_complete(source))
     if not isinstance(count, int) or count < 1:
         raise EarlError(f"{source.path}: has no iteration to replay, or num_iterations is {count!r}")
     given = {**judge, **overrides, "num_iterations": count, "run_name": target.path.name}
@@ -188,8 +189,8 @@ def _start(source: Run, target: Run) -> None:
             f"{policy}: is another policy ({manifest.digest_folder(policy)[:12]}) than the one that the run started "
             f"from ({recorded[:12]}); put that one back"
         )
-    if not runs.has_checkpoint(target.iteration(0)):
-        runs.start(target, policy)
+    if not state.has_checkpoint(target.iteration(0)):
+        state.start(target, policy)
 
 
 def _page(replayed: Replayed) -> str:

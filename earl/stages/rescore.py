@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import agreement, judges, replays, runs
+from earl import judges
 from earl.config import freeze
 from earl.config.freeze import config_digest
 from earl.config.load import changed, read
 from earl.config.schema import is_free
-from earl.errors import EarlError
 from earl.files import atomic, manifest, tables
-from earl.layout import Evaluation, Run
 from earl.learner.rewards import SUB_SCORES, viescore
+from earl.messages.errors import EarlError
+from earl.run import replays, state
+from earl.run.layout import Evaluation, Run
 from earl.stages import score
+from earl.statistics import agreement
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -74,7 +76,7 @@ def run(
     found = list(stored(files, folder, iterations, evaluations))
     if not found:
         raise EarlError(f"{files.path}: has no scored rollouts of these iterations and evaluations; name others")
-    with runs.exclusive(Run(folder)):
+    with state.exclusive(Run(folder)):
         freeze.write(config, folder / "config.json")
         judge = judges.get(config)
         for each in found:
@@ -104,7 +106,7 @@ def _config(files: Run, folder: Path, overrides: Mapping[str, Any]) -> "Config":
 def stored(files: Run, folder: Path, iterations: Sequence[int], evaluations: Sequence[str]) -> Iterator[Scored]:
     """Yield what has been scored, in the order of iterations and names of evaluations."""
     wanted = set(iterations)
-    indices = [index for index in runs.iterations(files) if index and (not wanted or index in wanted)]
+    indices = [index for index in state.iterations(files) if index and (not wanted or index in wanted)]
     for index in [] if evaluations else indices:
         stored = replays.iteration_of(files, index)
         for before in sorted(stored.scores(0).parent.glob("*.parquet")):

@@ -12,13 +12,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import code_version, replays, runs
+from earl import code_version
 from earl.config import freeze
 from earl.config.load import read
-from earl.errors import EarlError
+from earl.execution import ranks
 from earl.files import manifest
-from earl.layout import Iteration, Run
-from earl.learner import ranks
+from earl.messages.errors import EarlError
+from earl.run import replays, state
+from earl.run.layout import Iteration, Run
 from earl.stages import train
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _is_kept(iteration: Iteration) -> bool:
     """
     if iteration.index == 0:
         return iteration.policy.is_dir()
-    if not runs.has_checkpoint(iteration):
+    if not state.has_checkpoint(iteration):
         return False
     try:
         for folder in (iteration.policy, iteration.trainer):

@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from earl import code_version, judges
 from earl.config.freeze import config_digest
-from earl.errors import EarlError
 from earl.files import images, manifest, tables
 from earl.judges.model_judge import ModelJudge
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

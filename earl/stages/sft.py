@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from earl import residents, runtime, seeds
+from earl import residents
 from earl.config.paths import (
     SFT_FREE,
     SFT_USES,
@@ -28,10 +28,12 @@ from earl.data.example import Dataset, Example
 from earl.data.tokenised import open_dataset
 from earl.emu3 import sequence as grammar
 from earl.emu3.vocabulary import Vocabulary
-from earl.errors import EarlError
+from earl.execution import ranks, runtime
+from earl.execution.ranks import Ranks
 from earl.files import manifest
-from earl.learner import attention, grpo, ranks, sft, sharding
-from earl.learner.ranks import Ranks
+from earl.learner import attention, grpo, sft, sharding
+from earl.messages.errors import EarlError
+from earl.statistics import seeds
 
 if TYPE_CHECKING:
     from earl.config.schema import Config, Sft

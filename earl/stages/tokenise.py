@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from earl import code_version, runtime
+from earl import code_version
 from earl.config.paths import vision_tokenizer_folder
 from earl.data import pictures
 from earl.data.boxes import misfits, scale_boxes
@@ -27,6 +27,7 @@ from earl.data.raw import RawRow, RawSource, Window
 from earl.data.selection import Selection
 from earl.data.shards import Reject, ShardWriter
 from earl.emu3 import checkpoint, vision
+from earl.execution import runtime
 from earl.files import atomic, images, manifest, tables
 
 if TYPE_CHECKING:

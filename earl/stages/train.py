@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earl import code_version, replays, residents, runtime
+from earl import code_version, residents
 from earl.config.freeze import config_digest
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
-from earl.errors import EarlError
+from earl.execution import ranks, runtime
+from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
-from earl.layout import Iteration, Run
-from earl.learner import attention, episodes, grpo, objective, performance, ranks, sharding, trainer_state
+from earl.learner import attention, episodes, grpo, objective, performance, sharding, trainer_state
 from earl.learner.performance import Clock
-from earl.learner.ranks import Ranks
 from earl.learner.trainer_state import TrainerState
+from earl.messages.errors import EarlError
+from earl.run import replays
+from earl.run.layout import Iteration, Run
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
@@ -37,7 +39,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     Args:
         run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the starting
             policy in iteration 0 as reference, and the rollouts and scores of this iteration (of a replay: its source
-            does, see `earl.replays`).
+            does, see `earl.run.replays`).
         iteration: 1 is the first.
         shards: number of rollout shards on disk, `rollout_shards` by default.
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from earl import processes
-from earl.errors import EarlError
+from earl.execution import processes
 from earl.files import objects
-from earl.layout import Run
+from earl.messages.errors import EarlError
+from earl.run.layout import Run
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from earl import runs
 from earl.config import paths, references
-from earl.errors import EarlError
 from earl.files import objects, tables
-from earl.layout import Iteration, Run
+from earl.messages.errors import EarlError
+from earl.run import state
+from earl.run.layout import Iteration, Run
 from earl.stages.evaluate import joined
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def rows(run: Run, config: "Config") -> list[Row]:
         EarlError: when a file is damaged or lacks a field.
     """
     found = []
-    for index in range(runs.newest_complete(run) + 1):
+    for index in range(state.newest_complete(run) + 1):
         row = _row(run, config, index)
         if row is None:
             break
@@ -56,7 +56,7 @@ def rows(run: Run, config: "Config") -> list[Row]:
 
 def _row(run: Run, config: "Config", index: int) -> Row | None:
     iteration = run.iteration(index)
-    source = iteration.metrics if index else runs.start_record(iteration)
+    source = iteration.metrics if index else state.start_record(iteration)
     metrics = objects.read(source)
     if "policy_digest" not in metrics:
         raise EarlError(f"{source}: field 'policy_digest' is missing; run the stage that writes it again")
@@ -68,7 +68,7 @@ def _row(run: Run, config: "Config", index: int) -> Row | None:
         summary = run.evaluation(name, index).summary
         if summary.is_file():
             figures |= _flat(f"evaluation/{name}", objects.read(summary), NOT_FIGURES)
-        elif index % evaluation.every_n_iterations == 0 and runs.has_checkpoint(iteration):
+        elif index % evaluation.every_n_iterations == 0 and state.has_checkpoint(iteration):
             return None
     return Row(index, metrics["policy_digest"], figures)
 

@@ -8,10 +8,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import network, runs, tracking
-from earl.errors import EarlError
+from earl import tracking
 from earl.files import manifest, objects
-from earl.layout import Iteration, Run, iteration_name
+from earl.messages import network
+from earl.messages.errors import EarlError
+from earl.run import state
+from earl.run.layout import Iteration, Run, iteration_name
 from earl.tracking import origin
 
 if TYPE_CHECKING:
@@ -80,10 +82,10 @@ def _pushed(run: Run, config: "Config", state: Path) -> dict[str, dict[str, str]
 def due(run: Run, config: "Config") -> list[int]:
     """Return the iterations whose policies belong on the hub: every n-th one, and the last of the run."""
     every = config.push_to_hub_every_n_iterations
-    newest = runs.newest_complete(run)
+    newest = state.newest_complete(run)
     wanted = set(range(every, newest + 1, every)) if every else set()
     wanted |= {newest} if newest and newest >= config.num_iterations else set()
-    return sorted(index for index in wanted if runs.has_checkpoint(run.iteration(index)))
+    return sorted(index for index in wanted if state.has_checkpoint(run.iteration(index)))
 
 
 class _Repository:

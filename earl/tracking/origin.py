@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from earl import tracking
-from earl.layout import Run
+from earl.run.layout import Run
 
 Place = Mapping[str, Any]
 

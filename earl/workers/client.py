@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Protocol
 
-from earl import code_version, processes
+from earl import code_version
+from earl.execution import processes
 from earl.workers import KINDS, channel, pool
 
 _VARYING = ("PWD", "OLDPWD", "SHLVL", "_", "TQDM_MININTERVAL", "LOGNAME", pool.VARIABLE, processes.WATCHED)

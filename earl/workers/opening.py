@@ -11,7 +11,7 @@ import tempfile
 import time
 from typing import IO
 
-from earl import processes
+from earl.execution import processes
 from earl.workers.pool import JOBS, LOCAL, SLURM, VARIABLE, Pool, Slot
 
 _PREFIX = "earl-workers-"

@@ -31,8 +31,8 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from earl import processes
-from earl.errors import EarlError
+from earl.execution import processes
+from earl.messages.errors import EarlError
 
 VARIABLE = "EARL_WORKERS"
 """Environment variable with the folder of the pool that stages are to use."""

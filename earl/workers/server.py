@@ -17,9 +17,10 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from earl import processes, residents
-from earl.errors import EarlError
+from earl import residents
+from earl.execution import processes
 from earl.launchers import squeue
+from earl.messages.errors import EarlError
 from earl.workers import KINDS, RANKS, channel, client, pool, team
 from earl.workers.output import Output
 

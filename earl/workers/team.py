@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from earl.learner import ranks
+from earl.execution import ranks
 from earl.workers import TOGETHER, channel
 from earl.workers.output import Output
 

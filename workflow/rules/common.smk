@@ -11,11 +11,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
-from earl import names, plan, processes, runs, tracking
+from earl import tracking
+from earl.messages import names
+from earl.run import plan, state
+from earl.execution import processes
 from earl.config import freeze, load, paths, places
 from earl.config.schema import Config
-from earl.errors import EarlError
-from earl.layout import Run
+from earl.messages.errors import EarlError
+from earl.run.layout import Run
 
 # Settings of --config; the workflow itself sets the last one.
 SETTINGS = (
@@ -109,7 +112,7 @@ def make_plans():
 
 def check_plan(item, loaded):
     """Stop where what is left of a run is sure to fail; say what it will only miss."""
-    started = runs.start_record(item.run.iteration(0)).is_file()
+    started = state.start_record(item.run.iteration(0)).is_file()
     if not started or item.iterations or item.evaluations:
         places.check(loaded.config, loaded.origin, started, stages_run_here())
     tracking.check_hub(loaded.config)
@@ -127,7 +130,7 @@ def open_runs():
         for item in PLANS.values():
             # Whatever this one has, a killed workflow's workers may not know yet that they are on their own.
             opening.clear_up(workers_beside(item))
-            LOCKS.append(processes.lock(runs.lock_file(item.run)))
+            LOCKS.append(processes.lock(state.lock_file(item.run)))
             refuse_other_writers(item.run.path)
             freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)
     except EarlError as error:
@@ -199,7 +202,7 @@ def vision_tokenizer_to_start(w):
 
     One that has started does not start anew where it is made again; what samples still waits for it.
     """
-    started = runs.start_record(PLANS[w.run].run.iteration(0)).is_file()
+    started = state.start_record(PLANS[w.run].run.iteration(0)).is_file()
     return [] if started else vision_tokenizer(w)
 
 
@@ -267,7 +270,7 @@ def previous(w):
 def checkpoint_files(item):
     """Return the files that stand for a whole checkpoint of an iteration: the manifests, which are written last."""
     if item.index == 0:
-        return {"policy": runs.start_record(item).as_posix()}
+        return {"policy": state.start_record(item).as_posix()}
     return {
         name: f"{item.path.as_posix()}/{name}/manifest.json"
         for name in ("policy", "trainer")
@@ -305,7 +308,7 @@ def restore(which):
 
     def commands(wildcards, output, threads, resources):
         item = which(wildcards)
-        if PLANS[wildcards.run].single is None or runs.has_checkpoint(item):
+        if PLANS[wildcards.run].single is None or state.has_checkpoint(item):
             return ""
         files = list(checkpoint_files(item).values())
         job = f"restore-{item.index:06d}"

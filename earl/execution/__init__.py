@@ -1,0 +1,1 @@
+"""How a process computes: device, ranks, locks."""

@@ -1,0 +1,1 @@
+"""What people read: errors, hints, progress; and what must not be shown."""

@@ -1,0 +1,316 @@
+"""The state of a run folder: how far it is, which checkpoints it keeps, and how to go back.
+
+Nothing here loads a model or reads Parquet: the workflow asks these questions at every start, also when thousands of
+iterations are done.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from earl.execution import processes
+from earl.files import manifest, objects
+from earl.launchers import record
+from earl.messages.errors import EarlError
+from earl.run.layout import Iteration, Run, iteration_name
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints (``policy`` and ``trainer``) of a run stay on disk.
+
+    The newest complete iteration and the one before it are needed to resume. Of the others, the latest multiple of
+    ``save_every`` is kept, every multiple of ``keep_every`` (None: every multiple of ``save_every``), and the last
+    iteration. Iteration 0 is a link and always stays.
+    """
+
+    save_every: int | None
+    keep_every: int | None
+    last: int
+
+    @classmethod
+    def of(cls, config: "Config") -> "Retention":
+        return cls(
+            config.save_checkpoints_every_n_iterations,
+            config.keep_checkpoints_every_n_iterations,
+            config.num_iterations,
+        )
+
+    def keeps(self, index: int, newest: int) -> bool:
+        """Return whether the checkpoint of iteration ``index`` stays when ``newest`` is the newest complete one."""
+        if index == 0 or index >= newest - 1 or index == self.last:
+            return True
+        keep_every = self.save_every if self.keep_every is None else self.keep_every
+        if keep_every and index % keep_every == 0:
+            return True
+        return bool(self.save_every) and index == newest - newest % self.save_every
+
+    def dropped_by(self, newest: int) -> list[int]:
+        """Return the iterations, at most two, whose checkpoints go when ``newest`` becomes complete."""
+        candidates = {newest - 2}
+        if self.save_every:
+            candidates.add((newest - 1) - (newest - 1) % self.save_every)
+        return sorted(i for i in candidates if i > 0 and self.keeps(i, newest - 1) and not self.keeps(i, newest))
+
+
+@contextmanager
+def exclusive(run: Run) -> Iterator[None]:
+    """Keep a workflow from working on the run, and wait for one that is just ending.
+
+    A stage is started by the workflow that holds the lock, and goes on under it.
+
+    Raises:
+        EarlError: when a workflow is working on the run, or jobs that an earlier one has left behind.
+    """
+    if processes.in_workflow():
+        yield
+        return
+    with processes.lock(lock_file(run)):
+        for job in record.running(run.path / "logs" / "jobs"):
+            raise EarlError(f"{run.path}: Slurm job {job.job_id} ({job.name}) still runs; wait for it, or scancel it")
+        yield
+
+
+def lock_file(run: Run) -> Path:
+    """Return the file that the one workflow working on a run holds locked."""
+    return run.path / ".lock"
+
+
+def iterations(run: Run) -> list[int]:
+    """Return the numbers of all iteration folders in ascending order: one directory listing, no look inside.
+
+    Raises:
+        EarlError: something in the path of the run is a file.
+    """
+    try:
+        with os.scandir(run.path / "iterations") as entries:
+            return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as error:
+        raise EarlError(
+            f"{run.path}: a file stands where a folder has to be; give another base_exp_dir or run_name, or move it"
+        ) from error
+
+
+def has_checkpoint(iteration: Iteration) -> bool:
+    """Return whether policy and trainer state are there, whole. Iteration 0 has no trainer state."""
+    if iteration.index == 0:
+        return start_record(iteration).is_file() and iteration.policy.is_dir()
+    return (iteration.policy / manifest.NAME).is_file() and (iteration.trainer / manifest.NAME).is_file()
+
+
+def newest_complete(run: Run) -> int:
+    """Return the newest iteration from which the run can go on; 0 when none is complete.
+
+    Looks at folders from the newest backwards and stops at the first that is complete.
+    """
+    for index in reversed(iterations(run)):
+        iteration = run.iteration(index)
+        if index and iteration.metrics.is_file() and has_checkpoint(iteration):
+            return index
+    return 0
+
+
+def start_record(iteration: Iteration) -> Path:
+    """Return the file that says what iteration 0's policy is."""
+    return iteration.path / "start.json"
+
+
+def start(run: Run, policy: Path) -> None:
+    """Make ``iterations/000000/policy`` a link to the starting policy, and record its digest beside it.
+
+    The link is relative to a policy beside the run, in the same ``base_exp_dir``, which may move as a whole, and
+    absolute to one elsewhere. The record, not the link, is what the workflow takes for the stage's output: an output
+    may be removed and written again, and removing files below the link would damage the policy itself.
+
+    Raises:
+        EarlError: when ``policy`` is not a folder with a model, or not the one that trained iterations started from.
+    """
+    if not (policy / "config.json").is_file():
+        raise EarlError(
+            f"{policy}: is not a model folder (it has no config.json); set model_path to a folder that "
+            "transformers can load, or to a stage such as stage:sft/<name>"
+        )
+    first, digest = run.iteration(0), manifest.digest_folder(policy)
+    _check_same_start(run, policy, digest)
+    first.path.mkdir(parents=True, exist_ok=True)
+    target = _link_target(run, policy)
+    temporary = first.path / f".policy.tmp-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target, target_is_directory=True)
+    os.replace(temporary, first.policy)
+    objects.write(start_record(first), {"policy": target, "policy_digest": digest})
+
+
+def _link_target(run: Run, policy: Path) -> str:
+    base, target = run.path.resolve().parent, policy.resolve()
+    return os.path.relpath(target, run.iteration(0).path.resolve()) if target.is_relative_to(base) else str(target)
+
+
+def _check_same_start(run: Run, policy: Path, digest: str) -> None:
+    record = start_record(run.iteration(0))
+    if not record.is_file() or not run.iteration(1).metrics.is_file():
+        return
+    before = objects.read(record).get("policy_digest")
+    if before != digest:
+        raise EarlError(
+            f"{policy}: is policy {digest[:12]}, but {run.path} was trained from {str(before)[:12]}; "
+            f"put that one back, or give a new run_name; to train them all again: earl rewind --run {run.path} "
+            f"--iteration 1, then remove {record}"
+        )
+
+
+def check_start(run: Run) -> None:
+    """Check that the link of a run that has started leads to its starting policy.
+
+    Raises:
+        EarlError: it leads to nothing.
+    """
+    first = run.iteration(0)
+    if not start_record(first).is_file() or first.policy.is_dir():
+        return
+    target = os.readlink(first.policy) if first.policy.is_symlink() else "nothing"
+    raise EarlError(
+        f"{first.policy}: is a link to {target}, where no folder is; put the starting policy back, or link it where it "
+        f"is now: earl start --run {run.path} --policy <its folder>"
+    )
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder, its manifest first: one that is half removed must not pass for whole."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+    return True
+
+
+def _drop_checkpoint(iteration: Iteration) -> bool:
+    return any([_remove(iteration.trainer), _remove(iteration.policy)])
+
+
+def prune(run: Run, retention: Retention, after: int | None = None) -> list[int]:
+    """Remove the checkpoints that need not be kept; return their iterations.
+
+    Args:
+        run: the run.
+        retention: which ones stay.
+        after: the iteration that has just become complete: only what that one makes superfluous goes, in constant
+            time. ``None`` looks at the whole run, and clears away what killed stages left half-written; no stage
+            may be running then.
+    """
+    if after is not None:
+        return [index for index in retention.dropped_by(after) if _drop_checkpoint(run.iteration(index))]
+    newest = newest_complete(run)
+    present = iterations(run)
+    for index in present:
+        _clear_leftovers(run.iteration(index))
+    return [i for i in present if i < newest and not retention.keeps(i, newest) and _drop_checkpoint(run.iteration(i))]
+
+
+def _clear_leftovers(iteration: Iteration) -> None:
+    """Remove temporary files and folders of stages that were killed while writing."""
+    for pattern in (".*.tmp-*", ".*.old-*"):
+        for path in [*iteration.path.glob(pattern), *iteration.path.glob(f"*/{pattern}")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def rewind(run: Run, index: int) -> list[int]:
+    """Forget what was trained in iteration ``index`` and after it; return the iterations that lost it.
+
+    Rollouts and scores stay: the workflow uses those of ``index`` again and samples the later ones anew, since they
+    come from policies that are no more. Evaluations of these policies go too.
+
+    Raises:
+        EarlError: when ``index`` is not an iteration that was trained, or the checkpoint before it has been dropped.
+    """
+    trained = [i for i in iterations(run) if i >= index and (run.iteration(i).path / "train").is_dir()]
+    if index < 1 or index not in trained:
+        raise EarlError(f"{run.path}: iteration {index} has not been trained; `earl status` shows what there is")
+    before = run.iteration(index - 1)
+    if not has_checkpoint(before):
+        raise EarlError(
+            f"{before.policy}: has been dropped, so there is nothing to train iteration {index} from; bring it back "
+            f"first: earl restore --run {run.path} --iteration {index - 1}"
+        )
+    _date_back(before)
+    # From the newest backwards: a stop in between leaves a run that has only gone back less far.
+    for i in reversed(trained):
+        for path in _evaluation_files(run, i):
+            path.unlink()
+        run.iteration(i).metrics.unlink(missing_ok=True)
+        _drop_checkpoint(run.iteration(i))
+        shutil.rmtree(run.iteration(i).path / "train")
+    return trained
+
+
+def _date_back(iteration: Iteration) -> None:
+    """Give a checkpoint, that may have been restored since, the age of what was recorded when it was made.
+
+    What was sampled from it then does not look out of date.
+    """
+    if iteration.index and iteration.metrics.is_file():
+        made = iteration.metrics.stat().st_mtime_ns
+        for folder in (iteration.policy, iteration.trainer):
+            os.utime(folder / manifest.NAME, ns=(made, made))
+
+
+def _evaluation_files(run: Run, index: int) -> Iterator[Path]:
+    return (run.path / "evaluations").glob(f"*/{iteration_name(index)}.*")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is: what ``earl status`` prints."""
+
+    newest: int
+    last: int
+    checkpoints: list[int]
+    checkpoint_bytes: int
+    evaluations: dict[str, list[int]]
+    problems: list[str]
+    """What is wrong with the starting policy and the checkpoints, as far as names and sizes tell."""
+
+    def text(self) -> str:
+        """Return the status as lines for a terminal."""
+        lines = [
+            f"complete     {self.newest} of {self.last} iterations",
+            f"checkpoints  {', '.join(map(str, self.checkpoints)) or 'none'} ({self.checkpoint_bytes / 1e6:.1f} MB)",
+        ]
+        lines += [f"evaluated    {name}: {', '.join(map(str, done))}" for name, done in self.evaluations.items()]
+        lines += [f"problem      {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+def status(run: Run, last: int) -> Status:
+    """Return how far ``run`` is on its way to iteration ``last``."""
+    kept = [i for i in iterations(run) if has_checkpoint(run.iteration(i))]
+    folders = [folder for i in kept if i for folder in (run.iteration(i).policy, run.iteration(i).trainer)]
+    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    evaluated = {
+        folder.name: sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
+        for folder in sorted((run.path / "evaluations").glob("*/"))
+    }
+    return Status(newest_complete(run), last, kept, size, evaluated, _problems(run, folders))
+
+
+def _problems(run: Run, checkpoints: list[Path]) -> list[str]:
+    found = []
+    for check in (partial(check_start, run), *(partial(manifest.check, folder) for folder in checkpoints)):
+        try:
+            check()
+        except EarlError as error:
+            found.append(str(error))
+    return found

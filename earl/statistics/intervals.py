@@ -1,0 +1,81 @@
+"""Percentile bootstrap intervals (Efron 1979), resampling prompts. Deterministic: equal values give equal intervals.
+
+The unit that is drawn again is the prompt, never the episode: several samples of one prompt are averaged first,
+because they share its difficulty and would make an interval too narrow.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from statistics import fmean
+
+import numpy as np
+
+from earl.statistics import seeds
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+# Bounds the memory of a large evaluation: indices drawn at once.
+_DRAWS_AT_ONCE = 2_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap interval, in the unit of the values; ``n`` values were drawn from."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def mean_by_prompt(values: Iterable[tuple[Hashable, float | None]]) -> dict[Hashable, float]:
+    """Average (prompt, value) pairs by prompt, in order of first appearance; None (unknown) values are left out."""
+    grouped: dict[Hashable, list[float]] = {}
+    for prompt, value in values:
+        if value is not None:
+            grouped.setdefault(prompt, []).append(value)
+    return {prompt: fmean(found) for prompt, found in grouped.items()}
+
+
+def bootstrap(values: Iterable[float], resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> Interval | None:
+    """Mean of ``values`` with its percentile bootstrap interval, or None when there are none.
+
+    The interval spans the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of the means of ``resamples``
+    draws with replacement. Draws come from a generator keyed by (n, resamples) alone.
+    """
+    sample = np.fromiter(values, dtype=np.float64)
+    if not len(sample):
+        return None
+    generator = seeds.generator("bootstrap", len(sample), resamples)
+    means = np.concatenate(
+        [
+            sample[generator.integers(len(sample), size=(count, len(sample)))].mean(axis=1)
+            for count in _portions(resamples, max(1, _DRAWS_AT_ONCE // len(sample)))
+        ]
+    )
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(sample.mean()), float(low), float(high), len(sample))
+
+
+def expected_best(values: Sequence[float], count: int) -> float:
+    """Expected largest of ``count`` of the values, drawn without putting back: 1 <= count <= len(values).
+
+    Of n values in ascending order, the i-th (from 1) is the largest of a draw in C(i - 1, count - 1) of C(n, count)
+    cases.
+    """
+    ordered = sorted(values)
+    cases = [comb(place, count - 1) for place in range(len(ordered))]
+    return sum(case * value for case, value in zip(cases, ordered, strict=True)) / comb(len(ordered), count)
+
+
+def _portions(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def paired_bootstrap(before: Mapping[Hashable, float], after: Mapping[Hashable, float]) -> Interval | None:
+    """Mean of after - before over the prompts that both hold, with its 95% interval; None when they share none.
+
+    Pairing removes the spread between easy and hard prompts, which two separate intervals would carry.
+    """
+    return bootstrap(after[prompt] - before[prompt] for prompt in before if prompt in after)

@@ -1,0 +1,470 @@
+"""The state of a run folder: progress, retention of checkpoints, going back, and the chain of digests."""
+
+import errno
+import getpass
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from earl import code_version
+from earl.config.freeze import config_digest, frozen_text
+from earl.config.schema import Config, Evaluation
+from earl.execution import processes
+from earl.files import manifest
+from earl.messages.errors import EarlError
+from earl.run import plan, state, verify
+from earl.run.layout import Run
+
+
+def make_config(tmp_path: Path, **fields: object) -> Config:
+    defaults = {
+        "run_name": "a", "base_exp_dir": str(tmp_path), "train_paths_file": [str(tmp_path / "train.parquet")],
+        "val_paths_file": [str(tmp_path / "held_out.parquet")], "judge": "program", "num_iterations": 6,
+        "keep_checkpoints_every_n_iterations": None, "save_checkpoints_every_n_iterations": None,
+        "vision_tokenizer_path": "package:shapes/vision_tokenizer",
+    }  # fmt: skip
+    return Config.model_validate(defaults | fields)
+
+
+def checkpoint(run: Run, index: int) -> str:
+    """Write a complete checkpoint; return the policy's digest."""
+    for folder in (run.iteration(index).policy, run.iteration(index).trainer):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(f"{folder.name} {index}")
+        manifest.seal(folder)
+    return manifest.digest_folder(run.iteration(index).policy)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of six iterations with all its checkpoints, as stages leave it."""
+    return write_run(tmp_path)
+
+
+def write_run(tmp_path: Path, **fields: object) -> Run:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.parquet").write_text("prompts")
+    config = make_config(tmp_path, **fields)
+    made = Run(tmp_path / "a")
+    state.start(made, model)
+    made.config.write_text(frozen_text(config))
+    policy = manifest.digest_folder(model)
+    for index in range(1, 7):
+        iteration = made.iteration(index)
+        for path in (iteration.rollouts(0), iteration.scores(0), iteration.episodes):
+            path.parent.mkdir(parents=True)
+            path.write_text(f"{path.parent.name} {index}")
+        told = {"policy_digest": policy, "config_digest": config_digest(config)}
+        pq.write_table(pa.table({"x": [index]}).replace_schema_metadata(told), iteration.rollouts(0))
+        inputs = {"policy": policy, "rollouts": [manifest.digest_file(iteration.rollouts(0))]}
+        inputs["scores"] = [manifest.digest_file(iteration.scores(0))]
+        policy = checkpoint(made, index)
+        metrics = {"inputs": inputs, "policy_digest": policy, "config_digest": config_digest(config)}
+        metrics["episodes_digest"] = manifest.digest_file(iteration.episodes)
+        iteration.metrics.write_text(json.dumps(metrics | {"code_version": code_version()}))
+    return made
+
+
+def edit_metrics(run: Run, index: int, **fields: object) -> None:
+    path = run.iteration(index).metrics
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+# Progress
+
+
+def test_newest_complete_needs_metrics_policy_and_trainer(run):
+    assert state.newest_complete(run) == 6
+    (run.iteration(6).policy / manifest.NAME).unlink()
+    assert state.newest_complete(run) == 5
+    run.iteration(5).metrics.unlink()
+    assert state.newest_complete(run) == 4
+    (run.iteration(4).trainer / manifest.NAME).unlink()
+    assert state.newest_complete(run) == 3
+
+
+def test_nothing_is_complete_before_the_start(tmp_path):
+    assert state.newest_complete(Run(tmp_path / "none")) == 0
+
+
+def test_a_file_in_the_path_of_a_run_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EarlError, match=r"file: a file stands where a folder has to be; give another base_exp_dir"):
+        state.newest_complete(Run(tmp_path / "file"))
+
+
+def test_start_links_relatively_and_records_the_digest(run, tmp_path):
+    link = run.iteration(0).policy
+    assert link.readlink() == Path("../../../model")
+    record = json.loads(state.start_record(run.iteration(0)).read_text())
+    assert record == {"policy": "../../../model", "policy_digest": manifest.digest_folder(tmp_path / "model")}
+
+
+def test_start_refuses_what_is_no_model(tmp_path):
+    with pytest.raises(EarlError, match=r"model_path"):
+        state.start(Run(tmp_path / "a"), tmp_path)
+
+
+def test_status_tells_progress_and_checkpoints(run):
+    text = state.status(run, last=20).text()
+    assert "6 of 20 iterations" in text
+    assert "0, 1, 2, 3, 4, 5, 6" in text
+
+
+# Retention
+
+
+def test_what_is_kept_worked_out_by_hand():
+    retention = state.Retention(save_every=5, keep_every=20, last=100)
+    # 19 and 20 to go on from, 15 was the newest multiple of 5 until 20 became complete.
+    assert [i for i in range(20) if retention.keeps(i, newest=19)] == [0, 15, 18, 19]
+    assert [i for i in range(48) if retention.keeps(i, newest=47)] == [0, 20, 40, 45, 46, 47]
+    assert retention.dropped_by(20) == [15, 18]
+    assert retention.dropped_by(22) == []
+    assert retention.keeps(100, newest=150)
+    # null keeps all that are saved, as in the reference; where none is saved, there is none to keep.
+    assert [i for i in range(24) if state.Retention(5, None, 100).keeps(i, newest=23)] == [0, 5, 10, 15, 20, 22, 23]
+    assert [i for i in range(24) if state.Retention(None, None, 100).keeps(i, newest=23)] == [0, 22, 23]
+
+
+@given(
+    save=st.none() | st.integers(1, 7),
+    keep=st.none() | st.integers(1, 7),
+    last=st.integers(1, 40),
+    newest=st.integers(1, 40),
+)
+def test_dropping_after_each_iteration_leaves_what_is_kept(save, keep, last, newest):
+    retention = state.Retention(save, keep, last)
+    on_disk = {0}
+    for done in range(1, newest + 1):
+        on_disk |= {done}
+        on_disk -= set(retention.dropped_by(done))
+    assert on_disk == {i for i in range(newest + 1) if retention.keeps(i, newest)}
+
+
+def test_prune_after_an_iteration_drops_what_it_made_superfluous(run):
+    assert state.prune(run, state.Retention(None, None, 6), after=5) == [3]
+    assert not run.iteration(3).policy.exists()
+    assert not run.iteration(3).trainer.exists()
+    assert run.iteration(3).metrics.is_file()
+    assert run.iteration(2).policy.is_dir()
+
+
+def test_prune_of_the_whole_run_also_clears_half_written_files(run):
+    leftovers = [run.iteration(4).path / ".policy.tmp-17", run.iteration(4).path / "scores" / ".0000.parquet.tmp-17"]
+    leftovers[0].mkdir()
+    leftovers[1].write_text("")
+    assert state.prune(run, state.Retention(None, 2, 6)) == [1, 3]
+    assert [i for i in range(7) if run.iteration(i).policy.is_dir()] == [0, 2, 4, 5, 6]
+    assert not any(path.exists() for path in leftovers)
+    assert (run.iteration(0).policy / "config.json").is_file(), "the starting policy is another's"
+
+
+def test_rewind_forgets_training_and_keeps_scores(run):
+    evaluation = run.evaluation("held_out", 5)
+    evaluation.folder.mkdir(parents=True)
+    evaluation.summary.write_text("{}")
+    assert state.rewind(run, 5) == [5, 6]
+    assert state.newest_complete(run) == 4
+    assert run.iteration(5).scores(0).is_file()
+    assert not evaluation.summary.exists()
+
+
+def test_rewind_needs_the_checkpoint_before(run):
+    state.prune(run, state.Retention(None, None, 6))
+    with pytest.raises(EarlError, match=r"earl restore --run .* --iteration 2"):
+        state.rewind(run, 3)
+    with pytest.raises(EarlError, match="has not been trained"):
+        state.rewind(run, 7)
+    assert state.newest_complete(run) == 6
+
+
+# Plans
+
+
+def test_plan_starts_at_the_newest_complete_iteration_and_is_cut_into_windows(run, tmp_path):
+    made = plan.plan(make_config(tmp_path, num_iterations=11, window_length=2))
+    assert (made.start, made.stop) == (6, 11)
+    assert [list(window) for window in made.windows] == [[7, 8], [9, 10], [11]]
+
+
+def test_old_evaluations_are_planned_while_their_policy_exists(run, tmp_path):
+    state.prune(run, state.Retention(None, 4, 6))
+    evaluations = {"held_out": Evaluation(prompts=4, every_n_iterations=2).model_dump()}
+    made = plan.plan(make_config(tmp_path, evaluations=evaluations, num_iterations=9))
+    assert made.evaluations == {i: ["held_out"] for i in (0, 4, 6, 8, 9)}, "policy 2 has been dropped"
+
+
+def test_one_iteration_again_must_be_one_of_the_run(run, tmp_path):
+    assert list(plan.plan(make_config(tmp_path), single=3).iterations) == [3]
+    with pytest.raises(EarlError, match="complete iterations 1 to 6"):
+        plan.plan(make_config(tmp_path), single=7)
+
+
+# Verification
+
+
+def test_sound_run_has_no_problems(run):
+    found = verify.verify(run)
+    assert (found.iterations, found.problems) == (6, [])
+    assert found.code_versions == 1
+
+
+def problems(run: Run, deep: bool = False) -> list[tuple[str, str]]:
+    found = verify.verify(run, deep=deep).problems
+    return [(Path(item.file).relative_to(run.path).as_posix(), item.problem) for item in found]
+
+
+def test_iteration_trained_from_another_policy_is_reported(run):
+    edit_metrics(run, 3, policy_digest="f" * 64)
+    (file, problem), (folder, other) = problems(run)
+    assert file == "iterations/000004/train/metrics.json"
+    assert "iteration 3 made ffffffffffff" in problem
+    assert folder == "iterations/000003/policy"
+    assert "is not the policy that" in other
+
+
+def test_changed_configuration_and_code_are_reported_once_a_stretch(run):
+    for index in (2, 3, 5):
+        edit_metrics(run, index, config_digest="0" * 64)
+    edit_metrics(run, 1, code_version="0.0.1+000000000000")
+    edit_metrics(run, 4, rubrics_digest="0" * 64)
+    assert [problem.split(" were")[0] for _, problem in problems(run)] == [
+        "iterations 2 to 3", "iterations 5 to 5", "iterations 1 to 1", "iterations 4 to 4"
+    ]  # fmt: skip
+
+
+def test_missing_metrics_and_stale_evaluations_are_reported(run, tmp_path):
+    evaluations = {"held_out": Evaluation(prompts=4).model_dump()}
+    run.config.write_text(frozen_text(make_config(tmp_path, evaluations=evaluations)))
+    write_evaluation(run, 5, policy_digest="f" * 64)
+    run.iteration(2).metrics.write_text("{")
+    assert [file for file, _ in problems(run)] == [
+        "iterations/000002/train/metrics.json", "evaluations/held_out/000005.json"
+    ]  # fmt: skip
+
+
+def test_deep_verification_hashes_the_files(run):
+    run.iteration(2).scores(0).write_text("other scores")
+    (run.iteration(6).policy / "weights").write_text("policy 7")
+    assert problems(run) == []
+    found = dict(problems(run, deep=True))
+    assert "changed since; iteration 2 was trained on it" in found["iterations/000002/scores/0000.parquet"]
+    assert "content differs" in found["iterations/000006/policy"]
+
+
+def write_evaluation(run: Run, index: int, policy_digest: str) -> None:
+    evaluation = run.evaluation("held_out", index)
+    evaluation.folder.mkdir(parents=True)
+    summary = {"policy_digest": policy_digest}
+    for name in ("rollouts", "scores", "table"):
+        path = getattr(evaluation, name)
+        path.write_text(name)
+        summary[f"{name}_digest"] = manifest.digest_file(path)
+    evaluation.summary.write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """The same, with prompts that were tokenised, and an evaluation."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "0000.parquet").write_text("prompts")
+    manifest.seal(data)
+    evaluations = {"held_out": Evaluation(prompts=4).model_dump()}
+    run = write_run(tmp_path, evaluations=evaluations, train_paths_file=[str(data)])
+    write_evaluation(run, 5, manifest.digest_folder(run.iteration(5).policy))
+    return run
+
+
+FILES = (
+    "a/iterations/000002/rollouts/0000.parquet",
+    "a/iterations/000002/scores/0000.parquet",
+    "a/iterations/000002/train/episodes.parquet",
+    "a/iterations/000006/policy/weights",
+    "a/iterations/000006/trainer/weights",
+    "a/evaluations/held_out/000005.rollouts.parquet",
+    "a/evaluations/held_out/000005.scores.parquet",
+    "a/evaluations/held_out/000005.parquet",
+    "data/0000.parquet",
+    "model/config.json",
+)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_verification_says_it_looked_at_worked_out_by_hand(evaluated, deep):
+    found = verify.verify(evaluated, deep=deep)
+    # 6 x (rollouts, scores, episodes, a file each of policy and trainer), 3 of the evaluation, a shard, held-out
+    # prompts, and the two files of the vision tokenizer; of the prompts no digest was recorded. The model was not
+    # sealed: that it is there is known without listing it.
+    there = 6 * 5 + 3 + 1 + 1 + 2
+    assert found.problems == []
+    assert (found.files, found.hashed, found.deep) == ((there + 1, there, True) if deep else (there, 0, False))
+    assert f"{found.files} files there, contents " in found.text()
+    assert json.loads(found.json())["deep"] is deep
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_missing_file_is_a_problem(evaluated, tmp_path, file):
+    path = tmp_path / file
+    if path.name == "config.json":
+        shutil.rmtree(path.parent)
+    else:
+        path.unlink()
+    ((where, problem),) = [(item.file, item.problem) for item in verify.verify(evaluated).problems]
+    assert where in (str(path), str(path.parent), str(evaluated.iteration(0).policy))
+    assert "is missing" in problem or "no folder is" in problem
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_replaced_file_is_a_problem_where_contents_are_compared(evaluated, tmp_path, file):
+    path = tmp_path / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert [item.file for item in verify.verify(evaluated).problems] == []
+    ((where, problem),) = [(item.file, item.problem) for item in verify.verify(evaluated, deep=True).problems]
+    assert where in (str(path), str(path.parent), str(evaluated.iteration(0).policy))
+    assert "content differs" in problem or "changed since" in problem
+
+
+# The link to the starting policy
+
+
+def test_a_policy_outside_is_linked_absolutely_so_that_the_run_may_move(tmp_path):
+    model = tmp_path / "elsewhere" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    state.start(Run(tmp_path / "runs" / "a"), model)
+    assert Run(tmp_path / "runs" / "a").iteration(0).policy.readlink() == model
+    (tmp_path / "deeper").mkdir()
+    moved = Run((tmp_path / "runs").rename(tmp_path / "deeper" / "runs") / "a")
+    assert (moved.iteration(0).policy / "config.json").is_file()
+    state.check_start(moved)
+
+
+def test_a_policy_inside_moves_with_the_folder_of_all_runs(tmp_path):
+    model = tmp_path / "runs" / "shared" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    state.start(Run(tmp_path / "runs" / "a"), model)
+    moved = Run((tmp_path / "runs").rename(tmp_path / "moved") / "a")
+    assert (moved.iteration(0).policy / "config.json").is_file()
+
+
+def test_a_link_to_nothing_is_told_by_planning_status_and_verification(run, tmp_path):
+    (tmp_path / "model").rename(tmp_path / "gone")
+    link = run.iteration(0).policy
+    complaint = rf"{link}: is a link to ../../../model, where no folder is; .*earl start --run {run.path} --policy"
+    with pytest.raises(EarlError, match=complaint):
+        plan.plan(make_config(tmp_path, num_iterations=9))
+    with pytest.raises(EarlError, match=complaint):
+        plan.plan(make_config(tmp_path), single=3)
+    assert plan.plan(make_config(tmp_path)).windows == [], "a run that is done needs it no more"
+    assert re.search(complaint, state.status(run, 9).text())
+    assert [file for file, _ in problems(run)] == ["iterations/000000/policy"]
+    state.start(run, tmp_path / "gone")
+    assert plan.plan(make_config(tmp_path, num_iterations=9)).start == 6
+
+
+def test_a_trained_run_is_not_linked_to_another_policy(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"another": 1}')
+    with pytest.raises(EarlError, match="was trained from"):
+        state.start(run, tmp_path / "other")
+    assert run.iteration(0).policy.resolve() == tmp_path / "model"
+
+
+def test_status_names_a_checkpoint_that_is_not_whole(run):
+    (run.iteration(3).policy / "weights").write_text("cut")
+    assert re.search(r"problem .*000003/policy/weights: has 3 bytes", state.status(run, 6).text())
+
+
+# Processes
+
+
+def test_lock_names_its_holder_and_is_given_up_on_close(tmp_path):
+    path = tmp_path / "lock"
+    with processes.lock(path), pytest.raises(EarlError, match=f"process {os.getpid()} is writing here"):
+        processes.lock(path, patience=0)
+    processes.lock(path, patience=0).close()
+
+
+def test_lock_is_given_up_by_a_killed_process(tmp_path):
+    path = str(tmp_path / "lock")
+    code = f"import time; from earl import processes; held = processes.lock({path!r}); print(1, flush=True); "
+    code += "time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"1\n"
+    with pytest.raises(EarlError, match=f"process {holder.pid}"):
+        processes.lock(tmp_path / "lock", patience=0)
+    holder.kill()
+    holder.communicate()
+    processes.lock(tmp_path / "lock", patience=5).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused_with_a_remedy(tmp_path, monkeypatch, number):
+    def flock(stream, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(EarlError, match=rf"{tmp_path / 'lock'}: cannot be locked .* has no locks.*base_exp_dir"):
+        processes.lock(tmp_path / "lock", patience=0)
+
+
+def test_a_lock_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EarlError, match=r"file/lock: the lock cannot be made \((File exists|Not a directory)\); check"):
+        processes.lock(tmp_path / "file" / "lock", patience=0)
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(EarlError, match=r"lock: the lock cannot be made \(Is a directory\); check"):
+        processes.try_lock(tmp_path / "lock")
+
+
+def test_a_lock_on_a_full_disk_is_one_message(tmp_path):
+    code = "import sys; from earl import processes; from earl.messages.errors import EarlError\n"
+    code += "try: processes.lock(sys.argv[1])\nexcept EarlError as error: print(error)"
+    nothing = (resource.RLIMIT_FSIZE, (0, 0))  # what can be written to any file
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "lock")], preexec_fn=lambda: resource.setrlimit(*nothing),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{tmp_path / 'lock'}: cannot be locked (File too large); free space, then start again\n"
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    processes.name_user()
+    assert getpass.getuser() == f"uid-{os.getuid()}"
+
+
+def test_stage_ends_with_the_workflow_that_started_it():
+    stage = "import time; from earl import processes; processes.end_with_workflow(); print(1, flush=True); "
+    stage += "time.sleep(600)"
+    workflow = (
+        "import subprocess, sys, time; from earl import processes; processes.end_stages_with_this_process();"
+        f"subprocess.Popen([sys.executable, '-c', {stage!r}]); time.sleep(60)"
+    )
+    started = subprocess.Popen([sys.executable, "-c", workflow], stdout=subprocess.PIPE)
+    assert started.stdout.readline() == b"1\n"
+    started.kill()
+    started.communicate(timeout=60)  # the pipe closes only when the stage, too, has ended

@@ -1,0 +1,170 @@
+"""Fine-tuning by several ranks: real processes, on the CPU, against one process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from earl.config import freeze
+from earl.config.schema import Config
+from earl.data.grids import stored
+from earl.files import manifest, tables
+from tests.integration.test_resident_ranks import rank
+from tests.integration.test_workers import place  # noqa: F401  (place is a fixture)
+from tests.support import sft_ranks_program
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+
+
+def flat(folder: Path) -> torch.Tensor:
+    weights = load_file(folder / "model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+# A step in memory
+
+
+@pytest.fixture(scope="module")
+def gradient_steps(tmp_path_factory, policy_folder):
+    """Return a function that has a number of ranks take the steps of `sft_ranks_program`; it returns their folder."""
+
+    def run(ranks: int) -> Path:
+        out = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, *launch, sft_ranks_program.__file__, str(policy_folder), str(out)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, timeout=600)
+        return out
+
+    return run
+
+
+def test_ranks_change_loss_and_gradient_by_rounding_alone(gradient_steps, policy_folder):
+    """Five micro-batches on two ranks, of unequal numbers of tokens; then on more ranks than there are sequences."""
+    start, alone = flat(policy_folder), gradient_steps(1)
+    for size in (2, 6):
+        out = gradient_steps(size)
+        for case in sft_ranks_program.CASES:
+            loss, expected = (json.loads((folder / f"{case}.json").read_text()) for folder in (out, alone))
+            assert loss == pytest.approx(expected, rel=1e-5), case
+            update, wanted = (flat(folder / case) - start for folder in (out, alone))
+            assert (update - wanted).norm() < 1e-4 * wanted.norm(), case
+        assert (flat(out / "padded") - start).norm() > 10 * sft_ranks_program.BOUND
+        assert (flat(out / "clipped") - start).norm() == pytest.approx(sft_ranks_program.BOUND, rel=1e-3)
+
+
+# The stage, as the workflow's rule runs it
+
+
+@pytest.fixture
+def earl(tmp_path, policy_folder, vocabulary):
+    """Return a function that gives the command for a fine-tuning by a number of ranks into `tmp_path / out`."""
+    rows = 10
+    grids = np.random.default_rng(0).integers(0, vocabulary.num_visual, (rows, 2, 2, 3))
+    columns = {
+        "dataset": ["pairs"] * rows,
+        "example_id": [str(i) for i in range(rows)],
+        "task": [None] * rows,
+        "instruction": [f"edit {i}" for i in range(rows)],
+        # Of unequal lengths, so that ranks have unequal numbers of counted tokens.
+        "reasoning": [[{"key": "box", "value": "[0, 0, 8, 8] " * (1 + i % 4)}] for i in range(rows)],
+        "original_tokens": [stored(pair[0], vocabulary.num_visual) for pair in grids],
+        "target_tokens": [stored(pair[1], vocabulary.num_visual) for pair in grids],
+        "original": [None] * rows,
+        "target": [None] * rows,
+    }
+    data = tmp_path / "pairs"
+    tables.write_table(data / "0000.parquet", tables.TOKENISED, columns, {})
+    manifest.seal(data)
+    tuning = {"base_model": str(policy_folder), "train_paths_file": [str(data)], "coefficients": [1.0]}
+    tuning |= {"reasoning": True, "batch_size": 5, "learning_rate": 3e-4, "warmup_steps": 3, "random_seed": 1}
+    tuning |= {"weight_decay": 0.1, "validation": {"paths_file": [str(data)], "examples": 7, "every_n_steps": 5}}
+
+    def command(ranks: int, out: str, steps: int = STEPS) -> list[str]:
+        config = Config(
+            run_name="run",
+            base_exp_dir=str(tmp_path / "runs"),
+            train_paths_file=["unused"],
+            val_paths_file=[],
+            sft={"one": tuning | {"steps": steps}},
+            train_processes=ranks,
+            per_device_batch_size=1,
+            max_response_tokens=64,
+            model_context_size=256,
+            engine="torch",
+            judge="program",
+            device="cpu",
+            dtype="float32",
+            cpu_threads=1,
+        )
+        file = tmp_path / f"{ranks}.json"
+        freeze.write(config, file)
+        options = ["--config", str(file), "--name", "one", "--out", str(tmp_path / out)]
+        return [sys.executable, "-m", "earl", "sft", *options]
+
+    return command
+
+
+def done(command: list[str]) -> tuple[Path, str]:
+    """Run a command to its end; return its folder and what it said."""
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    return Path(command[-1]), ended.stderr
+
+
+def kill_after_a_checkpoint(command: list[str]) -> Path:
+    """End a command, and so its ranks, without warning; return the folder of its checkpoints."""
+    partial = Path(f"{command[-1]}.partial")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(partial.glob("step-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()  # which ranks hold open until they have ended, too
+    assert process.returncode == -signal.SIGKILL
+    assert not Path(command[-1]).exists()
+    return partial
+
+
+def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_number(earl, tmp_path, policy_folder):
+    start = flat(policy_folder)
+    (alone, _), (together, said) = done(earl(1, "alone")), done(earl(2, "together"))
+    assert f"{STEPS} steps by 2 ranks" in said
+    assert said.count("by 2 ranks") == 1, "the first rank says it for all"
+    wanted = flat(alone) - start
+
+    partial = kill_after_a_checkpoint(earl(2, "killed"))
+    parts = sorted(path.name for path in next(partial.glob("step-*")).glob("*.safetensors"))
+    assert parts == ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"]
+    shutil.copytree(partial, tmp_path / "fewer.partial")
+    killed, said = done(earl(2, "killed"))
+    assert "resumed at step" in said
+    assert manifest.digest_folder(killed) == manifest.digest_folder(together)
+    fewer, said = done(earl(1, "fewer"))
+    assert "resumed at step" in said
+
+    curves = {name: json.loads((tmp_path / name / "sft.json").read_text()) for name in ("alone", "together")}
+    assert len(curves["alone"]["loss"]) == STEPS
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert curves["together"][name] == pytest.approx(curves["alone"][name], rel=1e-3), name
+    held_out = [curves[name]["validation"]["loss"] for name in ("together", "alone")]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+    for folder in (together, fewer):
+        assert (flat(folder) - start - wanted).norm() < 1e-3 * wanted.norm(), folder
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_ranks_that_stay_write_what_cold_ranks_write(earl, place):  # noqa: F811
+    cold, _ = done(earl(2, "cold", steps=3))
+    command = earl(2, "warm", steps=3)
+    place.good(*command[3:])
+    assert rank(place.pool.path, 1), "a worker's ranks have done it"
+    assert manifest.digest_folder(Path(command[-1])) == manifest.digest_folder(cold)

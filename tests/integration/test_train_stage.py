@@ -1,0 +1,602 @@
+"""The train and restore stages on files: a tiny random policy and hand-written rollouts and scores."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from earl import residents
+from earl.config import freeze
+from earl.config.schema import Config
+from earl.emu3 import checkpoint, grid, sequence
+from earl.files import images, manifest, tables
+from earl.learner import logprobs
+from earl.messages.errors import EarlError
+from earl.run.layout import Run
+from earl.stages import restore, train
+
+GROUPS, SAMPLES = 4, 2
+SHAPE = (2, 3)
+INSTRUCTIONS = ("paint it red", "remove the large blue circle", "swap them", "add a square below")
+PIXEL = images.struct(images.encode(np.zeros((8, 8, 3), dtype=np.uint8)))
+
+
+def make_config(folder: Path, **changes) -> Config:
+    values = {
+        "run_name": "run",
+        "base_exp_dir": str(folder),
+        "train_paths_file": ["unused.parquet"],
+        "val_paths_file": [],
+        "model_path": "unused",
+        "assistant_prefill": "<|image start|>",
+        "learning_rate": 1e-5,
+        "kl_coeff": 0.01,
+        "per_device_batch_size": 3,
+        "episodes_per_iteration": GROUPS * SAMPLES,
+        "generations_per_sample": SAMPLES,
+        "max_response_tokens": 64,
+        "model_context_size": 256,
+        "engine": "torch",
+        "engine_batch_size": SAMPLES,
+        "judge": "program",
+        "device": "cpu",
+        "dtype": "float32",
+        "cpu_threads": 1,
+        "max_failed_fraction": 0.25,
+        "parity_tolerance": None,  # most behaviour log-probs here are made up
+    }
+    return Config(**(values | changes))
+
+
+@pytest.fixture
+def new_run(tmp_path, policy_folder):
+    """Return a function that makes a run folder with a frozen configuration and the starting policy."""
+
+    def make(name="run", **changes) -> tuple[Config, Run]:
+        run = Run(tmp_path / name)
+        config = make_config(tmp_path, **changes)
+        run.iteration(0).path.mkdir(parents=True)
+        run.iteration(0).policy.symlink_to(policy_folder)
+        freeze.write(config, run.config)
+        return config, run
+
+    return make
+
+
+def write_inputs(run: Run, iteration: int, vocabulary, shards: int = 1, edit=lambda row: None) -> None:
+    """Write the rollouts and scores of an iteration in `shards` files; `edit` changes a row (both tables' columns)."""
+    rows = [_row(iteration, group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
+    for row in rows:
+        edit(row)
+    size = len(rows) // shards
+    current = run.iteration(iteration)
+    policy_digest = manifest.digest_folder(run.iteration(iteration - 1).policy)
+    for shard in range(shards):
+        part = rows[shard * size : (shard + 1) * size]
+        columns = {name: [row[name] for row in part] for name in {*tables.ROLLOUTS.names, *tables.SCORES.names}}
+        metadata = {"run": "run", "iteration": str(iteration), "shard": str(shard), "policy_digest": policy_digest}
+        tables.write_table(current.rollouts(shard), tables.ROLLOUTS, columns, metadata, vocabulary.size - 1)
+        write_scores(run, iteration, shard, columns)
+
+
+def write_scores(run: Run, iteration: int, shard: int, columns: dict[str, list], **more: str) -> None:
+    current = run.iteration(iteration)
+    metadata = {"rollouts_digest": manifest.digest_file(current.rollouts(shard)), **more}
+    tables.write_table(current.scores(shard), tables.SCORES, columns, metadata)
+
+
+def _row(iteration: int, group: int, sample: int, vocabulary) -> dict:
+    rng = np.random.default_rng([iteration, group, sample])
+    original = np.random.default_rng([iteration, group]).integers(0, vocabulary.num_visual, SHAPE)
+    prompt = sequence.prompt_ids(original, INSTRUCTIONS[group], "<|image start|>", vocabulary)
+    image = sequence.image_ids(rng.integers(0, vocabulary.num_visual, SHAPE), vocabulary)
+    completion = [*image[1:], vocabulary.eos]
+    scores = rng.integers(0, 11, 5).tolist()
+    return {
+        "episode_id": f"{iteration:06d}-{group:04d}-{sample:02d}",
+        "group_id": f"{iteration:06d}-{group:04d}",
+        "sample_index": sample,
+        "dataset": "made up",
+        "example_id": str(group),
+        "task": None,
+        "instruction": INSTRUCTIONS[group],
+        "prompt_token_ids": prompt,
+        "completion_token_ids": completion,
+        "behavior_logprobs": [-1.0] * len(completion),
+        "finish_reason": "stop",
+        "completion_text": "",
+        "original": PIXEL,
+        "target": None,
+        "edited": PIXEL,
+        "status": "ok",
+        **dict(zip(("edit_success", "overedit", "naturalness", "artifacts", "ground_score"), scores, strict=True)),
+        "raw": "",
+        "judge": "hand",
+    }
+
+
+def made_of(run: Run, iteration: int) -> dict[str, str]:
+    """Digests of everything that training an iteration leaves behind, but the names of its input files."""
+    current = run.iteration(iteration)
+    metrics = json.loads(current.metrics.read_text())
+    del metrics["inputs"]
+    return {
+        "policy": manifest.digest_folder(current.policy),
+        "trainer": manifest.digest_folder(current.trainer),
+        "episodes": manifest.digest_file(current.episodes),
+        "metrics": json.dumps(metrics),
+    }
+
+
+def train_iterations(config: Config, run: Run, vocabulary, count: int, shards: int = 1) -> None:
+    for iteration in range(1, count + 1):
+        write_inputs(run, iteration, vocabulary, shards)
+        train.run(config, run.path, iteration)
+
+
+def test_shards_change_no_byte(new_run, vocabulary):
+    found = []
+    for shards in (1, 2, 4):
+        config, run = new_run(f"shards{shards}", rollout_shards=shards)
+        train_iterations(config, run, vocabulary, 2, shards)
+        found.append(made_of(run, 2))
+    assert found[0] == found[1] == found[2]
+
+
+def test_rerun_gives_the_same_bytes_and_leaves_the_inputs(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    before, start = made_of(run, 2), manifest.digest_folder(run.iteration(0).policy)
+    metrics = run.iteration(2).metrics.read_bytes()
+    shutil.rmtree(run.iteration(2).policy)
+    train.run(config, run.path, 2)
+    assert made_of(run, 2) == before
+    assert run.iteration(2).metrics.read_bytes() == metrics
+    assert manifest.digest_folder(run.iteration(0).policy) == start
+    manifest.check(run.iteration(2).policy, deep=True)
+    manifest.check(run.iteration(2).trainer, deep=True)
+
+
+REASONED = {
+    "0-0": "the circle is at [0, 0, 4, 4]<|end thinking|>",
+    "1-0": "it goes",
+    "1-1": " <|end thinking|>",
+}
+"""What stands before the image: a thought, one that has no end, an empty one; of others, nothing."""
+
+
+def test_episodes_and_metrics_by_hand(new_run, vocabulary):
+    """Group 0: rewards 4 and 0 (no image). Group 1: equal. Group 2: one failed. Group 3: cut off, and 9."""
+    viescores = {"0-0": 4, "1-0": 5, "1-1": 5, "2-0": 6, "3-1": 9}
+
+    def edit(row):
+        key = f"{int(row['example_id'])}-{row['sample_index']}"
+        status = "ok" if key in viescores else "failed" if key == "2-1" else "no_image"
+        score = viescores.get(key)
+        names = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
+        row |= {"status": status, **dict.fromkeys(names, score)}
+        if key == "3-0":
+            row |= {"finish_reason": "length", "edited": None}
+        row["completion_text"] = f"{REASONED.get(key, '')}<|image start|>2*3"
+        if key == "3-1":
+            row |= {"edit_success": 10, "artifacts": 10}
+
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    train.run(config, run.path, 1)
+    rows = tables.read_table(run.iteration(1).episodes, tables.EPISODES).to_pylist()
+    assert [row["reward"] for row in rows] == [4, 0, 5, 5, 6, None, 0, 9]
+    assert [row["used"] for row in rows] == [True] * 5 + [False] + [True] * 2
+    assert rows[5]["reason"] == "judgement failed"
+    assert rows[5]["advantage"] is None
+    expected = [2 / 2.0001, -2 / 2.0001, 0, 0, 0, -4.5 / 4.5001, 4.5 / 4.5001]
+    assert [row["advantage"] for row in rows if row["used"]] == pytest.approx(expected)
+    metrics = json.loads(run.iteration(1).metrics.read_text())
+    assert metrics["reward_mean"] == pytest.approx(29 / 7)
+    # Of 7 episodes: all but the one whose judgement failed, with 0 where there is no finished image.
+    for name in ("viescore", "semantic_consistency", "perceptual_quality", "overedit", "naturalness", "ground_score"):
+        assert metrics[f"{name}_mean"] == pytest.approx(29 / 7), name
+    for name in ("edit_success", "artifacts"):
+        assert metrics[f"{name}_mean"] == pytest.approx(30 / 7), name
+    assert metrics["zero_std_fraction"] == 0.5
+    assert metrics["failed_fraction"] == 1 / 8
+    assert metrics["truncated_fraction"] == 1 / 8
+    assert metrics["no_image_fraction"] == 1 / 8, "of those that were not cut off"
+    assert metrics["reasoning_fraction"] == 2 / 8
+    # H*W img, 2 rows of 3 visual tokens and eol, eof, eoi, eos; eol, eof, eoi and eos are forced.
+    length = len(vocabulary.encode("2*3")) + 1 + 8 + 3
+    assert metrics["completion_length_mean"] == length
+    assert metrics["completion_tokens"] == 7 * length
+    assert metrics["counted_tokens"] == 7 * (length - 5)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # the first policy is the reference
+    assert list(metrics) == sorted(metrics)
+
+
+def test_mismatch_with_the_sampler_is_reported(new_run, vocabulary, policy_folder):
+    """Behaviour log-probs computed here, one sequence at a time, agree with the learner's; one shifted by 0.5 shows."""
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+
+    def edit(row):
+        prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        allowed = torch.from_numpy(grid.allowed_masks(vocabulary))
+        kinds = grid.kinds_of_completion(completion, SHAPE, vocabulary)
+        logp = logits.masked_fill(~allowed[kinds.astype(int)], -torch.inf).log_softmax(-1)
+        row["behavior_logprobs"] = logp[range(len(completion)), completion].tolist()
+        if row["episode_id"].endswith("0002-01"):
+            row["behavior_logprobs"][0] -= 0.5
+
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    metrics = train.run(config, run.path, 1)
+    assert metrics["logprob_mismatch_max"] == pytest.approx(0.5, abs=1e-4)
+    counted = metrics["counted_tokens"]
+    assert metrics["logprob_mismatch_mean"] == pytest.approx(0.5 / counted, abs=1e-5)
+    # One ratio of e^0.5 among ones: k3 of the sampler's log-probs, and Kish's formula.
+    assert metrics["logprob_mismatch_kl"] == pytest.approx((math.exp(0.5) - 1.5) / counted, abs=1e-5)
+    weight, square = counted - 1 + math.exp(0.5), counted - 1 + math.exp(1)
+    assert metrics["effective_sample_size"] == pytest.approx(weight**2 / (counted * square), abs=1e-4)
+
+
+def test_training_raises_the_probability_of_what_was_rewarded(new_run, vocabulary):
+    """After the step, log-probs weighted by advantages are higher: the step went the way of the gradient."""
+
+    def edit(row):
+        good = 10 if row["sample_index"] == 0 else 1
+        row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"), good)
+
+    config, run = new_run(kl_coeff=0.0, learning_rate=1e-4)
+    write_inputs(run, 1, vocabulary, edit=edit)
+    metrics = train.run(config, run.path, 1)
+    assert metrics["kl"] is None
+    assert metrics["inputs"]["reference"] is None
+    advantages = {row["episode_id"]: row["advantage"] for row in pq.read_table(run.iteration(1).episodes).to_pylist()}
+    support = logprobs.split_vocab((vocabulary.first_visual, vocabulary.size))
+    weighted = []
+    for index in (0, 1):
+        model = checkpoint.load_policy(run.iteration(index).policy, torch.float32, "cpu")
+        total = 0.0
+        for row in pq.read_table(run.iteration(1).rollouts(0)).to_pylist():
+            ids = torch.tensor([row["prompt_token_ids"] + row["completion_token_ids"]])
+            start = len(row["prompt_token_ids"])
+            with torch.no_grad():
+                logits = model(ids).logits[0, start - 1 : -1]
+            logp, _ = logprobs.token_logprobs(logits, ids[0, start:], config.temperature, support)
+            free = grid.kinds_of_completion(row["completion_token_ids"], SHAPE, vocabulary) < grid.FIRST_FORCED
+            total += advantages[row["episode_id"]] * logp[torch.from_numpy(free)].sum().item()
+        weighted.append(total)
+    assert weighted[1] > weighted[0]
+
+
+def _set(**changes):
+    def edit(row):
+        if row["episode_id"].endswith("0001-01"):
+            row |= changes
+
+    return edit
+
+
+def test_no_step_is_done_where_sampler_and_learner_disagree(new_run, vocabulary):
+    config, run = new_run(parity_tolerance=0.5)
+    write_inputs(run, 1, vocabulary, edit=_set(behavior_logprobs=[-90.0] + [-1.0] * 14))
+    message = r"parity_tolerance = 0\.5; no step was done(.|\n)*\n  000001-0001-01 +0 +-90\.0000 +-\d+\.\d{4}\n"
+    with pytest.raises(EarlError, match=message):
+        train.run(config, run.path, 1)
+    assert sorted(path.name for path in run.iteration(1).path.iterdir()) == ["rollouts", "scores"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_set(naturalness=float("nan")), r"scores/0000\.parquet.*'naturalness'.*nan"),
+        (_set(overedit=11.0), r"scores/0000\.parquet.*'overedit'.*11"),
+        (_set(edit_success=None), r"0001-01.*edit_success is missing"),
+        (_set(behavior_logprobs=[-1.0]), r"0001-01.*'behavior_logprobs' has 1 values"),
+        (_set(completion_token_ids=[]), r"0001-01.*'completion_token_ids' is empty"),
+        (_set(prompt_token_ids=[1, 60000]), r"0001-01.*'prompt_token_ids' holds token id 60000"),
+        (_set(episode_id="000001-0000-00"), r"000001-0001-01|doubled"),
+    ],
+)
+def test_bad_rows_stop_before_anything_is_written(new_run, vocabulary, edit, message):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    with pytest.raises(EarlError, match=message):
+        train.run(config, run.path, 1)
+    assert sorted(path.name for path in run.iteration(1).path.iterdir()) == ["rollouts", "scores"]
+
+
+def test_too_many_failed_judgements_stop_with_the_figures(new_run, vocabulary):
+    def edit(row):
+        if row["sample_index"] == 0:
+            row["status"] = "failed"
+
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    with pytest.raises(EarlError, match=r"4 of 8 episodes \(50\.0%\).*max_failed_fraction = 0\.25"):
+        train.run(config, run.path, 1)
+
+
+def test_scores_of_other_rollouts_are_refused(new_run, vocabulary):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary)
+    stored = run.iteration(1).scores(0).read_bytes()
+    write_inputs(run, 1, vocabulary, edit=_set(behavior_logprobs=[-2.0] * 15))
+    run.iteration(1).scores(0).write_bytes(stored)
+    with pytest.raises(EarlError, match=r"scores/0000\.parquet: rollouts_digest"):
+        train.run(config, run.path, 1)
+
+
+def test_shards_scored_by_different_rubrics_are_refused(new_run, vocabulary):
+    config, run = new_run(rollout_shards=2)
+    write_inputs(run, 1, vocabulary, shards=2)
+    columns = tables.read_table(run.iteration(1).scores(1), tables.SCORES).to_pydict()
+    write_scores(run, 1, 1, columns, rubrics_digest="0" * 64)
+    with pytest.raises(EarlError, match=r"scores/0000\.parquet, .*scores/0001\.parquet: .*different rubrics"):
+        train.run(config, run.path, 1)
+
+
+def test_rollouts_of_another_policy_are_refused(new_run, vocabulary, tmp_path):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 1)
+    write_inputs(run, 2, vocabulary)
+    run.iteration(1).policy.rename(tmp_path / "aside")
+    shutil.copytree(run.iteration(0).policy, run.iteration(1).policy)
+    with pytest.raises(EarlError, match=r"rollouts/0000\.parquet: policy_digest"):
+        train.run(config, run.path, 2)
+
+
+def test_a_missing_shard_is_named(new_run, vocabulary):
+    config, run = new_run(rollout_shards=2)
+    write_inputs(run, 1, vocabulary, shards=2)
+    run.iteration(1).scores(1).unlink()
+    with pytest.raises(EarlError, match=r"scores/0001\.parquet: does not exist"):
+        train.run(config, run.path, 1)
+
+
+def test_a_missing_or_foreign_trainer_is_an_error(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 1)
+    write_inputs(run, 2, vocabulary)
+    trainer = run.iteration(1).trainer
+    state = trainer / "state.json"
+    original = state.read_text()
+    state.write_text(original.replace(json.loads(original)["policy_digest"], "0" * 64))
+    with pytest.raises(EarlError, match=r"trainer/state\.json: policy_digest"):
+        train.run(config, run.path, 2)
+    shutil.rmtree(trainer)
+    with pytest.raises(EarlError, match=r"trainer/manifest\.json: is missing"):
+        train.run(config, run.path, 2)
+
+
+def test_the_optimizer_goes_on_where_it_was(new_run, vocabulary):
+    config, run = new_run(kl_coeff=0.0)
+    train_iterations(config, run, vocabulary, 2)
+    with_state = made_of(run, 2)["policy"]
+    assert json.loads((run.iteration(2).trainer / "state.json").read_text())["optimizer_steps"] == 2
+    # The same gradient from the same policy, but with Adam's moments of nought.
+    other_config, other = new_run("other", kl_coeff=0.0)
+    shutil.copytree(run.iteration(1).policy, other.path / "start")
+    other.iteration(0).policy.unlink()
+    other.iteration(0).policy.symlink_to(other.path / "start")
+    shutil.copytree(run.iteration(2).rollouts(0).parent, other.iteration(1).rollouts(0).parent)
+    table = pq.read_table(run.iteration(2).rollouts(0))
+    metadata = {**table.schema.metadata, b"iteration": b"1"}
+    pq.write_table(table.replace_schema_metadata(metadata), other.iteration(1).rollouts(0))
+    rows = pq.read_table(run.iteration(2).scores(0)).to_pydict()
+    write_scores(other, 1, 0, rows)
+    train.run(other_config, other.path, 1)
+    assert made_of(other, 1)["policy"] != with_state
+
+
+def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, vocabulary):
+    changes = {"optimizer_steps_per_iteration": 2, "importance_ratio": "behavior", "clip_ratio_high": 0.2}
+    found = []
+    for name in ("one", "two"):
+        config, run = new_run(name, **changes)
+        train_iterations(config, run, vocabulary, 2)
+        found.append(made_of(run, 2))
+    assert found[0] == found[1]
+    metrics = json.loads(found[0]["metrics"])
+    assert metrics["optimizer_steps"] == 4
+    assert metrics["counted_tokens"] == 8 * (len(vocabulary.encode("2*3")) + 1 + 6)
+    assert 0 <= metrics["clip_fraction_high"] <= 1
+    assert metrics["corrected_fraction"] is None
+
+
+def _equal_groups(*groups: int, status: str = "ok"):
+    """An edit of rows: all episodes of some groups get the score 5, or none where their judgement failed."""
+
+    def edit(row):
+        if int(row["example_id"]) in groups:
+            names = ("edit_success", "overedit", "naturalness", "artifacts")
+            row |= {"status": status, **dict.fromkeys(names, 5.0 if status == "ok" else None)}
+
+    return edit
+
+
+def test_masked_groups_are_not_there_for_the_step(new_run, vocabulary):
+    """The step is the one that is done where these episodes cannot be used for another reason; kept, it is another."""
+    cases = {
+        "mask": ("mask", _equal_groups(1)),
+        "failed": ("keep", _equal_groups(1, status="failed")),
+        "keep": ("keep", _equal_groups(1)),
+    }
+    found = {}
+    for name, (choice, edit) in cases.items():
+        config, run = new_run(name, zero_variance_groups=choice)
+        write_inputs(run, 1, vocabulary, edit=edit)
+        train.run(config, run.path, 1)
+        found[name] = made_of(run, 1), json.loads(run.iteration(1).metrics.read_text())
+    assert found["mask"][0]["policy"] == found["failed"][0]["policy"] != found["keep"][0]["policy"]
+    assert [found[name][1]["zero_variance_episodes"] for name in cases] == [SAMPLES, 0, 0]
+    assert found["mask"][1]["reward_mean"] == found["keep"][1]["reward_mean"]
+    for name in ("loss", "kl", "counted_tokens", "completion_tokens"):
+        assert found["mask"][1][name] == found["failed"][1][name]
+    rows = tables.read_table(Run(run.path.with_name("mask")).iteration(1).episodes, tables.EPISODES).to_pylist()
+    reasons = {row["group_id"]: row["reason"] for row in rows}
+    assert list(reasons.values()) == [None, "the rewards of its group are all equal", None, None]
+    assert all((row["advantage"] is None) == (not row["used"]) == (row["reason"] is not None) for row in rows)
+
+
+def test_an_iteration_without_a_preference_takes_no_step(new_run, vocabulary):
+    """First of the run or in its middle: policy, moments and counter are those from before, and the run goes on."""
+    everything = _equal_groups(*range(GROUPS))
+    config, run = new_run(zero_variance_groups="mask")
+    for iteration in (1, 2, 3, 4):
+        write_inputs(run, iteration, vocabulary, edit=everything if iteration in (1, 3) else lambda row: None)
+        train.run(config, run.path, iteration)
+    metrics = [json.loads(run.iteration(iteration).metrics.read_text()) for iteration in (1, 2, 3, 4)]
+    assert [found["optimizer_steps"] for found in metrics] == [0, 1, 1, 2]
+    assert [found["used_episodes"] > 0 for found in metrics] == [False, True, False, True]
+    nothing = ("loss", "kl", "entropy", "gradient_norm", "logprob_mismatch_mean", "effective_sample_size")
+    assert all(metrics[0][name] is None and metrics[1][name] is not None for name in nothing)
+    assert metrics[0]["reward_mean"] == 5.0
+    policies = [manifest.digest_folder(run.iteration(iteration).policy) for iteration in range(5)]
+    assert policies[0] == policies[1] != policies[2] == policies[3] != policies[4]
+    name = "optimizer-00001-of-00001.safetensors"
+    moments = [(run.iteration(iteration).trainer / name).read_bytes() for iteration in (2, 3)]
+    assert moments[0] == moments[1]
+    drop(run, 3, 4)
+    restore.run(run.path, 4)  # over the iteration without a step
+    assert manifest.digest_folder(run.iteration(4).policy) == policies[4]
+
+
+def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary):
+    config, run = new_run()
+    metrics = [train_iterations(config, run, vocabulary, 1) or run.iteration(1).metrics.read_bytes() for _ in range(2)]
+    assert metrics[0] == metrics[1]
+    found = json.loads(run.iteration(1).performance.read_text())
+    phases = ("read", "load", "forward", "reference", "backward", "step", "save")
+    assert set(found["seconds"]) == set(phases)
+    assert all(found["seconds"][phase] > 0 for phase in phases)
+    rows = pq.read_table(run.iteration(1).rollouts(0)).to_pylist()
+    assert found["tokens"] == sum(len(row["prompt_token_ids"]) + len(row["completion_token_ids"]) for row in rows)
+    learning = sum(found["seconds"][phase] for phase in phases[2:6])
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / learning, rel=0.01)
+    assert 50 * 2**20 < found["peak_memory_bytes"][0] < 50 * 2**30
+
+
+def test_text_only_cycle_counts_text_alone(new_run, vocabulary):
+    reasons = {"assistant_prefill": sequence.START_THINKING}
+    config, run = new_run(train_text_tokens_only=True, text_only_cycle_steps=2, text_only_steps=1, **reasons)
+    train_iterations(config, run, vocabulary, 2)
+    first, second = (json.loads(run.iteration(i).metrics.read_text()) for i in (1, 2))
+    text = len(vocabulary.encode("2*3")) + 1
+    assert (first["counted"], first["counted_tokens"]) == ("text", 8 * text)
+    assert (second["counted"], second["counted_tokens"]) == ("visual", 8 * 6)
+
+
+def drop(run: Run, *iterations: int) -> None:
+    for iteration in iterations:
+        shutil.rmtree(run.iteration(iteration).policy)
+        shutil.rmtree(run.iteration(iteration).trainer)
+
+
+def test_restore_brings_a_dropped_policy_back_byte_for_byte(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 4)
+    expected = {i: made_of(run, i) for i in (1, 2, 3, 4)}
+    drop(run, 1, 2, 3)
+    restore.run(run.path, 1)  # from the starting policy
+    assert made_of(run, 1) == expected[1]
+    restore.run(run.path, 3)  # over two iterations
+    assert made_of(run, 3) == expected[3]
+    assert not run.iteration(2).policy.exists()
+    assert not (run.path / "restore.partial").exists()
+    train.run(config, run.path, 4)
+    assert made_of(run, 4) == expected[4]
+
+
+def test_restore_names_what_differs(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    drop(run, 2)
+    recorded = run.iteration(2).metrics.read_text()
+    digest = json.loads(recorded)["policy_digest"]
+    run.iteration(2).metrics.write_text(recorded.replace(digest, "f" * 64))
+    with pytest.raises(EarlError, match=rf"iteration 2 gave policy {digest}.*f{{64}} is recorded"):
+        restore.run(run.path, 2)
+    run.iteration(2).metrics.write_text(recorded)
+    write_inputs(run, 2, vocabulary, edit=_set(overedit=0.0))
+    with pytest.raises(EarlError, match=r"scores/0000\.parquet: its digest is"):
+        restore.run(run.path, 2)
+    assert not run.iteration(2).policy.exists()
+    assert not (run.path / "restore.partial").exists()
+
+
+def all_alike(row: dict) -> None:
+    row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"), 5.0)
+
+
+def unfinished(row: dict) -> None:
+    row |= {"status": "no_image", "edited": None, "finish_reason": "length"}
+    row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts", "ground_score"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda row: None, []),
+        (all_alike, ["no group's rewards differ, so no episode has an advantage"]),
+        (
+            unfinished,
+            ["no completion holds a finished image", "no group's rewards differ, so no episode has an advantage"],
+        ),
+    ],
+)
+def test_an_iteration_that_teaches_nothing_says_so(new_run, vocabulary, caplog, edit, expected):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, edit=edit)
+    found = train.run(config, run.path, 1)
+    assert json.loads(run.iteration(1).metrics.read_text())["warnings"] == found["warnings"] == expected
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"train: iteration 1: {text}" for text in expected]
+
+
+def test_prompts_that_were_left_out_are_counted(new_run, vocabulary):
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary)
+    assert train.run(config, run.path, 1)["left_out_prompts"] == 0
+    table = pq.read_table(run.iteration(1).rollouts(0))
+    metadata = table.schema.metadata | {b"left_out_prompts": b"3"}
+    pq.write_table(table.replace_schema_metadata(metadata), run.iteration(1).rollouts(0))
+    write_scores(run, 1, 0, pq.read_table(run.iteration(1).scores(0)).to_pydict())
+    assert train.run(config, run.path, 1)["left_out_prompts"] == 3
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["policy/model.safetensors", "trainer/optimizer-00001-of-00001.safetensors"])
+def test_a_damaged_checkpoint_is_not_trained_and_comes_back_by_restore(new_run, vocabulary, file):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    write_inputs(run, 3, vocabulary)
+    flip(run.iteration(2).path / file)
+    residents.clear()  # as in another process
+    with pytest.raises(EarlError, match=rf"{file}: is damaged: .*earl restore"):
+        train.run(config, run.path, 3)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected
+    train.run(config, run.path, 3)
+
+
+def test_restore_starts_before_a_checkpoint_that_is_damaged(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = made_of(run, 2)
+    flip(run.iteration(1).policy / "model.safetensors")
+    drop(run, 2)
+    restore.run(run.path, 2)
+    assert made_of(run, 2) == expected

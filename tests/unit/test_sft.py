@@ -1,0 +1,369 @@
+"""Supervised fine-tuning: its loss against plain cross-entropy, what must not change it, its recipes, and kills."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from earl import residents
+from earl.config import freeze, paths
+from earl.config.schema import Config
+from earl.data.grids import stored
+from earl.emu3 import checkpoint
+from earl.files import manifest, tables
+from earl.learner import head, sft
+from earl.messages.errors import EarlError
+from earl.stages import sft as stage
+from tests.unit.test_head import Largest
+
+SHAPE = (2, 3)
+SETTINGS = sft.Settings(
+    steps=10, batch_size=5, micro_batch=8, learning_rate=1e-3, warmup_steps=2, seed=1, bfloat16=False
+)
+
+
+@pytest.fixture
+def batch(vocabulary):
+    """Five sequences of unequal lengths; two neighbours share their prompt."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, vocabulary.size, length) for length in (9, 4, 12, 7)]
+    prompts.insert(2, prompts[1])
+    return [sft.Example(prompt, rng.integers(0, vocabulary.size, 3 + 2 * i)) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture
+def step(policy_folder):
+    """Return a function that takes a step of rate 0, and gives its loss and its gradient, whole."""
+
+    def run(batch, settings=SETTINGS, change=lambda policy: None):
+        policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+        with torch.no_grad():
+            change(policy)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        settings = replace(settings, learning_rate=0.0, max_gradient_norm=None)
+        loss, norm = sft.train_step(policy, optimizer, batch, settings, 0)
+        squared = sum(parameter.grad.double().square().sum() for parameter in policy.parameters())
+        assert np.isnan(norm) or norm == pytest.approx(float(squared.sqrt()), rel=1e-4)
+        return loss, {name: parameter.grad for name, parameter in policy.named_parameters()}
+
+    return run
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    (loss, gradient), (expected_loss, expected_gradient) = found, expected
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    flat, other = (torch.cat([part.flatten() for part in side.values()]) for side in (gradient, expected_gradient))
+    assert other.norm() > 1e-3
+    assert (flat - other).norm() < tolerance * other.norm()
+
+
+def plain_cross_entropy(batch, policy_folder):
+    """One sequence at a time, logits of every token over the whole vocabulary, torch's own cross-entropy."""
+    policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    total = 0.0
+    for example in batch:
+        ids = torch.from_numpy(np.concatenate([example.prompt, example.completion]))
+        logits = policy(input_ids=ids[None]).logits[0, :-1]
+        targets = ids[1:].clone()
+        targets[: len(example.prompt) - 1] = -100
+        total = total + F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    loss = total / sum(len(example.completion) for example in batch)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in policy.named_parameters()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_loss_and_gradient_are_those_of_plain_cross_entropy(batch, step, policy_folder, packed, micro_batch):
+    found = step(batch, replace(SETTINGS, packed=packed, micro_batch=micro_batch))
+    assert_same(found, plain_cross_entropy(batch, policy_folder))
+
+
+def test_a_head_of_zeros_by_hand(batch, step, policy_folder, vocabulary):
+    """All ids are equally likely: the loss is ln V, and d loss / d head = mean over tokens of (1/V - one-hot) h."""
+    loss, gradient = step(batch, change=lambda policy: policy.lm_head.weight.zero_())
+    assert loss == pytest.approx(math.log(vocabulary.size), abs=1e-5)
+    policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    expected = torch.zeros_like(policy.lm_head.weight)
+    tokens = sum(len(example.completion) for example in batch)
+    for example in batch:
+        ids = torch.from_numpy(np.concatenate([example.prompt, example.completion]))
+        with torch.no_grad():
+            hidden = policy.model(input_ids=ids[None]).last_hidden_state[0]
+        for place in range(len(example.prompt), len(ids)):
+            expected += hidden[place - 1] / vocabulary.size / tokens
+            expected[ids[place]] -= hidden[place - 1] / tokens
+    torch.testing.assert_close(gradient["lm_head.weight"], expected, atol=1e-6, rtol=1e-4)
+    assert not gradient["model.embed_tokens.weight"].any(), "a head of zeros passes nothing on"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_head_by_blocks_changes_the_step_by_rounding_alone(batch, step, vocabulary, monkeypatch, packed):
+    settings = replace(SETTINGS, packed=packed)
+    expected = step(batch, settings)
+    monkeypatch.setattr(head, "TOKENS", 7)
+    monkeypatch.setattr(head, "IDS", 50)
+    assert_same(step(batch, settings), expected)
+
+
+def test_no_tensor_of_tokens_by_vocabulary_exists(batch, step, vocabulary, monkeypatch):
+    monkeypatch.setattr(head, "TOKENS", 16)
+    monkeypatch.setattr(head, "IDS", 64)
+    long = [replace(example, completion=np.resize(example.completion, 300)) for example in batch]
+    with Largest() as largest:
+        step(long)
+    assert largest.elements < 5 * 300 * vocabulary.size
+
+
+def test_what_the_prompt_says_is_not_learned(batch, step):
+    _, gradient = step(batch, change=lambda policy: policy.lm_head.weight.zero_())
+    rows = gradient["lm_head.weight"]
+    prompt, completion = (
+        set(np.concatenate([getattr(example, part) for example in batch]).tolist()) for part in ("prompt", "completion")
+    )
+    never = sorted(set(range(len(rows))) - prompt - completion)[0]
+    assert all(torch.equal(rows[one], rows[never]) for one in prompt - completion)
+    assert not any(torch.equal(rows[one], rows[never]) for one in completion)
+
+
+def test_examples_of_a_step_follow_from_its_number():
+    epochs = [index for step in range(6) for index in sft.batch_indices(1, step, 4, 8)]
+    assert sorted(epochs[:8]) == sorted(epochs[8:16]) == list(range(8)), "every example once an epoch"
+    assert epochs[:8] != epochs[8:16]
+    assert sft.batch_indices(1, 4, 4, 8) == epochs[16:20]
+    assert sft.batch_indices(2, 0, 8, 8) != epochs[:8]
+
+
+def test_learning_rate_by_hand():
+    """Up in 2 steps, then down a cosine over 8: half way, at step 6, half of the peak."""
+    rates = [sft.learning_rate(step, SETTINGS) for step in range(10)]
+    assert rates[:3] == pytest.approx([0.5e-3, 1e-3, 1e-3])
+    assert rates[6] == pytest.approx(0.5e-3)
+    assert rates[9] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+def test_a_step_that_is_not_finite_is_named(batch, step):
+    with pytest.raises(EarlError, match=r"sft step 0: loss nan .* lower learning_rate"):
+        step(batch, change=lambda policy: policy.lm_head.weight.fill_(float("nan")))
+
+
+# The stage
+
+
+@pytest.fixture
+def data(tmp_path, vocabulary):
+    """Return a function that writes a tokenised data set of made-up pairs and returns its folder."""
+
+    def write(name: str, rows: int = 10, long: tuple[int, ...] = (), reasoned: bool = True) -> str:
+        file = tmp_path / name / "0000.parquet"
+        grids = np.random.default_rng(rows).integers(0, vocabulary.num_visual, (rows, 2, *SHAPE))
+        columns = {
+            "dataset": [name] * rows,
+            "example_id": [str(i) for i in range(rows)],
+            "task": [None] * rows,
+            "instruction": [f"{name} {i}" * (200 if i in long else 1) for i in range(rows)],
+            "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] if reasoned else None for i in range(rows)],
+            "original_tokens": [stored(pair[0], vocabulary.num_visual) for pair in grids],
+            "target_tokens": [stored(pair[1], vocabulary.num_visual) for pair in grids],
+            "original": [None] * rows,
+            "target": [None] * rows,
+        }
+        tables.write_table(file, tables.TOKENISED, columns, {})
+        manifest.seal(file.parent)
+        return str(file.parent)
+
+    return write
+
+
+@pytest.fixture
+def make(tmp_path, policy_folder, data):
+    """Return a function that gives a configuration with these fine-tunings, each completed with what all share."""
+    common = {"base_model": str(policy_folder), "train_paths_file": [data("simple")], "coefficients": [1.0]}
+    common |= {"steps": 16, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3, "random_seed": 1}
+
+    def config(packing: str = "groups", **tunings: dict) -> Config:
+        return Config(
+            run_name="run",
+            base_exp_dir=str(tmp_path / "runs"),
+            train_paths_file=["unused"],
+            val_paths_file=[],
+            sft={name: common | fields for name, fields in tunings.items()},
+            per_device_batch_size=3,
+            packing=packing,
+            max_response_tokens=64,
+            model_context_size=256,
+            engine="torch",
+            judge="program",
+            device="cpu",
+            dtype="float32",
+            cpu_threads=1,
+        )
+
+    return config
+
+
+def losses_of(policy: Path) -> list[float]:
+    return json.loads((policy / "sft.json").read_text())["loss"]
+
+
+def tuned(config: Config, name: str) -> Path:
+    """Make a fine-tuning in the place where the pipeline puts it."""
+    out = paths.resolve(config, f"stage:sft/{name}")
+    stage.run(config, name, out)
+    return out
+
+
+def test_it_learns_and_repeats_its_bytes(make, tmp_path):
+    config = make(one={})
+    for name in ("first", "second"):
+        stage.run(config, "one", tmp_path / name)
+    losses = losses_of(tmp_path / "first")
+    assert len(losses) == 16
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
+    assert manifest.digest_folder(tmp_path / "first") == manifest.digest_folder(tmp_path / "second")
+    assert not list(tmp_path.glob("*.partial"))
+    checkpoint.load_policy(tmp_path / "first", torch.float32, "cpu")
+
+
+def test_what_reinforcement_learning_has_left_in_memory_makes_room(make, tmp_path):
+    for kind in ("learner", "reference"):
+        residents.put(kind, "key", kind)
+    stage.run(make(one={"steps": 1, "warmup_steps": 0}), "one", tmp_path / "out")
+    assert [residents.take(kind, "key") for kind in ("learner", "reference")] == [None, None]
+
+
+def test_packing_changes_the_weights_by_rounding_alone(make, tmp_path):
+    weights = []
+    for packing in ("none", "groups"):
+        stage.run(make(packing, one={"steps": 4}), "one", tmp_path / packing)
+        policy = checkpoint.load_policy(tmp_path / packing, torch.float32, "cpu")
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]))
+    # Adam's first steps have the size of the rate, 3e-3, whatever the gradient's: rounding counts where it is near 0.
+    assert (weights[0] - weights[1]).abs().mean() < 1e-6
+    assert losses_of(tmp_path / "none") == pytest.approx(losses_of(tmp_path / "groups"), rel=1e-4)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Instead of fine-tuning, keep every training sequence of the mixture, in the list that this returns."""
+    found = []
+
+    def look(policy, sequence, count, *_):
+        found.extend(sequence(index) for index in range(count))
+        return sft.Progress(1, [0.0])
+
+    monkeypatch.setattr(sft, "fine_tune", look)
+    return found
+
+
+def test_mixed_takes_each_data_set_by_its_coefficient(make, data, seen, vocabulary, tmp_path):
+    mixed = {"train_paths_file": [data("simple"), data("complex", rows=4)], "coefficients": [0.5, 3.0]}
+    stage.run(make(mixed=mixed), "mixed", tmp_path / "out")
+    prompts = [vocabulary.decode(example.prompt) for example in seen]
+    counts = {kind: [prompts.count(prompt) for prompt in set(prompts) if kind in prompt] for kind in ("simple", "comp")}
+    assert counts == {"simple": [1] * 5, "comp": [3] * 4}
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_sequences_are_those_of_the_grammar(make, seen, vocabulary, tmp_path, reasoning):
+    stage.run(make(one={"reasoning": reasoning}), "one", tmp_path / "out")
+    thought = " Let's think step by step. <|start thinking|> box: [0, 0, 7, 8]<|end thinking|>" if reasoning else ""
+    assert vocabulary.decode(seen[7].prompt).endswith("<|image end|>simple 7")
+    completion = vocabulary.decode(seen[7].completion)
+    assert completion.startswith(f"{thought}<|image start|>2*3<|image token|><|visual token ")
+    assert completion.endswith("<|extra_201|><|image end|><|extra_204|>")
+
+
+def test_two_stages_are_one_after_the_other(make, data, tmp_path):
+    both = {"train_paths_file": [data("simple"), data("complex", 4)], "coefficients": [1.0, 2.0]}
+    config = make(first={}, then=both | {"base_model": "stage:sft/first"})
+    start = {"model_path": "stage:sft/then", "vision_tokenizer_path": "package:shapes/vision_tokenizer"}
+    assert list(paths.shared_stages(config.model_copy(update=start))) == [
+        paths.resolve(config, f"stage:sft/{name}") for name in ("first", "then")
+    ]
+    first, then = tuned(config, "first"), tuned(config, "then")
+    assert losses_of(then)[0] < losses_of(first)[0] - 0.5, "it goes on from what the first has learned"
+    by_folder = make(then=both | {"base_model": str(first)})
+    stage.run(by_folder, "then", tmp_path / "by-folder")
+    assert manifest.digest_folder(then) == manifest.digest_folder(tmp_path / "by-folder")
+
+
+def test_an_unknown_name_is_named_with_those_there_are(make, tmp_path):
+    with pytest.raises(EarlError, match="sft has no entry 'two'; it has one"):
+        stage.run(make(one={}), "two", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_killed_in_either_stage_and_started_again_it_ends_in_the_same_bytes(make, tmp_path):
+    config = make(first={"steps": 24}, then={"steps": 24, "base_model": "stage:sft/first"})
+    expected = {name: manifest.digest_folder(tuned(config, name)) for name in ("first", "then")}
+    config = config.model_copy(update={"base_exp_dir": str(tmp_path / "killed")})
+    freeze.write(config, tmp_path / "config.json")
+    for name, digest in expected.items():
+        out = paths.resolve(config, f"stage:sft/{name}")
+        partial = out.with_name(f"{out.name}.partial")
+        command = [sys.executable, "-m", "earl", "sft", "--config", str(tmp_path / "config.json"), "--name", name]
+        command += ["--out", str(out)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list(partial.glob("step-*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not out.exists()
+        finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        assert "resumed at step" in finished.stderr
+        assert manifest.digest_folder(out) == digest
+        assert not partial.exists()
+
+
+def test_what_another_configuration_left_is_not_resumed(make, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("earl.stages.sft.sharding.save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(make(one={"learning_rate": 1e-3, "steps": 4}), "one", out)
+    assert list((tmp_path / "out.partial").glob("step-*"))
+    stage.run(make(one={"steps": 4}), "one", out)
+    stage.run(make(one={"steps": 4}), "one", tmp_path / "undisturbed")
+    assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")
+
+
+def test_an_example_that_is_too_long_gives_its_place_to_the_next_one_and_is_counted(make, data, seen, tmp_path):
+    # Sequences of instructions of 1 word fit, those of 200 do not.
+    config = make(s={"train_paths_file": [data("mixed", long=(0, 5, 6))]}).model_copy(update={"model_context_size": 64})
+    stage.run(config, "s", tmp_path / "s")
+    assert json.loads((tmp_path / "s" / "sft.json").read_text())["left_out_examples"] == 3
+    lengths = [len(example) for example in seen]
+    assert max(lengths) <= 64
+    # In the place of 0, 5 and 6 stand 1, 7 and 7.
+    for place, other in ((0, 1), (5, 7), (6, 7)):
+        assert np.array_equal(seen[place].completion, seen[other].completion)
+    strict = config.model_copy(update={"long_prompts": "stop"})
+    wanted = r"field sft\.s\.train_paths_file: 3 of \d+ examples are too long; first mixed: example 0: \d+ tokens"
+    with pytest.raises(EarlError, match=wanted):
+        stage.run(strict, "s", tmp_path / "strict")
+    with pytest.raises(EarlError, match="all of them"):
+        stage.run(config.model_copy(update={"model_context_size": 2, "max_response_tokens": 1}), "s", tmp_path / "none")
+
+
+def test_what_cannot_be_learned_from_is_found_before_the_first_step(make, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(sft, "fine_tune", lambda *_: pytest.fail("the fine-tuning has begun"))
+    config = make(s={"train_paths_file": [data("silent", reasoned=False)], "reasoning": True})
+    with pytest.raises(
+        EarlError, match=r"field sft\.s\.train_paths_file: silent: example 0: column 'reasoning' is empty"
+    ):
+        stage.run(config, "s", tmp_path / "s")

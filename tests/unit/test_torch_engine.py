@@ -1,0 +1,74 @@
+"""What the torch engine does by itself: drawing, truncation, batches."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from earl.emu3 import grid, sequence
+from earl.engines import Request, SamplingParams
+from earl.engines.torch_engine import TorchEngine, sample, truncate
+from earl.messages.errors import EarlError
+from tests.support.distributions import truncated_softmax
+
+FREE = SamplingParams(temperature=1.0, max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def request_(vocabulary):
+    return Request(sequence.prompt_ids(np.zeros((3, 3), int), "x", "<|image start|>", vocabulary), (3, 3), [1, 2])
+
+
+def test_without_the_constraint_any_id_may_come(policy_folder, request_, vocabulary):
+    free = TorchEngine(torch.device("cpu"), torch.float32, batch_size=8, context=512, constrained=False)
+    free.load(policy_folder)
+    hot = dataclasses.replace(FREE, temperature=5.0)
+    kept = [
+        grid.allowed_masks(vocabulary)[grid.kinds_of_completion(c.token_ids, (3, 3), vocabulary), c.token_ids].all()
+        for c in free.generate([request_], hot)[0]
+    ]
+    assert not all(kept)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (5, 1.0), (-1, 0.6), (6, 0.8)])
+def test_samples_follow_the_truncated_softmax(top_k, top_p):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 40)
+    logits[0, 7:12] = -torch.inf
+    params = SamplingParams(temperature=0.9, top_p=top_p, top_k=top_k)
+    count = 20_000
+    noise = torch.from_numpy(np.random.default_rng(1).random(count))
+    tokens, logprobs = sample(logits.expand(count, -1), noise, params)
+    p = truncated_softmax(logits[0].double().numpy() / 0.9, top_p, top_k)
+    counts = np.bincount(tokens.numpy(), minlength=40)
+    assert counts[p == 0].sum() == 0
+    assert stats.chisquare(counts[p > 0], count * p[p > 0]).pvalue > 0.001
+    assert np.allclose(logprobs.numpy(), np.log(p[tokens.numpy()]), atol=1e-5)
+
+
+def test_noise_at_its_ends_hits_ids_that_have_probability():
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
+    noise = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert sample(logits, noise, FREE)[0].tolist() == [1, 2]
+
+
+def test_truncation_to_one_keeps_the_likeliest():
+    logprobs = torch.log_softmax(torch.tensor([[0.0, 3.0, 1.0]]), -1)
+    for params in (SamplingParams(1.0, top_k=1), SamplingParams(1.0, top_p=1e-9)):
+        assert truncate(logprobs, params)[0].tolist() == [-torch.inf, 0.0, -torch.inf]
+
+
+def test_samples_that_do_not_fill_batches_are_an_error(torch_engine, request_):
+    with pytest.raises(EarlError, match="engine_batch_size is 8, which is no multiple of the 3 samples"):
+        torch_engine.generate([dataclasses.replace(request_, seeds=[1, 2, 3])], FREE)
+
+
+def test_memory_that_does_not_suffice_is_an_error_that_names_the_numbers(torch_engine, policy_folder, request_):
+    torch_engine.load(policy_folder)
+    endless = TorchEngine(torch.device("cpu"), torch.float32, batch_size=8, context=10**14, constrained=True)
+    endless.load(policy_folder)
+    params = dataclasses.replace(FREE, max_tokens=10**13)
+    with pytest.raises(EarlError, match=r"out of memory .*; lower engine_batch_size \(8\) or max_response_tokens"):
+        endless.generate([request_], params)
