@@ -1,0 +1,65 @@
+"""Commands about the machines that stages run on."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="A run's <run>/config.json: says the judge and the folder.")
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="Folder for the files of runs.")] = None,
+    judge: Annotated[str | None, typer.Option(help="The judge's address, or the file that holds it.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that are to be visible.")] = None,
+    minimum_free: Annotated[float, typer.Option(min=0, help="GiB that are to be free.")] = 10.0,
+) -> None:
+    """Check this node, or all nodes of several ranks, as a stage would find it."""
+    from earl.run import doctor as checks
+
+    if config is not None:
+        from earl.config.load import read
+
+        settings = read(config)
+        path = path or Path(settings.base_exp_dir)
+        judge = judge or (str(settings.reward_function_api_base) if settings.judge == "openai" else None)
+    wanted = checks.Wanted(path or Path("runs"), gpus, judge, int(minimum_free * 2**30))
+    found = checks.examine(wanted)
+    has_failed = any(finding.passed is False for _, finding in found)
+    if has_failed or os.environ.get("RANK", "0") == "0":
+        typer.echo(checks.table(found))
+    raise typer.Exit(has_failed)
+
+
+@app.command()
+def launch(
+    command: Annotated[list[str], typer.Argument(help="The command, after `--`.")],
+    launcher: Annotated[str, typer.Option(help="local, debug, slurm or workers.")],
+    name: Annotated[str, typer.Option(help="Short name of the job.")],
+    folder: Annotated[Path, typer.Option(help="The job's own folder, for its record and logs.")],
+    output: Annotated[list[Path] | None, typer.Option(help="A file that it makes; may be repeated.")] = None,
+    resource: Annotated[list[str] | None, typer.Option(help="name=value; may be repeated.")] = None,
+) -> None:
+    """Run a command somewhere else, a stage's as a rule, or wait for it where it already runs."""
+    from earl import launchers
+    from earl.launchers.job import Job, Resources
+
+    job = Job(name, command, folder, output or [], Resources.parse(resource or []))
+    raise typer.Exit(launchers.create(launcher).run(job))
+
+
+@app.command(hidden=True)
+def worker(
+    pool: Annotated[Path, typer.Option(help="Folder of the pool that a workflow has opened.")],
+    name: Annotated[str, typer.Option(help="engine-<n>, judge-<n> or learner-<n>.")],
+    host: Annotated[str | None, typer.Option(help="Address to listen at for other machines.")] = None,
+) -> None:
+    """Stay, and run stages on what is in memory already; the first stage that wants a worker starts it."""
+    from earl.workers import server
+
+    server.serve(str(pool), name, host)

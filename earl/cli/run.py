@@ -1,0 +1,108 @@
+"""Commands on a run as a whole: start, verify, prune, rewind, status, track, push."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from earl.cli.options import BestEffort, Record, RunFolder, output
+
+app = typer.Typer()
+
+
+@app.command()
+def track(
+    run: RunFolder,
+    best_effort: BestEffort = False,
+    online: Annotated[bool, typer.Option("--online", help="Send now, whatever wandb_mode says.")] = False,
+    out: Record = None,
+) -> None:
+    """Show the run's figures and episodes on Weights & Biases, as far as the configuration says and it is not done."""
+    from earl import tracking
+    from earl.config.load import read
+    from earl.run.layout import Run
+    from earl.tracking import page
+
+    folder = Run(run)
+    config = read(folder.config)
+    config = config.model_copy(update={"wandb_mode": "online"}) if online else config
+    tracking.attempt(lambda: page.send(folder, config), best_effort, out)
+
+
+@app.command()
+def push(run: RunFolder, best_effort: BestEffort = False, out: Record = None) -> None:
+    """Push the run's policies to the Hugging Face hub, as far as the configuration says and it is not done."""
+    from earl import tracking
+    from earl.config.load import read
+    from earl.run.layout import Run
+    from earl.tracking import hub
+
+    folder = Run(run)
+    tracking.attempt(lambda: hub.push(folder, read(folder.config)), best_effort, out)
+
+
+@app.command()
+def start(run: RunFolder, policy: Annotated[Path, typer.Option(help="Folder of the starting policy.")]) -> None:
+    """Link a run's starting policy as its iteration 0."""
+    from earl.run import state
+    from earl.run.layout import Run
+
+    state.start(Run(run), policy)
+
+
+@app.command()
+def verify(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(callback=output, help="Also write the findings as JSON.")] = None,
+    deep: Annotated[bool, typer.Option(help="Also compare every file with its recorded digest.")] = False,
+) -> None:
+    """Check that every file of a run is there, made from what it says by the present configuration and code."""
+    from earl.run import verify as verification
+    from earl.run.layout import Run
+
+    found = verification.verify(Run(run), deep=deep)
+    typer.echo(found.text())
+    if out is not None:
+        verification.write(found, out)
+    elif found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    run: RunFolder,
+    after: Annotated[int | None, typer.Option(min=1, help="Only what this new iteration makes superfluous.")] = None,
+) -> None:
+    """Drop checkpoints that the configuration does not keep, and what killed stages left half-written."""
+    from earl.config.load import read
+    from earl.run import state
+    from earl.run.layout import Run
+
+    folder = Run(run)
+    retention = state.Retention.of(read(folder.config))
+    with state.exclusive(folder):
+        for index in state.prune(folder, retention, after):
+            typer.echo(f"dropped the checkpoint of iteration {index}")
+
+
+@app.command()
+def rewind(run: RunFolder, iteration: Annotated[int, typer.Option("--iteration", min=1)]) -> None:
+    """Forget what was trained in an iteration and after it, so that the next call trains from there again."""
+    from earl.run import state
+    from earl.run.layout import Run
+
+    folder = Run(run)
+    with state.exclusive(folder):
+        gone = state.rewind(folder, iteration)
+    typer.echo(f"iterations {gone[0]} to {gone[-1]} are to be trained again")
+
+
+@app.command()
+def status(run: RunFolder) -> None:
+    """Print how far a run is and which checkpoints it holds."""
+    from earl.config.load import read
+    from earl.run import state
+    from earl.run.layout import Run
+
+    folder = Run(run)
+    typer.echo(state.status(folder, read(folder.config).num_iterations).text())

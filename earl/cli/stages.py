@@ -1,0 +1,221 @@
+"""The stages, one command each: files to files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from earl.cli.options import ConfigFile, IterationIndex, Output, Overrides, RunFolder, run_folder
+from earl.messages.errors import EarlError
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+
+app = typer.Typer()
+
+
+@app.command()
+def download(
+    files: Annotated[
+        str, typer.Argument(help="hf://datasets/<owner>/<name>[@<revision>]/<path or pattern>.parquet (or .arrow)")
+    ],
+    out: Output,
+) -> None:
+    """Download Parquet or Arrow files of a data set on the hub as a folder."""
+    from earl.config import hub
+    from earl.data import hub_files
+
+    try:
+        wanted = hub.data_files(files)
+    except ValueError as error:
+        raise EarlError(f"{files}: {error}") from error
+    if wanted is None:
+        raise EarlError(f"{files}: is no name on the hub, which begins with hf://datasets/")
+    hub_files.download(wanted, out)
+
+
+@app.command()
+def tokenise(
+    config: ConfigFile,
+    dataset: Annotated[str, typer.Option(help="Name in the configuration's raw_datasets.")],
+    raw: Annotated[Path, typer.Option(help="Raw pairs: a Parquet or Arrow file, a folder of them, or a pattern.")],
+    out: Output,
+) -> None:
+    """Turn raw image pairs into tokenised Parquet shards."""
+    from earl.config.load import read
+    from earl.stages import tokenise as stage
+
+    stage.run(read(config), dataset, raw, out)
+
+
+@app.command()
+def sft(
+    config: ConfigFile, name: Annotated[str, typer.Option(help="Name in the configuration's sft.")], out: Output
+) -> None:
+    """Warm-start a policy by supervised fine-tuning; by `train_processes` ranks, or those of torchrun."""
+    from earl.config.load import read
+
+    settings = read(config)
+    leave_to_ranks(settings, "sft", "--config", config, "--name", name, "--out", out)
+    from earl.stages import sft as stage
+
+    stage.run(settings, name, out)
+
+
+@app.command()
+def generate(
+    config: ConfigFile,
+    iteration: IterationIndex,
+    policy: Annotated[Path, typer.Option(help="Folder of the policy to sample from.")],
+    out: Output,
+    shard: Annotated[int | None, typer.Option(min=0, help="Shard of the iteration's prompts.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="Name of a held-out evaluation, instead of --shard.")] = None,
+) -> None:
+    """Sample completions from a policy and decode them to images."""
+    if (shard is None) == (evaluation is None):
+        raise EarlError("give either --shard, for an iteration's rollouts, or --evaluation, for held-out prompts")
+    from earl.config.load import read
+    from earl.stages import generate as stage
+
+    if evaluation is not None:
+        stage.run_evaluation(read(config), evaluation, iteration, policy, out)
+    else:
+        stage.run(read(config), iteration, shard, policy, out)
+
+
+@app.command()
+def score(
+    config: ConfigFile,
+    rollouts: Annotated[Path, typer.Option(help="Rollouts to judge.")],
+    out: Output,
+    again_failed: Annotated[
+        bool, typer.Option("--again-failed", help="Ask only the failed judgements of the file --out again.")
+    ] = False,
+) -> None:
+    """Ask the judge about rollouts."""
+    from earl.config.load import read
+    from earl.stages import score as stage
+
+    if again_failed:
+        failed, still = stage.run_again(read(config), rollouts, out)
+        typer.echo(f"{out}: {failed} judgements had failed, {still} still have")
+    else:
+        stage.run(read(config), rollouts, out)
+
+
+@app.command()
+def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None:
+    """Derive rewards and advantages from the scores and train; by `train_processes` ranks, or those of torchrun."""
+    from earl.config.load import read
+
+    settings = read(config)
+    leave_to_ranks(settings, "train", "--config", config, "--iteration", iteration, "--run", run)
+    from earl.stages import train as stage
+
+    stage.run(settings, run, iteration)
+
+
+def leave_to_ranks(config: "Config", *arguments: object) -> None:
+    """Have the `train_processes` ranks run this command, and end with their status; return where this is one, or alone.
+
+    Raises:
+        EarlError: see `ranks.launch`.
+    """
+    from earl.execution import ranks
+
+    if config.train_processes > 1 and not ranks.is_launched():
+        raise typer.Exit(ranks.launch(config, [str(argument) for argument in arguments], config.train_processes))
+
+
+@app.command()
+def restore(run: RunFolder, iteration: IterationIndex) -> None:
+    """Bring back a dropped policy by training again over the stored scores."""
+    from earl.stages import restore as stage
+
+    stage.run(run, iteration)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Option("--run", help="The run whose rollouts and scores to train on.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", callback=run_folder, help="Folder of the new run, beside the other; its name is the run's."
+        ),
+    ],
+    overrides: Overrides = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Train on the scores that `earl rescore --name` gave, instead of the run's own.")
+    ] = None,
+) -> None:
+    """Train again over a run's stored rollouts and scores with another learner, and compare the curves."""
+    from earl.config.load import parse_overrides
+    from earl.report import curves
+    from earl.stages import replay as stage
+
+    replayed = stage.run(run, out, parse_overrides(overrides or []), scores)
+    typer.echo("\n".join([curves.table(replayed.curves()), "", *replayed.notes(), f"charts: {replayed.page}"]))
+
+
+@app.command()
+def rescore(
+    run: RunFolder,
+    name: Annotated[str, typer.Option(help="Name of the results' folder, <run>/rescored/<name>.")],
+    overrides: Overrides = None,
+    iterations: Annotated[
+        list[int] | None, typer.Option("--iteration", min=0, help="Only this iteration; may be repeated.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation's rollouts; may be repeated.")
+    ] = None,
+) -> None:
+    """Ask another judge about a run's stored rollouts, and print how far the two agree."""
+    from earl.config.load import parse_overrides
+    from earl.stages import rescore as stage
+
+    found = stage.run(run, name, parse_overrides(overrides or []), iterations or (), evaluations or ())
+    typer.echo(stage.text(found))
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    name: Annotated[str, typer.Option(help="Name of the evaluation.")],
+    iteration: IterationIndex,
+    rollouts: Annotated[Path, typer.Option(help="Its rollouts.")],
+    scores: Annotated[Path, typer.Option(help="Their scores.")],
+    out: Output,
+) -> None:
+    """Join rollouts and scores of a held-out evaluation and summarise them."""
+    from earl.config.load import read
+    from earl.stages import evaluate as stage
+
+    stage.run(read(config), name, iteration, rollouts, scores, out)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Option("--run", help="A run's folder, <folder>@<iteration> for another than its newest policy."),
+    ],
+    out: Output,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="Only this evaluation; may be repeated.")
+    ] = None,
+    published: Annotated[bool, typer.Option(help="Show the published rows too, marked as such.")] = False,
+) -> None:
+    """Compare evaluations and training of several runs on one page; changes are from the first."""
+    from earl.stages import compare as stage
+
+    typer.echo(stage.run(runs, out, evaluations or (), published))
+
+
+@app.command()
+def report(run: RunFolder, out: Output) -> None:
+    """Write the run's report, one self-contained HTML file."""
+    from earl.stages import report as stage
+
+    stage.run(run, out)
