@@ -669,6 +669,11 @@ class Config(_Section):
         own = self.evaluations[evaluation].assistant_prefill
         return self.assistant_prefill if own is None else own
 
+    def evaluations_at(self, index: int) -> list[str]:
+        """Return the evaluations of the policy of iteration ``index``: every n-th one, from 0 on, and the last."""
+        is_last = index == self.num_iterations
+        return [name for name, one in self.evaluations.items() if is_last or index % one.every_n_iterations == 0]
+
     @property
     def prompts_per_iteration(self) -> int:
         return self.episodes_per_iteration // self.generations_per_sample
