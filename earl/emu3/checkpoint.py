@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl import residents
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.files import manifest, remedies, tensors
 from earl.messages.errors import EarlError
@@ -190,19 +189,14 @@ def _file_names(sizes: dict[str, int]) -> dict[str, str]:
 
 
 def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "Emu3VQVAE":
-    """Return the vision tokenizer of a folder in float32 and evaluation mode, not to be altered; a process keeps it.
+    """Return the vision tokenizer of a folder in float32 and evaluation mode.
 
     Raises:
         EarlError: when the folder is missing, does not load, or holds files that are not what its manifest says.
     """
     folder = check_files(folder)
-    key = (manifest.fingerprint(folder), str(device))
-
-    def read() -> "Emu3VQVAE":
-        with manifest.reading(folder):
-            return _read_vision_tokenizer(folder, device)
-
-    return residents.get("vision tokenizer", key, read)
+    with manifest.reading(folder):
+        return _read_vision_tokenizer(folder, device)
 
 
 def check_vision_tokenizer(folder: Path | str) -> int:

@@ -25,6 +25,8 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest
 from earl.learner import batches, grpo, logprobs, objective, sharding, trainer_state
 from earl.learner.batches import Episode
+from earl.learner.settings import AdamW
+from earl.learner.settings import Settings as StepSettings
 from earl.messages.errors import EarlError
 from earl.statistics import seeds
 
@@ -51,19 +53,19 @@ class Settings:
     bfloat16: bool
     final_learning_rate: float = 0.0
     schedule: str = "cosine"  # see learning_rate
-    adamw: grpo.AdamW = field(default_factory=grpo.AdamW)
+    adamw: AdamW = field(default_factory=AdamW)
     max_gradient_norm: float | None = grpo.MAX_GRADIENT_NORM  # None does not clip
     validate_every: int | None = None  # steps between two validations
     save_every: int | None = None  # steps between two checkpoints to resume from; None: a twentieth of all
     keep_every: int | None = None  # steps between two policies that are kept
     packed: bool = False  # see packing; changes no result beyond rounding
     attention: str = "sdpa"  # see attention.choose
-    gradient_checkpointing: bool = False  # see grpo.Settings
+    gradient_checkpointing: bool = False  # see earl.learner.settings
 
     @property
-    def objective(self) -> grpo.Settings:
+    def objective(self) -> StepSettings:
         """Log-probs of all tokens of a completion, over the whole vocabulary."""
-        return grpo.Settings(
+        return StepSettings(
             kl_coeff=0.0,
             temperature=1.0,
             micro_batch=self.micro_batch,

@@ -31,7 +31,8 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest
-from earl.learner import attention, grpo, sft, sharding
+from earl.learner import attention, sft, sharding
+from earl.learner.settings import AdamW
 from earl.messages.errors import EarlError
 from earl.statistics import seeds
 
@@ -260,7 +261,7 @@ def _settings(config: "Config", tuning: "Sft", device: torch.device) -> sft.Sett
         final_learning_rate=tuning.final_learning_rate,
         schedule=tuning.schedule,
         warmup_steps=tuning.warmup_steps,
-        adamw=grpo.AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
+        adamw=AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
         max_gradient_norm=tuning.max_gradient_norm,
         validate_every=tuning.validation and tuning.validation.every_n_steps,
         save_every=tuning.save_checkpoints_every_n_steps,

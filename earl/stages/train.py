@@ -16,6 +16,7 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
 from earl.learner import attention, episodes, grpo, objective, performance, sharding, trainer_state
 from earl.learner.performance import Clock
+from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
 from earl.run import replays
@@ -171,9 +172,9 @@ def _reference(config: "Config", folder: Path, team: Ranks) -> "tuple[str, Emu3F
     return digest, reference
 
 
-def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ranks) -> grpo.Settings:
+def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ranks) -> Settings:
     text, vision = config.train_text_tokens_only, config.train_vision_tokens_only
-    return grpo.Settings(
+    return Settings(
         kl_coeff=config.kl_coeff,
         temperature=config.temperature,
         micro_batch=config.per_device_batch_size,

@@ -20,6 +20,7 @@ from earl.execution.ranks import Ranks
 from earl.files import atomic
 from earl.learner import grpo, head, logprobs, objective, sharding
 from earl.learner.batches import Episode
+from earl.learner.settings import Settings
 
 GROUPS, SAMPLES = 5, 2
 CASES = {
@@ -49,9 +50,9 @@ def _episode(group: int, sample: int, vocabulary: Vocabulary) -> Episode:
     return Episode(*names, prompt, completion, forced, behavior, (-1.0) ** sample * (1 + group))
 
 
-def settings(vocabulary: Vocabulary, **changes) -> grpo.Settings:
+def settings(vocabulary: Vocabulary, **changes) -> Settings:
     visual = vocabulary.first_visual, vocabulary.size
-    plain = grpo.Settings(0.05, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
+    plain = Settings(0.05, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
     return replace(plain, options=objective.Options(ratio=True, clip_low=0.2, clip_high=0.2), **changes)
 
 
