@@ -27,10 +27,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import one_process
+from tests.slurm_cluster import Cluster, missing
+
 from earl.config import load
 from earl.config.schema import Config
-from tests.slurm_cluster import Cluster, missing
+from tests.support import bare_loop
 
 ROOT = Path(__file__).parent.parent
 WAYS = ("one-process", "workers", "cold", "segment", "stage", "stage-workers")
@@ -97,7 +98,7 @@ def seconds_in_stages(config: Config) -> tuple[float, int]:
 
 
 def measure(experiment: str, base: Path, iterations: int, env: dict[str, str], ways: list[str]) -> list[Measured]:
-    one_process.make_shared(load.load(experiment, overrides(base, "shared", iterations)).config)
+    bare_loop.make_shared(load.load(experiment, overrides(base, "shared", iterations)).config)
     found = []
     for way in ways:
         values = overrides(base, way, iterations)

@@ -85,11 +85,11 @@ SHORT |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2}
 @pytest.fixture(scope="session")
 def one_process_demo(tmp_path_factory):
     """The small demo without evaluations, made in one process."""
-    from benchmarks import one_process
     from earl.config import load
+    from tests.support import bare_loop
 
     settings = SHORT | {"base_exp_dir": str(tmp_path_factory.mktemp("one-process"))}
-    return one_process.run_all(load.load(DEMO, settings).config)
+    return bare_loop.run_all(load.load(DEMO, settings).config)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import one_process
+from tests.support import bare_loop
 from earl import residents
 from earl.config import freeze
 from earl.execution import processes
@@ -103,7 +103,7 @@ def place(tmp_path_factory):
 def expected(small_config) -> Run:
     """Two iterations and four evaluations that were made in one process."""
     residents.clear()
-    return one_process.run_all(small_config("expected"))
+    return bare_loop.run_all(small_config("expected"))
 
 
 def score(run: Run, out: Path) -> list[object]:
