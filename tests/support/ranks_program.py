@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from earl.emu3 import checkpoint
+from earl.emu3 import saving
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes, ranks
 from earl.execution.ranks import Ranks
@@ -67,10 +67,8 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
     metrics = grpo.train_iteration(policy, reference, optimizer, episodes(vocabulary), chosen, case, team)
     if team.first:
         atomic.write_text(out / f"{case}.json", json.dumps(metrics))
-        with atomic.folder(out / case) as folder:
-            checkpoint.save_policy(policy, folder, policy_folder)
-    else:
-        list(checkpoint.whole_weights(policy))
+    with ranks.folder(out / case, team) as folder:
+        saving.save_policy(policy, folder, saving.companions(policy_folder), team=team)
 
 
 def main(policy_folder: Path, out: Path) -> None:
