@@ -1,5 +1,6 @@
 """The stages, one command each: files to files."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -118,16 +119,40 @@ def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None
     stage.run(settings, run, iteration)
 
 
-def leave_to_ranks(config: "Config", *arguments: object) -> None:
-    """Have the `train_processes` ranks run this command, and end with their status; return where this is one, or alone.
+@app.command()
+def iterate(
+    run: RunFolder,
+    to: Annotated[int, typer.Option("--to", min=0, help="Last iteration to make.")],
+) -> None:
+    """Make a run's iterations, with models kept in memory; by `segment_processes` ranks, or those of torchrun."""
+    from earl.config.load import read
+    from earl.execution import ranks
+    from earl.run import segments, state
+    from earl.run.layout import Run
+
+    folder = Run(run)
+    settings = read(folder.config)
+    with contextlib.nullcontext() if ranks.is_launched() else state.exclusive(folder):
+        leave_to_ranks(settings, "iterate", "--run", run, "--to", to, processes=segments.processes(settings))
+        from earl.stages import iterate as stage
+
+        stage.run(settings, run, to)
+
+
+def leave_to_ranks(config: "Config", *arguments: object, processes: int | None = None) -> None:
+    """Have that many ranks run this command, and end with their status; return where this is one of them, or alone.
+
+    Args:
+        processes: how many; by default `train_processes`.
 
     Raises:
         EarlError: see `ranks.launch`.
     """
     from earl.execution import ranks
 
-    if config.train_processes > 1 and not ranks.is_launched():
-        raise typer.Exit(ranks.launch(config, [str(argument) for argument in arguments], config.train_processes))
+    count = processes or config.train_processes
+    if count > 1 and not ranks.is_launched():
+        raise typer.Exit(ranks.launch(config, [str(argument) for argument in arguments], count))
 
 
 @app.command()
