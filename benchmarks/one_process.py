@@ -47,9 +47,9 @@ def run_iteration(config: Config, run: Run, index: int) -> None:
     """Generate, score and train iteration ``index``."""
     from earl.stages import generate, score, train
 
-    files, previous = run.iteration(index), run.iteration(index - 1)
+    files, sampler = run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy)
     for shard in range(config.rollout_shards):
-        generate.run(config, index, shard, previous.policy, files.rollouts(shard))
+        generate.run(config, index, shard, sampler, files.rollouts(shard))
         score.run(config, files.rollouts(shard), files.scores(shard))
     train.run(config, run.path, index)
 
@@ -58,9 +58,10 @@ def evaluate(config: Config, run: Run, index: int) -> None:
     """Make every evaluation of the policy of iteration ``index``."""
     from earl.stages import evaluate, generate, score
 
+    sampler = generate.Sampler.load(config, run.iteration(index).policy)
     for name in config.evaluations:
         files = run.evaluation(name, index)
-        generate.run_evaluation(config, name, index, run.iteration(index).policy, files.rollouts)
+        generate.run_evaluation(config, name, index, sampler, files.rollouts)
         score.run(config, files.rollouts, files.scores)
         evaluate.run(config, name, index, files.rollouts, files.scores, files.table)
 

@@ -121,9 +121,9 @@ def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
 
 
 def run_iteration(config: Config, run: Run, index: int, arm: Arm) -> None:
-    files, previous = run.iteration(index), run.iteration(index - 1)
+    files, sampler = run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy)
     for shard in range(config.rollout_shards):
-        generate.run(config, index, shard, previous.policy, files.rollouts(shard))
+        generate.run(config, index, shard, sampler, files.rollouts(shard))
         judge = SampledReadout(config.random_seed, index, shard) if arm.sampled_readout else None
         score.run(config, files.rollouts(shard), files.scores(shard), judge)
     train.run(config, run.path, index)
@@ -283,9 +283,7 @@ def picture(drawn: Mapping[str, Sequence[charts.Line]]) -> str:
         left = GAP + place * (WIDTH + GAP)
         inner = charts.line_chart(title, lines, WIDTH, HEIGHT)
         parts.append(f'<text x="{left}" y="22" font-size="15" font-weight="600">{title}, by iteration</text>')
-        parts.append(
-            inner.replace("<svg ", f'<svg x="{left}" y="{HEAD}" width="{WIDTH}" height="{HEIGHT}" ', 1)
-        )
+        parts.append(inner.replace("<svg ", f'<svg x="{left}" y="{HEAD}" width="{WIDTH}" height="{HEIGHT}" ', 1))
     left = GAP
     for line in next(iter(drawn.values())):
         parts.append(f'<rect class="key c{line.colour}" x="{left}" y="{height - 20}" width="16" height="4"/>')

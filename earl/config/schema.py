@@ -514,7 +514,7 @@ class Config(_Section):
     )
     vllm_gpu_memory_utilization: float = _free(
         0.3,
-        "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.",
+        "Share of GPU memory that vLLM takes for weights and cache; of main memory for its cache on a CPU.",
         gt=0,
         le=1,
     )

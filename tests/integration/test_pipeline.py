@@ -96,7 +96,7 @@ def test_shards_change_no_episode_and_no_policy(run, small_config, shards):
 
 def test_a_stage_run_again_writes_the_same_bytes(run, small_config, tmp_path):
     files, config = run.iteration(2), small_config("plain")
-    generate.run(config, 2, 0, run.iteration(1).policy, tmp_path / "rollouts.parquet")
+    generate.run(config, 2, 0, generate.Sampler.load(config, run.iteration(1).policy), tmp_path / "rollouts.parquet")
     score.run(config, tmp_path / "rollouts.parquet", tmp_path / "scores.parquet")
     assert (tmp_path / "rollouts.parquet").read_bytes() == files.rollouts(0).read_bytes()
     assert (tmp_path / "scores.parquet").read_bytes() == files.scores(0).read_bytes()
@@ -116,14 +116,14 @@ def test_another_reward_needs_only_train(run, small_config):
 def test_other_seeds_give_other_episodes(run, small_config):
     config = small_config("plain", random_seed=43)
     out = run.path.parent / "other.parquet"
-    generate.run(config, 1, 0, run.iteration(0).policy, out)
+    generate.run(config, 1, 0, generate.Sampler.load(config, run.iteration(0).policy), out)
     found = tables.read_table(out, tables.ROLLOUTS, ["completion_token_ids"])
     assert not found.equals(tables.read_table(run.iteration(1).rollouts(0), tables.ROLLOUTS, found.column_names))
 
 
 def test_what_did_not_finish_is_not_shown_to_the_judge(run, small_config, tmp_path):
     config = small_config("plain", max_response_tokens=20, emu3_use_logit_processor=False)
-    generate.run(config, 1, 0, run.iteration(0).policy, tmp_path / "rollouts.parquet")
+    generate.run(config, 1, 0, generate.Sampler.load(config, run.iteration(0).policy), tmp_path / "rollouts.parquet")
     score.run(config, tmp_path / "rollouts.parquet", tmp_path / "scores.parquet")
     rollouts = tables.read_table(tmp_path / "rollouts.parquet", tables.ROLLOUTS).to_pylist()
     scores = tables.read_table(tmp_path / "scores.parquet", tables.SCORES).to_pylist()
