@@ -69,6 +69,7 @@ SMALL = {
     "per_device_batch_size": 8,
     "engine_batch_size": 4,
     "rollout_shards": 1,
+    "segment_processes": 1,
     "num_iterations": 2,
     "evaluations.heldout.prompts": 4,
     "evaluations.heldout_greedy.prompts": 4,
@@ -84,11 +85,11 @@ SHORT |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2}
 @pytest.fixture(scope="session")
 def one_process_demo(tmp_path_factory):
     """The small demo without evaluations, made in one process."""
-    from benchmarks import one_process
     from earl.config import load
+    from tests.support import bare_loop
 
     settings = SHORT | {"base_exp_dir": str(tmp_path_factory.mktemp("one-process"))}
-    return one_process.run_all(load.load(DEMO, settings).config)
+    return bare_loop.run_all(load.load(DEMO, settings).config)
 
 
 @pytest.fixture(scope="session")

@@ -54,11 +54,11 @@ class Plan:
 
     @cached_property
     def windows(self) -> list[range]:
-        """The planned iterations, cut after every multiple of ``config.window_length``, wherever the plan starts.
+        """The planned iterations, cut after every multiple of ``config.segment_length``, wherever the plan starts.
 
         So a window that a stop left half done is the same one, with the same end, for a workflow that starts anew.
         """
-        length = self.config.window_length
+        length = self.config.segment_length
         cuts = [*range(self.start - self.start % length + length, self.stop, length), self.stop]
         starts = [self.start, *cuts[:-1]]
         return [range(first + 1, last + 1) for first, last in zip(starts, cuts, strict=True) if first < last]

@@ -426,7 +426,7 @@ def window_launcher(w, output, threads, resources):
     """
     if not SEGMENTS:
         return ""
-    place = (int(w.step) - 1) // PLANS[w.run].config.window_length
+    place = (int(w.step) - 1) // PLANS[w.run].config.segment_length
     return launcher(f"window-{place:06d}", w.run, output, 1, resources)
 
 
