@@ -12,9 +12,10 @@ import pytest
 from earl.files import manifest
 from earl.run import state
 from earl.run.layout import Run
-from tests.integration.test_workflow import ROOT, Workplace, undisturbed, wait_until  # noqa: F401
+from tests.integration.test_workflow import undisturbed, wait_until  # noqa: F401
 from tests.support.slurm_cluster import Cluster
 from tests.support.slurm_workflow import demo, sized
+from tests.support.workplace import ROOT, Workplace
 
 pytestmark = pytest.mark.slow
 

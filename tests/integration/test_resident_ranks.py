@@ -17,8 +17,8 @@ from earl.run.layout import Run
 from earl.workers import channel, client, local_team, pool
 from tests.cluster.test_slurm_workers import workplace as slurm_workplace
 from tests.integration.test_ranks import earl
-from tests.integration.test_train_stage import made_of, make_config, new_run, write_inputs  # noqa: F401  (new_run is a fixture)
 from tests.integration.test_workers import place, wait_until  # noqa: F401  (place is a fixture)
+from tests.support.train_files import made_of, make_config, write_inputs
 
 
 def command(run, iteration: int) -> list[object]:
@@ -307,7 +307,7 @@ def test_ranks_of_a_job_serve_as_a_learner(place, cold, new_run, capfd):  # noqa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "kind"), [(2, "learner"), (1, "ranks")])
-def test_ranks_stay_in_slurm_jobs(slurm, cold, new_run, tmp_path, nodes, kind):  # noqa: F811
+def test_ranks_stay_in_slurm_jobs(slurm, cold, new_run, tmp_path, nodes, kind):
     """As the tasks of a job on two nodes, and as processes that a job of one task starts."""
     _, run = new_run(train_processes=2)
     take_inputs(run, cold)

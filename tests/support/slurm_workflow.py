@@ -7,7 +7,7 @@ from pathlib import Path
 
 from earl.execution import processes
 from earl.workers import pool
-from tests.conftest import SHORT
+from tests.support.demo import SHORT
 from tests.support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
