@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
+import subprocess
 
 import pytest
 
@@ -81,12 +82,33 @@ def small_config(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def small_run(small_config):
+    """The small demo's files, made in one process: two iterations and two evaluations. Copy what a test changes."""
+    from benchmarks import one_process
+
+    return one_process.run_all(small_config("plain"))
+
+
 @pytest.fixture
 def new_run(tmp_path, policy_folder):
     """Return a function that makes a run folder with a frozen configuration and the starting policy."""
     from tests.support import train_files
 
     return lambda name="run", **changes: train_files.new_run(tmp_path, policy_folder, name, **changes)
+
+
+@pytest.fixture
+def earl(capsys):
+    """Return a function that runs a command in this process, where everything is imported already."""
+    from earl import cli
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        status = cli.call(list(map(str, arguments)))
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture
