@@ -17,10 +17,23 @@ from tests.support import policies, slurm_cluster
 from tests.support.demo import DEMO, SHORT, SMALL
 from tests.support.workplace import Workplace
 
+QUICK = 3
+"""Seconds. `make test-fast` runs what takes no longer, on a quiet machine."""
+
 
 def pytest_configure():
     """TRL and the tests' own imports of transformers do not come by way of `earl.emu3.models`."""
     torch_extensions.work_around()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that took longer than a quick one may and are not marked as slow."""
+    passed = terminalreporter.stats.get("passed", [])
+    unmarked = [report for report in passed if report.duration > QUICK and "slow" not in report.keywords]
+    if unmarked:
+        terminalreporter.section(f"more than {QUICK} s and not marked as slow")
+        for report in sorted(unmarked, key=lambda report: -report.duration):
+            terminalreporter.line(f"{report.duration:6.1f} s  {report.nodeid}")
 
 
 @pytest.fixture(scope="session")
