@@ -116,16 +116,21 @@ def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None
     stage.run(settings, run, iteration)
 
 
-def leave_to_ranks(config: "Config", *arguments: object) -> None:
-    """Have the `train_processes` ranks run this command, and end with their status; return where this is one, or alone.
+def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None) -> None:
+    """Have ranks run this command, and end with their status; return where this process is a rank, or alone.
+
+    Args:
+        arguments: Of `earl`.
+        size: The number of ranks, `train_processes` by default.
 
     Raises:
-        EarlError: see `ranks.launch`.
+        EarlError: see `launch.launch`.
     """
-    from earl.execution import ranks
+    from earl.execution import launch, ranks
 
-    if config.train_processes > 1 and not ranks.is_launched():
-        raise typer.Exit(ranks.launch(config, [str(argument) for argument in arguments], config.train_processes))
+    size = config.train_processes if size is None else size
+    if size > 1 and not ranks.is_launched():
+        raise typer.Exit(launch.launch(config, [str(argument) for argument in arguments], size))
 
 
 @app.command()

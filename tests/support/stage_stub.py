@@ -3,9 +3,8 @@
 The content of an output is a function of the inputs' contents, so that equal histories give equal bytes. Only the
 light commands (start, prune, verify) are the real ones. ``STUB_DELAY`` seconds pass in each stage, ``STUB_LOG`` names
 a file that gets a line for each command, and one that begins with ``clash`` where another process is at work on the
-same command; ``.pools`` beside it names the pool of workers that each was given. ``STUB_FAIL`` is a text in the command
-at which it fails. ``STUB_HOLD`` names a file: a command with the text that the file holds waits until it no longer has
-it.
+same command. ``STUB_FAIL`` is a text in the command at which it fails. ``STUB_HOLD`` names a file: a command with the
+text that the file holds waits until it no longer has it.
 """
 
 import fcntl
@@ -29,8 +28,6 @@ def main() -> None:
     if os.environ.get("STUB_LOG"):
         with open(os.environ["STUB_LOG"], "a") as log:
             log.write(" ".join(sys.argv[1:]) + "\n")
-        with open(f"{os.environ['STUB_LOG']}.pools", "a") as log:
-            log.write(os.environ.get("EARL_WORKERS", "none") + "\n")
     if command in REAL:
         from earl import cli
 

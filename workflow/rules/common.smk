@@ -128,8 +128,6 @@ def open_runs():
             # Planned before it was there: plan again, as called.
             os.execv(sys.executable, sys.orig_argv)
         for item in PLANS.values():
-            # Whatever this one has, a killed workflow's workers may not know yet that they are on their own.
-            opening.clear_up(workers_beside(item))
             LOCKS.append(processes.lock(state.lock_file(item.run)))
             refuse_other_writers(item.run.path)
             freeze.write(item.config, item.run.config, accept_changes=ACCEPT_CHANGES)
