@@ -7,15 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import torch_extensions
 from tests.support import policies, slurm_cluster
-
-DEMO = Path(__file__).parent.parent / "config" / "demo.jsonnet"
+from tests.support.demo import DEMO, SHORT, SMALL
+from tests.support.workplace import Workplace
 
 
 def pytest_configure():
@@ -58,30 +57,6 @@ def vocabulary(policy_folder):
     return Vocabulary.from_folder(policy_folder)
 
 
-SMALL = {
-    "raw_datasets.shapes_sft.count": 32,
-    "raw_datasets.shapes_rl.count": 24,
-    "raw_datasets.shapes_heldout.count": 8,
-    "sft.shapes.steps": 40,
-    "sft.shapes.batch_size": 8,
-    "episodes_per_iteration": 16,
-    "generations_per_sample": 4,
-    "per_device_batch_size": 8,
-    "engine_batch_size": 4,
-    "rollout_shards": 1,
-    "segment_processes": 1,
-    "num_iterations": 2,
-    "evaluations.heldout.prompts": 4,
-    "evaluations.heldout_greedy.prompts": 4,
-}
-"""The demo, cut down until a whole run takes seconds: what is learned is of no interest, what is written is."""
-
-
-SHORT = {name: value for name, value in SMALL.items() if not name.startswith("evaluations.")}
-SHORT |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2}
-"""The same, still shorter and without evaluations."""
-
-
 @pytest.fixture(scope="session")
 def one_process_demo(tmp_path_factory):
     """The small demo without evaluations, made in one process."""
@@ -106,9 +81,23 @@ def small_config(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def new_run(tmp_path, policy_folder):
+    """Return a function that makes a run folder with a frozen configuration and the starting policy."""
+    from tests.support import train_files
+
+    return lambda name="run", **changes: train_files.new_run(tmp_path, policy_folder, name, **changes)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """An empty folder to run the workflow in."""
+    return Workplace(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
-    """A Slurm cluster of two nodes on this machine; see `tests/slurm_cluster.py`."""
+    """A Slurm cluster of two nodes on this machine; see `tests/support/slurm_cluster.py`."""
     if reason := slurm_cluster.missing():
         pytest.skip(reason)
     cluster = slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"))

@@ -16,7 +16,7 @@ import pytest
 from benchmarks import one_process
 from earl.files import manifest
 from earl.run.layout import Run
-from tests.conftest import SMALL
+from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[2]
 

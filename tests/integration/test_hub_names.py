@@ -19,8 +19,9 @@ from earl.files import manifest, tables
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
 from earl.shapes import dataset
-from tests.integration.test_workflow import Workplace, write_tokenised
 from tests.support import emu3_files
+from tests.support.tokenised_files import write_tokenised
+from tests.support.workplace import Workplace
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["change the red circle", "8*8", "make the background green", "remove the blue square"]

@@ -19,7 +19,7 @@ from earl.execution import processes
 from earl.files import manifest
 from earl.run import state
 from earl.run.layout import Run
-from tests.conftest import SMALL
+from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[2]
 SEED, KILLS, ITERATIONS = 20261123, 20, 6

@@ -19,7 +19,6 @@ from earl.judges import Judgement, Verdict, check, known_order
 from earl.judges.known_order import Ranked
 from earl.messages.errors import EarlError
 from earl.shapes import world
-from tests.integration.test_workflow import Workplace, place  # noqa: F401 - a fixture
 from tests.support.evaluation_files import demo_config
 
 BLANK = Judgement("x", *(np.zeros((4, 4, 3), np.uint8) for _ in range(3)))
@@ -248,18 +247,18 @@ def test_too_many_failures_stop_too():
 # The workflow
 
 
-def test_a_run_starts_only_behind_its_gate(place):  # noqa: F811
-    gated = place.experiment("gated", judge_gate={"minimum_accuracy": 0.8}, num_iterations=1)
-    place.run(gated, fails=True, earl_command=f"{sys.executable} -c 'raise SystemExit(2)'")
-    assert not place.folder("gated").iteration(0).path.exists()
-    place.run(gated)
-    order = [line.split()[0] for line in place.stages()]
+def test_a_run_starts_only_behind_its_gate(workplace):
+    gated = workplace.experiment("gated", judge_gate={"minimum_accuracy": 0.8}, num_iterations=1)
+    workplace.run(gated, fails=True, earl_command=f"{sys.executable} -c 'raise SystemExit(2)'")
+    assert not workplace.folder("gated").iteration(0).path.exists()
+    workplace.run(gated)
+    order = [line.split()[0] for line in workplace.stages()]
     assert order.index("judge") < order.index("start") < order.index("generate")
-    place.run(gated)
-    assert place.stages() == []
+    workplace.run(gated)
+    assert workplace.stages() == []
 
 
-def test_a_gate_that_is_set_later_makes_nothing_again(place):  # noqa: F811
-    place.run(place.experiment("late", num_iterations=1))
-    place.run(place.experiment("late", num_iterations=1, judge_gate={}))
-    assert [line.split()[0] for line in place.stages()] in ([], ["judge"])
+def test_a_gate_that_is_set_later_makes_nothing_again(workplace):
+    workplace.run(workplace.experiment("late", num_iterations=1))
+    workplace.run(workplace.experiment("late", num_iterations=1, judge_gate={}))
+    assert [line.split()[0] for line in workplace.stages()] in ([], ["judge"])

@@ -12,23 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from earl import residents
 from earl.config import freeze, paths
 from earl.config.schema import Config
-from earl.data.grids import stored
 from earl.emu3 import checkpoint
-from earl.files import manifest, tables
+from earl.files import manifest
 from earl.learner import head, sft
 from earl.messages.errors import EarlError
 from earl.stages import sft as stage
-from tests.unit.test_head import Largest
-
-SHAPE = (2, 3)
-SETTINGS = sft.Settings(
-    steps=10, batch_size=5, micro_batch=8, learning_rate=1e-3, warmup_steps=2, seed=1, bfloat16=False
-)
+from tests.support.sft_files import SETTINGS, plain_cross_entropy
+from tests.support.tensors import Largest
 
 
 @pytest.fixture
@@ -64,21 +58,6 @@ def assert_same(found, expected, tolerance=1e-4):
     flat, other = (torch.cat([part.flatten() for part in side.values()]) for side in (gradient, expected_gradient))
     assert other.norm() > 1e-3
     assert (flat - other).norm() < tolerance * other.norm()
-
-
-def plain_cross_entropy(batch, policy_folder):
-    """One sequence at a time, logits of every token over the whole vocabulary, torch's own cross-entropy."""
-    policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
-    total = 0.0
-    for example in batch:
-        ids = torch.from_numpy(np.concatenate([example.prompt, example.completion]))
-        logits = policy(input_ids=ids[None]).logits[0, :-1]
-        targets = ids[1:].clone()
-        targets[: len(example.prompt) - 1] = -100
-        total = total + F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    loss = total / sum(len(example.completion) for example in batch)
-    loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in policy.named_parameters()}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -159,58 +138,6 @@ def test_a_step_that_is_not_finite_is_named(batch, step):
 # The stage
 
 
-@pytest.fixture
-def data(tmp_path, vocabulary):
-    """Return a function that writes a tokenised data set of made-up pairs and returns its folder."""
-
-    def write(name: str, rows: int = 10, long: tuple[int, ...] = (), reasoned: bool = True) -> str:
-        file = tmp_path / name / "0000.parquet"
-        grids = np.random.default_rng(rows).integers(0, vocabulary.num_visual, (rows, 2, *SHAPE))
-        columns = {
-            "dataset": [name] * rows,
-            "example_id": [str(i) for i in range(rows)],
-            "task": [None] * rows,
-            "instruction": [f"{name} {i}" * (200 if i in long else 1) for i in range(rows)],
-            "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] if reasoned else None for i in range(rows)],
-            "original_tokens": [stored(pair[0], vocabulary.num_visual) for pair in grids],
-            "target_tokens": [stored(pair[1], vocabulary.num_visual) for pair in grids],
-            "original": [None] * rows,
-            "target": [None] * rows,
-        }
-        tables.write_table(file, tables.TOKENISED, columns, {})
-        manifest.seal(file.parent)
-        return str(file.parent)
-
-    return write
-
-
-@pytest.fixture
-def make(tmp_path, policy_folder, data):
-    """Return a function that gives a configuration with these fine-tunings, each completed with what all share."""
-    common = {"base_model": str(policy_folder), "train_paths_file": [data("simple")], "coefficients": [1.0]}
-    common |= {"steps": 16, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3, "random_seed": 1}
-
-    def config(packing: str = "groups", **tunings: dict) -> Config:
-        return Config(
-            run_name="run",
-            base_exp_dir=str(tmp_path / "runs"),
-            train_paths_file=["unused"],
-            val_paths_file=[],
-            sft={name: common | fields for name, fields in tunings.items()},
-            per_device_batch_size=3,
-            packing=packing,
-            max_response_tokens=64,
-            model_context_size=256,
-            engine="torch",
-            judge="program",
-            device="cpu",
-            dtype="float32",
-            cpu_threads=1,
-        )
-
-    return config
-
-
 def losses_of(policy: Path) -> list[float]:
     return json.loads((policy / "sft.json").read_text())["loss"]
 
@@ -250,19 +177,6 @@ def test_packing_changes_the_weights_by_rounding_alone(make, tmp_path):
     # Adam's first steps have the size of the rate, 3e-3, whatever the gradient's: rounding counts where it is near 0.
     assert (weights[0] - weights[1]).abs().mean() < 1e-6
     assert losses_of(tmp_path / "none") == pytest.approx(losses_of(tmp_path / "groups"), rel=1e-4)
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """Instead of fine-tuning, keep every training sequence of the mixture, in the list that this returns."""
-    found = []
-
-    def look(policy, sequence, count, *_):
-        found.extend(sequence(index) for index in range(count))
-        return sft.Progress(1, [0.0])
-
-    monkeypatch.setattr(sft, "fine_tune", look)
-    return found
 
 
 def test_mixed_takes_each_data_set_by_its_coefficient(make, data, seen, vocabulary, tmp_path):
