@@ -106,6 +106,11 @@ class Plan:
         return index == 0 or state.has_checkpoint(self.run.iteration(index))
 
 
+def folder(config: "Config") -> Path:
+    """Return the folder of a run."""
+    return Path(config.base_exp_dir) / config.run_name
+
+
 def plan(config: "Config", by_segment: bool = True) -> Plan:
     """Return what is left to do of a run.
 
@@ -113,7 +118,7 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
         EarlError: the starting policy is gone but needed, what is trained again has scores that do not hold what the
             reward is made of, or a segment cannot do what the configuration asks for.
     """
-    run = Run(Path(config.base_exp_dir) / config.run_name)
+    run = Run(folder(config))
     newest = state.newest_complete(run)
     if newest < config.num_iterations and (newest == 0 or config.kl_coeff):  # what is trained next needs it
         state.check_start(run)

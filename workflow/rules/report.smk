@@ -1,29 +1,25 @@
-# The end of a run: what the window cut hides is checked against the digests in the files; then the report.
+# The end of a run: every file is checked against the digests in the others, also those that no plan looks at any more.
 
 
 rule verify:
     input:
-        finished,
+        lambda w: files.finished(plan(w)),
     output:
         "{run}/verify.json",
     log:
         "{run}/logs/verify.log",
-    params:
-        earl=EARL,
     shell:
-        "({params.earl} prune --run {wildcards.run}"
-        " && {params.earl} verify --run {wildcards.run} --out {output}) 2>&1 | tee {log}"
+        "(earl prune --run {wildcards.run:q} && earl verify --run {wildcards.run:q} --out {output:q})"
+        " 2>&1 | tee {log:q}"
 
 
 rule report:
     input:
-        finished,
+        lambda w: files.finished(plan(w)),
         verify="{run}/verify.json",
     output:
         "{run}/report.html",
     log:
         "{run}/logs/report.log",
-    params:
-        earl=EARL,
     shell:
-        "{params.earl} report --run {wildcards.run} --out {output} 2>&1 | tee {log}"
+        "earl report --run {wildcards.run:q} --out {output:q} 2>&1 | tee {log:q}"
