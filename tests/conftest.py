@@ -60,11 +60,11 @@ def vocabulary(policy_folder):
 @pytest.fixture(scope="session")
 def one_process_demo(tmp_path_factory):
     """The small demo without evaluations, made in one process."""
-    from benchmarks import one_process
     from earl.config import load
+    from tests.support import bare_loop
 
     settings = SHORT | {"base_exp_dir": str(tmp_path_factory.mktemp("one-process"))}
-    return one_process.run_all(load.load(DEMO, settings).config)
+    return bare_loop.run_all(load.load(DEMO, settings).config)
 
 
 @pytest.fixture(scope="session")

@@ -78,10 +78,12 @@ def generate(
     from earl.config.load import read
     from earl.stages import generate as stage
 
+    settings = read(config)
+    sampler = stage.Sampler.load(settings, policy)
     if evaluation is not None:
-        stage.run_evaluation(read(config), evaluation, iteration, policy, out)
+        stage.run_evaluation(settings, evaluation, iteration, sampler, out)
     else:
-        stage.run(read(config), iteration, shard, policy, out)
+        stage.run(settings, iteration, shard, sampler, out)
 
 
 @app.command()

@@ -514,7 +514,7 @@ class Config(_Section):
     )
     vllm_gpu_memory_utilization: float = _free(
         0.3,
-        "Share of GPU memory that the rollout engine may take; of main memory for vLLM's cache on a CPU.",
+        "Share of GPU memory that vLLM takes for weights and cache; of main memory for its cache on a CPU.",
         gt=0,
         le=1,
     )
@@ -668,6 +668,11 @@ class Config(_Section):
         """Return the text that completions of an evaluation start from."""
         own = self.evaluations[evaluation].assistant_prefill
         return self.assistant_prefill if own is None else own
+
+    def evaluations_at(self, index: int) -> list[str]:
+        """Return the evaluations of the policy of iteration ``index``: every n-th one, from 0 on, and the last."""
+        is_last = index == self.num_iterations
+        return [name for name, one in self.evaluations.items() if is_last or index % one.every_n_iterations == 0]
 
     @property
     def prompts_per_iteration(self) -> int:

@@ -44,13 +44,13 @@ class Plan:
 
     @property
     def last(self) -> int:
-        """The iteration that the run ends with."""
-        return max(self.newest, self.config.num_iterations)
+        """The iteration that the plan ends with; 0 where none is to be trained, and none has been."""
+        return self.config.num_iterations if self.segments else max(self.newest, self.config.num_iterations)
 
     @property
     def iterations(self) -> range:
         """The iterations to be made by stage."""
-        return range(self.last + 1 if self.by_segment else self.newest + 1, self.last + 1)
+        return range(0) if self.by_segment else range(self.newest + 1, self.config.num_iterations + 1)
 
     @cached_property
     def segments(self) -> list[range]:
@@ -59,25 +59,23 @@ class Plan:
         So a segment that was killed half-way keeps its end. The first one starts at a checkpoint: iterations after it
         are trained again over their stored scores.
         """
-        if not self.by_segment:
-            return []
-        length = self.config.segment_length
-        cuts = [*range(self.checkpoint - self.checkpoint % length + length, self.last, length), self.last]
-        starts = [self.checkpoint, *cuts[:-1]]
-        return [range(first + 1, last + 1) for first, last in zip(starts, cuts, strict=True) if first < last]
+        last, length = self.config.num_iterations if self.by_segment else 0, self.config.segment_length
+        ends = [*range(self.checkpoint - self.checkpoint % length + length, last, length), last]
+        starts = [self.checkpoint, *ends[:-1]]
+        return [range(start + 1, end + 1) for start, end in zip(starts, ends, strict=True) if start < end]
 
     @cached_property
     def evaluations(self) -> dict[int, list[str]]:
-        """The evaluations to be made by stage, by iteration. A segment makes those of its own iterations.
+        """The evaluations to be made by stage, by iteration. A segment makes those from its first policy on.
 
         Of complete iterations these are the missing ones whose policy is on disk.
         """
-        end = self.checkpoint if self.segments else self.last
-        planned: dict[int, list[str]] = {}
-        for name, evaluation in self.config.evaluations.items():
-            for index in sorted({*range(0, self.last + 1, evaluation.every_n_iterations), self.config.num_iterations}):
-                if index <= end and (index > self.newest or self._is_pending(name, index)):
-                    planned.setdefault(index, []).append(name)
+        end = self.checkpoint if self.segments else self.last + 1
+        planned = {}
+        for index in range(end):
+            wanted = self.config.evaluations_at(index)
+            if names := [name for name in wanted if index > self.newest or self._is_pending(name, index)]:
+                planned[index] = names
         return planned
 
     def sends(self) -> list[tuple[str, int]]:

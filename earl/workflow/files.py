@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from earl import tracking
-from earl.files import manifest
+from earl.files import manifest, objects
 from earl.messages.errors import EarlError
 from earl.run import state
 from earl.run.layout import Iteration
@@ -132,6 +132,13 @@ def check_stage(plan: Plan, index: int) -> None:
         )
     if index > plan.last:
         raise EarlError(f"{plan.key}: there is no iteration {index}, since num_iterations is {plan.last}; raise it")
+    metrics = plan.run.iteration(index).metrics
+    shards = len(objects.read(metrics)["inputs"]["rollouts"]) if 0 < index <= plan.newest and metrics.is_file() else 0
+    if shards not in (0, plan.config.rollout_shards):
+        raise EarlError(
+            f"{plan.key}: iteration {index} was made in {shards} shards; to make files of it again, set "
+            f"rollout_shards={shards}"
+        )
 
 
 def before_segment(plan: Plan, last: int) -> Needed:

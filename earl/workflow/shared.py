@@ -44,9 +44,8 @@ class Shared:
     def pairs(self) -> str:
         """The options that say which pairs of the shapes world a raw file holds."""
         raw = self.config.raw_datasets[self.name]
-        return shlex.join(
-            ["--count", f"{raw.count}", "--seed", f"{raw.seed}", *(["--tasks", ",".join(raw.tasks)] if raw.tasks else [])]
-        )
+        tasks = ["--tasks", ",".join(raw.tasks)] if raw.tasks else []
+        return shlex.join(["--count", f"{raw.count}", "--seed", f"{raw.seed}", *tasks])
 
     @property
     def from_hub(self) -> str:

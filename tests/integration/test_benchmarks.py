@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import one_process
+from tests.support import bare_loop
 from earl import judges
 from earl.config import evaluate, load, paths
 from earl.data.tokenised import open_dataset
@@ -88,7 +88,7 @@ def write_benchmark(path, columns, seed):
 def run(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judges, "get", lambda config: ByHand())
-        return one_process.run_all(config)
+        return bare_loop.run_all(config)
 
 
 def test_every_benchmark_is_taken_whole_n_times(run, config):

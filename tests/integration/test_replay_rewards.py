@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import one_process
+from tests.support import bare_loop
 from earl.config import freeze, load
 from earl.files import manifest, tables
 from earl.messages.errors import EarlError
@@ -19,7 +19,7 @@ from earl.stages import replay, rescore, restore, train
 @pytest.fixture(scope="module")
 def source(small_config):
     """A run of two iterations. Its configuration asks for no ground score; its judge, a program, gives one."""
-    return one_process.run_all(small_config("scored", num_iterations=2, evaluations={}))
+    return bare_loop.run_all(small_config("scored", num_iterations=2, evaluations={}))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks import one_process
+from tests.support import bare_loop
 from earl import judges
 from earl.files import manifest, tables
 from earl.judges import Verdict
@@ -34,7 +34,7 @@ class Stricter(ProgramJudge):
 
 @pytest.fixture(scope="module")
 def finished(small_config):
-    return one_process.run_all(small_config("rescored", num_iterations=2))
+    return bare_loop.run_all(small_config("rescored", num_iterations=2))
 
 
 @pytest.fixture

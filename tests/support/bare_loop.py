@@ -1,15 +1,12 @@
-"""All stages of a run in one process: what the workflow does in many, over the same files.
+"""A run as a bare loop over the stage functions, in one process: what the workflow's jobs do, over the same files.
 
-Three uses: the baseline that the workflow's overhead is measured against, a quick way to run an experiment many
-times, and the proof in the tests that cutting a run into processes changes no byte.
-
-    python benchmarks/one_process.py config/demo.jsonnet --set run_name=inline --set num_iterations=2
+The oracle of byte-equality tests, and what benchmarks measure the workflow and segments against. Each policy is loaded
+from its folder anew, as a stage would.
 """
 
-import argparse
 from pathlib import Path
 
-from earl.config import freeze, hub, load, paths, places
+from earl.config import freeze, hub, paths, places
 from earl.config.schema import Config
 from earl.run import state
 from earl.run.layout import Run
@@ -47,48 +44,41 @@ def run_iteration(config: Config, run: Run, index: int) -> None:
     """Generate, score and train iteration ``index``."""
     from earl.stages import generate, score, train
 
-    files, previous = run.iteration(index), run.iteration(index - 1)
+    files, sampler = run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy)
     for shard in range(config.rollout_shards):
-        generate.run(config, index, shard, previous.policy, files.rollouts(shard))
+        generate.run(config, index, shard, sampler, files.rollouts(shard))
         score.run(config, files.rollouts(shard), files.scores(shard))
     train.run(config, run.path, index)
 
 
 def evaluate(config: Config, run: Run, index: int) -> None:
-    """Make every evaluation of the policy of iteration ``index``."""
+    """Make the evaluations of the policy of iteration ``index`` that are due."""
     from earl.stages import evaluate, generate, score
 
-    for name in config.evaluations:
+    names = config.evaluations_at(index)
+    sampler = generate.Sampler.load(config, run.iteration(index).policy) if names else None
+    for name in names:
         files = run.evaluation(name, index)
-        generate.run_evaluation(config, name, index, run.iteration(index).policy, files.rollouts)
+        generate.run_evaluation(config, name, index, sampler, files.rollouts)
         score.run(config, files.rollouts, files.scores)
         evaluate.run(config, name, index, files.rollouts, files.scores, files.table)
 
 
-def is_evaluated(config: Config, index: int) -> bool:
-    """Return whether a policy is evaluated: each n-th one and the last."""
-    steps = {evaluation.every_n_iterations for evaluation in config.evaluations.values()}
-    return index == config.num_iterations or any(index % step == 0 for step in steps)
-
-
-def run_all(config: Config) -> Run:
-    """Run an experiment from raw data to the last evaluation and return its files."""
+def start(config: Config) -> Run:
+    """Make what comes before the first iteration, and return the run's files."""
     run = Run(Path(config.base_exp_dir) / config.run_name)
     places.check(config)
     freeze.write(config, run.config)
     make_shared(config)
     state.start(run, paths.policy_folder(config, config.model_path))
-    for index in range(config.num_iterations + 1):
-        if index:
-            run_iteration(config, run, index)
-        if is_evaluated(config, index):
-            evaluate(config, run, index)
     return run
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    arguments = parser.parse_args()
-    print(run_all(load.load(arguments.experiment, load.parse_overrides(arguments.set)).config).path)
+def run_all(config: Config) -> Run:
+    """Run an experiment from raw data to the last evaluation and return its files."""
+    run = start(config)
+    for index in range(config.num_iterations + 1):
+        if index:
+            run_iteration(config, run, index)
+        evaluate(config, run, index)
+    return run
