@@ -189,7 +189,8 @@ def send(command: str, options: Options) -> None:
 
 
 def report(command: str, options: Options) -> None:
-    atomic.write_text(options["--out"], "report\n")
+    for name in ("--out", "--curves", "--evaluations"):
+        atomic.write_text(options[name], "report\n")
 
 
 def digest(*parts: str) -> str:

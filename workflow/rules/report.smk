@@ -18,8 +18,26 @@ rule report:
         lambda w: files.finished(plan(w)),
         verify="{run}/verify.json",
     output:
-        "{run}/report.html",
+        page=report(
+            "{run}/report.html",
+            caption="../report/run.rst",
+            category="{run}",
+            labels={"shows": "report"},
+        ),
+        curves=report(
+            "{run}/report/curves.svg",
+            caption="../report/curves.rst",
+            category="{run}",
+            labels={"shows": "curves"},
+        ),
+        evaluations=report(
+            "{run}/report/evaluations.csv",
+            caption="../report/evaluations.rst",
+            category="{run}",
+            labels={"shows": "evaluations"},
+        ),
     log:
         "{run}/logs/report.log",
     shell:
-        "earl report --run {wildcards.run:q} --out {output:q} 2>&1 | tee {log:q}"
+        "earl report --run {wildcards.run:q} --out {output.page:q} --curves {output.curves:q}"
+        " --evaluations {output.evaluations:q} 2>&1 | tee {log:q}"
