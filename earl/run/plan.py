@@ -98,6 +98,17 @@ class Plan:
         ]
         return between + [(kind, self.last) for kind, on in wanted.items() if on]
 
+    def text(self) -> str:
+        """Return what is left to do as one line."""
+        parts = [f"{self.key}: {self.newest} of {self.config.num_iterations} iterations are complete"]
+        if self.segments:
+            parts.append(f"segments from iteration {self.segments[0][0]}: {len(self.segments)}")
+        if self.iterations:
+            parts.append(f"iterations to make by stage: {len(self.iterations)}")
+        if self.evaluations:
+            parts.append(f"evaluations to make by stage: {sum(map(len, self.evaluations.values()))}")
+        return "; ".join(parts)
+
     def _is_pending(self, name: str, index: int) -> bool:
         if self.run.evaluation(name, index).summary.is_file():
             return False

@@ -41,11 +41,12 @@ def make_plans(settings: Settings, is_main: bool = True, stages_run_here: bool =
 
 
 def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
-    """Stop where what is left of a run is sure to fail; say what it will only miss."""
+    """Stop where what is left of a run is sure to fail; say what is left, and what it will only miss."""
     started = state.start_record(plan.run.iteration(0)).is_file()
     if not started or plan.segments or plan.iterations or plan.evaluations:
         places.check(plan.config, loaded.origin, started, stages_run_here)
     tracking.check_hub(plan.config)
+    print(plan.text(), file=sys.stderr)
     if missing := tracking.missing(plan.config):
         print(f"{plan.key}: {missing}", file=sys.stderr)
 

@@ -107,9 +107,7 @@ def _experiments(value: Any) -> tuple[str, ...]:
 def _overrides(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
-    return {
-        name: text for item in _items(value) for name, text in load.parse_overrides(item, load.WORKFLOW).items()
-    }
+    return {name: text for item in _items(value) for name, text in load.parse_overrides(item, load.WORKFLOW).items()}
 
 
 def _granularity(value: Any) -> Any:
