@@ -1,5 +1,6 @@
 """The stages, one command each: files to files."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,6 +117,26 @@ def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None
     from earl.stages import train as stage
 
     stage.run(settings, run, iteration)
+
+
+@app.command()
+def iterate(
+    run: RunFolder,
+    to: Annotated[int, typer.Option("--to", min=0, help="Last iteration to make.")],
+) -> None:
+    """Make a run's iterations, with models kept in memory; by `segment_processes` ranks, or those of torchrun."""
+    from earl.config.load import read
+    from earl.execution import ranks
+    from earl.run import segments, state
+    from earl.run.layout import Run
+
+    folder = Run(run)
+    settings = read(folder.config)
+    with contextlib.nullcontext() if ranks.is_launched() else state.exclusive(folder):
+        leave_to_ranks(settings, "iterate", "--run", run, "--to", to, size=segments.processes(settings))
+        from earl.stages import iterate as stage
+
+        stage.run(settings, run, to)
 
 
 def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None) -> None:
