@@ -74,11 +74,11 @@ def vocabulary(policy_folder):
 @pytest.fixture(scope="session")
 def one_process_demo(tmp_path_factory):
     """The small demo without evaluations, made in one process."""
-    from benchmarks import one_process
     from earl.config import load
+    from tests.support import bare_loop
 
     settings = SHORT | {"base_exp_dir": str(tmp_path_factory.mktemp("one-process"))}
-    return one_process.run_all(load.load(DEMO, settings).config)
+    return bare_loop.run_all(load.load(DEMO, settings).config)
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +98,9 @@ def small_config(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_run(small_config):
     """The small demo's files, made in one process: two iterations and two evaluations. Copy what a test changes."""
-    from benchmarks import one_process
+    from tests.support import bare_loop
 
-    return one_process.run_all(small_config("plain"))
+    return bare_loop.run_all(small_config("plain"))
 
 
 @pytest.fixture

@@ -9,15 +9,14 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from earl import residents
 from earl.emu3 import checkpoint
-from earl.engines import Completion, Request, SamplingParams, memory_errors, room
+from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room
 from earl.execution import runtime, torch_extensions
 from earl.files import manifest
 from earl.messages.errors import EarlError
@@ -25,6 +24,7 @@ from earl.messages.errors import EarlError
 if TYPE_CHECKING:
     import torch
     from transformers import Emu3TextConfig
+    from vllm import LLM
 
     from earl.config.schema import Config
 
@@ -70,11 +70,12 @@ class VllmEngine:
         self.llm = None
         self._shape: tuple[Any, ...] | None = None
         self._digest: str | None = None
+        self._sleeps = False
         self._config_folder: tempfile.TemporaryDirectory | None = None
 
     @classmethod
     def from_config(cls, config: "Config") -> "VllmEngine":
-        """Return the engine of this process with the configuration's settings, started or not.
+        """Return an engine with the configuration's settings, which `load` starts.
 
         Raises:
             EarlError: when vLLM is not installed, or the machine lacks what the configuration asks for.
@@ -86,18 +87,20 @@ class VllmEngine:
             )
         device = runtime.prepare(config)
         check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
-        settings = Settings(
-            device=device.type,
-            dtype=config.dtype,
-            context=config.model_context_size,
-            constrained=config.emu3_use_logit_processor,
-            memory_share=config.vllm_gpu_memory_utilization,
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
+        return cls(
+            Settings(
+                device=device.type,
+                dtype=config.dtype,
+                context=config.model_context_size,
+                constrained=config.emu3_use_logit_processor,
+                memory_share=config.vllm_gpu_memory_utilization,
+                tensor_parallel_size=config.vllm_tensor_parallel_size,
+            )
         )
-        return residents.get("engine", settings, lambda: cls(settings))
 
     def load(self, policy: Path) -> None:
         digest = manifest.digest_folder(checkpoint.check_files(policy))
+        self.wake()
         if self.llm is not None and digest == self._digest:
             return
         self._digest = None
@@ -107,16 +110,46 @@ class VllmEngine:
         shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
         with vllm_torch(self.settings.device):
             if self.llm is not None and shape == self._shape:
-                self._swap(policy)
+                self._replace(weights_path=str(policy))
             else:
                 self._start(policy, config)
         self._shape, self._digest = shape, digest
 
+    def update(self, weights: "Iterable[tuple[str, torch.Tensor]]", digest: str) -> None:
+        self.wake()
+        if self._loaded().llm_engine.vllm_config.parallel_config.world_size > 1:
+            raise EarlError(
+                f"vllm_tensor_parallel_size is {self.settings.tensor_parallel_size}: weights in memory do not reach "
+                "vLLM's other processes; set it to 1, or granularity to 'stage'"
+            )
+        self._digest = None
+        with vllm_torch(self.settings.device):
+            self._replace(weights_iterator=checked(weights, self._shapes))
+        self._digest = digest
+
+    def sleep(self) -> None:
+        if self.llm is not None and self.settings.device == "cuda" and not self._sleeps:
+            # Level 1: the weights wait in main memory. Level 2 drops them, and an engine woken without new ones would
+            # sample from garbage.
+            self.llm.sleep(level=1)
+            self._sleeps = True
+
+    def wake(self) -> None:
+        if self._sleeps:
+            self.llm.wake_up()
+            self._sleeps = False
+
     def close(self) -> None:
-        """Stop vLLM and give back its memory; `load` starts it again."""
         if self.llm is not None:
-            llm, self.llm, VllmEngine._live = self.llm, None, None
+            llm, self.llm, self._sleeps, VllmEngine._live = self.llm, None, False, None
             llm.llm_engine.engine_core.shutdown()
+
+    def _loaded(self) -> "LLM":
+        if self.llm is None:
+            raise EarlError("no policy is loaded, or another vLLM engine was started in this process; load it again")
+        if self._sleeps:
+            raise EarlError("the engine sleeps; wake it first")
+        return self.llm
 
     def _start(self, policy: Path, config: "Emu3TextConfig") -> None:
         if VllmEngine._live is not None:
@@ -129,6 +162,7 @@ class VllmEngine:
         with self._start_errors(policy):
             self.llm = LLM(model=str(policy), **options)
         VllmEngine._live = self
+        self._shapes = _weight_shapes(config)
 
     @contextmanager
     def _start_errors(self, policy: Path) -> Iterator[None]:
@@ -145,10 +179,10 @@ class VllmEngine:
                 raise EarlError(f"{policy}: vLLM has too little memory ({reason}); {remedy}") from error
             raise EarlError(f"{policy}: does not load in vLLM ({reason})") from error
 
-    def _swap(self, policy: Path) -> None:
+    def _replace(self, **source: Any) -> None:
         """Replace the weights in place. The cache of prompts was computed with the old ones, so it goes."""
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
+            self.llm.collective_rpc("reload_weights", kwargs=source)
             if not self.llm.reset_prefix_cache():
                 raise EarlError("vLLM kept its cache of prompts, which belongs to the policy before; load it again")
         except BaseException:
@@ -156,10 +190,7 @@ class VllmEngine:
             raise
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
-        if self.llm is None:
-            raise EarlError(
-                "no policy is loaded, or another vLLM engine was started in this process since; load it again"
-            )
+        llm = self._loaded()
         prompts, sampling = [], []
         for request in requests:
             for seed in request.seeds:
@@ -167,7 +198,7 @@ class VllmEngine:
                 sampling.append(self._sampling(request, seed, params))
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
         with memory_errors(remedy), vllm_torch(self.settings.device):
-            outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
         shared = sum(output.num_cached_tokens or 0 for output in outputs)
         total = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
@@ -223,6 +254,16 @@ def _check_context(policy: Path, config: "Emu3TextConfig", context: int) -> None
         )
 
 
+def _weight_shapes(config: "Emu3TextConfig") -> "dict[str, torch.Size]":
+    """Return the shape of each weight of a policy, by its name in `Emu3ForCausalLM`."""
+    import torch
+
+    from earl.emu3.models import Emu3ForCausalLM
+
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in Emu3ForCausalLM(config).named_parameters()}
+
+
 def _architecture(config: "Emu3TextConfig") -> str:
     """Return what must be equal for weights to be swapped in place, as text."""
     fields = config.to_dict()
@@ -260,7 +301,7 @@ def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     if runner == "V1":
         options["async_scheduling"] = False
     if settings.device == "cuda":
-        return options | {"gpu_memory_utilization": settings.memory_share}
+        return options | {"gpu_memory_utilization": settings.memory_share, "enable_sleep_mode": True}
     return options | {
         "enforce_eager": True,
         # vLLM takes back the draw of a prompt that is only partly read, which a CPU's random generator cannot do.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import residents
 from earl.engines.vllm_engine import check_device, vllm_torch
 from earl.execution import runtime
 from earl.files import manifest, remedies
@@ -56,18 +55,15 @@ class VllmModel:
             )
         remedies.refuse_pointers(Path(config.reward_function_api_model_name))
         device = runtime.prepare(config)
-        options = {
-            "model": config.reward_function_api_model_name,
-            "revision": config.reward_function_api_model_revision,
-            "device": device.type,
-            "dtype": config.dtype,
-            "context": config.judge_context_size,
-            "tensor_parallel_size": config.judge_tensor_parallel_size,
-            "memory_share": config.judge_gpu_memory_utilization,
-        }
-        # A model in a folder may be replaced by another one.
-        key = (*options.values(), manifest.fingerprint(config.reward_function_api_model_name))
-        return residents.get("judge", key, lambda: cls(**options))
+        return cls(
+            model=config.reward_function_api_model_name,
+            revision=config.reward_function_api_model_revision,
+            device=device.type,
+            dtype=config.dtype,
+            context=config.judge_context_size,
+            tensor_parallel_size=config.judge_tensor_parallel_size,
+            memory_share=config.judge_gpu_memory_utilization,
+        )
 
     def ask(self, questions: Sequence[Question], take: Callable[[int, Reply], None]) -> None:
         """See `earl.judges.chat.ChatModel`; the time of a reply is the batch's divided by its questions."""

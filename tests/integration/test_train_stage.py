@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from earl import residents
 from earl.emu3 import checkpoint, grid, sequence
 from earl.files import manifest, tables
 from earl.learner import logprobs
@@ -464,7 +463,6 @@ def test_a_damaged_checkpoint_is_not_trained_and_comes_back_by_restore(new_run, 
     expected = made_of(run, 2)
     write_inputs(run, 3, vocabulary)
     flip(run.iteration(2).path / file)
-    residents.clear()  # as in another process
     with pytest.raises(EarlError, match=rf"{file}: is damaged: .*earl restore"):
         train.run(config, run.path, 3)
     restore.run(run.path, 2)

@@ -53,7 +53,7 @@ def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_
 ):
     from transformers import Emu3ForCausalLM
 
-    from earl.emu3 import checkpoint
+    from earl.emu3 import checkpoint, saving
 
     free = VllmEngine(Settings("cpu", "float32", context=512, constrained=False, memory_share=0.05))
     free.load(policy_folder)
@@ -65,7 +65,7 @@ def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_
     assert not all(kept)
     config = checkpoint.text_config(policy_folder)
     config.num_hidden_layers = 1
-    checkpoint.save_policy(Emu3ForCausalLM(config), tmp_path, tokenizer_from=policy_folder)
+    saving.save_policy(Emu3ForCausalLM(config), tmp_path, saving.companions(policy_folder))
     free.load(tmp_path)
     assert free.llm.model_config.hf_config.num_hidden_layers == 1
     assert len(flat(free.generate(requests[:1], FREE))) == 8
@@ -106,11 +106,6 @@ def test_what_this_machine_lacks_is_an_error_before_anything_loads(small_config,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EarlError, match=r"engine is 'vllm', which is not installed here; .*'\.\[vllm\]'"):
         engines.get(small_config("absent", engine="vllm"))
-
-
-def test_a_process_starts_vllm_once_for_all_policies(small_config):
-    config = small_config("once", engine="vllm")
-    assert engines.get(config) is engines.get(config)
 
 
 def test_the_plugin_makes_any_process_of_vllm_know_emu3():

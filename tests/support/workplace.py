@@ -45,7 +45,8 @@ def write_tokenised(path: Path, dataset: str, rows: int = 16) -> None:
 class Workplace:
     """A folder with a model, data and experiments, and Snakemake to run in it."""
 
-    profile = "local"
+    profile: str | None = None
+    """Beside ``profiles/default``, which Snakemake takes without being told."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,13 +65,8 @@ class Workplace:
     ) -> subprocess.Popen:
         """Start Snakemake; its commands go to ``log.txt``."""
         settings = {"experiment": experiment, "earl_command": STUB} | config
-        command = [
-            *SNAKEMAKE,
-            "--snakefile",
-            ROOT / "workflow" / "Snakefile",
-            "--profile",
-            ROOT / "profiles" / self.profile,
-        ]
+        command = [*SNAKEMAKE, "--snakefile", ROOT / "workflow" / "Snakefile"]
+        command += ["--profile", ROOT / "profiles" / self.profile] if self.profile else []
         command += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
         inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
         inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}

@@ -12,6 +12,7 @@ from earl.emu3 import checkpoint, grid, sequence, truncation
 from earl.engines import Request, SamplingParams
 from earl.learner import batches, episodes, grpo, head, logprobs
 from earl.learner.logprobs import FULL, Support
+from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 from tests.support import policies
 from tests.support.engines import ENGINES
@@ -248,7 +249,7 @@ def test_a_truncated_rollout_passes_the_parity_gate(request, picky, vocabulary, 
     sampled = rollouts(request.getfixturevalue(f"{engine}_engine"), picky, vocabulary, params)
     support = Support(tuple(grid.free_ranges(vocabulary).values()), top_k, top_p)
     visual = (vocabulary.first_visual, vocabulary.size)
-    settings = grpo.Settings(0.1, 0.8, 3, visual, support, "all", False, parity_tolerance=1e-5)
+    settings = Settings(0.1, 0.8, 3, visual, support, "all", False, parity_tolerance=1e-5)
     reference = checkpoint.load_policy(picky, torch.float32, "cpu").requires_grad_(False)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.8)

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from earl.emu3 import checkpoint
+from earl.emu3 import checkpoint, saving
 from earl.files import manifest
 from earl.learner import parts
 from earl.messages.errors import EarlError
@@ -79,9 +79,9 @@ def test_bfloat16_repeats_its_bytes_and_learns_from_what_engines_sample(new_run,
 
 
 def test_weights_of_many_bytes_go_into_several_files(policy_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_SIZE", 300_000)
+    monkeypatch.setattr(saving, "FILE_SIZE", 300_000)
     model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
-    checkpoint.save_policy(model, tmp_path, policy_folder)
+    saving.save_policy(model, tmp_path, saving.companions(policy_folder))
     sizes = [path.stat().st_size for path in tmp_path.glob("model-*-of-*.safetensors")]
     assert len(sizes) > 3
     largest = max(weight.nbytes for weight in model.parameters())

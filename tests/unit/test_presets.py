@@ -271,9 +271,10 @@ def test_an_evaluation_starts_completions_from_its_own_prefill(tmp_path: Path) -
     config = load.changed(config, {"evaluations.told.assistant_prefill": "<|image start|>{H}*{W}"})
     policy = paths.resolve(config, "package:shapes/base_policy")
     v = Vocabulary.from_folder(policy)
+    sampler = generate.Sampler.load(config, policy)
     starts = {}
     for name in ("told", "asked"):
-        generate.run_evaluation(config, name, 0, policy, tmp_path / f"{name}.parquet")
+        generate.run_evaluation(config, name, 0, sampler, tmp_path / f"{name}.parquet")
         row = tables.read_table(tmp_path / f"{name}.parquet", tables.ROLLOUTS).to_pylist()[0]
         assert (row["edited"] is None) == (row["finish_reason"] != "stop")
         prompt = v.decode(row["prompt_token_ids"])

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from earl import residents
 from earl.config import freeze, paths
 from earl.config.schema import Config
 from earl.emu3 import checkpoint
@@ -161,13 +160,6 @@ def test_it_learns_and_repeats_its_bytes(make, tmp_path):
     checkpoint.load_policy(tmp_path / "first", torch.float32, "cpu")
 
 
-def test_what_reinforcement_learning_has_left_in_memory_makes_room(make, tmp_path):
-    for kind in ("learner", "reference"):
-        residents.put(kind, "key", kind)
-    stage.run(make(one={"steps": 1, "warmup_steps": 0}), "one", tmp_path / "out")
-    assert [residents.take(kind, "key") for kind in ("learner", "reference")] == [None, None]
-
-
 def test_packing_changes_the_weights_by_rounding_alone(make, tmp_path):
     weights = []
     for packing in ("none", "groups"):
@@ -236,12 +228,12 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(make, tmp_path, capl
 
 
 def test_what_another_configuration_left_is_not_resumed(make, tmp_path, monkeypatch):
-    def stop(*args):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("earl.stages.sft.sharding.save", stop)
+        patch.setattr("earl.stages.sft.saving.save_policy", stop)
         with pytest.raises(KeyboardInterrupt):
             stage.run(make(one={"learning_rate": 1e-3, "steps": 4}), "one", out)
     assert list((tmp_path / "out.partial").glob("step-*"))
