@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from earl.cli.options import ConfigFile, IterationIndex, Output, Overrides, RunFolder, run_folder
+from earl.cli.options import ConfigFile, IterationIndex, Output, Overrides, RunFolder, output, run_folder
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -242,8 +242,15 @@ def compare(
 
 
 @app.command()
-def report(run: RunFolder, out: Output) -> None:
+def report(
+    run: RunFolder,
+    out: Output,
+    curves: Annotated[Path | None, typer.Option(callback=output, help="Also write the charts, as SVG.")] = None,
+    evaluations: Annotated[
+        Path | None, typer.Option(callback=output, help="Also write the evaluations' results, as CSV.")
+    ] = None,
+) -> None:
     """Write the run's report, one self-contained HTML file."""
     from earl.stages import report as stage
 
-    stage.run(run, out)
+    stage.run(run, out, curves, evaluations)

@@ -14,104 +14,8 @@ import pytest
 
 from earl.config.load import read
 from earl.execution import processes
-from earl.files import manifest, tables
 from earl.run import plan, state
-from earl.run.layout import Run
-
-ROOT = Path(__file__).parents[2]
-SNAKEMAKE = [sys.executable, "-m", "snakemake"]
-STUB = f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'stage_stub.py'}"
-
-EXPERIMENT = {
-    "run_name": "a",
-    "base_exp_dir": "runs",
-    "train_paths_file": ["train.parquet"],
-    "val_paths_file": ["held_out.parquet"],
-    "model_path": "model",
-    "tokenizer_path": "model",
-    "vision_tokenizer_path": "package:shapes/vision_tokenizer",
-    "engine": "torch",
-    "judge": "program",
-    "num_iterations": 3,
-    "cpu_threads": 1,
-    "keep_checkpoints_every_n_iterations": None,
-    "save_checkpoints_every_n_iterations": None,
-}
-
-
-def write_tokenised(path: Path, dataset: str, rows: int = 16) -> None:
-    """Write a tokenised data set of so many rows; as raw pairs it only has rows, too."""
-    columns: dict[str, list] = {name: [None] * rows for name in tables.TOKENISED.names}
-    columns |= {"dataset": [dataset] * rows, "example_id": list(map(str, range(rows))), "instruction": ["edit"] * rows}
-    columns |= {"original_tokens": [{"height": 1, "width": 1, "ids": b"\0"}] * rows}
-    tables.write_table(path, tables.TOKENISED, columns, {"dataset": dataset})
-
-
-class Workplace:
-    """A folder with a model, data and experiments, and Snakemake to run in it."""
-
-    profile = "local"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        (path / "model").mkdir()
-        for name in ("config.json", "tokenizer.json"):
-            shutil.copy(ROOT / "earl" / "shapes" / "base_policy" / name, path / "model")
-        for name in ("train", "held_out"):
-            write_tokenised(path / f"{name}.parquet", name)
-
-    def experiment(self, name: str, **fields: object) -> str:
-        (self.path / f"{name}.jsonnet").write_text(json.dumps(EXPERIMENT | {"run_name": name} | fields))
-        return f"{name}.jsonnet"
-
-    def start(
-        self, experiment: str, *options: str, env: dict[str, str] | None = None, **config: object
-    ) -> subprocess.Popen:
-        """Start Snakemake; its commands go to ``log.txt``."""
-        settings = {"experiment": experiment, "earl_command": STUB} | config
-        command = [
-            *SNAKEMAKE,
-            "--snakefile",
-            ROOT / "workflow" / "Snakefile",
-            "--profile",
-            ROOT / "profiles" / self.profile,
-        ]
-        command += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
-        inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
-        inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
-        return subprocess.Popen(
-            list(map(str, command)),
-            cwd=self.path,
-            env=inherited | (env or {}),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # A shell's background job ignores SIGINT, and so would every process below the tests.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:
-        (self.path / "log.txt").unlink(missing_ok=True)
-        started = self.start(experiment, *options, **config)
-        output, _ = started.communicate(timeout=180)
-        assert (started.returncode != 0) == fails, output
-        return output
-
-    def commands(self) -> list[str]:
-        """Return what the stages since the last :meth:`run` began were asked to do."""
-        log = self.path / "log.txt"
-        return log.read_text().splitlines() if log.is_file() else []
-
-    def stages(self) -> list[str]:
-        """Return the commands other than the housekeeping at the end."""
-        return [line for line in self.commands() if line.split()[0] not in ("prune", "verify", "report")]
-
-    def folder(self, name: str) -> Run:
-        return Run(self.path / "runs" / name)
-
-    def policy(self, name: str, index: int) -> str:
-        return manifest.digest_folder(self.folder(name).iteration(index).policy)
+from tests.support.workplace import ROOT, SNAKEMAKE, Workplace, job_counts
 
 
 @pytest.fixture
@@ -125,11 +29,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = Workplace(tmp_path_factory.mktemp("undisturbed"))
     place.run(place.experiment("a"))
     return place.policy("a", 3)
-
-
-def job_counts(output: str) -> dict[str, int]:
-    table = output.split("Job stats:")[1].split("\n\n")[0]
-    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
 
 
 def test_dry_run_plans_every_stage_and_writes_nothing(place):
@@ -546,6 +445,80 @@ def test_what_is_sent_elsewhere_waits_for_the_run_and_not_the_run_for_it(place, 
 def test_offline_is_written_once_at_the_end(place):
     counts = job_counts(place.run(place.experiment("a", wandb_mode="offline"), "-n"))
     assert (counts["track"], "push" in counts) == (1, False)
+
+
+@pytest.mark.parametrize("window_length", [50, 1])
+def test_one_pool_of_workers_for_all_windows_which_ends_with_the_workflow(place, window_length):
+    place.run(place.experiment("a", workers="local", window_length=window_length))
+    (folder,) = set((place.path / "log.txt.pools").read_text().split())
+    assert Path(folder).name.startswith("earl-workers-")
+    assert not Path(folder).exists()
+
+
+def test_no_pool_where_none_is_wanted(place):
+    place.run(place.experiment("a", workers="none"))
+    assert set((place.path / "log.txt.pools").read_text().split()) == {"none"}
+
+
+def test_what_a_killed_workflow_left_of_its_pool_is_cleared_up_by_one_that_has_none(place):
+    open_and_die = """
+import os, signal
+from earl.workers.opening import open_pool
+open_pool(60, beside="runs/.workers")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", open_and_die], cwd=place.path, env=env).returncode == -signal.SIGKILL
+    (left,) = (place.path / "runs" / ".workers").iterdir()
+    place.run(place.experiment("a", workers="none"))
+    assert not left.exists()
+
+
+def test_workers_that_cannot_be_had_are_refused(place):
+    local, submitit = place.experiment("a", workers="local"), place.experiment("b", workers="submitit")
+    assert "take a profile that has stages run as Slurm jobs" in place.run(submitit, "-n", fails=True)
+    assert "workers is local and submitit" in place.run(f"{local},{submitit}", "-n", fails=True)
+
+
+def test_the_slurm_profile_says_what_each_job_asks_for(place):
+    place.profile = "slurm"
+    chosen = ["generate:constraint=a100", "score:constraint=h100", "train:nodes=2", "train:tasks_per_node=4"]
+    options = ["-n", "-p", "--set-resources", *chosen]
+    output = place.run(place.experiment("a", num_iterations=1), *options)
+    jobs = {
+        line.split("--name ")[1].split()[0]: line for line in output.splitlines() if " launch --launcher slurm" in line
+    }
+    assert jobs.keys() == {"generate-000001-0000", "score-000001-0000", "train-000001"}
+    assert "--folder runs/a/logs/jobs/train-000001" in jobs["train-000001"]
+    assert "--resource nodes=2 --resource tasks_per_node=4" in jobs["train-000001"]
+    for job, kind in (("generate-000001-0000", "a100"), ("score-000001-0000", "h100")):
+        assert f"--resource constraint={kind}" in jobs[job]
+        assert "--resource slurm_partition=gpu" in jobs[job]
+    output = place.run("a.jsonnet", *options, set="workers=submitit")
+    assert re.findall(r"launch --launcher workers --name ([a-z]+)", output) == ["generate", "score", "train"]
+    output = place.run("a.jsonnet", *options, granularity="segment", set="num_iterations=4,window_length=2")
+    assert re.findall(r"launch --launcher slurm --name (\S+)", output) == ["window-000000", "window-000001"]
+
+
+def test_a_fine_tuning_by_ranks_asks_for_their_processors_and_gpus(place):
+    place.profile = "slurm"
+    sft = {"base_model": "stage:shapes-policy", "train_paths_file": ["train.parquet"], "steps": 1}
+    fields = {"model_path": "stage:sft/s", "sft": {"s": sft}, "num_iterations": 1, "cpu_threads": 2}
+    experiment = place.experiment("a", train_processes=8, **fields)
+
+    def asked(*resources: str) -> str:
+        output = place.run(experiment, "-n", "-p", "--set-resources", *resources)
+        (line,) = (line for line in output.splitlines() if " launch --launcher slurm --name sft-" in line)
+        return line
+
+    # By torchrun on one node, then as the tasks of a job.
+    line = asked("sft:gpu=8")
+    assert "--resource cpus_per_task=16" in line
+    assert "--resource gpu=8" in line
+    experiment = place.experiment("b", **fields)
+    line = asked("sft:nodes=2", "sft:tasks_per_node=4", "sft:gpu=4")
+    assert "--resource nodes=2 --resource tasks_per_node=4" in line
+    assert "--resource gpu=4" in line
 
 
 def test_lint_and_format():
