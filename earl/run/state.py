@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from earl.execution import processes
 from earl.files import manifest, objects
-from earl.launchers import record
 from earl.messages.errors import EarlError
 from earl.run.layout import Iteration, Run, iteration_name
 
@@ -72,14 +71,12 @@ def exclusive(run: Run) -> Iterator[None]:
     A stage is started by the workflow that holds the lock, and goes on under it.
 
     Raises:
-        EarlError: when a workflow is working on the run, or jobs that an earlier one has left behind.
+        EarlError: when a workflow is working on the run.
     """
     if processes.in_workflow():
         yield
         return
     with processes.lock(lock_file(run)):
-        for job in record.running(run.path / "logs" / "jobs"):
-            raise EarlError(f"{run.path}: Slurm job {job.job_id} ({job.name}) still runs; wait for it, or scancel it")
         yield
 
 

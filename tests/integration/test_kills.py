@@ -13,13 +13,13 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from tests.support import bare_loop
 from earl.config import load
 from earl.execution import processes
 from earl.files import manifest
 from earl.run import state
 from earl.run.layout import Run
-from tests.conftest import SMALL
+from tests.support import bare_loop
+from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[2]
 SEED, KILLS, ITERATIONS = 20261123, 20, 6
