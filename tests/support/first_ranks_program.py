@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 3 tests/support/first_ranks_program.py <first ranks> <config> <run> <iterations>
 
-Policies are written after the last iteration alone, and once more into <run>/several. Prints, by the first rank, what every rank knows in the end.
+Policies are written after the last iteration alone, and once more into <run>/several. Prints, by the first rank, what
+every rank knows in the end.
 """
 
 import sys
