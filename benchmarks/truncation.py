@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tests.test_objective_logprobs import rollouts
 
 from earl.emu3 import checkpoint, grid
 from earl.emu3.vocabulary import Vocabulary
@@ -18,7 +19,6 @@ from earl.learner import grpo
 from earl.learner.logprobs import Support
 from earl.learner.settings import Settings
 from tests import policies
-from tests.test_objective_logprobs import rollouts
 
 TRUNCATIONS = [(1.0, -1), (0.9, -1), (0.7, -1), (1.0, 5), (1.0, 50), (0.8, 12)]
 TEMPERATURE = 0.8

@@ -1,6 +1,6 @@
 """Rollout engines: what turns prompts into completions. One interface; `get` finds an implementation by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
+    import torch
+
     from earl.config.schema import Config
 
 
@@ -54,9 +56,25 @@ class Engine(Protocol):
     def load(self, policy: Path) -> None:
         """Take a policy into memory, in place of one loaded before.
 
+        Where this process is one of several ranks, all of them call this together: vLLM's engines meet when they start.
+
         Raises:
             EarlError: when the folder is not a whole, finite policy (`earl.emu3.checkpoint.check_policy`), or does not
                 fit into memory.
+        """
+        ...
+
+    def update(self, weights: "Iterable[tuple[str, torch.Tensor]]", digest: str) -> None:
+        """Replace the weights of the loaded policy in place; wakes a sleeping engine.
+
+        Args:
+            weights: By the names of `Emu3ForCausalLM`, whole, in any order, of any dtype and on any device; rounded to
+                the engine's dtype. Iterated exactly once, to the end: other ranks may gather each weight with this one.
+            digest: Digest of the policy folder that holds these weights, or would if it were written.
+
+        Raises:
+            EarlError: when no policy is loaded, or a weight is missing, unknown, of another shape or not finite. After
+                a failure no policy is loaded.
         """
         ...
 
@@ -64,13 +82,26 @@ class Engine(Protocol):
         """Return for each request, in order, one completion for each of its seeds.
 
         Raises:
-            EarlError: when a prompt fills the context (see `room`), or memory does not suffice.
+            EarlError: when no policy is loaded, the engine sleeps, a prompt fills the context (see `room`), or memory
+                does not suffice.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Give GPU memory to others, the learner above all, and keep the policy; does nothing on a CPU."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory back after `sleep`; the policy is as it was."""
+        ...
+
+    def close(self) -> None:
+        """Give back all memory; `load` starts the engine again."""
         ...
 
 
 def get(config: "Config") -> Engine:
-    """Return the configured engine, with no policy loaded yet.
+    """Return a new engine of the configured kind, with no policy loaded yet.
 
     Raises:
         EarlError: when the engine is not installed or cannot do what the configuration asks for here.
@@ -97,6 +128,28 @@ def room(request: Request, params: SamplingParams, context: int) -> int:
             "raise it, or leave the example out"
         )
     return min(params.max_tokens, context - length)
+
+
+def checked(
+    weights: "Iterable[tuple[str, torch.Tensor]]", shapes: "Mapping[str, torch.Size]"
+) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield weights, each after a check: those of ``shapes``, each once and finite. See `Engine.update`.
+
+    Raises:
+        EarlError: see `Engine.update`.
+    """
+    missing = dict(shapes)
+    for name, weight in weights:
+        if name not in missing:
+            raise EarlError(f"weight {name!r} is not one of the policy that is loaded, or comes twice")
+        if (expected := missing.pop(name)) != weight.shape:
+            raise EarlError(f"weight {name!r} has shape {list(weight.shape)}, not {list(expected)}")
+        # The extremes of a tensor with NaN are NaN, and both are found in one pass without another tensor.
+        if not all(extreme.isfinite() for extreme in weight.aminmax()):
+            raise EarlError(f"weight {name!r} is not finite; lower the learning rate, and resume from a checkpoint")
+        yield name, weight
+    if missing:
+        raise EarlError(f"weight {min(missing)!r} is missing, {len(missing)} of them in all")
 
 
 @contextmanager

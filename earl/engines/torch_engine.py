@@ -4,19 +4,18 @@ A completion depends on its prompt, its seed and the batch it stands in, bit for
 of ``batch_size`` samples and the last one is filled up, so shards that begin at such a multiple change nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from earl import residents
 from earl.emu3 import checkpoint, truncation
 from earl.emu3 import grid as grid_rules
-from earl.emu3.models import StaticCache
+from earl.emu3.models import Emu3ForCausalLM, StaticCache
 from earl.emu3.vocabulary import Vocabulary
-from earl.engines import Completion, Request, SamplingParams, memory_errors, room
+from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room
 from earl.execution import runtime
 from earl.files import manifest
 from earl.messages.errors import EarlError
@@ -35,52 +34,83 @@ class TorchEngine:
         batch_size: Samples in a batch, always.
         context: Longest sequence, prompt and completion together, in tokens.
         constrained: Whether to apply the grid constraint of `earl.emu3.grid`.
-        memory_share: Share of a GPU's memory that this process may take.
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_size: int,
-        context: int,
-        constrained: bool,
-        memory_share: float = 1.0,
+        self, device: torch.device, dtype: torch.dtype, batch_size: int, context: int, constrained: bool
     ) -> None:
         self.device, self.dtype = device, dtype
         self.batch_size, self.context, self.constrained = batch_size, context, constrained
-        self.policy = None
-        self.vocabulary = None
+        self.policy: Emu3ForCausalLM | None = None
+        self.vocabulary: Vocabulary | None = None
         self._digest: str | None = None
-        if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(memory_share, device)
+        self._sleeps = False
 
     @classmethod
     def from_config(cls, config: "Config") -> "TorchEngine":
-        """Return the engine of this process with the configuration's settings."""
-        settings = {
-            "device": runtime.prepare(config),
-            "dtype": runtime.dtype(config),
-            "batch_size": config.engine_batch_size,
-            "context": config.model_context_size,
-            "constrained": config.emu3_use_logit_processor,
-            "memory_share": config.vllm_gpu_memory_utilization,
-        }
-        return residents.get("engine", ("torch", *settings.values()), lambda: cls(**settings))
+        """Return an engine with the configuration's settings."""
+        return cls(
+            device=runtime.prepare(config),
+            dtype=runtime.dtype(config),
+            batch_size=config.engine_batch_size,
+            context=config.model_context_size,
+            constrained=config.emu3_use_logit_processor,
+        )
 
     def load(self, policy: Path) -> None:
         digest = manifest.digest_folder(checkpoint.check_files(policy))
         if digest == self._digest:
+            self.wake()
             return
-        self.policy = self._digest = None
-        with memory_errors("raise vllm_gpu_memory_utilization, or use a device with more memory"):
+        self.close()
+        with memory_errors("use a device with more memory"):
             self.policy = checkpoint.load_policy(policy, self.dtype, self.device)
         self.vocabulary = Vocabulary.from_folder(policy)
         self.forbidden = grid_rules.forbidden_table(self.vocabulary, self.policy.config.vocab_size).to(self.device)
         self._digest = digest
 
+    @torch.no_grad()
+    def update(self, weights: Iterable[tuple[str, torch.Tensor]], digest: str) -> None:
+        self.wake()
+        parameters = dict(self._loaded().named_parameters())
+        self._digest = None
+        try:
+            for name, weight in checked(weights, {name: own.shape for name, own in parameters.items()}):
+                parameters[name].copy_(weight)
+        except BaseException:
+            self.close()  # Some of the weights are the old ones.
+            raise
+        self._digest = digest
+
+    def sleep(self) -> None:
+        self._move(torch.device("cpu"), sleeps=True)
+
+    def wake(self) -> None:
+        self._move(self.device, sleeps=False)
+
+    def _move(self, device: torch.device, sleeps: bool) -> None:
+        if self.policy is None or self.device.type == "cpu" or sleeps == self._sleeps:
+            return
+        with memory_errors("use a device with more memory"):
+            self.policy.to(device)
+        self._sleeps = sleeps
+        torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        self.policy, self._digest, self._sleeps = None, None, False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _loaded(self) -> Emu3ForCausalLM:
+        if self.policy is None:
+            raise EarlError("no policy is loaded; load one first")
+        if self._sleeps:
+            raise EarlError("the engine sleeps; wake it first")
+        return self.policy
+
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        self._loaded()
         for request in requests:
             room(request, params, self.context)  # Refuses what cannot be sampled before any time is spent.
         total = sum(len(request.seeds) for request in requests)

@@ -5,19 +5,19 @@ up to rounding: the sums in a batch of another size may differ in their last bit
 on its other side.
 """
 
+import gc
 import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from earl import residents
 from earl.emu3 import checkpoint
-from earl.engines import Completion, Request, SamplingParams, memory_errors, room
+from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room
 from earl.execution import runtime, torch_extensions
 from earl.files import manifest
 from earl.messages.errors import EarlError
@@ -25,6 +25,7 @@ from earl.messages.errors import EarlError
 if TYPE_CHECKING:
     import torch
     from transformers import Emu3TextConfig
+    from vllm import LLM
 
     from earl.config.schema import Config
 
@@ -60,7 +61,8 @@ class Settings:
 class VllmEngine:
     """See the module. Loading another policy of the same shape swaps the weights of the live engine.
 
-    vLLM's state belongs to the whole process: starting one engine closes the one before, which has to load again.
+    vLLM's state belongs to the whole process: starting one engine closes the one before, which has to load again. Of
+    several ranks each has an engine of its own, on its GPU; all of them start and close theirs together.
     """
 
     _live: "ClassVar[VllmEngine | None]" = None
@@ -70,11 +72,14 @@ class VllmEngine:
         self.llm = None
         self._shape: tuple[Any, ...] | None = None
         self._digest: str | None = None
+        self._sleeps = False
+        self._owns_group = True
+        """Whether vLLM opened the process group of `torch.distributed`, which then ends with it."""
         self._config_folder: tempfile.TemporaryDirectory | None = None
 
     @classmethod
     def from_config(cls, config: "Config") -> "VllmEngine":
-        """Return the engine of this process with the configuration's settings, started or not.
+        """Return an engine with the configuration's settings, which `load` starts.
 
         Raises:
             EarlError: when vLLM is not installed, or the machine lacks what the configuration asks for.
@@ -86,18 +91,20 @@ class VllmEngine:
             )
         device = runtime.prepare(config)
         check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
-        settings = Settings(
-            device=device.type,
-            dtype=config.dtype,
-            context=config.model_context_size,
-            constrained=config.emu3_use_logit_processor,
-            memory_share=config.vllm_gpu_memory_utilization,
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
+        return cls(
+            Settings(
+                device=device.type,
+                dtype=config.dtype,
+                context=config.model_context_size,
+                constrained=config.emu3_use_logit_processor,
+                memory_share=config.vllm_gpu_memory_utilization,
+                tensor_parallel_size=config.vllm_tensor_parallel_size,
+            )
         )
-        return residents.get("engine", settings, lambda: cls(settings))
 
     def load(self, policy: Path) -> None:
         digest = manifest.digest_folder(checkpoint.check_files(policy))
+        self.wake()
         if self.llm is not None and digest == self._digest:
             return
         self._digest = None
@@ -107,16 +114,61 @@ class VllmEngine:
         shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
         with vllm_torch(self.settings.device):
             if self.llm is not None and shape == self._shape:
-                self._swap(policy)
+                self._replace(weights_path=str(policy))
             else:
                 self._start(policy, config)
         self._shape, self._digest = shape, digest
 
+    def update(self, weights: "Iterable[tuple[str, torch.Tensor]]", digest: str) -> None:
+        self.wake()
+        if self._loaded().llm_engine.vllm_config.parallel_config.world_size > 1:
+            raise EarlError(
+                f"vllm_tensor_parallel_size is {self.settings.tensor_parallel_size}: weights in memory do not reach "
+                "vLLM's other processes; set it to 1, or granularity to 'stage'"
+            )
+        self._digest = None
+        with vllm_torch(self.settings.device):
+            self._replace(weights_iterator=checked(weights, self._shapes))
+        self._digest = digest
+
+    def sleep(self) -> None:
+        if self.llm is not None and self.settings.device == "cuda" and not self._sleeps:
+            # Level 1: the weights wait in main memory. Level 2 drops them, and an engine woken without new ones would
+            # sample from garbage.
+            self.llm.sleep(level=1)
+            self._sleeps = True
+
+    def wake(self) -> None:
+        if self._sleeps:
+            self.llm.wake_up()
+            self._sleeps = False
+
     def close(self) -> None:
-        """Stop vLLM and give back its memory; `load` starts it again."""
-        if self.llm is not None:
-            llm, self.llm, VllmEngine._live = self.llm, None, None
+        if self.llm is None:
+            return
+        llm, self.llm, self._sleeps, VllmEngine._live = self.llm, None, False, None
+        if self._owns_group:
             llm.llm_engine.engine_core.shutdown()
+            return
+        # The same without the end of the process group, which the ranks had joined before and still need.
+        import torch
+        from vllm.distributed import parallel_state
+
+        client = llm.llm_engine.engine_core
+        client._finalizer.detach()
+        client.engine_core.model_executor.shutdown()
+        parallel_state.destroy_model_parallel()
+        del llm, client
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _loaded(self) -> "LLM":
+        if self.llm is None:
+            raise EarlError("no policy is loaded, or another vLLM engine was started in this process; load it again")
+        if self._sleeps:
+            raise EarlError("the engine sleeps; wake it first")
+        return self.llm
 
     def _start(self, policy: Path, config: "Emu3TextConfig") -> None:
         if VllmEngine._live is not None:
@@ -124,11 +176,16 @@ class VllmEngine:
         self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
         config.save_pretrained(self._config_folder.name)
         options = llm_options(self.settings, config) | {"hf_config_path": self._config_folder.name}
+        import torch.distributed as dist
         from vllm import LLM
 
-        with self._start_errors(policy):
+        self._owns_group = not dist.is_initialized()
+        if not self._owns_group and dist.get_world_size() > 1:
+            options["distributed_executor_backend"] = "external_launcher"
+        with self._start_errors(policy), _on_own_gpu(self.settings.device):
             self.llm = LLM(model=str(policy), **options)
         VllmEngine._live = self
+        self._shapes = _weight_shapes(config)
 
     @contextmanager
     def _start_errors(self, policy: Path) -> Iterator[None]:
@@ -145,29 +202,28 @@ class VllmEngine:
                 raise EarlError(f"{policy}: vLLM has too little memory ({reason}); {remedy}") from error
             raise EarlError(f"{policy}: does not load in vLLM ({reason})") from error
 
-    def _swap(self, policy: Path) -> None:
-        """Replace the weights in place. The cache of prompts was computed with the old ones, so it goes."""
+    def _replace(self, **source: Any) -> None:
+        """Replace the weights in place."""
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
-            if not self.llm.reset_prefix_cache():
-                raise EarlError("vLLM kept its cache of prompts, which belongs to the policy before; load it again")
+            self.llm.collective_rpc("reload_weights", kwargs=source)
         except BaseException:
             self.close()  # Half of the weights may be the old ones.
             raise
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
-        if self.llm is None:
-            raise EarlError(
-                "no policy is loaded, or another vLLM engine was started in this process since; load it again"
-            )
+        llm = self._loaded()
         prompts, sampling = [], []
         for request in requests:
             for seed in request.seeds:
                 prompts.append({"prompt_token_ids": list(request.prompt_token_ids)})
                 sampling.append(self._sampling(request, seed, params))
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
+        # Prompts read before may have been read with other weights, and in batches of other sizes: without them,
+        # completions do not depend on what this engine did earlier.
+        if not llm.reset_prefix_cache():
+            raise EarlError("vLLM kept its cache of prompts, which may belong to another policy; load this one again")
         with memory_errors(remedy), vllm_torch(self.settings.device):
-            outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
         shared = sum(output.num_cached_tokens or 0 for output in outputs)
         total = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
@@ -191,6 +247,22 @@ class VllmEngine:
             stop_token_ids=[self.vocabulary.eos],
             extra_args=vllm_constraint.extra_args(request.grid) if self.settings.constrained else None,
         )
+
+
+@contextmanager
+def _on_own_gpu(device: str) -> Iterator[None]:
+    """Have vLLM, which goes by `LOCAL_RANK` in a process of several, take the GPU that this process has chosen."""
+    import torch
+
+    before = os.environ.get("LOCAL_RANK")
+    if device == "cpu" or before is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:
@@ -221,6 +293,16 @@ def _check_context(policy: Path, config: "Emu3TextConfig", context: int) -> None
             f"{policy}: the policy reads {config.max_position_embeddings} tokens at most (max_position_embeddings), "
             f"fewer than model_context_size ({context}); lower that"
         )
+
+
+def _weight_shapes(config: "Emu3TextConfig") -> "dict[str, torch.Size]":
+    """Return the shape of each weight of a policy, by its name in `Emu3ForCausalLM`."""
+    import torch
+
+    from earl.emu3.models import Emu3ForCausalLM
+
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in Emu3ForCausalLM(config).named_parameters()}
 
 
 def _architecture(config: "Emu3TextConfig") -> str:
@@ -260,7 +342,7 @@ def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     if runner == "V1":
         options["async_scheduling"] = False
     if settings.device == "cuda":
-        return options | {"gpu_memory_utilization": settings.memory_share}
+        return options | {"gpu_memory_utilization": settings.memory_share, "enable_sleep_mode": True}
     return options | {
         "enforce_eager": True,
         # vLLM takes back the draw of a prompt that is only partly read, which a CPU's random generator cannot do.

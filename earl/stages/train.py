@@ -6,7 +6,7 @@ iterations loads the learner once and calls `step` for each; the files are the s
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from earl.learner.performance import Clock
 from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
-from earl.run import replays
+from earl.run import replays, state
 from earl.run.layout import Iteration, Run
 
 if TYPE_CHECKING:
@@ -152,7 +152,9 @@ def step(
     """Train the iteration after the learner's and write its `train/`; return the metrics.
 
     The learner is that of the new iteration afterwards. All ranks of the team call this and get the same metrics.
-    `train/metrics.json` is written last: where it is, the iteration is complete.
+    `train/metrics.json` is written last: where it is, the iteration is complete. Without a checkpoint, an iteration
+    that is complete may be trained again: where that gives the policy on record, its files stay as they are. Otherwise
+    it is made anew, and what came of the policy on record is forgotten (`earl.run.state.rewind`).
 
     Args:
         checkpoint: whether to write `policy/` and `trainer/`; `write_checkpoint` can still do it before the next step.
@@ -223,14 +225,20 @@ def _step(
         clock,
     )
     learner.optimizer.zero_grad(set_to_none=True)  # Gradients are not part of what is kept.
-    if team.first:
-        _clear(current, checkpointed)
     learner.iteration, learner.optimizer_steps = current.index, learner.optimizer_steps + learned.pop("steps")
     with clock.phase("save"):
-        folder = current.policy if checkpointed else None
-        learner.policy_digest = _write_policy(config, learner, folder, team)
         if checkpointed:
+            _clear(current, team)
+            learner.policy_digest = _write_policy(config, learner, current.policy, team)
             _write_trainer(config, learner, current.trainer, team)
+        else:
+            learner.policy_digest = _write_policy(config, learner, None, team)
+            recorded = team.of_first(_recorded(current) if team.first else None)
+            if recorded is not None and recorded["policy_digest"] == learner.policy_digest:
+                return recorded
+            if recorded is not None and team.first:
+                _forget(config, files, current, recorded, learner.policy_digest, team)
+            _clear(current, team, current.policy, current.trainer)
     metrics = {
         "iteration": current.index,
         **episodes.metrics(batch.outcomes),
@@ -291,11 +299,37 @@ def write_checkpoint(config: "Config", files: Run, learner: Learner, team: Ranks
     _write_trainer(config, learner, current.trainer, team)
 
 
-def _clear(current: Iteration, checkpointed: bool) -> None:
+def _clear(current: Iteration, team: Ranks, *folders: Path) -> None:
     """Remove what stands there from before and is not of the policy that is about to be written."""
-    current.metrics.unlink(missing_ok=True)
-    for folder in () if checkpointed else (current.policy, current.trainer):
-        shutil.rmtree(folder, ignore_errors=True)
+    if team.first:
+        current.metrics.unlink(missing_ok=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recorded(current: Iteration) -> dict[str, Any] | None:
+    return objects.read(current.metrics) if current.metrics.is_file() else None
+
+
+def _forget(
+    config: "Config", files: Run, current: Iteration, recorded: dict[str, Any], policy_digest: str, team: Ranks
+) -> None:
+    gone = state.rewind(files, current.index)
+    now = {"ranks": team.size, "policy_digest": policy_digest, **_origin(config)}
+    log.warning(
+        "%s: training iteration %d again gave another policy than the one on record. %s. What was sampled from that "
+        "one is not valid any more: iterations %d to %d are made anew",
+        *(current.metrics, current.index, differences(now, recorded), gone[0], gone[-1]),
+    )
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
+    """Say in what two trainings of an iteration differ, by their metrics."""
+    names = {"policy_digest": "Policy", "ranks": "Ranks", "code_version": "Code", "config_digest": "Configuration"}
+    return ". ".join(
+        f"{title}: {now.get(name)} now, {then.get(name)} then" if now.get(name) != then.get(name) else f"{title}: same"
+        for name, title in names.items()
+    )
 
 
 def _write_policy(config: "Config", learner: Learner, path: Path | None, team: Ranks) -> str:

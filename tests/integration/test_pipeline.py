@@ -8,19 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import one_process
 from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, manifest, tables
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
 from earl.stages import generate, score, train
+from tests.support import bare_loop
 
 
 @pytest.fixture(scope="module")
 def run(small_config):
     """A finished run of two iterations, made in this process."""
-    return one_process.run_all(small_config("plain"))
+    return bare_loop.run_all(small_config("plain"))
 
 
 def without_origin(path):
@@ -82,7 +82,7 @@ def test_policies_load_in_transformers_alone(run):
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_change_no_episode_and_no_policy(run, small_config, shards):
-    cut = one_process.run_all(small_config(f"shards{shards}", rollout_shards=shards))
+    cut = bare_loop.run_all(small_config(f"shards{shards}", rollout_shards=shards))
     for index in (1, 2):
         files, whole = cut.iteration(index), run.iteration(index)
         for kind in ("rollouts", "scores"):
@@ -96,7 +96,7 @@ def test_shards_change_no_episode_and_no_policy(run, small_config, shards):
 
 def test_a_stage_run_again_writes_the_same_bytes(run, small_config, tmp_path):
     files, config = run.iteration(2), small_config("plain")
-    generate.run(config, 2, 0, run.iteration(1).policy, tmp_path / "rollouts.parquet")
+    generate.run(config, 2, 0, generate.Sampler.load(config, run.iteration(1).policy), tmp_path / "rollouts.parquet")
     score.run(config, tmp_path / "rollouts.parquet", tmp_path / "scores.parquet")
     assert (tmp_path / "rollouts.parquet").read_bytes() == files.rollouts(0).read_bytes()
     assert (tmp_path / "scores.parquet").read_bytes() == files.scores(0).read_bytes()
@@ -116,14 +116,14 @@ def test_another_reward_needs_only_train(run, small_config):
 def test_other_seeds_give_other_episodes(run, small_config):
     config = small_config("plain", random_seed=43)
     out = run.path.parent / "other.parquet"
-    generate.run(config, 1, 0, run.iteration(0).policy, out)
+    generate.run(config, 1, 0, generate.Sampler.load(config, run.iteration(0).policy), out)
     found = tables.read_table(out, tables.ROLLOUTS, ["completion_token_ids"])
     assert not found.equals(tables.read_table(run.iteration(1).rollouts(0), tables.ROLLOUTS, found.column_names))
 
 
 def test_what_did_not_finish_is_not_shown_to_the_judge(run, small_config, tmp_path):
     config = small_config("plain", max_response_tokens=20, emu3_use_logit_processor=False)
-    generate.run(config, 1, 0, run.iteration(0).policy, tmp_path / "rollouts.parquet")
+    generate.run(config, 1, 0, generate.Sampler.load(config, run.iteration(0).policy), tmp_path / "rollouts.parquet")
     score.run(config, tmp_path / "rollouts.parquet", tmp_path / "scores.parquet")
     rollouts = tables.read_table(tmp_path / "rollouts.parquet", tables.ROLLOUTS).to_pylist()
     scores = tables.read_table(tmp_path / "scores.parquet", tables.SCORES).to_pylist()

@@ -12,9 +12,10 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.files import tables
 from earl.messages.errors import EarlError
 from earl.stages import prompts
-from tests.integration.test_workflow import EXPERIMENT, ROOT
+from tests.support.demo import ROOT
+from tests.support.workplace import EXPERIMENT
 
-POLICY = ROOT / "earl" / "shapes" / "base_policy"
+VOCABULARY = Vocabulary.from_folder(ROOT / "earl" / "shapes" / "base_policy")
 ROWS, LONG = 40, (3, 7, 8, 21, 30)
 """Rows of the data set, and those whose instruction is long."""
 
@@ -40,7 +41,7 @@ def config(data: Path, **fields: object) -> Config:
 
 
 def drawn(config: Config, iteration: int, wanted: range = range(16)) -> dict[int, str]:
-    found = prompts.of_iteration(config, iteration, POLICY, wanted)
+    found = prompts.of_iteration(config, iteration, VOCABULARY, wanted)
     return {index: example.example_id for index, example in found.examples}
 
 
@@ -52,16 +53,16 @@ def test_what_is_too_long_is_left_out_and_counted(data: Path) -> None:
         kept = [row for row in order if row not in LONG][:16]
         passed = [row for row in order[: order.index(kept[-1])] if row in LONG]
         assert drawn(whole, iteration) == {index: f"e{row}" for index, row in enumerate(kept)}
-        assert prompts.of_iteration(whole, iteration, POLICY, range(16)).left_out == len(passed)
+        assert prompts.of_iteration(whole, iteration, VOCABULARY, range(16)).left_out == len(passed)
 
 
 def test_it_is_the_same_for_any_shards(data: Path) -> None:
     whole = config(data)
     shards = [range(5), range(5, 6), range(6, 16)]
-    parts = [prompts.of_iteration(whole, 2, POLICY, shard) for shard in shards]
+    parts = [prompts.of_iteration(whole, 2, VOCABULARY, shard) for shard in shards]
     assert [index for part in parts for index, _ in part.examples] == list(range(16))
     assert {i: e.example_id for part in parts for i, e in part.examples} == drawn(whole, 2)
-    assert {part.left_out for part in parts} == {prompts.of_iteration(whole, 2, POLICY, range(16)).left_out}
+    assert {part.left_out for part in parts} == {prompts.of_iteration(whole, 2, VOCABULARY, range(16)).left_out}
 
 
 def test_where_nothing_is_too_long_draws_are_as_ever(data: Path) -> None:
@@ -104,32 +105,31 @@ def test_an_evaluation_leaves_none_out(data: Path) -> None:
     for fields, field in (({}, "val_paths_file"), ({"paths_file": [str(data)]}, "evaluations.e.paths_file")):
         one = config(data, evaluations={"e": {"prompts": None, **fields}})
         with pytest.raises(EarlError) as caught:
-            prompts.of_evaluation(one, "e", POLICY)
+            prompts.of_evaluation(one, "e", VOCABULARY)
         assert f"evaluation 'e', field {field}: 5 of 40 prompts are too long, and an evaluation leaves none out" in str(
             caught.value
         )
         loose = one.model_copy(update={"max_prompt_len": None})
-        assert len(prompts.of_evaluation(loose, "e", POLICY).examples) == 40
+        assert len(prompts.of_evaluation(loose, "e", VOCABULARY).examples) == 40
 
 
 def test_the_field_of_the_held_out_data_is_named(data: Path) -> None:
     one = config(data, max_prompt_len=None, evaluations={"e": {"prompts": 41}})
     with pytest.raises(EarlError, match="evaluation 'e', field val_paths_file: there are 40 different rows, but 41"):
-        prompts.of_evaluation(one, "e", POLICY)
+        prompts.of_evaluation(one, "e", VOCABULARY)
 
 
 def test_the_length_is_that_of_what_is_sampled(data: Path) -> None:
     whole = config(data, max_prompt_len=None)
-    (_, example), *_ = prompts.of_iteration(whole, 1, POLICY, range(16)).examples
-    vocabulary = Vocabulary.from_folder(POLICY)
-    ids = sequence.prompt_ids(example.original_tokens, example.instruction, whole.assistant_prefill, vocabulary)
+    (_, example), *_ = prompts.of_iteration(whole, 1, VOCABULARY, range(16)).examples
+    ids = sequence.prompt_ids(example.original_tokens, example.instruction, whole.assistant_prefill, VOCABULARY)
     exact = {"max_prompt_len": len(ids)}
-    assert prompts.too_long(example, config(data, **exact), whole.assistant_prefill, vocabulary) is None
+    assert prompts.too_long(example, config(data, **exact), whole.assistant_prefill, VOCABULARY) is None
     # The shortest completion has 12 tokens; longer ones end where the context does.
     context = {"max_prompt_len": None, "model_context_size": len(ids) + 12, "max_response_tokens": 13}
-    assert prompts.too_long(example, config(data, **context), whole.assistant_prefill, vocabulary) is None
+    assert prompts.too_long(example, config(data, **context), whole.assistant_prefill, VOCABULARY) is None
     free = context | {"emu3_use_logit_processor": False, "model_context_size": len(ids) + 1}
-    assert prompts.too_long(example, config(data, **free), whole.assistant_prefill, vocabulary) is None
+    assert prompts.too_long(example, config(data, **free), whole.assistant_prefill, VOCABULARY) is None
     for fields, limit in (
         ({"max_prompt_len": len(ids) - 1}, f", but max_prompt_len is {len(ids) - 1}"),
         (
@@ -141,7 +141,7 @@ def test_the_length_is_that_of_what_is_sampled(data: Path) -> None:
             f" and its shortest completion 1, but model_context_size is {len(ids)}",
         ),
     ):
-        reason = prompts.too_long(example, config(data, **fields), whole.assistant_prefill, vocabulary)
+        reason = prompts.too_long(example, config(data, **fields), whole.assistant_prefill, VOCABULARY)
         assert reason == f"the prompt has {len(ids)} tokens{limit}"
 
 
@@ -153,9 +153,12 @@ def test_a_prompt_of_the_papers_size_fits_a_context_of_3000(tmp_path: Path) -> N
     path = tmp_path / "one.parquet"
     tables.write_table(path, tables.TOKENISED, columns, {"dataset": "d"})
     fields = {"episodes_per_iteration": 2, "max_prompt_len": None, "max_response_tokens": 2048}
-    assert len(prompts.of_iteration(config(path, **fields, model_context_size=3000), 1, POLICY, range(1)).examples) == 1
+    assert (
+        len(prompts.of_iteration(config(path, **fields, model_context_size=3000), 1, VOCABULARY, range(1)).examples)
+        == 1
+    )
     with pytest.raises(EarlError, match=r"1 of 1 different prompts are too long.* shortest completion 1060"):
-        prompts.of_iteration(config(path, **fields, model_context_size=2100), 1, POLICY, range(1))
+        prompts.of_iteration(config(path, **fields, model_context_size=2100), 1, VOCABULARY, range(1))
 
 
 def test_an_evaluation_has_its_own_prefill(data: Path) -> None:
@@ -163,8 +166,8 @@ def test_an_evaluation_has_its_own_prefill(data: Path) -> None:
     fields = {"max_prompt_len": None, "evaluations": {"e": {"prompts": 8, "assistant_prefill": "edit " * 200}}}
     one = config(data, **fields, model_context_size=200, max_response_tokens=100)
     with pytest.raises(EarlError, match="8 of 8 prompts are too long"):
-        prompts.of_evaluation(one, "e", POLICY)
-    assert len(prompts.of_iteration(one, 1, POLICY, range(16)).examples) == 16
+        prompts.of_evaluation(one, "e", VOCABULARY)
+    assert len(prompts.of_iteration(one, 1, VOCABULARY, range(16)).examples) == 16
     assert freeze.sampling(one, "e")["assistant_prefill"] == "edit " * 200
     none = config(data, evaluations={"e": {"prompts": 8}})
     assert freeze.sampling(none, "e")["assistant_prefill"] == "<|image start|>"

@@ -108,11 +108,6 @@ def test_what_this_machine_lacks_is_an_error_before_anything_loads(small_config,
         engines.get(small_config("absent", engine="vllm"))
 
 
-def test_a_process_starts_vllm_once_for_all_policies(small_config):
-    config = small_config("once", engine="vllm")
-    assert engines.get(config) is engines.get(config)
-
-
 def test_the_plugin_makes_any_process_of_vllm_know_emu3():
     """What each of vLLM's processes does first, in one that has not imported this package or transformers."""
     program = """

@@ -10,17 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from earl.emu3 import checkpoint, grid, sequence
-from earl.engines import Request, SamplingParams
+from earl.engines import Request, SamplingParams, checked
 from earl.learner import logprobs
 from earl.messages.errors import EarlError
 from tests.support import policies
 from tests.support.distributions import truncated_softmax
+from tests.support.engines import ENGINES
 
 FREE = SamplingParams(temperature=1.0, max_tokens=80)
 AT_ONCE = "<|image start|>"
 
 
-@pytest.fixture(scope="module", params=["torch", "vllm"])
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(request):
     return request.getfixturevalue(f"{request.param}_engine")
 
@@ -184,6 +185,102 @@ def test_weights_swapped_in_place_give_what_a_fresh_load_gives(loaded, requests,
     loaded.load(policy_folder)
     after = loaded.generate(requests, FREE)
     assert [c.token_ids for c in flat(after)] == [c.token_ids for c in flat(before)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_from_memory_give_what_their_folder_gives(
+    engine, requests, thinker, policy_folder, trained, tmp_path, dtype
+):
+    """Bit for bit, whichever type the folder has (`policy_dtype`), and although the names come in another order."""
+    checkpoint.save_policy(trained, tmp_path, tokenizer_from=thinker, dtype=dtype)
+    engine.load(tmp_path)
+    expected = engine.generate(requests, FREE)
+    engine.load(policy_folder)
+    before = engine.generate(requests, FREE)
+    engine.update(reversed(list(weights_of(trained, dtype))), "the digest of that folder")
+    assert engine.generate(requests, FREE) == expected != before
+    engine.load(policy_folder)
+    assert engine.generate(requests, FREE) == before
+
+
+@pytest.fixture(scope="module")
+def trained(thinker):
+    """A policy in float32, as a learner holds it: its weights are no bfloat16 numbers."""
+    policy = checkpoint.load_policy(thinker, torch.float32, "cpu")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    return policy
+
+
+def weights_of(policy, dtype=torch.float32):
+    return ((name, weight.detach().to(dtype)) for name, weight in policy.named_parameters())
+
+
+def test_all_weights_are_asked_for_once(loaded, trained):
+    """Other ranks gather each weight together with this one."""
+    asked = []
+
+    def gathered():
+        for name, weight in weights_of(trained):
+            asked.append(name)
+            yield name, weight
+        asked.append("end")
+
+    loaded.update(gathered(), "digest")
+    assert asked == [*(name for name, _ in trained.named_parameters()), "end"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda w: w["a"].fill_(torch.nan), "weight 'a' is not finite"),
+        (lambda w: w["a"][0].fill_(-torch.inf), "weight 'a' is not finite"),
+        (lambda w: w.pop("b"), "weight 'b' is missing, 1 of them in all"),
+        (lambda w: w.update(x=torch.zeros(1)), "weight 'x' is not one of the policy that is loaded"),
+        (lambda w: w.update(a=torch.zeros(2)), r"weight 'a' has shape \[2\], not \[3, 2\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(spoil, complaint):
+    weights = {"a": torch.ones(3, 2), "b": torch.ones(1, dtype=torch.bfloat16)}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    assert list(checked(weights.items(), shapes)) == list(weights.items())
+    spoil(weights)
+    with pytest.raises(EarlError, match=complaint):
+        list(checked(weights.items(), shapes))
+
+
+def test_nothing_is_sampled_from_weights_of_which_some_were_refused(engine, requests, policy_folder, trained):
+    engine.load(policy_folder)
+    before = engine.generate(requests[:2], FREE)
+    with pytest.raises(EarlError, match=r"weight 'lm_head.weight' is missing"):
+        engine.update(list(weights_of(trained))[:-1], "digest")
+    with pytest.raises(EarlError, match="no policy is loaded"):
+        engine.generate(requests[:2], FREE)
+    with pytest.raises(EarlError, match="no policy is loaded"):
+        engine.update(weights_of(trained), "digest")
+    engine.load(policy_folder)
+    assert engine.generate(requests[:2], FREE) == before
+
+
+def test_sleep_changes_no_completion(loaded, requests):
+    before = loaded.generate(requests[:2], FREE)
+    loaded.sleep()
+    loaded.sleep()
+    loaded.wake()
+    assert loaded.generate(requests[:2], FREE) == before
+
+
+def test_a_closed_engine_loads_again(engine, requests, policy_folder):
+    engine.load(policy_folder)
+    before = engine.generate(requests[:2], FREE)
+    engine.close()
+    engine.close()
+    with pytest.raises(EarlError, match="no policy is loaded"):
+        engine.generate(requests[:2], FREE)
+    engine.load(policy_folder)
+    assert engine.generate(requests[:2], FREE) == before
 
 
 def test_both_checkpoint_formats_load(engine, requests, policy_folder, tmp_path):

@@ -47,7 +47,7 @@ def test_two_prompts_of_one_name_are_refused_before_anything_is_sampled(tmp_path
     policy = paths.resolve(config, "package:shapes/base_policy")
     expected = "the prompt has" if same else "two prompts of dataset 'd' have the example_id '17'; name a column"
     with pytest.raises(EarlError, match=expected):
-        generate.run_evaluation(config, NAME, 0, policy, tmp_path / "out.parquet")
+        generate.run_evaluation(config, NAME, 0, generate.Sampler.load(config, policy), tmp_path / "out.parquet")
 
 
 def run(folder, episodes, config, reverse=False):

@@ -1,7 +1,5 @@
 """The recipe of a fine-tuning: schedule, optimizer, reasoning keys, held-out loss, and which checkpoints stay."""
 
-# ruff: noqa: F811  (fixtures of another file)
-
 import json
 import logging
 import math
@@ -23,7 +21,7 @@ from earl.learner import grpo, sft
 from earl.learner.settings import AdamW
 from earl.messages.errors import EarlError
 from earl.stages import sft as stage
-from tests.unit.test_sft import SETTINGS, data, make, plain_cross_entropy, seen  # noqa: F401  (some are fixtures)
+from tests.support.sft_files import SETTINGS, plain_cross_entropy
 
 PUBLISHED = {
     "learning_rate": 1e-4,
