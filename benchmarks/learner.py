@@ -24,6 +24,7 @@ import torch
 
 from earl.execution.ranks import alone
 from earl.learner import batches, grpo, logprobs, objective
+from earl.learner.settings import Settings
 
 VISUAL = (151_854, 184_622)
 PROMPT, COMPLETION, VISUAL_TOKENS = 1_100, 1_060, 1_024
@@ -75,7 +76,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     imports = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
     model = make_model(arguments.width, arguments.layers)
     episodes = make_episodes(arguments.completions)
-    settings = grpo.Settings(
+    settings = Settings(
         kl_coeff=0.0,
         temperature=1.0,
         micro_batch=arguments.completions if arguments.case == "packed" else arguments.micro_batch,
@@ -108,14 +109,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def our_loss(
-    model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int
+    model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int
 ) -> torch.Tensor:
     logp, _, _ = grpo.completion_logprobs(model, batch, settings)
     return grpo.batch_loss(logp, None, batch, denominator, settings)
 
 
 def reference_loss(
-    model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int
+    model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int
 ) -> torch.Tensor:
     """Logits of all ids at every token of the row, a log-softmax over them, one of each kept, the prompt's left out."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits.float() / settings.temperature
@@ -127,7 +128,7 @@ def reference_loss(
 
 
 def kind_loss(
-    model: torch.nn.Module, batch: batches.MicroBatch, settings: grpo.Settings, denominator: int
+    model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int
 ) -> torch.Tensor:
     """Logits of all ids at every completion token, a log-softmax over them, one of each row kept."""
     hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state

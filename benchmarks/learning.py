@@ -10,17 +10,16 @@ held-out prompt, over which seeds are averaged; the intervals are 95% bootstrap 
 import argparse
 import logging
 import sys
-from pathlib import Path
 from statistics import fmean
 
 import pyarrow.parquet as pq
 
-from benchmarks import one_process
 from earl import code_version
-from earl.config import freeze, load, paths
+from earl.config import load
 from earl.run import state
 from earl.run.layout import Run
 from earl.statistics import intervals
+from tests.support import bare_loop
 
 MEASURES = {"reward": "reward", "edit_success": "edit success", "overedit": "overedit"}
 
@@ -28,15 +27,12 @@ MEASURES = {"reward": "reward", "edit_success": "edit success", "overedit": "ove
 def run_seed(experiment: str, seed: int, overrides: dict) -> Run:
     """Run RL with one seed; evaluate the first and the last policy. What is on disk already is not made again."""
     config = load.load(experiment, {**overrides, "random_seed": seed, "run_name": f"learning-{seed}"}).config
-    run = Run(Path(config.base_exp_dir) / config.run_name)
-    freeze.write(config, run.config)
-    one_process.make_shared(config)
-    state.start(run, paths.policy_folder(config, config.model_path))
+    run = bare_loop.start(config)
     for index in range(state.newest_complete(run) + 1, config.num_iterations + 1):
-        one_process.run_iteration(config, run, index)
+        bare_loop.run_iteration(config, run, index)
     for index in (0, config.num_iterations):
         if not all(run.evaluation(name, index).summary.is_file() for name in config.evaluations):
-            one_process.evaluate(config, run, index)
+            bare_loop.evaluate(config, run, index)
     return run
 
 

@@ -1,158 +1,113 @@
-"""What does it cost to cut a run into processes, jobs and allocations? The same iterations of the demo, in many ways.
+"""What does it cost to cut a run into segments, jobs and allocations? The same iterations of the demo, in several ways.
 
-    PYTHONPATH=. python benchmarks/orchestration.py --iterations 20 2> /dev/null
+    PYTHONPATH=. python benchmarks/orchestration.py --iterations 12
 
 | way | |
 |---|---|
-| one process | calls the stage functions one after the other (benchmarks/one_process.py) |
-| workers | Snakemake, stages in resident workers |
-| cold | Snakemake, a process for each stage |
-| segment | Snakemake, one Slurm job for all iterations, stages in resident workers there |
-| stage | Snakemake, a Slurm job for each stage |
-| stage-workers | Snakemake, stages in resident workers that are Slurm jobs, one a kind |
+| bare-loop | calls the stage functions in turn, all in memory, without workflow and checks: tests/support/bare_loop.py |
+| segment | Snakemake, one job: `earl iterate` |
+| stage | Snakemake, a cold process for each stage |
+| slurm-segment | Snakemake, executor `submitit`: one Slurm job |
+| slurm-stage | Snakemake, executor `submitit`: a Slurm job for each stage |
 
 Data and a hardly trained SFT model are made beforehand. One shard and no evaluation, so that nothing runs side by side
-and times add up: what a way takes is the time in its stages' commands plus what Snakemake takes between them. The Slurm
-is that of the tests, on this machine (root and Debian's packages needed), with nodes that are free.
+and times add up. The Slurm is that of the tests, on this machine (root and Debian's packages needed), its nodes free.
+The ways are run in the given order, `--repeats` times over; the least time of each counts.
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import one_process
-from earl.config import load
-from earl.config.schema import Config
-from tests.slurm_cluster import Cluster, missing
+from tests.support.slurm_cluster import Cluster, missing
 
-ROOT = Path(__file__).parent.parent
-WAYS = ("one-process", "workers", "cold", "segment", "stage", "stage-workers")
-STAGES = ("generate", "score", "train")
-SLURM = ["launcher=slurm", "slurm_partition=gpu", "mem_mb=2000", "disk_mb=0", "runtime=60", "cpus_per_task=1"]
-RULES = ("generate", "score", "train", "window")
-WORKERS = {"workers": "local", "segment": "local", "stage-workers": "submitit"}
+ROOT = Path(__file__).parents[1]
+WAYS = ("bare-loop", "segment", "slurm-segment", "stage", "slurm-stage")
+STAGES = 3
+SLURM = ["slurm_partition=gpu", "mem_mb=2000", "disk_mb=0", "runtime=60", "cpus_per_task=1"]
+RULES = ("generate", "score", "train", "iterate")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Seconds: of the whole, and in the commands of all stages together where these are processes."""
-
-    way: str
-    seconds: float
-    in_stages: float | None
-    stages: int
-
-
-def overrides(base: Path, way: str, iterations: int) -> dict[str, object]:
+def overrides(base: Path, name: str, iterations: int) -> dict[str, object]:
     return {
-        "base_exp_dir": str(base), "run_name": way, "num_iterations": iterations, "rollout_shards": 1,
-        "evaluations": {}, "sft.shapes.steps": 20, "window_length": max(iterations, 1),
-        "workers": WORKERS.get(way, "none"),
+        "base_exp_dir": str(base), "run_name": name, "num_iterations": iterations, "rollout_shards": 1,
+        "evaluations": {}, "sft.shapes.steps": 20, "segment_length": max(iterations, 1),
+        "cpu_threads": 1,
     }  # fmt: skip
 
 
-def timed(command: list[str], env: dict[str, str]) -> float:
+def settings(values: dict[str, object]) -> list[str]:
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
+
+
+def command(way: str, experiment: str, values: dict[str, object]) -> list[str]:
+    """Return the command of one way."""
+    if way == "bare-loop":
+        chosen = [word for setting in settings(values) for word in ("--set", setting)]
+        return [sys.executable, "-m", "tests.support.bare_loop", experiment, *chosen]
+    granularity = way.removeprefix("slurm-")
+    words = [sys.executable, "-m", "snakemake"]
+    if way.startswith("slurm-"):
+        words += ["--profile", "profiles/slurm", "--jobs", "1", "--default-resources", *SLURM]
+        words += ["--set-resources", *(f"{rule}:{name}" for rule in RULES for name in ("gpu=0", "mem_mb=2000"))]
+    else:
+        words += ["--cores", "1"]
+    chosen = f"set={json.dumps(settings(values))}"
+    return [*words, "--config", f"experiment={experiment}", f"granularity={granularity}", chosen]
+
+
+def timed(words: list[str], env: dict[str, str]) -> float:
     start = time.monotonic()
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False)
+    ended = subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False)
     if ended.returncode:
-        sys.exit(f"{' '.join(command)}\n{ended.stdout}{ended.stderr}")
+        sys.exit(f"{' '.join(words)}\n{ended.stdout}{ended.stderr}")
     return time.monotonic() - start
 
 
-def settings(values: dict[str, object]) -> list[str]:
-    return [f"{name}={json.dumps(value) if not isinstance(value, str) else value}" for name, value in values.items()]
+def measure(experiment: str, base: Path, iterations: int, repeats: int, env: dict[str, str]) -> dict[str, float]:
+    """Return the least seconds of each way."""
+    timed(command("segment", experiment, overrides(base, "shared", 1)), env)  # makes what all share
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for repeat in range(repeats):
+        for way in WAYS:
+            words = command(way, experiment, overrides(base, f"{way}-{repeat}", iterations))
+            seconds[way].append(timed(words, env))
+            print(way, f"{seconds[way][-1]:.1f}", file=sys.stderr, flush=True)
+    return {way: min(found) for way, found in seconds.items()}
 
 
-def in_one_process(experiment: str, values: dict[str, object], env: dict[str, str]) -> float:
-    command = [sys.executable, "benchmarks/one_process.py", experiment]
-    for setting in settings(values):
-        command += ["--set", setting]
-    return timed(command, env)
-
-
-def in_snakemake(experiment: str, values: dict[str, object], env: dict[str, str], options: list[str]) -> float:
-    command = [sys.executable, "-m", "snakemake", *options, "--config", f"experiment={experiment}"]
-    return timed([*command, f"set={json.dumps(settings(values))}"], env)
-
-
-def slurm_options(granularity: str) -> list[str]:
-    options = ["--profile", "profiles/slurm", "--default-resources", *SLURM, f"granularity={granularity}"]
-    return [*options, "--set-resources", *(f"{rule}:gpu=0" for rule in RULES), "window:cpus_per_task=1"]
-
-
-def seconds_in_stages(config: Config) -> tuple[float, int]:
-    """Return what Snakemake wrote down about a run: seconds in its stages' commands, and how many there were."""
-    files = [
-        path for stage in STAGES for path in Path(config.base_exp_dir, config.run_name, "benchmarks", stage).glob("*")
-    ]
-    rows = [row for path in files for row in csv.DictReader(path.read_text().splitlines(), delimiter="\t")]
-    return sum(float(row["s"]) for row in rows), len(rows)
-
-
-def measure(experiment: str, base: Path, iterations: int, env: dict[str, str], ways: list[str]) -> list[Measured]:
-    one_process.make_shared(load.load(experiment, overrides(base, "shared", iterations)).config)
-    found = []
-    for way in ways:
-        values = overrides(base, way, iterations)
-        match way:
-            case "one-process":
-                found.append(Measured(way, in_one_process(experiment, values, env), None, 0))
-                continue
-            case "cold" | "workers":
-                options = ["--profile", "profiles/local", "--cores", "1"]
-            case _:
-                options = slurm_options(way.partition("-")[0])
-        seconds = in_snakemake(experiment, values, env, options)
-        in_stages, stages = seconds_in_stages(load.load(experiment, values).config)
-        found.append(Measured(way, seconds, in_stages, stages))
-        print(found[-1], file=sys.stderr, flush=True)
-    return found
-
-
-def table(found: list[Measured]) -> str:
-    """Return the times, and what a stage costs in each way, as a Markdown table."""
-    base = found[0].seconds
-    lines = [
-        "| way | seconds | to the first | in stages' commands | a stage | outside of them |",
-        "|---|---|---|---|---|---|",
-    ]
-    for item in found:
-        line = f"| {item.way} | {item.seconds:.1f} | {item.seconds / base:.2f} |"
-        if item.in_stages is not None:
-            line += (
-                f" {item.in_stages:.1f} | {item.in_stages / item.stages:.2f} | {item.seconds - item.in_stages:.1f} |"
-            )
-        lines.append(line)
-    return "\n".join(lines)
+def table(seconds: dict[str, float], iterations: int) -> str:
+    """Return the times as a Markdown table, and what a Slurm job adds to a cold stage."""
+    base, stages = seconds["bare-loop"], STAGES * iterations
+    lines = ["| way | seconds | to the bare loop | a stage |", "|---|---|---|---|"]
+    lines += [f"| {way} | {found:.1f} | {found / base:.3f} | {found / stages:.2f} |" for way, found in seconds.items()]
+    added = (seconds["slurm-stage"] - seconds["stage"]) / stages
+    return "\n".join([*lines, "", f"By stage, a Slurm job adds {added:.2f} s to a cold local stage."])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiment", default="config/demo.jsonnet")
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
+    if reason := missing():
+        sys.exit(reason)
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder) / "slurm")
-        env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        if any(way.startswith(("segment", "stage")) for way in options.ways):
-            if reason := missing():
-                sys.exit(reason)
-            cluster.folder.mkdir()
-            cluster.start()
-            env |= cluster.env
+        cluster.folder.mkdir()
+        cluster.start()
+        env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | cluster.env
         try:
-            print(table(measure(options.experiment, Path(folder) / "runs", options.iterations, env, options.ways)))
+            found = measure(options.experiment, Path(folder) / "runs", options.iterations, options.repeats, env)
+            print(table(found, options.iterations))
         finally:
-            if cluster.daemons:
-                cluster.stop()
+            cluster.stop()
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from statistics import fmean
 
 import pyarrow.parquet as pq
 
-from benchmarks import learning, one_process
+from benchmarks import learning
 from earl import code_version
-from earl.config import freeze, load, paths
+from earl.config import load
 from earl.config.schema import Config
 from earl.files import atomic
 from earl.judges import Judgement, Verdict
@@ -40,6 +40,7 @@ from earl.run import state
 from earl.run.layout import Run
 from earl.stages import generate, score, train
 from earl.statistics import intervals, seeds
+from tests.support import bare_loop
 
 log = logging.getLogger("recipes")
 
@@ -108,16 +109,13 @@ def configure(experiment: str, overrides: dict, name: str, seed: int) -> Config:
 
 def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     """Train a run to its end, evaluating on the way; of the starting policy, only the first arm makes evaluations."""
-    run = Run(Path(config.base_exp_dir) / config.run_name)
-    freeze.write(config, run.config)
-    one_process.make_shared(config)
-    state.start(run, paths.policy_folder(config, config.model_path))
+    run = bare_loop.start(config)
     for index in range(config.num_iterations + 1):
         if index > state.newest_complete(run):
             run_iteration(config, run, index, arm)
-        wanted = one_process.is_evaluated(config, index) and (index or with_start)
-        if wanted and not all(run.evaluation(name, index).summary.is_file() for name in config.evaluations):
-            one_process.evaluate(config, run, index)
+        wanted = config.evaluations_at(index) if index or with_start else []
+        if not all(run.evaluation(name, index).summary.is_file() for name in wanted):
+            bare_loop.evaluate(config, run, index)
 
 
 def run_iteration(config: Config, run: Run, index: int, arm: Arm) -> None:
@@ -240,7 +238,7 @@ def curves(found: Found, config: Config) -> dict[str, list[charts.Line]]:
     """Mean reward over seeds by iteration: of each evaluation, and of the training episodes."""
     last, drawn = config.num_iterations, {}
     for name, evaluation in config.evaluations.items():
-        indices = [index for index in range(last + 1) if one_process.is_evaluated(config, index)]
+        indices = [index for index in range(last + 1) if name in config.evaluations_at(index)]
         drawn[f"Held-out reward, T = {evaluation.temperature:g}"] = [
             charts.line(
                 described.title,

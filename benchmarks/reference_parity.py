@@ -33,6 +33,7 @@ from earl.engines.torch_engine import TorchEngine
 from earl.judges import answers
 from earl.judges.rubric import Rubric
 from earl.learner import advantage, batches, grpo, logprobs, objective, rewards, sft
+from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 
 POLICY = Path(paths.__file__).parent.parent / "shapes" / "base_policy"
@@ -140,7 +141,7 @@ def losses(
         reference_gradient(reference, vocabulary, episodes, counted, frozen, whole) for whole in (False, True)
     )
     visual = vocabulary.first_visual, vocabulary.size
-    settings = grpo.Settings(KL_COEFF, 1.0, 3, visual, logprobs.split_vocab(visual), counted, False)
+    settings = Settings(KL_COEFF, 1.0, 3, visual, logprobs.split_vocab(visual), counted, False)
     ours = our_gradient(episodes, settings, frozen)
     unforced = [replace(episode, forced=np.zeros_like(episode.forced)) for episode in episodes]
     as_theirs = our_gradient(unforced, settings, frozen)
@@ -166,7 +167,7 @@ def distance(one: Found, other: Found) -> str:
     return f"{((one[1] - other[1]).norm() / other[1].norm()).item():.1e}"
 
 
-def our_gradient(episodes: Sequence[batches.Episode], settings: grpo.Settings, frozen: Any) -> Found:
+def our_gradient(episodes: Sequence[batches.Episode], settings: Settings, frozen: Any) -> Found:
     policy = checkpoint.load_policy(POLICY, torch.float32, "cpu")
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     with mock.patch.object(grpo, "MAX_GRADIENT_NORM", math.inf):

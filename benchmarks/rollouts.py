@@ -26,6 +26,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Request, SamplingParams, vllm_engine
 from earl.execution.ranks import alone
 from earl.learner import batches, grpo, logprobs
+from earl.learner.settings import Settings
 from tests import policies
 
 BATCHES = (16, 32, 64, 128, 256)
@@ -133,7 +134,7 @@ def agreement(policy: Path, dtype: str) -> str:
         for index, (request, group) in enumerate(zip(requests, groups, strict=True))
         for completion in group
     ]
-    settings = grpo.Settings(
+    settings = Settings(
         kl_coeff=0.0,
         temperature=1.0,
         micro_batch=16,

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tests.test_objective_logprobs import rollouts
 
 from earl.emu3 import checkpoint, grid
 from earl.emu3.vocabulary import Vocabulary
@@ -16,8 +17,8 @@ from earl.engines import SamplingParams
 from earl.engines.torch_engine import TorchEngine
 from earl.learner import grpo
 from earl.learner.logprobs import Support
+from earl.learner.settings import Settings
 from tests import policies
-from tests.test_objective_logprobs import rollouts
 
 TRUNCATIONS = [(1.0, -1), (0.9, -1), (0.7, -1), (1.0, 5), (1.0, 50), (0.8, 12)]
 TEMPERATURE = 0.8
@@ -29,7 +30,7 @@ def mismatch(policy: Path, vocabulary: Vocabulary, dtype: torch.dtype, top_p: fl
     episodes = rollouts(engine, policy, vocabulary, SamplingParams(TEMPERATURE, top_p, top_k, max_tokens=60))
     support = Support(tuple(grid.free_ranges(vocabulary).values()), top_k, top_p)
     visual = (vocabulary.first_visual, vocabulary.size)
-    settings = grpo.Settings(0.0, TEMPERATURE, 3, visual, support, "all", dtype == torch.bfloat16)
+    settings = Settings(0.0, TEMPERATURE, 3, visual, support, "all", dtype == torch.bfloat16)
     # Rounded, as the engine has them.
     learner = checkpoint.load_policy(policy, dtype, "cpu").float()
     found = grpo.train_iteration(learner, None, torch.optim.SGD(learner.parameters(), lr=0.0), episodes, settings)

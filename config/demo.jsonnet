@@ -56,10 +56,10 @@
   judge: 'program',
   device: 'cpu',
   dtype: 'float32',
-  // One thread a stage: two stages side by side use two cores better than one stage with two threads.
+  // One thread a process: two shards side by side use two cores better than one with two threads.
   cpu_threads: 1,
   rollout_shards: 2,
-  workers: 'local',
+  segment_processes: 2,
 
   evaluations: {
     heldout: { prompts: 210, temperature: 1.0, every_n_iterations: 5 },

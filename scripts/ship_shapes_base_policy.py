@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from earl.config import load, paths
-from earl.emu3 import checkpoint
+from earl.emu3 import checkpoint, saving
 from earl.files import atomic
 from earl.shapes import policy
 
@@ -27,7 +27,7 @@ def main() -> None:
     tuned = paths.policy_folder(config, config.model_path)
     model = checkpoint.load_policy(tuned, torch.bfloat16, "cpu")
     with atomic.folder(arguments.out) as folder:
-        checkpoint.save_policy(model, folder, tuned)
+        saving.save_policy(model, folder, saving.companions(tuned))
     print(f"{tuned} -> {arguments.out}")
 
 

@@ -7,20 +7,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
-from pathlib import Path
+import subprocess
 
 import pytest
 
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import torch_extensions
 from tests.support import policies, slurm_cluster
+from tests.support.demo import DEMO, SHORT, SMALL
+from tests.support.workplace import Workplace
 
-DEMO = Path(__file__).parent.parent / "config" / "demo.jsonnet"
+QUICK = 3
+"""Seconds. `make test-fast` runs what takes no longer, on a quiet machine."""
 
 
 def pytest_configure():
     """TRL and the tests' own imports of transformers do not come by way of `earl.emu3.models`."""
     torch_extensions.work_around()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that took longer than a quick one may and are not marked as slow."""
+    passed = terminalreporter.stats.get("passed", [])
+    unmarked = [report for report in passed if report.duration > QUICK and "slow" not in report.keywords]
+    if unmarked:
+        terminalreporter.section(f"more than {QUICK} s and not marked as slow")
+        for report in sorted(unmarked, key=lambda report: -report.duration):
+            terminalreporter.line(f"{report.duration:6.1f} s  {report.nodeid}")
 
 
 @pytest.fixture(scope="session")
@@ -58,37 +71,14 @@ def vocabulary(policy_folder):
     return Vocabulary.from_folder(policy_folder)
 
 
-SMALL = {
-    "raw_datasets.shapes_sft.count": 32,
-    "raw_datasets.shapes_rl.count": 24,
-    "raw_datasets.shapes_heldout.count": 8,
-    "sft.shapes.steps": 40,
-    "sft.shapes.batch_size": 8,
-    "episodes_per_iteration": 16,
-    "generations_per_sample": 4,
-    "per_device_batch_size": 8,
-    "engine_batch_size": 4,
-    "rollout_shards": 1,
-    "num_iterations": 2,
-    "evaluations.heldout.prompts": 4,
-    "evaluations.heldout_greedy.prompts": 4,
-}
-"""The demo, cut down until a whole run takes seconds: what is learned is of no interest, what is written is."""
-
-
-SHORT = {name: value for name, value in SMALL.items() if not name.startswith("evaluations.")}
-SHORT |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2}
-"""The same, still shorter and without evaluations."""
-
-
 @pytest.fixture(scope="session")
 def one_process_demo(tmp_path_factory):
     """The small demo without evaluations, made in one process."""
-    from benchmarks import one_process
     from earl.config import load
+    from tests.support import bare_loop
 
     settings = SHORT | {"base_exp_dir": str(tmp_path_factory.mktemp("one-process"))}
-    return one_process.run_all(load.load(DEMO, settings).config)
+    return bare_loop.run_all(load.load(DEMO, settings).config)
 
 
 @pytest.fixture(scope="session")
@@ -106,8 +96,43 @@ def small_config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_run(small_config):
+    """The small demo's files, made in one process: two iterations and two evaluations. Copy what a test changes."""
+    from tests.support import bare_loop
+
+    return bare_loop.run_all(small_config("plain"))
+
+
+@pytest.fixture
+def new_run(tmp_path, policy_folder):
+    """Return a function that makes a run folder with a frozen configuration and the starting policy."""
+    from tests.support import train_files
+
+    return lambda name="run", **changes: train_files.new_run(tmp_path, policy_folder, name, **changes)
+
+
+@pytest.fixture
+def earl(capsys):
+    """Return a function that runs a command in this process, where everything is imported already."""
+    from earl import cli
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        status = cli.call(list(map(str, arguments)))
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """An empty folder to run the workflow in."""
+    return Workplace(tmp_path)
+
+
+@pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
-    """A Slurm cluster of two nodes on this machine; see `tests/slurm_cluster.py`."""
+    """A Slurm cluster of two nodes on this machine; see `tests/support/slurm_cluster.py`."""
     if reason := slurm_cluster.missing():
         pytest.skip(reason)
     cluster = slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"))

@@ -34,32 +34,3 @@ def doctor(
     if has_failed or os.environ.get("RANK", "0") == "0":
         typer.echo(checks.table(found))
     raise typer.Exit(has_failed)
-
-
-@app.command()
-def launch(
-    command: Annotated[list[str], typer.Argument(help="The command, after `--`.")],
-    launcher: Annotated[str, typer.Option(help="local, debug, slurm or workers.")],
-    name: Annotated[str, typer.Option(help="Short name of the job.")],
-    folder: Annotated[Path, typer.Option(help="The job's own folder, for its record and logs.")],
-    output: Annotated[list[Path] | None, typer.Option(help="A file that it makes; may be repeated.")] = None,
-    resource: Annotated[list[str] | None, typer.Option(help="name=value; may be repeated.")] = None,
-) -> None:
-    """Run a command somewhere else, a stage's as a rule, or wait for it where it already runs."""
-    from earl import launchers
-    from earl.launchers.job import Job, Resources
-
-    job = Job(name, command, folder, output or [], Resources.parse(resource or []))
-    raise typer.Exit(launchers.create(launcher).run(job))
-
-
-@app.command(hidden=True)
-def worker(
-    pool: Annotated[Path, typer.Option(help="Folder of the pool that a workflow has opened.")],
-    name: Annotated[str, typer.Option(help="engine-<n>, judge-<n> or learner-<n>.")],
-    host: Annotated[str | None, typer.Option(help="Address to listen at for other machines.")] = None,
-) -> None:
-    """Stay, and run stages on what is in memory already; the first stage that wants a worker starts it."""
-    from earl.workers import server
-
-    server.serve(str(pool), name, host)

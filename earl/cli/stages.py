@@ -1,11 +1,12 @@
 """The stages, one command each: files to files."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from earl.cli.options import ConfigFile, IterationIndex, Output, Overrides, RunFolder, run_folder
+from earl.cli.options import ConfigFile, IterationIndex, Output, Overrides, RunFolder, output, run_folder
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -118,16 +119,41 @@ def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None
     stage.run(settings, run, iteration)
 
 
-def leave_to_ranks(config: "Config", *arguments: object) -> None:
-    """Have the `train_processes` ranks run this command, and end with their status; return where this is one, or alone.
+@app.command()
+def iterate(
+    run: RunFolder,
+    to: Annotated[int, typer.Option("--to", min=0, help="Last iteration to make.")],
+) -> None:
+    """Make a run's iterations, with models kept in memory; by `segment_processes` ranks, or those of torchrun."""
+    from earl.config.load import read
+    from earl.execution import ranks
+    from earl.run import segments, state
+    from earl.run.layout import Run
+
+    folder = Run(run)
+    settings = read(folder.config)
+    with contextlib.nullcontext() if ranks.is_launched() else state.exclusive(folder):
+        leave_to_ranks(settings, "iterate", "--run", run, "--to", to, size=segments.processes(settings))
+        from earl.stages import iterate as stage
+
+        stage.run(settings, run, to)
+
+
+def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None) -> None:
+    """Have ranks run this command, and end with their status; return where this process is a rank, or alone.
+
+    Args:
+        arguments: Of `earl`.
+        size: The number of ranks, `train_processes` by default.
 
     Raises:
-        EarlError: see `ranks.launch`.
+        EarlError: see `launch.launch`.
     """
-    from earl.execution import ranks
+    from earl.execution import launch, ranks
 
-    if config.train_processes > 1 and not ranks.is_launched():
-        raise typer.Exit(ranks.launch(config, [str(argument) for argument in arguments], config.train_processes))
+    size = config.train_processes if size is None else size
+    if size > 1 and not ranks.is_launched():
+        raise typer.Exit(launch.launch(config, [str(argument) for argument in arguments], size))
 
 
 @app.command()
@@ -216,8 +242,15 @@ def compare(
 
 
 @app.command()
-def report(run: RunFolder, out: Output) -> None:
+def report(
+    run: RunFolder,
+    out: Output,
+    curves: Annotated[Path | None, typer.Option(callback=output, help="Also write the charts, as SVG.")] = None,
+    evaluations: Annotated[
+        Path | None, typer.Option(callback=output, help="Also write the evaluations' results, as CSV.")
+    ] = None,
+) -> None:
     """Write the run's report, one self-contained HTML file."""
     from earl.stages import report as stage
 
-    stage.run(run, out)
+    stage.run(run, out, curves, evaluations)

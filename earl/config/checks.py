@@ -46,6 +46,7 @@ def check(config: "Config") -> None:
     _check_objective(config)
     _check_support(config)
     _check_learner(config)
+    _check_segment(config)
     _check_reward(config)
     _check_hub(config)
 
@@ -212,6 +213,16 @@ def _check_learner(config: "Config") -> None:
             "policy_dtype",
             f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
             "computes with; set both to `bfloat16`",
+        )
+
+
+def _check_segment(config: "Config") -> None:
+    ranks, train = config.segment_processes, config.train_processes
+    if ranks is not None and ranks < train:
+        raise wrong(
+            "segment_processes",
+            f"is {ranks}, but the first train_processes ({train}) of them train; raise the former, lower the latter, "
+            "or leave it out",
         )
 
 

@@ -1,6 +1,7 @@
 """From a file to a `Config`: Jsonnet with overrides, or a run's frozen JSON. Mistakes are named with their remedy."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from earl.messages import names
 from earl.messages.errors import EarlError
 
 DEFAULT = "default"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None, options: 
     return Loaded(_validated(evaluated.value, shown(path), source), evaluated, options)
 
 
+REMOVED = ("window_length", "workers", "worker_idle_seconds")
+"""Fields that earlier versions wrote to ``config.json``. None of them determined results."""
 _AGAIN = "remove it, and start the run again with its experiment, which writes it"
 
 
 def read(path: Path | str) -> Config:
-    """Read a run's frozen ``config.json``.
+    """Read a run's frozen ``config.json``. Fields that only an earlier version had are dropped.
 
     Raises:
         EarlError: naming file and field, as `load` does.
@@ -107,6 +112,9 @@ def read(path: Path | str) -> Config:
         raise EarlError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
         raise EarlError(f"{path}: is no object of fields; {_AGAIN}")
+    if removed := [name for name in REMOVED if name in value]:
+        log.info("%s: ignored, from an earlier version: %s", path, ", ".join(removed))
+        value = {name: item for name, item in value.items() if name not in removed}
     return _validated(value, str(path), lambda name: str(path))
 
 

@@ -602,15 +602,19 @@ class Config(_Section):
 
     # Evaluation, logging, checkpoints
     evaluations: dict[Name, Evaluation] = _free(dict, "Held-out evaluations by name.")
-    window_length: Positive = _free(50, "Iterations that one workflow plan covers; going on past it needs no hand.")
-    workers: Literal["local", "submitit", "none"] = _free(
-        "none",
-        "Where stages run: `none` in processes of their own; `local` in workers on the machine of the workflow, which "
-        "stay and keep engine, judge and learner loaded; `submitit` in workers that are Slurm jobs, where the profile "
-        "has stages run as such. The files are the same.",
+    segment_length: Positive = _free(
+        50, "Iterations of one segment: one program (`earl iterate`) that keeps its models in memory."
     )
-    worker_idle_seconds: float = _free(
-        3600.0, "Seconds without work after which a worker ends; the next stage starts it again.", gt=0
+    segment_processes: Positive | None = _free(
+        None,
+        "Ranks of a segment. Each samples with an engine of its own, on a GPU of its own; the first `train_processes` "
+        "of them train. At least `train_processes`; null: `train_processes`.",
+    )
+    segment_checkpoint_every_n_iterations: Positive = _free(
+        10,
+        "Iterations after which a segment writes a checkpoint. It also writes one at its end, and those that "
+        "`save_checkpoints_every_n_iterations` and `keep_checkpoints_every_n_iterations` keep. After a crash it trains "
+        "again from the newest one, over stored rollouts and scores.",
     )
     log_episodes_every_n_iterations: Positive = _free(
         5, "Iterations whose episodes, with their pictures, `earl track` shows; all of them are on disk."
@@ -664,6 +668,11 @@ class Config(_Section):
         """Return the text that completions of an evaluation start from."""
         own = self.evaluations[evaluation].assistant_prefill
         return self.assistant_prefill if own is None else own
+
+    def evaluations_at(self, index: int) -> list[str]:
+        """Return the evaluations of the policy of iteration ``index``: every n-th one, from 0 on, and the last."""
+        is_last = index == self.num_iterations
+        return [name for name, one in self.evaluations.items() if is_last or index % one.every_n_iterations == 0]
 
     @property
     def prompts_per_iteration(self) -> int:

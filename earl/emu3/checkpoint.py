@@ -7,32 +7,27 @@ A policy folder holds the text model alone (`Emu3ForCausalLM`) or text model and
 (`Emu3ForConditionalGeneration`), of which only the text model is taken.
 """
 
-import copy
-import itertools
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.emu3.vocabulary import Vocabulary, visual_token
+from earl.execution.ranks import Ranks
 from earl.files import manifest, remedies, tensors
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
     from transformers import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAE
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 VISION_TYPE = "emu3_vqgan"
 """`model_type` of a vision tokenizer."""
 CODEBOOK_SIZE = 32768
 """Of a vision tokenizer whose configuration leaves it out: transformers' default, and Emu3's."""
 INDEX = "model.safetensors.index.json"
-FILE_SIZE = 4 * 2**30
-"""Bytes of weights in a file, which whoever writes it holds at once."""
-
 _PREFIXES = {
     "text_model.lm_head.": "lm_head.",
     "text_model.model.": "model.",
@@ -69,19 +64,52 @@ def text_config(folder: Path | str) -> "Emu3TextConfig":
 
 
 def check_policy(folder: Path | str) -> Vocabulary:
-    """Check all that can be wrong with a policy folder before an engine or a learner takes it; return its vocabulary.
+    """Check all that can be wrong with a policy folder before an engine takes it; return its vocabulary.
 
-    Reads every weight once, and hashes the files of a sealed folder meanwhile.
+    The files of a sealed folder are hashed. Who sealed it has found its weights finite; those of another folder are
+    read for that.
 
     Raises:
         EarlError: when the folder is missing, incomplete, or holds files that are not what its manifest says, weights
             that are not finite or not those that its configuration asks for, or a tokenizer that the model was not
             made for.
     """
-    with manifest.reading(check_files(folder)):
-        vocabulary = check_identity(folder)
-        _check_weights(Path(folder), text_config(folder))
+    with reading_policy(folder) as vocabulary:
+        if not _is_sealed(folder):
+            _check_finite(folder, ((text_weight_name(name), weight) for _, name, weight in weights(folder)))
     return vocabulary
+
+
+@contextmanager
+def reading_policy(folder: Path | str, team: Ranks | None = None) -> Iterator[Vocabulary]:
+    """Check a policy folder as `check_policy` does, its contents while the body reads them; yield its vocabulary.
+
+    What is not looked at is whether the weights of a folder that nobody sealed are finite.
+
+    Args:
+        folder: The folder.
+        team: The ranks that read it together; each hashes its share of the files.
+
+    Raises:
+        EarlError: see `check_policy`.
+    """
+    share = {"rank": team.rank, "ranks": team.size} if team else {}
+    with manifest.reading(check_files(folder), **share):
+        vocabulary = check_identity(folder)
+        _check_shapes(Path(folder), text_config(folder))
+        yield vocabulary
+
+
+def _is_sealed(folder: Path | str) -> bool:
+    return (Path(folder) / manifest.NAME).is_file()
+
+
+def _check_finite(folder: Path | str, named: "Iterable[tuple[str | None, torch.Tensor]]") -> None:
+    """Look for NaN and infinity in weights, which have the names of `Emu3ForCausalLM`; None: none of its own."""
+    for name, weight in named:
+        if name is not None and not tensors.is_finite(weight):
+            [file] = [path for path in _weight_files(Path(folder)) if name in map(text_weight_name, _shapes(path))]
+            raise EarlError(f"{file}: weight {name!r} is not finite; go back to an earlier checkpoint")
 
 
 def check_identity(folder: Path | str) -> Vocabulary:
@@ -108,84 +136,38 @@ def load_policy(folder: Path | str, dtype: "torch.dtype", device: "torch.device 
     """
     from earl.emu3.models import Emu3ForCausalLM
 
-    check_policy(folder)
-    config = text_config(folder)
     renamed = {f"^{prefix}": replacement for prefix, replacement in _PREFIXES.items() if replacement is not None}
-    try:
-        model = Emu3ForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, key_mapping=renamed, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise EarlError(f"{folder}: does not load as Emu3ForCausalLM ({error})") from error
-    return model.to(device).eval()
+    with reading_policy(folder):
+        config = text_config(folder)
+        try:
+            model = Emu3ForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, key_mapping=renamed, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise EarlError(f"{folder}: does not load as Emu3ForCausalLM ({error})") from error
+        model = model.to(device).eval()
+    if not _is_sealed(folder):
+        _check_finite(folder, model.named_parameters())
+    return model
 
 
-def read_weights(folder: Path | str, weights: "dict[str, torch.Tensor]") -> None:
-    """Fill the weights of an `Emu3ForCausalLM` by name from a checked policy folder.
+def read_weights(folder: Path | str, weights: "dict[str, torch.Tensor]", team: Ranks) -> None:
+    """Fill the weights of an `Emu3ForCausalLM` by name from a policy folder.
 
     Of weights that are split over ranks, all of which must call this, each reads its own part alone.
+
+    Raises:
+        EarlError: see `check_policy`.
     """
-    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
-    stored = {text_weight_name(name): name for path in _weight_files(Path(folder)) for name in _names(path)}
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    alone = not dist.is_initialized()
-    dcp.load({stored[name]: weight for name, weight in weights.items()}, storage_reader=reader, no_dist=alone)
-
-
-def whole_weights(model: "Emu3ForCausalLM", dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Yield the weights one by one, by name, whole and in main memory, as `dtype` or as they are.
-
-    All ranks of a model that is split over them must go through this together.
-    """
-    for name, weight in model.named_parameters():
-        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        yield name, whole.detach().to(device="cpu", dtype=dtype or whole.dtype).contiguous()
-
-
-def save_policy(
-    model: "Emu3ForCausalLM", folder: Path | str, tokenizer_from: Path | str, dtype: "torch.dtype | None" = None
-) -> str:
-    """Write a policy into an existing folder, beside a copy of another policy's tokenizer; return its digest.
-
-    The caller gives a folder that `earl.files.atomic.folder` made, so that a policy appears complete or not at all. Of
-    a model that is split, one rank calls this while the others go through `whole_weights`; beyond its part of the
-    model it holds one file's weights.
-
-    Args:
-        dtype: of the weights in the files; by default that of the model.
-    """
-    folder, tokenizer_from = Path(folder), Path(tokenizer_from)
-    config = copy.deepcopy(model.config)
-    config.architectures = ["Emu3ForCausalLM"]
-    config.dtype = dtype or next(model.parameters()).dtype
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in model.named_parameters()}
-    files = _file_names(sizes)
-    for file, weights in itertools.groupby(whole_weights(model, dtype), key=lambda pair: files[pair[0]]):
-        tensors.write(folder / file, dict(weights), {"format": "pt"})
-    if len(set(files.values())) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    with manifest.reading(tokenizer_from, TOKENIZER_FILES):
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file() and not (folder / name).exists():
-                shutil.copyfile(tokenizer_from / name, folder / name)
-    return manifest.seal(folder)
-
-
-def _file_names(sizes: dict[str, int]) -> dict[str, str]:
-    """Return the file that each weight goes to: a new one where the weights before, in bytes, fill FILE_SIZE."""
-    numbers, number, filled = {}, 1, 0
-    for name, size in sizes.items():
-        if filled and filled + size > FILE_SIZE:
-            number, filled = number + 1, 0
-        numbers[name], filled = number, filled + size
-    if number == 1:
-        return dict.fromkeys(sizes, "model.safetensors")
-    return {name: f"model-{own:05d}-of-{number:05d}.safetensors" for name, own in numbers.items()}
+    with reading_policy(folder, team):
+        stored = {text_weight_name(name): name for path in _weight_files(Path(folder)) for name in _shapes(path)}
+        wanted = {stored[name]: weight for name, weight in weights.items()}
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(wanted, storage_reader=reader, no_dist=not team.splits, process_group=team.group)
+    if not _is_sealed(folder):
+        _check_finite(folder, ((name, tensors.own_part(weight)) for name, weight in weights.items()))
 
 
 def load_vision_tokenizer(folder: Path | str, device: "torch.device | str") -> "Emu3VQVAE":
@@ -291,25 +273,24 @@ def _check_ids(folder: Path, fields: dict, vocabulary: Vocabulary) -> None:
             )
 
 
-def _check_weights(folder: Path, config: "Emu3TextConfig") -> None:
-    """Compare names and shapes of the weights with what the configuration asks for, and look for NaN and infinity."""
+def _check_shapes(folder: Path, config: "Emu3TextConfig") -> None:
+    """Compare names and shapes of the weights, from the headers of the files, with what the configuration asks for."""
     import torch
 
     from earl.emu3.models import Emu3ForCausalLM
 
     with torch.device("meta"):
-        wanted = {name: weight.shape for name, weight in Emu3ForCausalLM(config).state_dict().items()}
+        wanted = {name: list(weight.shape) for name, weight in Emu3ForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    for path, name, weight in weights(folder):
-        shape = wanted.pop(text_weight_name(name), weight.shape)
-        if shape != weight.shape:
-            raise EarlError(
-                f"{path}: weight {name!r} has shape {list(weight.shape)} where {folder / 'config.json'} asks for "
-                f"{list(shape)}; copy the checkpoint again"
-            )
-        if not weight.isfinite().all():
-            raise EarlError(f"{path}: weight {name!r} is not finite; go back to an earlier checkpoint")
+    for path in _weight_files(folder):
+        for name, found in _shapes(path).items():
+            shape = wanted.pop(text_weight_name(name), found)
+            if shape != found:
+                raise EarlError(
+                    f"{path}: weight {name!r} has shape {found} where {folder / 'config.json'} asks for {shape}; copy "
+                    "the checkpoint again"
+                )
     if wanted:
         raise EarlError(
             f"{folder}: weight {min(wanted)!r} is missing, {len(wanted)} of them in all; copy the checkpoint again"
@@ -331,19 +312,23 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as weights:
-        return list(weights.keys())
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+@contextmanager
+def _opened(path: Path) -> Iterator["safe_open"]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  (not a dictionary)
-                yield name, weights.get_tensor(name)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise EarlError(f"{path}: does not load ({error}); copy the checkpoint again") from error
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    with _opened(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  (not a dictionary)
+            yield name, file.get_tensor(name)

@@ -1,5 +1,6 @@
 """The vocabulary: text ids, special ids and the block of visual ids, resolved from the tokenizer."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,14 +49,12 @@ class Vocabulary:
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> "Vocabulary":
-        """Read ``tokenizer.json`` of a policy or tokenizer folder.
+        """Read ``tokenizer.json`` of a policy or tokenizer folder; a process parses the same content once.
 
         Raises:
             EarlError: when the file is missing or damaged, a role's token is unknown, or the visual ids are not one
                 block that ends the vocabulary.
         """
-        from tokenizers import Tokenizer
-
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise EarlError(
@@ -63,10 +62,14 @@ class Vocabulary:
                 "checkpoint gets one by `earl convert model`"
             )
         with manifest.reading(path.parent, [path.name]):
-            try:
-                tokenizer = Tokenizer.from_file(str(path))
-            except Exception as error:  # the library has no narrower class
-                raise EarlError(f"{path}: does not load ({error}); copy the tokenizer again") from error
+            content = path.read_bytes()
+        digest = hashlib.sha256(content).digest()
+        if digest not in _parsed:
+            _parsed[digest] = cls._from_tokenizer(_tokenizer(content, path), path)
+        return _parsed[digest]
+
+    @classmethod
+    def _from_tokenizer(cls, tokenizer: "Tokenizer", path: Path) -> "Vocabulary":
         roles = {role: tokenizer.token_to_id(name) for role, name in ROLES.items()}
         for role, token_id in roles.items():
             if token_id is None:
@@ -99,6 +102,19 @@ class Vocabulary:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
         return self.text.decode(list(token_ids), skip_special_tokens=False)
+
+
+_parsed: dict[bytes, Vocabulary] = {}
+"""By digest of ``tokenizer.json``: parsing Emu3's takes seconds, and every policy of a run has the same one."""
+
+
+def _tokenizer(content: bytes, path: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the library has no narrower class
+        raise EarlError(f"{path}: does not load ({error}); copy the tokenizer again") from error
 
 
 def write_tokenizer(tokenizer: "Tokenizer", folder: Path, longest: int) -> None:

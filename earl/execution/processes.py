@@ -23,7 +23,8 @@ from typing import IO, NoReturn
 from earl.messages.errors import EarlError
 
 WATCHED = "EARL_END_WITH"
-"""Environment variable with ``<host>:<process id>`` of the workflow; a stage ends when that process is gone."""
+"""Environment variable with ``<host>:<Slurm job>:<process id>`` of the workflow; a stage of the same host and job ends
+when that process is gone. A workflow that only submitted the stage's job may end before it."""
 
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
@@ -176,14 +177,18 @@ def end_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> 
 
 def end_stages_with_this_process() -> None:
     """Let the stages that are started from here on end with this process; see :func:`end_with_workflow`."""
-    os.environ[WATCHED] = f"{socket.gethostname()}:{os.getpid()}"
+    os.environ[WATCHED] = f"{_machine()}:{os.getpid()}"
 
 
 def end_with_workflow() -> None:
-    """Call :func:`end_with` for the workflow that started this process, if one on this machine did."""
-    host, _, pid = os.environ.get(WATCHED, "").rpartition(":")
-    if host == socket.gethostname():
+    """Call :func:`end_with` for the workflow that started this process, if one of this machine and Slurm job did."""
+    machine, _, pid = os.environ.get(WATCHED, "").rpartition(":")
+    if machine == _machine():
         end_with(int(pid))
+
+
+def _machine() -> str:
+    return f"{socket.gethostname()}:{os.environ.get('SLURM_JOB_ID', '')}"
 
 
 def in_workflow() -> bool:

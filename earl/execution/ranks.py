@@ -3,61 +3,67 @@
 A stage that is run plainly is one process; under torchrun (`WORLD_SIZE` in the environment) it is one of several, the
 ranks. Each rank reads the same files and comes to the same plan, so that only weights, gradients and sums travel.
 
-In a process that stays (`earl worker`) the ranks stay joined from stage to stage, and what is split over them stays in
-memory.
+The ranks of a program are its world. The first of them may form a team of their own, `Ranks.first_ranks`: of a program
+that samples on every GPU, fewer may train.
 """
 
 import functools
 import itertools
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from earl import residents
-from earl.execution import runtime
 from earl.files import atomic
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch
 
-    from earl.config.schema import Config
-
 Item = TypeVar("Item")
 
 PATIENCE = 60.0
 """Seconds that a rank waits to be ended after another one has said what is wrong."""
+_LONGEST_WAIT = timedelta(days=1)
+"""The longest that a rank waits for another in a collective: one may have to wait for a judge that does not answer. The
+partners of a rank that died are ended by whoever launched them."""
+_numbers = itertools.count()
+"""Of the process groups that this process opens, one after another: their keys in the store must not meet."""
 _FAILURES = "failures"
 """Where the store counts ranks that have failed."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
+    """This process among those that work together: all of a program, or a team of the first of them.
 
     Attributes:
         rank: 0..size-1; rank 0 writes what is written once.
         size: how many there are.
         device: what this rank computes on.
-        splits: whether models are split over the ranks; one process may do so too, see `sharding`.
-        lasting: whether they outlast the stage, so that models may stay in memory for the next.
+        splits_alone: whether models are split even where there is one rank; see `sharding`.
+        group: the process group of `torch.distributed`; None: all ranks that were launched, or this process alone.
     """
 
     rank: int
     size: int
     device: "torch.device"
-    splits: bool = False
-    lasting: bool = False
+    splits_alone: bool = False
+    group: "torch.distributed.ProcessGroup | None" = field(default=None, repr=False)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def splits(self) -> bool:
+        """Whether models are split over the ranks."""
+        return self.size > 1 or self.splits_alone
 
     def gather(self, value: Item) -> list[Item]:
         """Return the values of all ranks, in the order of the ranks, on every rank."""
@@ -66,17 +72,26 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def of_first(self, value: Item) -> Item:
         """Return rank 0's value on every rank."""
         return self.gather(value)[0]
 
+    def first_ranks(self, count: int) -> "Ranks | None":
+        """Return the team of the first `count` of all launched ranks, and None on the others; every rank calls this."""
+        if count == self.size:
+            return self
+        import torch.distributed as dist
+
+        group = dist.new_group(list(range(count)))
+        return Ranks(self.rank, count, self.device, self.splits_alone, group) if self.rank < count else None
+
 
 def alone(device: "torch.device") -> Ranks:
-    """One process that trains by itself."""
-    return Ranks(0, 1, device, lasting=True)
+    """One process that works by itself."""
+    return Ranks(0, 1, device)
 
 
 def is_launched() -> bool:
@@ -105,7 +120,11 @@ def folder(path: Path, team: Ranks) -> Iterator[Path]:
             yield temporary
             team.of_first(None)
     else:
-        yield team.of_first(path)
+        temporary = team.of_first(path)
+        try:
+            yield temporary
+        except OSError as error:
+            raise EarlError(atomic.refusal(path, error)) from error
         team.of_first(None)
 
 
@@ -119,7 +138,7 @@ def meeting() -> "tuple[torch.distributed.Store, int, int]":
 
 @contextmanager
 def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks]:
-    """Join the other ranks, if there are any, and leave them at the end, unless the process stays.
+    """Join the other ranks, if there are any, and leave them at the end of the block.
 
     An error ends all ranks. The rank that met it first raises it; the others, which meet it too or lose their partner
     in the middle of a sum, wait silently for torchrun, or the first of them, to end them.
@@ -127,7 +146,7 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
     Args:
         device: of the type that ranks compute on; of several GPUs of a machine each rank takes the one of its
             `LOCAL_RANK`.
-        splits_alone: whether models are split (see `sharding`) even if there are no others.
+        splits_alone: whether models are split (see `sharding`) even where there is one rank.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not splits_alone:
@@ -136,64 +155,33 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
     import torch.distributed as dist
 
     device = _own_device(device)
-    group: _Group | None = residents.take(_Group.KIND, device)
-    if group is None and size == 1 and dist.is_initialized():  # vLLM, as an engine in this process, has opened one.
-        yield Ranks(0, 1, device, splits=True)
+    if size == 1 and dist.is_initialized():  # vLLM, as an engine in this process, has opened one.
+        yield Ranks(0, 1, device, splits_alone)
         return
-    group = group or _Group(device, size)
-    team = Ranks(group.rank, size, device, splits=True, lasting=residents.stays)
+    store, rank = (dist.HashStore(), 0) if size == 1 else meeting()[:2]
+    dist.init_process_group(
+        # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"ranks/{next(_numbers)}", store),
+        rank=rank,
+        world_size=size,
+        device_id=device if device.type == "cuda" else None,
+        timeout=_LONGEST_WAIT,
+    )
+    team = Ranks(rank, size, device, splits_alone)
     if not team.first:
         logging.getLogger("earl").setLevel(logging.ERROR)  # the first says it for all
     try:
         yield team
         team.of_first(None)  # none leaves while another still writes
     except Exception:
-        if not _is_first_to_fail(group.store):
+        if not _is_first_to_fail(store):
             time.sleep(PATIENCE)
             os._exit(1)
-        if team.lasting:
-            residents.clear()  # What is split goes with the group.
-        group.close()
-        raise
-    if team.lasting:
-        residents.put(_Group.KIND, device, group)
-    else:
-        dist.destroy_process_group()
-
-
-class _Group:
-    """The process group that `torch.distributed` has in this process.
-
-    Attributes:
-        store: what the ranks share beside it.
-        rank: this process's.
-    """
-
-    KIND = "process group"
-    _number = itertools.count()
-
-    def __init__(self, device: "torch.device", size: int) -> None:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()  # Of several ranks, kept for another device; all of them are here.
-        self._size = size
-        self.store, self.rank = (dist.HashStore(), 0) if size == 1 else meeting()[:2]
-        dist.init_process_group(
-            # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"ranks/{next(_Group._number)}", self.store),
-            rank=self.rank,
-            world_size=size,
-            device_id=device if device.type == "cuda" else None,
-        )
-
-    def close(self) -> None:
-        """Leave a group of one. Of several, what others wait for will not come: the processes have to end."""
-        import torch.distributed as dist
-
-        if self._size == 1:
+        if size == 1:  # Of several, what others wait for will not come: the processes have to end.
             dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _own_device(device: "torch.device") -> "torch.device":
@@ -215,47 +203,3 @@ def _is_first_to_fail(store: Any) -> bool:
 def failed_together() -> bool:
     """Whether a rank has failed since all had joined; then one of them says so, and the others nothing."""
     return meeting()[0].add(_FAILURES, 0) > 0
-
-
-def launch(config: "Config", arguments: Sequence[str], processes: int) -> int:
-    """Run `earl <arguments>` as `processes` ranks of this machine; return 0, or the status of a rank.
-
-    A learner's worker keeps them for its next command; else torchrun starts them. Ranks end with this process, and all
-    of them when one fails; a rank that failed has said why, one that was killed is named.
-
-    Raises:
-        EarlError: the configuration asks for GPUs and there are too few.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun sets it, with a warning; a stage sets its own number
-    _check_devices(config, processes)
-    if residents.stays:
-        from earl.workers import local_team
-
-        status = local_team.run(arguments, processes)
-        if status is not None:
-            return status
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what went wrong is said below
-    # What follows `--` is not for torchrun, which else takes --run for an abbreviation of its own --run-path.
-    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "--", "earl", *arguments]
-    try:
-        run.run(run.parse_args(options))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: rank {rank} of {processes} was ended by {failure.signal_name()}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
-
-
-def _check_devices(config: "Config", processes: int) -> None:
-    """Here, and not in every rank, which would all say it."""
-    import torch
-
-    if runtime.prepare(config).type == "cuda" and torch.cuda.device_count() < processes:
-        raise EarlError(
-            f"{processes} processes are to train, each on a GPU of its own, but {torch.cuda.device_count()} GPUs are "
-            "visible here; lower train_processes or ask for more GPUs"
-        )

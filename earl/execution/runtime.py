@@ -45,3 +45,11 @@ def policy_dtype(config: "Config") -> "torch.dtype":
     import torch
 
     return getattr(torch, config.policy_dtype)
+
+
+def release_memory(device: "torch.device") -> None:
+    """Give back the GPU memory that torch keeps for later, so that something else may take it."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()

@@ -7,11 +7,11 @@ For Parquet files, which are read in parts, it also lists the SHA-256 of the foo
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from earl.messages.errors import EarlError
 
@@ -22,6 +22,18 @@ REMEDY = (
 )
 _THREADS = 4
 """Files that are hashed at the same time; hashing releases Python's lock."""
+
+
+class Entry(TypedDict):
+    """What a manifest lists of a file, that of a Parquet file's footer apart."""
+
+    sha256: str
+    size: int
+
+
+def entry_of(data: bytes) -> Entry:
+    """Return the entry of a file with these bytes."""
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
 
 
 def digest_file(path: Path | str) -> str:
@@ -57,13 +69,25 @@ def _members(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != NAME)
 
 
-def _listing(folder: Path) -> str:
-    files = {member.relative_to(folder).as_posix(): _entry(member) for member in _members(folder)}
-    return json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
+def _listing(folder: Path, known: Mapping[str, Entry] | None = None) -> str:
+    members = _members(folder)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="digest") as pool:
+        entries = list(pool.map(lambda member: _entry(member, folder, known or {}), members))
+    return _text({m.relative_to(folder).as_posix(): entry for m, entry in zip(members, entries, strict=True)})
 
 
-def _entry(member: Path) -> dict[str, str | int]:
-    entry = {"sha256": digest_file(member), "size": member.stat().st_size}
+def _text(entries: Mapping[str, Mapping[str, str | int]]) -> str:
+    return json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n"
+
+
+def _entry(member: Path, folder: Path, known: Mapping[str, Entry]) -> Mapping[str, str | int]:
+    size = member.stat().st_size
+    entry = known.get(member.relative_to(folder).as_posix())
+    if entry is not None:
+        if entry["size"] != size:
+            raise EarlError(f"{member}: has {size} bytes where {entry['size']} were written; check the file system")
+        return entry
+    entry = {"sha256": digest_file(member), "size": size}
     return entry | {"footer": digest_footer(member)} if _is_parquet(member) else entry
 
 
@@ -72,11 +96,24 @@ def _is_parquet(member: Path) -> bool:
         return member.suffix == ".parquet" and stream.read(4) == b"PAR1"
 
 
-def seal(folder: Path | str) -> str:
-    """Write the manifest of a finished folder and return the folder's digest."""
+def seal(folder: Path | str, known: Mapping[str, Entry] | None = None) -> str:
+    """Write the manifest of a finished folder and return the folder's digest.
+
+    Args:
+        folder: The folder.
+        known: Entries of files whose writer hashed what it wrote; the others are read.
+
+    Raises:
+        EarlError: when a file of `known` has another size.
+    """
     folder = Path(folder)
-    (folder / NAME).write_text(_listing(folder), encoding="utf-8")
+    (folder / NAME).write_text(_listing(folder, known), encoding="utf-8")
     return digest_folder(folder)
+
+
+def digest_of(entries: Mapping[str, Entry]) -> str:
+    """Return the digest of a sealed folder with these files, none of which is Parquet."""
+    return hashlib.sha256(_text(entries).encode()).hexdigest()
 
 
 def digest_folder(folder: Path | str) -> str:
@@ -119,7 +156,13 @@ def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> int:
 
 
 @contextmanager
-def reading(folder: Path | str, names: Collection[str] | None = None, remedy: str = REMEDY) -> Iterator[None]:
+def reading(
+    folder: Path | str,
+    names: Collection[str] | None = None,
+    remedy: str = REMEDY,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[None]:
     """Hash files of a folder in threads while the body reads them; at its end they are what the manifest says.
 
     Damage is reported in place of whatever it made the body raise. A folder that nobody sealed has no digests to
@@ -129,13 +172,15 @@ def reading(folder: Path | str, names: Collection[str] | None = None, remedy: st
         folder: The folder.
         names: Files that the body reads, those of them that the manifest lists; by default all of the folder.
         remedy: Ends the message of an error.
+        rank: Of several processes that read the same files, each hashes a part of them; this one's number.
+        ranks: How many there are.
 
     Raises:
         EarlError: a file is missing, or its size or content is not what the manifest says.
     """
     folder = Path(folder)
     entries = _entries(folder, remedy) if (folder / NAME).is_file() else {}
-    wanted = [name for name in entries if names is None or name in names]
+    wanted = [name for name in sorted(entries) if names is None or name in names][rank::ranks]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="digest") as pool:
         checks = [pool.submit(_check_content, folder, name, entries[name], remedy) for name in wanted]
         try:

@@ -17,7 +17,7 @@ from earl.execution.ranks import Ranks, rounds
 from earl.learner import objective, packing
 
 if TYPE_CHECKING:
-    from earl.learner.grpo import Settings
+    from earl.learner.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from earl.execution.ranks import Ranks, alone
-from earl.learner import attention, head, logprobs, objective, sharding
+from earl.learner import attention, head, objective, sharding
 from earl.learner.batches import Episode, MicroBatch, length, micro_batches, mini_batches
 from earl.learner.performance import Clock
+from earl.learner.settings import AdamW, Settings
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -31,36 +32,6 @@ if TYPE_CHECKING:
 MAX_GRADIENT_NORM = 1.0
 SHOWN = 5
 """Tokens that a failed parity check prints."""
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """Settings of the optimizer beside its rate; the defaults are those of RL."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # of matrices and embeddings alone
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the loop needs to know of the configuration."""
-
-    kl_coeff: float
-    temperature: float
-    micro_batch: int
-    visual_range: tuple[int, int]
-    support: logprobs.Support  # what log-probs are normalised over
-    counted: str  # "all", "text" or "visual": see objective.counted_tokens
-    bfloat16: bool
-    options: objective.Options = objective.SPEC
-    normalization: str = "tokens"  # see objective.loss_denominator
-    max_completion_tokens: int = 1  # the constant of the normalization "constant"
-    optimizer_steps: int = 1  # mini-batches that the episodes are cut into
-    parity_tolerance: float | None = None  # see check_parity
-    packed: bool = False  # see packing
-    attention: str = "sdpa"  # see attention.choose
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping what they need
 
 
 class TokenPair(NamedTuple):
@@ -152,8 +123,9 @@ def total_of(parts: Sequence[Totals]) -> Totals:
     return total
 
 
-def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float, adamw: AdamW = AdamW()) -> torch.optim.AdamW:
+def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float, adamw: AdamW | None = None) -> torch.optim.AdamW:
     """AdamW over all parameters; those with one dimension, norms and biases, do not decay."""
+    adamw = adamw or AdamW()
     matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in policy.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": adamw.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

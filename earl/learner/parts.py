@@ -10,32 +10,45 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from earl.execution.ranks import Ranks
+from earl.files import manifest
 from earl.files import tensors as files
+from earl.messages.errors import EarlError
 
 OFFSETS = "DCP_SHARDING_INFO"
-"""Entry of a file's header where HuggingFaceStorageReader looks for the place of each part in its tensor. It must stay
-the only entry: of several, safetensors writes the order at random."""
+"""Entry of a file's header where HuggingFaceStorageReader looks for the place of each part in its tensor."""
 
 
 class PartWriter(StorageWriter):
-    """Writes what a rank holds of each tensor into `optimizer-<rank + 1>-of-<ranks>.safetensors` of a folder."""
+    """Writes what a rank holds of each tensor into `optimizer-<rank + 1>-of-<ranks>.safetensors` of a folder.
+
+    Attributes:
+        entry: digest and size of the file, once it is written.
+    """
+
+    entry: manifest.Entry
 
     def __init__(self, folder: Path, team: Ranks) -> None:
         self.path = folder / f"optimizer-{team.rank + 1:05d}-of-{team.size:05d}.safetensors"
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        tensors, places, results = {}, {}, []
-        for item in plan.items:
-            results.append(WriteResult(item.index, item.tensor_storage_size(), None))
-            chunk = item.tensor_data.chunk
-            if chunk.sizes.numel():  # of a tensor with fewer rows than there are ranks some have none
-                tensors[item.index.fqn] = planner.resolve_data(item).detach().cpu().contiguous()
-                places[item.index.fqn] = {"saved_offsets": list(chunk.offsets)}
-        files.write(self.path, tensors, {OFFSETS: json.dumps(places, sort_keys=True)})
-        with open(self.path, "rb") as stream:
-            os.fsync(stream.fileno())
+        # Of a tensor with fewer rows than there are ranks some have none.
+        items = {item.index.fqn: item for item in plan.items if item.tensor_data.chunk.sizes.numel()}
+        shapes = {
+            name: (item.tensor_data.properties.dtype, item.tensor_data.chunk.sizes) for name, item in items.items()
+        }
+        places = {name: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for name, item in items.items()}
+        with files.Writer(self.path, shapes, {OFFSETS: json.dumps(places, sort_keys=True)}) as writer:
+            for name in writer.names:
+                tensor = planner.resolve_data(items[name])
+                if not files.is_finite(tensor):
+                    raise EarlError(
+                        f"{name!r} is not finite, so the trainer state was not written; go back to an earlier "
+                        "checkpoint and lower learning_rate"
+                    )
+                writer.put(name, tensor)
+            self.entry = writer.finish()
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([WriteResult(item.index, item.tensor_storage_size(), None) for item in plan.items])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -31,6 +31,12 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` of a GPU count from here; that of a process cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that were in use at once: of the GPU by tensors, else of main memory by the process."""
     if device.type == "cuda":

@@ -25,6 +25,8 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest
 from earl.learner import batches, grpo, logprobs, objective, sharding, trainer_state
 from earl.learner.batches import Episode
+from earl.learner.settings import AdamW
+from earl.learner.settings import Settings as StepSettings
 from earl.messages.errors import EarlError
 from earl.statistics import seeds
 
@@ -51,19 +53,19 @@ class Settings:
     bfloat16: bool
     final_learning_rate: float = 0.0
     schedule: str = "cosine"  # see learning_rate
-    adamw: grpo.AdamW = field(default_factory=grpo.AdamW)
+    adamw: AdamW = field(default_factory=AdamW)
     max_gradient_norm: float | None = grpo.MAX_GRADIENT_NORM  # None does not clip
     validate_every: int | None = None  # steps between two validations
     save_every: int | None = None  # steps between two checkpoints to resume from; None: a twentieth of all
     keep_every: int | None = None  # steps between two policies that are kept
     packed: bool = False  # see packing; changes no result beyond rounding
     attention: str = "sdpa"  # see attention.choose
-    gradient_checkpointing: bool = False  # see grpo.Settings
+    gradient_checkpointing: bool = False  # see earl.learner.settings
 
     @property
-    def objective(self) -> grpo.Settings:
+    def objective(self) -> StepSettings:
         """Log-probs of all tokens of a completion, over the whole vocabulary."""
-        return grpo.Settings(
+        return StepSettings(
             kl_coeff=0.0,
             temperature=1.0,
             micro_batch=self.micro_batch,
@@ -265,11 +267,11 @@ def save_checkpoint(
     """Write `step-000200/`, sealed, each rank what it holds; then drop the one before."""
     current = checkpoints / f"step-{progress.step:06d}"
     with ranks.folder(current, team) as folder:
-        trainer_state.write_parts(folder, policy, optimizer, team, with_weights=True)
+        parts = trainer_state.write_parts(folder, policy, optimizer, team, with_weights=True)
         if team.first:
             state = {"identity": identity, "progress": asdict(progress)}
             (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-            manifest.seal(folder)
+            manifest.seal(folder, parts)
     if team.first:
         for old in checkpoints.glob("step-*"):
             if old != current:
@@ -292,7 +294,8 @@ def resume(
     trainer_state.has_weights(newest, policy, remedy)
     progress = Progress(**state["progress"])
     progress.validation = {int(step): loss for step, loss in progress.validation.items()}
-    trainer_state.read_parts(newest, policy, optimizer, progress.step, team, with_weights=True, remedy=remedy)
+    with manifest.reading(newest, remedy=remedy, rank=team.rank, ranks=team.size):
+        trainer_state.read_parts(newest, policy, optimizer, progress.step, team, with_weights=True, remedy=remedy)
     log.info("sft: resumed at step %d from %s", progress.step, newest)
     return progress
 
@@ -306,8 +309,11 @@ def _newest(checkpoints: Path, identity: str) -> tuple[Path, dict[str, Any]] | N
     found = sorted(folder for folder in checkpoints.glob("step-*") if (folder / manifest.NAME).is_file())
     if not found:
         return None
-    manifest.check(found[-1], deep=True, remedy=_remedy(checkpoints))
-    state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+    remedy = _remedy(checkpoints)
+    manifest.check(found[-1], remedy=remedy)
+    with manifest.reading(found[-1], [STATE], remedy):
+        content = (found[-1] / STATE).read_bytes()
+    state = json.loads(content)
     if state["identity"] == identity:
         return found[-1], state
     log.warning("sft: %s is of another configuration, model or data; starting from step 0", checkpoints)

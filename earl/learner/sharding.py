@@ -41,16 +41,13 @@ def load(
     """
     if not team.splits:
         return checkpoint.load_policy(folder, torch.float32, team.device).requires_grad_(not frozen)
-    if team.first:
-        checkpoint.check_policy(folder)
-    team.of_first(None)  # nobody reads on before that
     model = _empty(folder).requires_grad_(not frozen)
     split(model, team, bfloat16, frozen, offload)
     model.to_empty(device="cpu" if offload else team.device)
     # Its buffers are no weights: they are computed where the module is made.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(team.device)
     with torch.no_grad():
-        checkpoint.read_weights(folder, dict(model.named_parameters()))
+        checkpoint.read_weights(folder, dict(model.named_parameters()), team)
     return model.eval()
 
 
@@ -69,7 +66,8 @@ def _empty(folder: Path) -> "Emu3ForCausalLM":
 
 def split(model: "Emu3ForCausalLM", team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False) -> None:
     """Split the weights of a model, which may be empty yet, over the ranks; its functions then run by `forward`."""
-    from torch.distributed.device_mesh import init_device_mesh
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
@@ -79,7 +77,7 @@ def split(model: "Emu3ForCausalLM", team: Ranks, bfloat16: bool, frozen: bool = 
     )
 
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(team.device.type, (team.size,)),
+        "mesh": DeviceMesh.from_group(team.group or dist.group.WORLD, team.device.type),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -98,19 +96,6 @@ def split(model: "Emu3ForCausalLM", team: Ranks, bfloat16: bool, frozen: bool = 
 
 def _call(model: "Emu3ForCausalLM", function: Callable[..., Result], *arguments: Any) -> Result:
     return function(model, *arguments)
-
-
-def save(
-    model: "Emu3ForCausalLM", folder: Path, tokenizer_from: Path, team: Ranks, dtype: torch.dtype | None = None
-) -> str:
-    """Write a policy by the first rank, see `checkpoint.save_policy`; all ranks call this and get its digest."""
-    digest = ""
-    if team.first:
-        digest = checkpoint.save_policy(model, folder, tokenizer_from, dtype)
-    else:
-        for _ in checkpoint.whole_weights(model, dtype):
-            pass
-    return team.of_first(digest)
 
 
 def forward(model: "Emu3ForCausalLM", function: Callable[..., Result], *arguments: Any) -> Result:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from earl.execution.ranks import Ranks
 from earl.files import atomic, manifest
+from earl.files.tensors import own_part
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -61,35 +62,37 @@ def save(
     """
     if not state.optimizer_steps:
         _put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
-    write_parts(folder, model, optimizer, team, with_weights)
+    parts = write_parts(folder, model, optimizer, team, with_weights)
     if team.first:
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        manifest.seal(folder)
+        manifest.seal(folder, parts)
 
 
 def write_parts(
     folder: Path, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", team: Ranks, with_weights: bool
-) -> None:
-    """Write the moments, and the weights if wanted, each rank what it holds of them; return when all have.
+) -> dict[str, manifest.Entry]:
+    """Write the moments, and the weights if wanted, each rank what it holds of them; return the files, when all have.
 
     Raises:
-        EarlError: when the system refuses the write (disk full, no permission), to any rank.
+        EarlError: on any rank the system refuses the write (disk full, no permission), or a tensor is not finite.
     """
     import torch.distributed.checkpoint as dcp
 
     from earl.learner.parts import PartWriter
 
-    tensors = _tensors(model, optimizer, with_weights)
+    tensors, writer = _tensors(model, optimizer, with_weights), PartWriter(folder, team)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
         try:
-            dcp.save(tensors, storage_writer=PartWriter(folder, team), no_dist=not team.splits)
+            dcp.save(tensors, storage_writer=writer, no_dist=not team.splits, process_group=team.group)
         except dcp.CheckpointException as error:  # of all ranks, whichever failed
-            reasons = [failure for failure, _ in error.failures.values()]
-            if not all(isinstance(reason, OSError) for reason in reasons):
-                raise
-            raise EarlError(atomic.refusal(folder, reasons[0])) from error
-    team.of_first(None)
+            reason = next(failure for failure, _ in error.failures.values())
+            if isinstance(reason, OSError):
+                raise EarlError(atomic.refusal(folder, reason)) from error
+            if isinstance(reason, EarlError):
+                raise EarlError(f"{folder}: {reason}") from error
+            raise
+    return dict(team.gather((writer.path.name, writer.entry)))
 
 
 def _tensors(
@@ -131,12 +134,11 @@ def load(
 
     state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
     with_weights = has_weights(folder, model)
-    rounded = [_local(p).bfloat16() for p in model.parameters()] if with_weights else []
-    # Every rank reads its own part; the first one hashes the files for all.
-    with manifest.reading(folder, None if team.first else (), _REMEDY):
+    rounded = [own_part(p).bfloat16() for p in model.parameters()] if with_weights else []
+    with manifest.reading(folder, remedy=_REMEDY, rank=team.rank, ranks=team.size):
         read_parts(folder, model, optimizer, state.optimizer_steps, team, with_weights)
     for (name, parameter), before in zip(model.named_parameters(), rounded, strict=False):
-        if not torch.equal(_local(parameter).bfloat16(), before):
+        if not torch.equal(own_part(parameter).bfloat16(), before):
             raise EarlError(f"{folder}: tensor '{WEIGHT}.{name}' is not what the policy rounds; {_REMEDY}")
     log.info(
         "trainer: loaded iteration %d (%d optimizer steps%s) from %s",
@@ -164,16 +166,10 @@ def read_parts(
         remedy: what an error advises.
 
     Raises:
-        EarlError: a file cannot be read, or holds what is not finite.
+        EarlError: a file cannot be read.
     """
-    import torch
-
     _put_zeros(model, optimizer, steps)
-    tensors = _tensors(model, optimizer, with_weights)
-    _read(folder, tensors, team, remedy)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(_local(tensor)).all():
-            raise EarlError(f"{folder}: tensor {name!r} is not finite; {remedy}")
+    _read(folder, _tensors(model, optimizer, with_weights), team, remedy)
 
 
 def _put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", steps: int) -> None:
@@ -220,14 +216,9 @@ def _read(folder: Path, tensors: dict[str, "torch.Tensor"], team: Ranks, remedy:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=reader, no_dist=not team.splits)
+            dcp.load(tensors, storage_reader=reader, no_dist=not team.splits, process_group=team.group)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         raise EarlError(f"{folder}: cannot be read ({error}); {remedy}") from error
-
-
-def _local(tensor: "torch.Tensor") -> "torch.Tensor":
-    """A tensor, or this rank's part of one that is split."""
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 def check(folder: Path, *, iteration: int, policy_digest: str, config_digest: str) -> TrainerState:

@@ -7,12 +7,14 @@
     <run>/iterations/000012/{rollouts,scores}/0003.parquet
     <run>/iterations/000012/train/{episodes.parquet,metrics.json,performance.json}
     <run>/iterations/000012/{policy,trainer}/
+    <run>/segments/000050.json
     <run>/evaluations/<name>/000012{.rollouts,.scores,}.parquet and 000012.json
     <run>/rescored/<name>/{iterations,evaluations}/... the same, and agreement.json
     <run>/report.html
 
-Iteration ``i`` samples from the policy of iteration ``i - 1`` and writes policy ``i``; iteration 0 holds the
-starting policy alone.
+Iteration ``i`` samples from the policy of iteration ``i - 1`` and trains policy ``i``; iteration 0 holds the starting
+policy alone. By stage every iteration has ``policy/`` and ``trainer/`` until retention removes them, in a segment only
+some have.
 """
 
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ class Iteration:
 
     @property
     def metrics(self) -> Path:
-        """Written last: an iteration is complete when this file and ``policy`` exist."""
+        """Written last: an iteration is complete when this file exists."""
         return self.path / "train" / "metrics.json"
 
     @property
@@ -113,6 +115,10 @@ class Run:
     def judge_check(self) -> Path:
         """What the judge reached on images whose order is known, where `judge_gate` asks for it."""
         return self.path / "judge_check.json"
+
+    def segment(self, last: int) -> Path:
+        """The record of the segment that ended with iteration ``last``: what it did, and how long that took."""
+        return self.path / "segments" / f"{iteration_name(last)}.json"
 
     def rescored(self, name: str) -> "Run":
         """The folder of another judge's scores of this run's rollouts: laid out as a run."""

@@ -1,12 +1,10 @@
-"""What the workflow has to do for one run: which iterations, in which windows, and which evaluations.
+"""What is left to do of a run: which iterations, in which segments, and which evaluations.
 
-Planning every iteration at once costs time and memory that grow with the run. So one plan covers a window: it starts
-at the newest complete iteration, ``start``, whose policy is taken as given, and ends at ``stop``. Where more than one
-window remains, the workflow plans a chain of windows and each window plans its own iterations.
+A plan starts after the newest complete iteration. Older iterations are not part of it; the rules still make a file of
+theirs that is asked for by name.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,29 +13,29 @@ from typing import TYPE_CHECKING
 
 from earl.config.evaluate import RUN_NAME
 from earl.messages.errors import EarlError
-from earl.run import replays, state
-from earl.run.layout import Run, iteration_name
+from earl.run import replays, segments, state
+from earl.run.layout import Run
 
 if TYPE_CHECKING:
     from earl.config.load import Loaded
     from earl.config.schema import Config
 
-NOTHING = r"(?!)"
-"""Regular expression that matches nothing: the constraint of a wildcard that has no value in this plan."""
-
 
 @dataclass(frozen=True)
 class Plan:
-    """The part of a run that is planned now: iterations ``start + 1`` to ``stop``.
+    """What is left to do of one run.
 
-    ``single`` is the number of the one iteration that the user wants to run a stage of again, or ``None``.
+    Attributes:
+        newest: the newest complete iteration.
+        checkpoint: the newest complete iteration with a checkpoint, where a segment starts.
+        by_segment: one job is a segment, not a stage.
     """
 
     run: Run
     config: "Config"
-    start: int
-    stop: int
-    single: int | None = None
+    newest: int
+    checkpoint: int
+    by_segment: bool = True
 
     @property
     def key(self) -> str:
@@ -45,103 +43,99 @@ class Plan:
         return self.run.path.as_posix()
 
     @property
-    def retention(self) -> state.Retention:
-        return state.Retention.of(self.config)
+    def last(self) -> int:
+        """The iteration that the plan ends with; 0 where none is to be trained, and none has been."""
+        return self.config.num_iterations if self.segments else max(self.newest, self.config.num_iterations)
 
     @property
     def iterations(self) -> range:
-        return range(self.start + 1, self.stop + 1)
+        """The iterations to be made by stage."""
+        return range(0) if self.by_segment else range(self.newest + 1, self.config.num_iterations + 1)
 
     @cached_property
-    def windows(self) -> list[range]:
-        """The planned iterations, cut after every multiple of ``config.window_length``, wherever the plan starts.
+    def segments(self) -> list[range]:
+        """The segments to be made, cut after every multiple of `segment_length` wherever the plan starts.
 
-        So a window that a stop left half done is the same one, with the same end, for a workflow that starts anew.
+        So a segment that was killed half-way keeps its end. The first one starts at a checkpoint: iterations after it
+        are trained again over their stored scores.
         """
-        length = self.config.window_length
-        cuts = [*range(self.start - self.start % length + length, self.stop, length), self.stop]
-        starts = [self.start, *cuts[:-1]]
-        return [range(first + 1, last + 1) for first, last in zip(starts, cuts, strict=True) if first < last]
+        last, length = self.config.num_iterations if self.by_segment else 0, self.config.segment_length
+        ends = [*range(self.checkpoint - self.checkpoint % length + length, last, length), last]
+        starts = [self.checkpoint, *ends[:-1]]
+        return [range(start + 1, end + 1) for start, end in zip(starts, ends, strict=True) if start < end]
 
     @cached_property
     def evaluations(self) -> dict[int, list[str]]:
-        """The evaluations to make, by iteration: those of planned iterations, and older ones that are missing.
+        """The evaluations to be made by stage, by iteration. A segment makes those from its first policy on.
 
-        An older one is planned only while the policy it needs is on disk.
+        Of complete iterations these are the missing ones whose policy is on disk.
         """
-        if self.single is not None:
-            return {self.single: list(self.config.evaluations)}
-        planned: dict[int, list[str]] = {}
-        for name, evaluation in self.config.evaluations.items():
-            every = evaluation.every_n_iterations
-            for index in sorted({*range(0, self.stop + 1, every), self.config.num_iterations}):
-                if index <= self.stop and (index > self.start or self._is_pending(name, index)):
-                    planned.setdefault(index, []).append(name)
+        end = self.checkpoint if self.segments else self.last + 1
+        planned = {}
+        for index in range(end):
+            wanted = self.config.evaluations_at(index)
+            if names := [name for name in wanted if index > self.newest or self._is_pending(name, index)]:
+                planned[index] = names
         return planned
 
-    def sends(self, whole: bool, chain: bool) -> list[tuple[str, int]]:
+    def sends(self) -> list[tuple[str, int]]:
         """Return what is sent elsewhere, and after which iterations: (``wandb`` or ``hub``, iteration).
 
-        Args:
-            whole: the plan ends the run, so the last send belongs to it.
-            chain: nothing is sent between iterations: windows make them, and send what is theirs if they can.
+        During the run, sending waits for the end of the segment that holds an iteration that is due.
         """
-        if self.single is not None or not self.stop:
-            return []
         config = self.config
+        if not self.last:
+            return []
         every = {"wandb": config.wandb_every_n_iterations if config.wandb_mode == "online" else None}
         every |= {"hub": config.push_to_hub_every_n_iterations if config.push_to_hub else None}
         wanted = {"wandb": config.wandb_mode != "disabled", "hub": config.push_to_hub}
-        between = [] if chain else [index for index in self.iterations if index < config.num_iterations]
-        sends = [(kind, index) for index in between for kind, n in every.items() if n and index % n == 0]
-        return sends + [(kind, self.stop) for kind, on in wanted.items() if on and whole]
+        parts = self.segments or [range(index, index + 1) for index in self.iterations]
+        between = [
+            (kind, part[-1])
+            for part in parts
+            for kind, n in every.items()
+            if n and part[-1] < self.last and part[-1] // n > (part[0] - 1) // n
+        ]
+        return between + [(kind, self.last) for kind, on in wanted.items() if on]
+
+    def text(self) -> str:
+        """Return what is left to do as one line."""
+        parts = [f"{self.key}: {self.newest} of {self.config.num_iterations} iterations are complete"]
+        if self.segments:
+            parts.append(f"segments from iteration {self.segments[0][0]}: {len(self.segments)}")
+        if self.iterations:
+            parts.append(f"iterations to make by stage: {len(self.iterations)}")
+        if self.evaluations:
+            parts.append(f"evaluations to make by stage: {sum(map(len, self.evaluations.values()))}")
+        return "; ".join(parts)
 
     def _is_pending(self, name: str, index: int) -> bool:
         if self.run.evaluation(name, index).summary.is_file():
             return False
-        return index in (0, self.start) or state.has_checkpoint(self.run.iteration(index))
-
-    def dependents(self) -> str:
-        """Say what the results of the single iteration flow into."""
-        index = self.single
-        later = [i for i in state.iterations(self.run) if index is not None and i > index]
-        lines = [
-            f"iteration {index} of {self.key} alone is planned. What depends on its stages:",
-            f"  rollouts/<shard>  -> scores/<shard> -> train -> policy of iteration {index}",
-        ]
-        if later:
-            lines.append(f"  policy            -> iterations {later[0]} to {later[-1]}, and their evaluations")
-        lines.append(f"  policy            -> evaluations of iteration {index}, and the report")
-        lines.append(f"To train again from here on: earl rewind --run {self.key} --iteration {index}, and go on.")
-        return "\n".join(lines)
+        return index == 0 or state.has_checkpoint(self.run.iteration(index))
 
 
-def plan(config: "Config", last: int | None = None, single: int | None = None) -> Plan:
-    """Return what is left to do of a run, or the part of it that ``last`` or ``single`` names.
+def folder(config: "Config") -> Path:
+    """Return the folder of a run."""
+    return Path(config.base_exp_dir) / config.run_name
 
-    Args:
-        config: the run's resolved configuration.
-        last: plan one window, from the newest complete iteration to this one.
-        single: plan this one iteration, whatever comes after it.
+
+def plan(config: "Config", by_segment: bool = True) -> Plan:
+    """Return what is left to do of a run.
 
     Raises:
-        EarlError: when ``single`` is not an iteration of the run, the starting policy is gone but needed, or what is
-            trained again has scores that do not hold what the reward is made of.
+        EarlError: the starting policy is gone but needed, what is trained again has scores that do not hold what the
+            reward is made of, or a segment cannot do what the configuration asks for.
     """
-    run = Run(Path(config.base_exp_dir) / config.run_name)
-    if single is not None:
-        newest = state.newest_complete(run)
-        if not 0 <= single <= newest:
-            raise EarlError(f"iteration={single}: {run.path} has complete iterations 1 to {newest}; choose one of them")
+    run = Run(folder(config))
+    newest = state.newest_complete(run)
+    if newest < config.num_iterations and (newest == 0 or config.kl_coeff):  # what is trained next needs it
         state.check_start(run)
-        return Plan(run, config, max(single - 1, 0), single, single)
-    start = state.newest_complete(run)
-    if start < config.num_iterations and (start == 0 or config.kl_coeff):  # what is trained next needs it
-        state.check_start(run)
-    replays.check_scores(run, config, last=max(state.iterations(run), default=0), first=start + 1)
-    if last is not None:
-        return Plan(run, config, min(start, last), last)
-    return Plan(run, config, start, max(start, config.num_iterations))
+    replays.check_scores(run, config, last=max(state.iterations(run), default=0), first=newest + 1)
+    made = Plan(run, config, newest, state.newest_checkpoint(run), by_segment)
+    if made.segments:
+        segments.check(config)
+    return made
 
 
 def spelled_alike(experiments: "Sequence[Loaded]") -> "list[Loaded]":
@@ -160,39 +154,18 @@ def spelled_alike(experiments: "Sequence[Loaded]") -> "list[Loaded]":
     return found
 
 
-def choose(plans: Sequence[Plan]) -> dict[str, Plan]:
+def by_run(plans: Sequence[Plan]) -> dict[str, Plan]:
     """Return the plans by run folder.
 
     Raises:
         EarlError: when two experiments would write to the same folder.
     """
-    chosen: dict[str, Plan] = {}
+    found: dict[str, Plan] = {}
     for item in plans:
-        if item.key in chosen:
+        if item.key in found:
             raise EarlError(
                 f"{item.key}: two of the experiments have this run folder; give each a run_name of its own. "
                 f"Where {RUN_NAME} names them all, unset {RUN_NAME}: each is named after its file then"
             )
-        chosen[item.key] = item
-    return chosen
-
-
-def alternation(values: Sequence[str]) -> str:
-    """Return a regular expression that matches exactly ``values``."""
-    return "|".join(re.escape(value) for value in values) or NOTHING
-
-
-def constraint(indices: dict[str, Sequence[int]], between: str) -> str:
-    """Return the regular expression of the wildcard ``run`` for files ``{run}/<between>/{step}...``.
-
-    Runs of one plan have different windows, so what may follow depends on the run: each run's name is followed by a
-    look-ahead at its own iterations.
-    """
-    return (
-        "|".join(
-            f"{re.escape(run)}(?={between}(?:{alternation([iteration_name(i) for i in steps])})\\b)"
-            for run, steps in indices.items()
-            if steps
-        )
-        or NOTHING
-    )
+        found[item.key] = item
+    return found

@@ -88,6 +88,12 @@ def record_of(run: Run) -> dict[str, Any] | None:
         raise EarlError(f"{path}: is damaged ({error!r}); replay into a new folder") from error
 
 
+def length(run: Run) -> int:
+    """Return the number of iterations that are trained on another run's rollouts; 0 unless the run is a replay."""
+    record = record_of(run)
+    return 0 if record is None else len(record["iterations"])
+
+
 def source_of(run: Run, record: dict[str, Any]) -> Run:
     """Return the run that a record names; the folder of the record may be reached through links."""
     return Run(record_file(run).resolve().parent / record["source"])

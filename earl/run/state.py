@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from earl.execution import processes
 from earl.files import manifest, objects
-from earl.launchers import record
 from earl.messages.errors import EarlError
 from earl.run.layout import Iteration, Run, iteration_name
 
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 class Retention:
     """Which checkpoints (``policy`` and ``trainer``) of a run stay on disk.
 
-    The newest complete iteration and the one before it are needed to resume. Of the others, the latest multiple of
-    ``save_every`` is kept, every multiple of ``keep_every`` (None: every multiple of ``save_every``), and the last
+    The newest checkpoint, and that of the iteration before it, stay to resume from. Of the others, the latest multiple
+    of ``save_every`` is kept, every multiple of ``keep_every`` (None: every multiple of ``save_every``), and the last
     iteration. Iteration 0 is a link and always stays.
     """
 
@@ -44,8 +43,12 @@ class Retention:
             config.num_iterations,
         )
 
+    def saves(self, index: int) -> bool:
+        """Return whether the checkpoint of iteration ``index`` is kept beyond the next one, for a while or for good."""
+        return index == self.last or any(every and index % every == 0 for every in (self.save_every, self.keep_every))
+
     def keeps(self, index: int, newest: int) -> bool:
-        """Return whether the checkpoint of iteration ``index`` stays when ``newest`` is the newest complete one."""
+        """Return whether the checkpoint of iteration ``index`` stays when ``newest`` is the newest checkpoint."""
         if index == 0 or index >= newest - 1 or index == self.last:
             return True
         keep_every = self.save_every if self.keep_every is None else self.keep_every
@@ -54,7 +57,7 @@ class Retention:
         return bool(self.save_every) and index == newest - newest % self.save_every
 
     def dropped_by(self, newest: int) -> list[int]:
-        """Return the iterations, at most two, whose checkpoints go when ``newest`` becomes complete."""
+        """Return the iterations, at most two, whose checkpoints go after ``newest`` where every iteration has one."""
         candidates = {newest - 2}
         if self.save_every:
             candidates.add((newest - 1) - (newest - 1) % self.save_every)
@@ -68,14 +71,12 @@ def exclusive(run: Run) -> Iterator[None]:
     A stage is started by the workflow that holds the lock, and goes on under it.
 
     Raises:
-        EarlError: when a workflow is working on the run, or jobs that an earlier one has left behind.
+        EarlError: when a workflow is working on the run.
     """
     if processes.in_workflow():
         yield
         return
     with processes.lock(lock_file(run)):
-        for job in record.running(run.path / "logs" / "jobs"):
-            raise EarlError(f"{run.path}: Slurm job {job.job_id} ({job.name}) still runs; wait for it, or scancel it")
         yield
 
 
@@ -109,13 +110,22 @@ def has_checkpoint(iteration: Iteration) -> bool:
 
 
 def newest_complete(run: Run) -> int:
-    """Return the newest iteration from which the run can go on; 0 when none is complete.
+    """Return the newest iteration that has been trained, by its ``train/metrics.json``; 0 when none has.
 
-    Looks at folders from the newest backwards and stops at the first that is complete.
+    Its checkpoint may be gone, or never have been written.
+    """
+    return next((i for i in reversed(iterations(run)) if i and run.iteration(i).metrics.is_file()), 0)
+
+
+def newest_checkpoint(run: Run, last: int | None = None) -> int:
+    """Return the newest trained iteration, up to ``last``, with a whole policy and trainer state; 0 when none has.
+
+    Iteration 0 stands for the starting policy.
     """
     for index in reversed(iterations(run)):
         iteration = run.iteration(index)
-        if index and iteration.metrics.is_file() and has_checkpoint(iteration):
+        wanted = index and (last is None or index <= last)
+        if wanted and iteration.metrics.is_file() and has_checkpoint(iteration):
             return index
     return 0
 
@@ -199,22 +209,26 @@ def _drop_checkpoint(iteration: Iteration) -> bool:
 
 
 def prune(run: Run, retention: Retention, after: int | None = None) -> list[int]:
-    """Remove the checkpoints that need not be kept; return their iterations.
+    """Remove the checkpoints that need not be kept; return their iterations. The newest one always stays.
 
     Args:
         run: the run.
         retention: which ones stay.
-        after: the iteration that has just become complete: only what that one makes superfluous goes, in constant
+        after: the iteration that has just become complete, by stage: only what it makes superfluous goes, in constant
             time. ``None`` looks at the whole run, and clears away what killed stages left half-written; no stage
             may be running then.
     """
     if after is not None:
         return [index for index in retention.dropped_by(after) if _drop_checkpoint(run.iteration(index))]
-    newest = newest_complete(run)
-    present = iterations(run)
-    for index in present:
+    for index in iterations(run):
         _clear_leftovers(run.iteration(index))
-    return [i for i in present if i < newest and not retention.keeps(i, newest) and _drop_checkpoint(run.iteration(i))]
+    return prune_before(run, retention, newest_checkpoint(run))
+
+
+def prune_before(run: Run, retention: Retention, newest: int) -> list[int]:
+    """Remove the checkpoints before ``newest``, the newest one, that need not be kept; return their iterations."""
+    gone = [index for index in iterations(run) if index < newest and not retention.keeps(index, newest)]
+    return [index for index in gone if _drop_checkpoint(run.iteration(index))]
 
 
 def _clear_leftovers(iteration: Iteration) -> None:
@@ -230,22 +244,16 @@ def _clear_leftovers(iteration: Iteration) -> None:
 def rewind(run: Run, index: int) -> list[int]:
     """Forget what was trained in iteration ``index`` and after it; return the iterations that lost it.
 
-    Rollouts and scores stay: the workflow uses those of ``index`` again and samples the later ones anew, since they
-    come from policies that are no more. Evaluations of these policies go too.
+    Rollouts and scores stay: those of ``index`` are used again. The later ones come from policies that are gone, so
+    they are sampled anew. Evaluations of these policies go too. Where the checkpoint before ``index`` is gone, it is
+    restored by whatever trains next.
 
     Raises:
-        EarlError: when ``index`` is not an iteration that was trained, or the checkpoint before it has been dropped.
+        EarlError: when ``index`` is not an iteration that was trained.
     """
     trained = [i for i in iterations(run) if i >= index and (run.iteration(i).path / "train").is_dir()]
     if index < 1 or index not in trained:
         raise EarlError(f"{run.path}: iteration {index} has not been trained; `earl status` shows what there is")
-    before = run.iteration(index - 1)
-    if not has_checkpoint(before):
-        raise EarlError(
-            f"{before.policy}: has been dropped, so there is nothing to train iteration {index} from; bring it back "
-            f"first: earl restore --run {run.path} --iteration {index - 1}"
-        )
-    _date_back(before)
     # From the newest backwards: a stop in between leaves a run that has only gone back less far.
     for i in reversed(trained):
         for path in _evaluation_files(run, i):
@@ -254,17 +262,6 @@ def rewind(run: Run, index: int) -> list[int]:
         _drop_checkpoint(run.iteration(i))
         shutil.rmtree(run.iteration(i).path / "train")
     return trained
-
-
-def _date_back(iteration: Iteration) -> None:
-    """Give a checkpoint, that may have been restored since, the age of what was recorded when it was made.
-
-    What was sampled from it then does not look out of date.
-    """
-    if iteration.index and iteration.metrics.is_file():
-        made = iteration.metrics.stat().st_mtime_ns
-        for folder in (iteration.policy, iteration.trainer):
-            os.utime(folder / manifest.NAME, ns=(made, made))
 
 
 def _evaluation_files(run: Run, index: int) -> Iterator[Path]:
@@ -277,6 +274,7 @@ class Status:
 
     newest: int
     last: int
+    newest_checkpoint: int
     checkpoints: list[int]
     checkpoint_bytes: int
     evaluations: dict[str, list[int]]
@@ -286,7 +284,7 @@ class Status:
     def text(self) -> str:
         """Return the status as lines for a terminal."""
         lines = [
-            f"complete     {self.newest} of {self.last} iterations",
+            f"complete     {self.newest} of {self.last}, newest checkpoint {self.newest_checkpoint}",
             f"checkpoints  {', '.join(map(str, self.checkpoints)) or 'none'} ({self.checkpoint_bytes / 1e6:.1f} MB)",
         ]
         lines += [f"evaluated    {name}: {', '.join(map(str, done))}" for name, done in self.evaluations.items()]
@@ -303,7 +301,8 @@ def status(run: Run, last: int) -> Status:
         folder.name: sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
         for folder in sorted((run.path / "evaluations").glob("*/"))
     }
-    return Status(newest_complete(run), last, kept, size, evaluated, _problems(run, folders))
+    newest, checkpoint = newest_complete(run), newest_checkpoint(run)
+    return Status(newest, last, checkpoint, kept, size, evaluated, _problems(run, folders))
 
 
 def _problems(run: Run, checkpoints: list[Path]) -> list[str]:

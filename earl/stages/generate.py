@@ -79,13 +79,7 @@ def run(config: "Config", iteration: int, shard: int, sampler: Sampler, out: Pat
         sampler: Holds the policy to sample from, that of the iteration before.
         out: The Parquet file to write, schema `earl.files.tables.ROLLOUTS`.
     """
-    wanted = shard_slice(
-        config.prompts_per_iteration,
-        config.rollout_shards,
-        shard,
-        max(1, config.engine_batch_size // config.generations_per_sample),
-    )
-    drawn = prompts.of_iteration(config, iteration, sampler.vocabulary, wanted)
+    drawn = prompts.of_iteration(config, iteration, sampler.vocabulary, shard_of(config, shard))
     plan = Plan(
         name=layout.iteration_name(iteration),
         examples=drawn.examples,
@@ -114,6 +108,12 @@ def run_evaluation(config: "Config", name: str, iteration: int, sampler: Sampler
     sampling = json.dumps(freeze.sampling(config, name))
     where = {"evaluation": name, "iteration": str(iteration), tables.SAMPLING: sampling}
     _sample_and_write(config, plan, sampler, out, where)
+
+
+def shard_of(config: "Config", shard: int) -> range:
+    """Return the indices of the prompts of a shard within the iteration."""
+    per_batch = max(1, config.engine_batch_size // config.generations_per_sample)
+    return shard_slice(config.prompts_per_iteration, config.rollout_shards, shard, per_batch)
 
 
 def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from earl.config import freeze
 from earl.config.load import changed, leaves, read
 from earl.config.schema import is_free
-from earl.execution import ranks
+from earl.execution import launch
 from earl.files import atomic, manifest
 from earl.learner import rewards
 from earl.messages.errors import EarlError
@@ -137,7 +137,7 @@ def _train(config: "Config", target: Run, index: int) -> None:
         train.run(config, target.path, index)
         return
     arguments = ["train", "--config", str(target.config), "--iteration", str(index), "--run", str(target.path)]
-    if ranks.launch(config, arguments, config.train_processes):
+    if launch.launch(config, arguments, config.train_processes):
         raise EarlError(f"{target.iteration(index).path}: training it failed, as its ranks have said above")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from earl import code_version
 from earl.config import freeze
 from earl.config.load import read
-from earl.execution import ranks
+from earl.execution import launch
 from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.run import replays, state
@@ -139,7 +139,7 @@ def _train(config: "Config", scratch: Run, index: int, shards: int, processes: i
         return
     freeze.write(config.model_copy(update={"rollout_shards": shards}), scratch.config, accept_changes=True)
     arguments = ["train", "--config", scratch.config, "--iteration", index, "--run", scratch.path]
-    if ranks.launch(config, [str(argument) for argument in arguments], processes):
+    if launch.launch(config, [str(argument) for argument in arguments], processes):
         raise EarlError(f"{scratch.iteration(index).path}: training again by {processes} ranks failed, see above")
 
 

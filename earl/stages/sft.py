@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from earl import residents
 from earl.config.paths import (
     SFT_FREE,
     SFT_USES,
@@ -26,12 +25,14 @@ from earl.config.paths import (
 from earl.data import mixing
 from earl.data.example import Dataset, Example
 from earl.data.tokenised import open_dataset
+from earl.emu3 import saving
 from earl.emu3 import sequence as grammar
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest
-from earl.learner import attention, grpo, sft, sharding
+from earl.learner import attention, sft, sharding
+from earl.learner.settings import AdamW
 from earl.messages.errors import EarlError
 from earl.statistics import seeds
 
@@ -64,11 +65,9 @@ def run(config: "Config", name: str, out: Path) -> None:
 
 def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> None:
     base = policy_folder(config, tuning.base_model)
-    vocabulary = Vocabulary.from_folder(base)
+    vocabulary, beside = Vocabulary.from_folder(base), saving.companions(base)
     data = fine_tuning_data(config, name)
     build = _Builder(tuning, _opened(config, data.references, vocabulary), vocabulary)
-    for kind in ("learner", "reference"):
-        residents.take(kind, None)  # Of what RL has left in memory nothing serves here, and it may fill the GPUs.
     policy = sharding.load(base, team, config.dtype == "bfloat16")
     with data.named():
         sizes = [len(dataset) for dataset in build.datasets]
@@ -86,7 +85,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
 
     def keep(step: int) -> None:
         with ranks.folder(kept / f"step-{step:06d}", team) as folder:
-            sharding.save(policy, folder, base, team)
+            saving.save_policy(policy, folder, beside, team=team)
 
     done = sft.fine_tune(policy, sequence, len(mixture), settings, checkpoints, identity, team, held_out, keep)
     with ranks.folder(out, team) as folder:
@@ -96,7 +95,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
             if tuning.validation:
                 curve["left_out_validation_examples"] = left_out_held_out
             (folder / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-        digest = sharding.save(policy, folder, base, team)
+        digest = saving.save_policy(policy, folder, beside, team=team)
     if team.first:
         shutil.rmtree(checkpoints, ignore_errors=True)
     log.info(
@@ -260,7 +259,7 @@ def _settings(config: "Config", tuning: "Sft", device: torch.device) -> sft.Sett
         final_learning_rate=tuning.final_learning_rate,
         schedule=tuning.schedule,
         warmup_steps=tuning.warmup_steps,
-        adamw=grpo.AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
+        adamw=AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
         max_gradient_norm=tuning.max_gradient_norm,
         validate_every=tuning.validation and tuning.validation.every_n_steps,
         save_every=tuning.save_checkpoints_every_n_steps,

@@ -1,24 +1,32 @@
-"""Train stage: from policy i-1 and its scored rollouts to policy i."""
+"""Train stage: from policy i-1 and its scored rollouts to policy i.
+
+By stage, `run` loads the learner from files, trains one iteration and writes its checkpoint. A program that trains many
+iterations loads the learner once and calls `step` for each; the files are the same.
+"""
 
 import logging
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earl import code_version, residents
+from earl import code_version
 from earl.config.freeze import config_digest
-from earl.emu3 import checkpoint
+from earl.emu3 import saving
+from earl.emu3.checkpoint import check_files
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
 from earl.learner import attention, episodes, grpo, objective, performance, sharding, trainer_state
 from earl.learner.performance import Clock
+from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
-from earl.run import replays
+from earl.run import replays, state
 from earl.run.layout import Iteration, Run
 
 if TYPE_CHECKING:
@@ -27,6 +35,33 @@ if TYPE_CHECKING:
     from earl.config.schema import Config
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Learner:
+    """The policy in training and what trains it, as of an iteration; `step` takes it to the next one.
+
+    Attributes:
+        reference: the frozen starting policy, and its digest; None where no KL term is wanted.
+        iteration: the last one that was trained; 0: the starting policy.
+        optimizer_steps: done since the run began.
+        policy_digest: of the folder that the policy has or would have.
+        companions: the folder's files that training does not change, by name: the tokenizer's.
+    """
+
+    policy: "Emu3ForCausalLM"
+    optimizer: torch.optim.Optimizer
+    reference: "Emu3ForCausalLM | None"
+    reference_digest: str | None
+    iteration: int
+    optimizer_steps: int
+    policy_digest: str
+    vocabulary: Vocabulary
+    companions: dict[str, bytes]
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the policy's weights by name, whole and on the device; all ranks of the team do so together."""
+        return saving.whole_weights(self.policy, dtype)
 
 
 def run(config: "Config", run_path: Path, iteration: int, shards: int | None = None) -> dict[str, Any]:
@@ -48,132 +83,183 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     """
     if iteration < 1:
         raise EarlError(f"iteration is {iteration}; the first that can be trained is 1")
-    splits_alone = config.dtype == "bfloat16" or config.reference_offload
-    with ranks.joined(runtime.prepare(config), splits_alone) as team:
-        return _run(config, Run(Path(run_path)), iteration, shards or config.rollout_shards, team)
+    files = Run(Path(run_path))
+    with ranks.joined(runtime.prepare(config), splits_alone(config)) as team:
+        clock, before = Clock(team.device), files.iteration(iteration - 1).policy
+        with clock.phase("read"):
+            policy_digest, vocabulary = _digest(before, team), Vocabulary.from_folder(before)
+            batch = _read(config, files, iteration, shards, policy_digest, vocabulary, team)
+        with clock.phase("load"):
+            learner = load(config, files, iteration - 1, team)
+        return _step(config, files, learner, batch, team, clock, checkpointed=True)
 
 
-def _run(config: "Config", files: Run, iteration: int, shards: int, team: Ranks) -> dict[str, Any]:
+def splits_alone(config: "Config") -> bool:
+    """Return whether models are split (see `sharding`) where one rank trains."""
+    return config.dtype == "bfloat16" or config.reference_offload
+
+
+def load(config: "Config", files: Run, index: int, team: Ranks) -> Learner:
+    """Return the learner as iteration `index` left it, from its checkpoint; all ranks of the team call this.
+
+    Args:
+        index: of the iteration; 0 loads the starting policy, with a fresh optimizer.
+
+    Raises:
+        EarlError: the checkpoint is missing or damaged, or its parts do not belong together.
+    """
+    iteration = files.iteration(index)
+    digest = _digest(iteration.policy, team)
+    binding = {"iteration": index, "policy_digest": digest, "config_digest": config_digest(config)}
+    state = trainer_state.check(iteration.trainer, **binding) if index else None
+    policy = sharding.load(iteration.policy, team, config.dtype == "bfloat16")
+    optimizer = grpo.new_optimizer(policy, config.learning_rate)
+    if state is None:
+        log.info("trainer: iteration 1 starts with a fresh optimizer from %s", iteration.policy)
+    else:
+        trainer_state.load(iteration.trainer, policy, optimizer, team, **binding)
+    if config.compile:
+        sharding.compile_layers(policy)
+    return Learner(
+        policy,
+        optimizer,
+        *_reference(config, files.iteration(0).policy, team),
+        iteration=index,
+        optimizer_steps=state.optimizer_steps if state else 0,
+        policy_digest=digest,
+        vocabulary=Vocabulary.from_folder(iteration.policy),
+        companions=saving.companions(iteration.policy),
+    )
+
+
+def _digest(policy: Path, team: Ranks) -> str:
+    """Return the digest of a policy folder; one that nobody sealed, all of which is read, is read by one rank."""
+    return team.of_first(manifest.digest_folder(check_files(policy)) if team.first else "")
+
+
+def _reference(config: "Config", folder: Path, team: Ranks) -> "tuple[Emu3ForCausalLM, str] | tuple[None, None]":
+    """Weights and digest of the frozen starting policy; where no KL term is wanted it is not loaded."""
+    if config.kl_coeff == 0:
+        return None, None
+    bfloat16, offload = config.dtype == "bfloat16", config.reference_offload
+    digest = _digest(folder, team)
+    return sharding.load(folder, team, bfloat16, frozen=True, offload=offload), digest
+
+
+def step(
+    config: "Config", files: Run, learner: Learner, team: Ranks, checkpoint: bool, shards: int | None = None
+) -> dict[str, Any]:
+    """Train the iteration after the learner's and write its `train/`; return the metrics.
+
+    The learner is that of the new iteration afterwards. All ranks of the team call this and get the same metrics.
+    `train/metrics.json` is written last: where it is, the iteration is complete. Without a checkpoint, an iteration
+    that is complete may be trained again: where that gives the policy on record, its files stay as they are. Otherwise
+    it is made anew, and what came of the policy on record is forgotten (`earl.run.state.rewind`).
+
+    Args:
+        checkpoint: whether to write `policy/` and `trainer/`; `write_checkpoint` can still do it before the next step.
+        shards: number of rollout shards on disk, `rollout_shards` by default.
+
+    Raises:
+        EarlError: an input is missing, damaged or another's; too many judgements failed; the loss is not finite. The
+            learner is of no further use where a model has been changed by then.
+    """
+    performance.reset_peak_memory(team.device)
     clock = Clock(team.device)
-    current, previous = files.iteration(iteration), files.iteration(iteration - 1)
     with clock.phase("read"):
-        policy_digest = manifest.digest_folder(previous.policy)
-        stored = replays.stored(files, iteration, policy_digest, shards)
-        source = episodes.read(stored.files, stored.shards, stored.sampled_by, config.episodes_per_iteration)
-        stored.check(source)
-        outcomes = episodes.reward_all(source, config, str(current.path))
-        vocabulary = Vocabulary.from_folder(previous.policy)
-        used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, str(current.path))
-        settings = _settings(config, iteration, vocabulary, team)
+        batch = _read(config, files, learner.iteration + 1, shards, learner.policy_digest, learner.vocabulary, team)
+    return _step(config, files, learner, batch, team, clock, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The stored episodes of an iteration, and how to learn from them."""
+
+    source: episodes.Source
+    outcomes: list[episodes.Outcome]
+    used: list[Any]
+    settings: Settings
+    inputs: dict[str, Any]
+
+
+def _read(
+    config: "Config",
+    files: Run,
+    iteration: int,
+    shards: int | None,
+    policy_digest: str,
+    vocabulary: Vocabulary,
+    team: Ranks,
+) -> _Batch:
+    """Read and check the rollouts and scores of an iteration, which the policy of this digest has sampled."""
+    path = str(files.iteration(iteration).path)
+    stored = replays.stored(files, iteration, policy_digest, shards or config.rollout_shards)
+    source = episodes.read(stored.files, stored.shards, stored.sampled_by, config.episodes_per_iteration)
+    stored.check(source)
+    outcomes = episodes.reward_all(source, config, path)
+    used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, path)
+    settings = _settings(config, iteration, vocabulary, team)
     if stored.off_policy:
         replays.check_support(config)
         log.info("train: iteration %d is of another policy's episodes, so parity_tolerance is not applied", iteration)
         settings = replace(settings, parity_tolerance=None)
-    warnings = episodes.warnings(outcomes)
+    inputs = {"policy": policy_digest, "rollouts": source.rollouts, "scores": source.scores, **stored.inputs()}
+    return _Batch(source, outcomes, used, settings, inputs)
+
+
+def _step(
+    config: "Config", files: Run, learner: Learner, batch: _Batch, team: Ranks, clock: Clock, checkpointed: bool
+) -> dict[str, Any]:
+    current = files.iteration(learner.iteration + 1)
+    warnings = episodes.warnings(batch.outcomes)
     for text in warnings if team.first else ():
-        log.warning("train: iteration %d: %s", iteration, text)
-    with clock.phase("load"):
-        learner, steps = _learner(config, previous, policy_digest, team)
-        reference_digest, reference = _reference(config, files.iteration(0).policy, team)
+        log.warning("train: iteration %d: %s", current.index, text)
     learned = grpo.train_iteration(
-        learner.policy, reference, learner.optimizer, used, settings, f"train {iteration}", team, clock
+        learner.policy,
+        learner.reference,
+        learner.optimizer,
+        batch.used,
+        batch.settings,
+        f"train {current.index}",
+        team,
+        clock,
     )
     learner.optimizer.zero_grad(set_to_none=True)  # Gradients are not part of what is kept.
-
-    done = learned.pop("steps")
-    inputs = {
-        "policy": policy_digest,
-        "trainer": _trainer_digest(previous),
-        "reference": reference_digest,
-        "rollouts": source.rollouts,
-        "scores": source.scores,
-        **stored.inputs(),
-    }
+    learner.iteration, learner.optimizer_steps = current.index, learner.optimizer_steps + learned.pop("steps")
+    with clock.phase("save"):
+        if checkpointed:
+            _clear(current, team)
+            learner.policy_digest = _write_policy(config, learner, current.policy, team)
+            _write_trainer(config, learner, current.trainer, team)
+        else:
+            learner.policy_digest = _write_policy(config, learner, None, team)
+            recorded = team.of_first(_recorded(current) if team.first else None)
+            if recorded is not None and recorded["policy_digest"] == learner.policy_digest:
+                return recorded
+            if recorded is not None and team.first:
+                _forget(config, files, current, recorded, learner.policy_digest, team)
+            _clear(current, team, current.policy, current.trainer)
     metrics = {
-        **episodes.metrics(outcomes),
+        "iteration": current.index,
+        **episodes.metrics(batch.outcomes),
         "warnings": warnings,
         **learned,
-        "counted": settings.counted,
+        "counted": batch.settings.counted,
         "learning_rate": config.learning_rate,
-        "optimizer_steps": steps + done,
-        "left_out_prompts": source.left_out,
-        "rubrics_digest": source.rubrics,
+        "optimizer_steps": learner.optimizer_steps,
+        "left_out_prompts": batch.source.left_out,
+        "rubrics_digest": batch.source.rubrics,
         "ranks": team.size,
-        "inputs": inputs,
+        "inputs": batch.inputs | {"reference": learner.reference_digest},
+        "policy_digest": learner.policy_digest,
+        **_origin(config),
     }
-    metrics = _write(config, current, previous, learner, outcomes, metrics, team, clock)
-    if team.lasting:
-        residents.put("learner", _key(config, current, metrics["policy_digest"], team), learner)
-    return metrics
+    return _write_metrics(config, current, batch.outcomes, metrics, team, clock)
 
 
-@dataclass
-class _Learner:
-    """What one iteration leaves to the next, on disk and, in a process that stays, in memory."""
-
-    policy: "Emu3ForCausalLM"
-    optimizer: torch.optim.Optimizer
-
-
-def _learner(config: "Config", previous: Iteration, policy_digest: str, team: Ranks) -> tuple[_Learner, int]:
-    """The learner as an iteration left it, and its optimizer steps: taken from memory if it is there, else loaded."""
-    binding = {"iteration": previous.index, "policy_digest": policy_digest, "config_digest": config_digest(config)}
-    checkpoint.check_files(previous.policy)
-    state = trainer_state.check(previous.trainer, **binding) if previous.index else None
-    steps = state.optimizer_steps if state else 0
-    kept: _Learner | None = _kept("learner", _key(config, previous, policy_digest, team), team)
-    if kept is not None:
-        log.info("trainer: iteration %d (%d optimizer steps) is in memory", previous.index, steps)
-        return kept, steps
-    policy = sharding.load(previous.policy, team, config.dtype == "bfloat16")
-    learner = _Learner(policy, grpo.new_optimizer(policy, config.learning_rate))
-    if state is None:
-        log.info("trainer: iteration 1 starts with a fresh optimizer from %s", previous.policy)
-    else:
-        trainer_state.load(previous.trainer, policy, learner.optimizer, team, **binding)
-    if config.compile:
-        sharding.compile_layers(policy)
-    return learner, steps
-
-
-def _key(config: "Config", iteration: Iteration, policy_digest: str, team: Ranks) -> tuple[object, ...]:
-    """What a learner in memory depends on."""
-    chosen = config.learning_rate, config.compile, *_placement(config, team)
-    return iteration.index, policy_digest, _trainer_digest(iteration), *chosen
-
-
-def _placement(config: "Config", team: Ranks) -> tuple[object, ...]:
-    """How a model lies in memory, here and on the other ranks."""
-    return config.dtype, str(team.device), team.splits, team.size
-
-
-def _kept(kind: str, key: tuple[object, ...], team: Ranks) -> Any:
-    """Take what all ranks have in memory under a key. None where one has not: they load together, or not at all."""
-    found = residents.take(kind, key)
-    return found if all(team.gather(found is not None)) else None
-
-
-def _trainer_digest(iteration: Iteration) -> str | None:
-    return manifest.digest_folder(iteration.trainer) if iteration.index else None
-
-
-def _reference(config: "Config", folder: Path, team: Ranks) -> "tuple[str, Emu3ForCausalLM] | tuple[None, None]":
-    """Digest and weights of the frozen starting policy; where no KL term is wanted it is not loaded."""
-    if config.kl_coeff == 0:
-        return None, None
-    digest, bfloat16 = manifest.digest_folder(checkpoint.check_files(folder)), config.dtype == "bfloat16"
-    key = digest, config.reference_offload, *_placement(config, team)
-    reference = _kept("reference", key, team)
-    if reference is None:
-        reference = sharding.load(folder, team, bfloat16, frozen=True, offload=config.reference_offload)
-    if team.lasting:
-        residents.put("reference", key, reference)
-    return digest, reference
-
-
-def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ranks) -> grpo.Settings:
+def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ranks) -> Settings:
     text, vision = config.train_text_tokens_only, config.train_vision_tokens_only
-    return grpo.Settings(
+    return Settings(
         kl_coeff=config.kl_coeff,
         temperature=config.temperature,
         micro_batch=config.per_device_batch_size,
@@ -204,34 +290,82 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
     )
 
 
-def _write(
+def write_checkpoint(config: "Config", files: Run, learner: Learner, team: Ranks) -> None:
+    """Write `policy/` and `trainer/` of the learner's iteration, where `step` did not; all ranks of the team do so."""
+    current = files.iteration(learner.iteration)
+    digest = _write_policy(config, learner, current.policy, team)
+    if digest != learner.policy_digest:
+        raise EarlError(f"{current.policy}: was written as {digest}, but its digest was {learner.policy_digest}")
+    _write_trainer(config, learner, current.trainer, team)
+
+
+def _clear(current: Iteration, team: Ranks, *folders: Path) -> None:
+    """Remove what stands there from before and is not of the policy that is about to be written."""
+    if team.first:
+        current.metrics.unlink(missing_ok=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recorded(current: Iteration) -> dict[str, Any] | None:
+    return objects.read(current.metrics) if current.metrics.is_file() else None
+
+
+def _forget(
+    config: "Config", files: Run, current: Iteration, recorded: dict[str, Any], policy_digest: str, team: Ranks
+) -> None:
+    gone = state.rewind(files, current.index)
+    now = {"ranks": team.size, "policy_digest": policy_digest, **_origin(config)}
+    log.warning(
+        "%s: training iteration %d again gave another policy than the one on record. %s. What was sampled from that "
+        "one is not valid any more: iterations %d to %d are made anew",
+        *(current.metrics, current.index, differences(now, recorded), gone[0], gone[-1]),
+    )
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
+    """Say in what two trainings of an iteration differ, by their metrics."""
+    names = {"policy_digest": "Policy", "ranks": "Ranks", "code_version": "Code", "config_digest": "Configuration"}
+    return ". ".join(
+        f"{title}: {now.get(name)} now, {then.get(name)} then" if now.get(name) != then.get(name) else f"{title}: same"
+        for name, title in names.items()
+    )
+
+
+def _write_policy(config: "Config", learner: Learner, path: Path | None, team: Ranks) -> str:
+    """Write the policy folder and return its digest; without a path, return the digest that it would have."""
+    dtype = runtime.policy_dtype(config)
+    if path is None:
+        return saving.save_policy(learner.policy, None, learner.companions, dtype, team)
+    with ranks.folder(path, team) as folder:
+        return saving.save_policy(learner.policy, folder, learner.companions, dtype, team)
+
+
+def _write_trainer(config: "Config", learner: Learner, path: Path, team: Ranks) -> None:
+    state = TrainerState(learner.iteration, learner.optimizer_steps, learner.policy_digest, **_origin(config))
+    with_weights = runtime.policy_dtype(config) == torch.bfloat16
+    with ranks.folder(path, team) as folder:
+        trainer_state.save(folder, learner.policy, learner.optimizer, state, team, with_weights)
+
+
+def _origin(config: "Config") -> dict[str, str]:
+    return {"config_digest": config_digest(config), "code_version": code_version()}
+
+
+def _write_metrics(
     config: "Config",
     current: Iteration,
-    previous: Iteration,
-    learner: _Learner,
     outcomes: list[episodes.Outcome],
     metrics: dict[str, Any],
     team: Ranks,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Write everything; weights and moments by all ranks, the rest by the first. `train/metrics.json` comes last."""
-    origin = {"config_digest": config_digest(config), "code_version": code_version()}
-    if team.first:
-        # What stands there from before is not of the policy that is about to be written.
-        current.metrics.unlink(missing_ok=True)
-    with clock.phase("save"):
-        dtype = runtime.policy_dtype(config)
-        with ranks.folder(current.policy, team) as folder:
-            policy_digest = sharding.save(learner.policy, folder, previous.policy, team, dtype)
-        state = TrainerState(current.index, metrics["optimizer_steps"], policy_digest, **origin)
-        with ranks.folder(current.trainer, team) as folder:
-            trainer_state.save(folder, learner.policy, learner.optimizer, state, team, dtype == torch.bfloat16)
-    metrics = {"iteration": current.index, **metrics, "policy_digest": policy_digest, **origin}
+    """Write `train/` by the first rank, `metrics.json` last; return the metrics on every rank."""
     peaks = team.gather(performance.peak_memory(team.device))
     if team.first:
         sampled_by = metrics["inputs"].get("sampled_by", metrics["inputs"]["policy"])
-        described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by, **origin}
-        episodes.write(current.episodes, outcomes, described)
+        described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by}
+        episodes.write(current.episodes, outcomes, described | _origin(config))
         objects.write(current.performance, _performance(clock, peaks, outcomes, team))
         metrics["episodes_digest"] = manifest.digest_file(current.episodes)
         objects.write(current.metrics, metrics)

@@ -44,8 +44,9 @@ def rows(run: Run, config: "Config") -> list[Row]:
         EarlError: when a file is damaged or lacks a field.
     """
     found = []
-    for index in range(state.newest_complete(run) + 1):
-        row = _row(run, config, index)
+    newest = state.newest_complete(run)
+    for index in range(newest + 1):
+        row = _row(run, config, index, newest)
         if row is None:
             break
         # Of a starting policy that nobody evaluated there is nothing to show.
@@ -54,7 +55,7 @@ def rows(run: Run, config: "Config") -> list[Row]:
     return found
 
 
-def _row(run: Run, config: "Config", index: int) -> Row | None:
+def _row(run: Run, config: "Config", index: int, newest: int) -> Row | None:
     iteration = run.iteration(index)
     source = iteration.metrics if index else state.start_record(iteration)
     metrics = objects.read(source)
@@ -64,12 +65,12 @@ def _row(run: Run, config: "Config", index: int) -> Row | None:
     performance = iteration.metrics.with_name("performance.json")
     if performance.is_file():
         figures |= _flat("performance", objects.read(performance), NOT_FIGURES)
-    for name, evaluation in config.evaluations.items():
+    for name in config.evaluations:
         summary = run.evaluation(name, index).summary
         if summary.is_file():
             figures |= _flat(f"evaluation/{name}", objects.read(summary), NOT_FIGURES)
-        elif index % evaluation.every_n_iterations == 0 and state.has_checkpoint(iteration):
-            return None
+        elif name in config.evaluations_at(index) and (index == newest or state.has_checkpoint(iteration)):
+            return None  # A policy that is in memory or on disk is still to be evaluated.
     return Row(index, metrics["policy_digest"], figures)
 
 

@@ -47,6 +47,13 @@ def push(run: Run, config: "Config") -> tracking.Sent:
         repository = None
         for index in due(run, config):
             iteration = run.iteration(index)
+            if not iteration.policy.is_dir():
+                if str(index) not in pushed:
+                    log.warning(
+                        "%s: is not on disk, so it is not pushed; bring it back by `earl restore --run %s --iteration "
+                        "%d`, then push again", *(iteration.policy, run.path, index),
+                    )  # fmt: skip
+                continue
             digest = manifest.digest_folder(iteration.policy)
             if pushed.get(str(index), {}).get("policy_digest") == digest:
                 continue
@@ -85,7 +92,7 @@ def due(run: Run, config: "Config") -> list[int]:
     newest = state.newest_complete(run)
     wanted = set(range(every, newest + 1, every)) if every else set()
     wanted |= {newest} if newest and newest >= config.num_iterations else set()
-    return sorted(index for index in wanted if state.has_checkpoint(run.iteration(index)))
+    return sorted(wanted)
 
 
 class _Repository:

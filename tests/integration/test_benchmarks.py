@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import one_process
 from earl import judges
 from earl.config import evaluate, load, paths
 from earl.data.tokenised import open_dataset
@@ -18,6 +17,7 @@ from earl.messages.errors import EarlError
 from earl.report import results
 from earl.shapes import dataset, world
 from earl.stages import sft
+from tests.support import bare_loop
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ("omniedit", "emuedit", "aurora", "magicbrush", "vismin", "i2ebench")
@@ -88,7 +88,7 @@ def write_benchmark(path, columns, seed):
 def run(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judges, "get", lambda config: ByHand())
-        return one_process.run_all(config)
+        return bare_loop.run_all(config)
 
 
 def test_every_benchmark_is_taken_whole_n_times(run, config):

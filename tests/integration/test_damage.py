@@ -12,7 +12,7 @@ import torch
 
 from earl.data.grids import stored
 from earl.data.tokenised import open_dataset
-from earl.emu3 import checkpoint, published
+from earl.emu3 import checkpoint, published, saving
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks
 from earl.files import atomic, manifest, tables
@@ -105,7 +105,7 @@ def test_a_damaged_tokenizer_is_not_copied_into_the_next_policy(policy, tmp_path
     model = checkpoint.load_policy(policy, torch.float32, "cpu")
     damage(policy / "tokenizer_config.json")
     with refused(policy / "tokenizer_config.json"), atomic.folder(tmp_path / "next") as temporary:
-        checkpoint.save_policy(model, temporary, tokenizer_from=policy)
+        saving.save_policy(model, temporary, saving.companions(policy))
     assert not (tmp_path / "next").exists()
 
 

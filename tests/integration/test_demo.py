@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import one_process
 from earl.files import manifest
 from earl.run.layout import Run
-from tests.conftest import SMALL
+from tests.support import bare_loop
+from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def pools(temporary: Path) -> list[Path]:
 def test_killed_anywhere_it_ends_in_the_bytes_of_an_undisturbed_run(small_config, tmp_path, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("t")
     # Of the same name, since files say whose they are.
-    undisturbed = one_process.run_all(small_config("killed"))
+    undisturbed = bare_loop.run_all(small_config("killed"))
     for moment in (
         "shared/tokenised/*/manifest.json",
         "shared/logs/sft/*.log",

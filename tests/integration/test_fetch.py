@@ -24,11 +24,10 @@ from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
 from earl.files import images, manifest
 from earl.messages.errors import EarlError
-from tests.integration.test_workflow import Workplace
-from tests.integration.test_workflow import place as workplace  # noqa: F401 - a fixture
 from tests.support.data_hub import DataHub
+from tests.support.demo import ROOT
+from tests.support.workplace import Workplace
 
-ROOT = Path(__file__).parents[2]
 VALIDATION = "mair-lab/omniedit-got-tokenized-256"
 PICTURE = images.encode(np.full((16, 16, 3), 7, np.uint8))
 
@@ -432,7 +431,7 @@ class TestStage:
         assert fetched == {one.name for one in named("experiments")}
 
     @pytest.mark.slow
-    def test_a_run_fetches_once_for_all_that_read_it(self, workplace: Workplace) -> None:  # noqa: F811
+    def test_a_run_fetches_once_for_all_that_read_it(self, workplace: Workplace) -> None:
         fields = {"train_paths_file": ["stage:fetch/omniedit", "stage:fetch/ss2"], "num_iterations": 1}
         both = [workplace.experiment(name, **fields, kl_coeff=kl) for name, kl in (("a", 0.1), ("b", 0.2))]
         workplace.run(",".join(both))

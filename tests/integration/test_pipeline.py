@@ -8,19 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import one_process
 from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, manifest, tables
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
 from earl.stages import generate, score, train
+from tests.support import bare_loop
 
 
 @pytest.fixture(scope="module")
 def run(small_config):
     """A finished run of two iterations, made in this process."""
-    return one_process.run_all(small_config("plain"))
+    return bare_loop.run_all(small_config("plain"))
 
 
 def without_origin(path):
@@ -82,7 +82,7 @@ def test_policies_load_in_transformers_alone(run):
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_change_no_episode_and_no_policy(run, small_config, shards):
-    cut = one_process.run_all(small_config(f"shards{shards}", rollout_shards=shards))
+    cut = bare_loop.run_all(small_config(f"shards{shards}", rollout_shards=shards))
     for index in (1, 2):
         files, whole = cut.iteration(index), run.iteration(index)
         for kind in ("rollouts", "scores"):

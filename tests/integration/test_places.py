@@ -11,7 +11,7 @@ import pytest
 from earl.config import load, places
 from earl.config.schema import Config
 from earl.messages.errors import EarlError
-from tests.integration.test_workflow import EXPERIMENT, ROOT, Workplace, write_tokenised
+from tests.support.workplace import EXPERIMENT, ROOT, Workplace, write_tokenised
 
 SHAPES = {"raw_datasets": {"pairs": {"source": "shapes", "count": 20, "seed": 1}}}
 SHAPES |= {"train_paths_file": ["stage:tokenise/pairs"], "image_area": 64 * 64}

@@ -12,7 +12,8 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.files import tables
 from earl.messages.errors import EarlError
 from earl.stages import prompts
-from tests.integration.test_workflow import EXPERIMENT, ROOT
+from tests.support.demo import ROOT
+from tests.support.workplace import EXPERIMENT
 
 VOCABULARY = Vocabulary.from_folder(ROOT / "earl" / "shapes" / "base_policy")
 ROWS, LONG = 40, (3, 7, 8, 21, 30)

@@ -14,10 +14,10 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes
 from earl.files import manifest, tables
 from earl.run.layout import Run
-from tests.unit.test_config import THINKING
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ("sft_s__rl_s", "sft_sc__rl_c", "sft_sc2stage__rl_sc", "sft_think_s__rl_s")
+THINKING = " Let's think step by step. <|start thinking|>"
 STEPS = 4
 SMALL = f"""
 local whole = import '{ROOT}/config/shapes/%(name)s.jsonnet';

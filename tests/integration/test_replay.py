@@ -6,19 +6,19 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import one_process
 from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.report import curves
 from earl.run import replays, state, verify
 from earl.run.layout import Run
 from earl.stages import replay, restore, train
+from tests.support import bare_loop
 
 
 @pytest.fixture(scope="module")
 def source(small_config):
     """A run of three iterations that samples for itself."""
-    return one_process.run_all(small_config("source", num_iterations=3, evaluations={}))
+    return bare_loop.run_all(small_config("source", num_iterations=3, evaluations={}))
 
 
 @pytest.fixture

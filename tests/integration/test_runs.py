@@ -87,18 +87,25 @@ def edit_metrics(run: Run, index: int, **fields: object) -> None:
 # Progress
 
 
-def test_newest_complete_needs_metrics_policy_and_trainer(run):
-    assert state.newest_complete(run) == 6
+def test_metrics_make_an_iteration_complete_whatever_became_of_its_checkpoint(run):
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (6, 6)
     (run.iteration(6).policy / manifest.NAME).unlink()
-    assert state.newest_complete(run) == 5
-    run.iteration(5).metrics.unlink()
-    assert state.newest_complete(run) == 4
-    (run.iteration(4).trainer / manifest.NAME).unlink()
-    assert state.newest_complete(run) == 3
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (6, 5)
+    (run.iteration(5).trainer / manifest.NAME).unlink()
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (6, 4)
+    run.iteration(6).metrics.unlink()
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (5, 4)
+    assert state.newest_checkpoint(run, last=3) == 3
+
+
+def test_a_checkpoint_that_was_written_before_its_metrics_does_not_count(run):
+    run.iteration(6).metrics.unlink()
+    assert state.newest_checkpoint(run) == 5
 
 
 def test_nothing_is_complete_before_the_start(tmp_path):
     assert state.newest_complete(Run(tmp_path / "none")) == 0
+    assert state.newest_checkpoint(Run(tmp_path / "none")) == 0
 
 
 def test_a_file_in_the_path_of_a_run_is_named(tmp_path):
@@ -120,9 +127,10 @@ def test_start_refuses_what_is_no_model(tmp_path):
 
 
 def test_status_tells_progress_and_checkpoints(run):
+    shutil.rmtree(run.iteration(6).policy)
     text = state.status(run, last=20).text()
-    assert "6 of 20 iterations" in text
-    assert "0, 1, 2, 3, 4, 5, 6" in text
+    assert "complete     6 of 20, newest checkpoint 5" in text
+    assert "0, 1, 2, 3, 4, 5 (" in text
 
 
 # Retention
@@ -174,6 +182,23 @@ def test_prune_of_the_whole_run_also_clears_half_written_files(run):
     assert (run.iteration(0).policy / "config.json").is_file(), "the starting policy is another's"
 
 
+def test_after_a_segments_checkpoint_the_earlier_ones_that_are_not_kept_go(run):
+    shutil.rmtree(run.iteration(6).policy)
+    # 5 is the newest there is, and 4 is the one before it; 2 is a multiple that is kept.
+    assert state.prune_before(run, state.Retention(2, 2, 9), newest=5) == [1, 3]
+    assert [i for i in range(1, 7) if run.iteration(i).policy.is_dir()] == [2, 4, 5]
+    assert state.prune(run, state.Retention(None, None, 9)) == [2]
+    assert [i for i in range(1, 7) if run.iteration(i).policy.is_dir()] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("save", "keep", "saved"),
+    [(5, 20, [5, 10, 15, 20, 23]), (5, None, [5, 10, 15, 20, 23]), (None, 7, [7, 14, 21, 23]), (None, None, [23])],
+)
+def test_which_checkpoints_outlast_the_next_worked_out_by_hand(save, keep, saved):
+    assert [i for i in range(1, 24) if state.Retention(save, keep, 23).saves(i)] == saved
+
+
 def test_rewind_forgets_training_and_keeps_scores(run):
     evaluation = run.evaluation("held_out", 5)
     evaluation.folder.mkdir(parents=True)
@@ -184,20 +209,20 @@ def test_rewind_forgets_training_and_keeps_scores(run):
     assert not evaluation.summary.exists()
 
 
-def test_rewind_needs_the_checkpoint_before(run):
+def test_rewind_needs_no_checkpoint_before(run):
     state.prune(run, state.Retention(None, None, 6))
-    with pytest.raises(EarlError, match=r"earl restore --run .* --iteration 2"):
-        state.rewind(run, 3)
     with pytest.raises(EarlError, match="has not been trained"):
         state.rewind(run, 7)
     assert state.newest_complete(run) == 6
+    assert state.rewind(run, 3) == [3, 4, 5, 6]
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
 
 
 # Plans
 
 
 def test_plan_starts_at_the_newest_complete_iteration_and_is_cut_into_windows(run, tmp_path):
-    made = plan.plan(make_config(tmp_path, num_iterations=11, window_length=2))
+    made = plan.plan(make_config(tmp_path, num_iterations=11, segment_length=2))
     assert (made.start, made.stop) == (6, 11)
     assert [list(window) for window in made.windows] == [[7, 8], [9, 10], [11]]
 
@@ -406,7 +431,7 @@ def test_lock_names_its_holder_and_is_given_up_on_close(tmp_path):
 
 def test_lock_is_given_up_by_a_killed_process(tmp_path):
     path = str(tmp_path / "lock")
-    code = f"import time; from earl import processes; held = processes.lock({path!r}); print(1, flush=True); "
+    code = f"import time; from earl.execution import processes; held = processes.lock({path!r}); print(1, flush=True); "
     code += "time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"1\n"
@@ -437,7 +462,7 @@ def test_a_lock_that_cannot_be_made_is_one_message(tmp_path):
 
 
 def test_a_lock_on_a_full_disk_is_one_message(tmp_path):
-    code = "import sys; from earl import processes; from earl.messages.errors import EarlError\n"
+    code = "import sys; from earl.execution import processes; from earl.messages.errors import EarlError\n"
     code += "try: processes.lock(sys.argv[1])\nexcept EarlError as error: print(error)"
     nothing = (resource.RLIMIT_FSIZE, (0, 0))  # what can be written to any file
     done = subprocess.run(
@@ -458,10 +483,10 @@ def test_a_user_without_a_name_gets_one(monkeypatch):
 
 
 def test_stage_ends_with_the_workflow_that_started_it():
-    stage = "import time; from earl import processes; processes.end_with_workflow(); print(1, flush=True); "
+    stage = "import time; from earl.execution import processes; processes.end_with_workflow(); print(1, flush=True); "
     stage += "time.sleep(600)"
     workflow = (
-        "import subprocess, sys, time; from earl import processes; processes.end_stages_with_this_process();"
+        "import subprocess, sys, time; from earl.execution import processes; processes.end_stages_with_this_process();"
         f"subprocess.Popen([sys.executable, '-c', {stage!r}]); time.sleep(60)"
     )
     started = subprocess.Popen([sys.executable, "-c", workflow], stdout=subprocess.PIPE)

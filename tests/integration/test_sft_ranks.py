@@ -18,8 +18,6 @@ from earl.config import freeze
 from earl.config.schema import Config
 from earl.data.grids import stored
 from earl.files import manifest, tables
-from tests.integration.test_resident_ranks import rank
-from tests.integration.test_workers import place  # noqa: F401  (place is a fixture)
 from tests.support import sft_ranks_program
 
 pytestmark = pytest.mark.slow
@@ -160,11 +158,3 @@ def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_numbe
     for folder in (together, fewer):
         assert (flat(folder) - start - wanted).norm() < 1e-3 * wanted.norm(), folder
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_ranks_that_stay_write_what_cold_ranks_write(earl, place):  # noqa: F811
-    cold, _ = done(earl(2, "cold", steps=3))
-    command = earl(2, "warm", steps=3)
-    place.good(*command[3:])
-    assert rank(place.pool.path, 1), "a worker's ranks have done it"
-    assert manifest.digest_folder(Path(command[-1])) == manifest.digest_folder(cold)

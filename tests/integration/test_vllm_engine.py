@@ -53,7 +53,7 @@ def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_
 ):
     from transformers import Emu3ForCausalLM
 
-    from earl.emu3 import checkpoint
+    from earl.emu3 import checkpoint, saving
 
     free = VllmEngine(Settings("cpu", "float32", context=512, constrained=False, memory_share=0.05))
     free.load(policy_folder)
@@ -65,7 +65,7 @@ def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_
     assert not all(kept)
     config = checkpoint.text_config(policy_folder)
     config.num_hidden_layers = 1
-    checkpoint.save_policy(Emu3ForCausalLM(config), tmp_path, tokenizer_from=policy_folder)
+    saving.save_policy(Emu3ForCausalLM(config), tmp_path, saving.companions(policy_folder))
     free.load(tmp_path)
     assert free.llm.model_config.hf_config.num_hidden_layers == 1
     assert len(flat(free.generate(requests[:1], FREE))) == 8

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.emu3 import checkpoint, sequence
+from earl.emu3 import checkpoint, saving, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import atomic
 from earl.shapes import policy
@@ -24,7 +24,7 @@ def write(folder: Path, change: "Callable[[Emu3ForCausalLM, Vocabulary], None]",
     with torch.no_grad():
         change(model, Vocabulary.from_folder(blank))
     with atomic.folder(folder) as temporary:
-        checkpoint.save_policy(model, temporary, tokenizer_from=blank)
+        saving.save_policy(model, temporary, saving.companions(blank))
     return folder
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from earl.emu3 import checkpoint
+from earl.emu3 import saving
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes, ranks
 from earl.execution.ranks import Ranks
 from earl.files import atomic
 from earl.learner import grpo, head, logprobs, objective, sharding
 from earl.learner.batches import Episode
+from earl.learner.settings import Settings
 
 GROUPS, SAMPLES = 5, 2
 CASES = {
@@ -49,9 +50,9 @@ def _episode(group: int, sample: int, vocabulary: Vocabulary) -> Episode:
     return Episode(*names, prompt, completion, forced, behavior, (-1.0) ** sample * (1 + group))
 
 
-def settings(vocabulary: Vocabulary, **changes) -> grpo.Settings:
+def settings(vocabulary: Vocabulary, **changes) -> Settings:
     visual = vocabulary.first_visual, vocabulary.size
-    plain = grpo.Settings(0.05, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
+    plain = Settings(0.05, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
     return replace(plain, options=objective.Options(ratio=True, clip_low=0.2, clip_high=0.2), **changes)
 
 
@@ -66,10 +67,8 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
     metrics = grpo.train_iteration(policy, reference, optimizer, episodes(vocabulary), chosen, case, team)
     if team.first:
         atomic.write_text(out / f"{case}.json", json.dumps(metrics))
-        with atomic.folder(out / case) as folder:
-            checkpoint.save_policy(policy, folder, policy_folder)
-    else:
-        list(checkpoint.whole_weights(policy))
+    with ranks.folder(out / case, team) as folder:
+        saving.save_policy(policy, folder, saving.companions(policy_folder), team=team)
 
 
 def main(policy_folder: Path, out: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from earl.emu3 import saving
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes, ranks
 from earl.execution.ranks import Ranks
@@ -49,7 +50,7 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
     with grpo.ready_to_learn(policy, settings.objective):
         loss, _ = sft.train_step(policy, optimizer, examples(Vocabulary.from_folder(policy_folder)), settings, 0, team)
     with ranks.folder(out / case, team) as folder:
-        sharding.save(policy, folder, policy_folder, team)
+        saving.save_policy(policy, folder, saving.companions(policy_folder), team=team)
     if team.first:
         atomic.write_text(out / f"{case}.json", json.dumps(loss))
 

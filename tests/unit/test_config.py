@@ -423,7 +423,7 @@ class TestFrozen:
         "change",
         [
             {"num_iterations": 99},
-            {"window_length": 3},
+            {"segment_length": 3},
             {"rollout_shards": 2},
             {"evaluations.heldout.every_n_iterations": 1},
             {"evaluations.new": {"prompts": 2}},
@@ -491,6 +491,22 @@ class TestFrozen:
         path = tmp_path / "config.json"
         path.write_text('{"run_name": ')
         with pytest.raises(EarlError, match=r"config\.json"):
+            load.read(path)
+
+    def test_fields_of_an_earlier_version_are_dropped_with_one_line(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path, config = tmp_path / "config.json", load.load(ROOT / "config" / "demo.jsonnet").config
+        earlier = json.loads(freeze.frozen_text(config))
+        earlier |= {"window_length": 50, "workers": "local", "worker_idle_seconds": 60.0}
+        path.write_text(json.dumps(earlier))
+        with caplog.at_level("INFO", logger="earl"):
+            assert load.read(path) == config
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{path}: ignored, from an earlier version: window_length, workers, worker_idle_seconds"
+        ]
+        path.write_text(json.dumps(earlier | {"worker": "local"}))
+        with pytest.raises(EarlError, match="worker is unknown"):
             load.read(path)
 
     def test_every_field_is_documented_and_classified(self) -> None:
@@ -619,6 +635,7 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
         (ASKED | {"advantage_components": {"ground_score": 1}}, "reward_compute_ground_score.*advantage_components"),
         ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
         ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
+        ({"segment_processes": 2, "train_processes": 4}, r"segment_processes is 2.*train_processes \(4\)"),
     ],
 )
 def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, message):

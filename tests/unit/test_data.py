@@ -15,34 +15,9 @@ import pytest
 from earl.data.grids import stored
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
-from earl.files import images, manifest, tables
+from earl.files import manifest, tables
 from earl.messages.errors import EarlError
-
-PICTURE = images.struct(images.encode(np.zeros((64, 64, 3), np.uint8)))
-
-
-def cell(tokens: list[list[int]], codebook_size: int = 256) -> dict[str, int | bytes]:
-    return stored(np.array(tokens), codebook_size)
-
-
-def tokenised_columns(rows: int) -> dict[str, list]:
-    """Rows of 2 x 3 tokens; row i holds i in its first place."""
-    return {
-        "dataset": ["d"] * rows,
-        "example_id": [f"e{i}" for i in range(rows)],
-        "task": [None] * rows,
-        "instruction": [f"edit {i}" for i in range(rows)],
-        "reasoning": [[{"key": "scene", "value": "a circle"}]] * rows,
-        "original_tokens": [cell([[i, 1, 2], [3, 4, 5]]) for i in range(rows)],
-        "target_tokens": [cell([[i, 1, 2], [3, 4, 5]]) for i in range(rows)],
-        "original": [PICTURE] * rows,
-        "target": [None] * rows,
-    }
-
-
-def write_tokenised(path: Path, columns: dict[str, list], **metadata: str) -> Path:
-    tables.write_table(path, tables.TOKENISED, columns, metadata, rows_per_group=4)
-    return path
+from tests.support.tokenised_files import PICTURE, cell, tokenised_columns, write_tokenised
 
 
 class TestTokenisedDataset:

@@ -17,7 +17,7 @@ from earl.files import listing, manifest, tables
 from earl.judges import known_order, rubric
 from earl.messages.errors import EarlError
 from tests.support.emu3_files import write_vision_vq
-from tests.unit.test_data import tokenised_columns, write_tokenised
+from tests.support.tokenised_files import tokenised_columns, write_tokenised
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123456789\n"
 PARQUET = pa.BufferOutputStream()

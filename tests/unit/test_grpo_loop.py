@@ -13,6 +13,7 @@ import torch
 
 from earl.emu3 import checkpoint
 from earl.learner import attention, batches, grpo, head, logprobs, objective, sharding
+from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 
 GROUPS, SAMPLES = 4, 2
@@ -36,7 +37,7 @@ def _episode(group: int, sample: int, vocabulary) -> batches.Episode:
 @pytest.fixture(scope="module")
 def settings(vocabulary):
     visual = (vocabulary.first_visual, vocabulary.size)
-    return grpo.Settings(0.0, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
+    return Settings(0.0, 1.0, 3, visual, logprobs.split_vocab(visual), "all", False)
 
 
 @pytest.fixture

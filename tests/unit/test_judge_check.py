@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import uuid
 
@@ -19,7 +18,6 @@ from earl.judges import Judgement, Verdict, check, known_order
 from earl.judges.known_order import Ranked
 from earl.messages.errors import EarlError
 from earl.shapes import world
-from tests.integration.test_workflow import Workplace, place  # noqa: F401 - a fixture
 from tests.support.evaluation_files import demo_config
 
 BLANK = Judgement("x", *(np.zeros((4, 4, 3), np.uint8) for _ in range(3)))
@@ -220,11 +218,7 @@ def test_the_program_judge_knows_its_world():
     assert "tokens_in_per_judgement" not in found
 
 
-def earl(*arguments):
-    return subprocess.run([sys.executable, "-m", "earl", *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_the_command_prints_writes_and_stops_below_the_minimum(tmp_path):
+def test_the_command_prints_writes_and_stops_below_the_minimum(earl, tmp_path):
     freeze.write(demo_config(), tmp_path / "config.json")
     known_order.write(tmp_path / "pairs.parquet", known_order.of_shapes(7, seed=1))
     command = ["judge", "check", "--config", tmp_path / "config.json", "--pairs", tmp_path / "pairs.parquet"]
@@ -248,18 +242,20 @@ def test_too_many_failures_stop_too():
 # The workflow
 
 
-def test_a_run_starts_only_behind_its_gate(place):  # noqa: F811
-    gated = place.experiment("gated", judge_gate={"minimum_accuracy": 0.8}, num_iterations=1)
-    place.run(gated, fails=True, earl_command=f"{sys.executable} -c 'raise SystemExit(2)'")
-    assert not place.folder("gated").iteration(0).path.exists()
-    place.run(gated)
-    order = [line.split()[0] for line in place.stages()]
+@pytest.mark.slow
+def test_a_run_starts_only_behind_its_gate(workplace):
+    gated = workplace.experiment("gated", judge_gate={"minimum_accuracy": 0.8}, num_iterations=1)
+    workplace.run(gated, fails=True, earl_command=f"{sys.executable} -c 'raise SystemExit(2)'")
+    assert not workplace.folder("gated").iteration(0).path.exists()
+    workplace.run(gated)
+    order = [line.split()[0] for line in workplace.stages()]
     assert order.index("judge") < order.index("start") < order.index("generate")
-    place.run(gated)
-    assert place.stages() == []
+    workplace.run(gated)
+    assert workplace.stages() == []
 
 
-def test_a_gate_that_is_set_later_makes_nothing_again(place):  # noqa: F811
-    place.run(place.experiment("late", num_iterations=1))
-    place.run(place.experiment("late", num_iterations=1, judge_gate={}))
-    assert [line.split()[0] for line in place.stages()] in ([], ["judge"])
+@pytest.mark.slow
+def test_a_gate_that_is_set_later_makes_nothing_again(workplace):
+    workplace.run(workplace.experiment("late", num_iterations=1))
+    workplace.run(workplace.experiment("late", num_iterations=1, judge_gate={}))
+    assert [line.split()[0] for line in workplace.stages()] in ([], ["judge"])

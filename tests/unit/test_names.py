@@ -4,7 +4,6 @@ import pytest
 
 from earl.config import load
 from earl.config.schema import Config
-from earl.launchers.job import Resources
 from earl.messages import names
 from earl.messages.errors import EarlError
 
@@ -56,9 +55,3 @@ def test_of_a_section() -> None:
     assert "zzz" in message
     assert "there are pairs" in message
     assert "did you mean" not in message
-
-
-def test_of_a_resource() -> None:
-    for given, words in (("noodes=1", "did you mean nodes?"), ("zzz=1", "there are")):
-        with pytest.raises(EarlError, match=words.replace("?", r"\?")):
-            Resources.parse([given])

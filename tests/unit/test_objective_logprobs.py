@@ -12,8 +12,10 @@ from earl.emu3 import checkpoint, grid, sequence, truncation
 from earl.engines import Request, SamplingParams
 from earl.learner import batches, episodes, grpo, head, logprobs
 from earl.learner.logprobs import FULL, Support
+from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 from tests.support import policies
+from tests.support.engines import ENGINES
 
 VISUAL = (4, 6)  # ids 0..3 are text, 4 and 5 visual
 SPLIT = logprobs.split_vocab(VISUAL)
@@ -185,7 +187,9 @@ def test_gradcheck_with_what_is_kept_held_fixed(small_blocks):
     hidden, targets, temperatures, support = hidden[:6], targets[:6], temperatures[:6], Support(((0, 200),), 9, 0.8)
     kept = head.kept_ids(hidden, weight, targets, temperatures, support)
     torch.autograd.gradcheck(
-        lambda h, w: head.token_logprobs(h, w, targets, temperatures, support, kept=kept)[0], (hidden, weight)
+        lambda h, w: head.token_logprobs(h, w, targets, temperatures, support, kept=kept)[0],
+        (hidden, weight),
+        fast_mode=True,
     )
 
 
@@ -237,7 +241,7 @@ def rollouts(engine, policy, vocabulary, params):
     return found
 
 
-@pytest.mark.parametrize("engine", ["torch", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.7, -1), (1.0, 5), (0.8, 12)])
 def test_a_truncated_rollout_passes_the_parity_gate(request, picky, vocabulary, engine, top_p, top_k):
     """The learner finds again what the sampler kept, and learns; over the split vocabulary it is stopped."""
@@ -245,7 +249,7 @@ def test_a_truncated_rollout_passes_the_parity_gate(request, picky, vocabulary, 
     sampled = rollouts(request.getfixturevalue(f"{engine}_engine"), picky, vocabulary, params)
     support = Support(tuple(grid.free_ranges(vocabulary).values()), top_k, top_p)
     visual = (vocabulary.first_visual, vocabulary.size)
-    settings = grpo.Settings(0.1, 0.8, 3, visual, support, "all", False, parity_tolerance=1e-5)
+    settings = Settings(0.1, 0.8, 3, visual, support, "all", False, parity_tolerance=1e-5)
     reference = checkpoint.load_policy(picky, torch.float32, "cpu").requires_grad_(False)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.8)

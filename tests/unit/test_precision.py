@@ -7,19 +7,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from earl.emu3 import checkpoint
+from earl.emu3 import checkpoint, saving
 from earl.files import manifest
 from earl.learner import parts
 from earl.messages.errors import EarlError
 from earl.stages import train
-from tests.integration.test_train_stage import new_run, write_inputs  # noqa: F401  (new_run is a fixture)
+from tests.support import train_files
 
 RATE = 1e-6
 """AdamW's first step moves a weight by this. A weight of 0.02 in bfloat16 has neighbours 1.2e-4 apart."""
 
 
 @pytest.fixture
-def rounded(new_run):  # noqa: F811
+def rounded(new_run):
     return new_run(dtype="bfloat16", policy_dtype="bfloat16", learning_rate=RATE, kl_coeff=0.0)
 
 
@@ -33,7 +33,7 @@ def test_small_updates_add_up_though_the_policy_is_rounded(rounded, vocabulary):
     config, run = rounded
     start = load_file(run.iteration(0).policy / "model.safetensors")
     for iteration in (1, 2):
-        write_inputs(run, iteration, vocabulary)
+        train_files.write_inputs(run, iteration, vocabulary)
         train.run(config, run.path, iteration)
     name = "model.layers.0.mlp.up_proj.weight"
     first, second = ((stored(run, i)[name] - start[name].float()).abs() for i in (1, 2))
@@ -49,9 +49,9 @@ def test_small_updates_add_up_though_the_policy_is_rounded(rounded, vocabulary):
 
 def test_weights_that_the_policy_does_not_round_are_foreign(rounded, vocabulary):
     config, run = rounded
-    write_inputs(run, 1, vocabulary)
+    train_files.write_inputs(run, 1, vocabulary)
     train.run(config, run.path, 1)
-    write_inputs(run, 2, vocabulary)
+    train_files.write_inputs(run, 2, vocabulary)
     [path] = run.iteration(1).trainer.glob("*.safetensors")
     tensors = load_file(path)
     tensors["weight.lm_head.weight"][3, 3] += 1
@@ -62,13 +62,13 @@ def test_weights_that_the_policy_does_not_round_are_foreign(rounded, vocabulary)
         train.run(config, run.path, 2)
 
 
-def test_bfloat16_repeats_its_bytes_and_learns_from_what_engines_sample(new_run, vocabulary):  # noqa: F811
+def test_bfloat16_repeats_its_bytes_and_learns_from_what_engines_sample(new_run, vocabulary):
     """Written rounded or not, the learner computes with the same bfloat16 weights."""
     metrics = []
     for name, policy_dtype in (("one", "bfloat16"), ("two", "bfloat16"), ("three", "float32")):
         config, run = new_run(name, dtype="bfloat16", policy_dtype=policy_dtype, learning_rate=1e-3)
         for iteration in (1, 2):
-            write_inputs(run, iteration, vocabulary)
+            train_files.write_inputs(run, iteration, vocabulary)
             train.run(config, run.path, iteration)
         found = json.loads(run.iteration(2).metrics.read_text())
         digests = manifest.digest_folder(run.iteration(2).policy), manifest.digest_folder(run.iteration(2).trainer)
@@ -79,9 +79,9 @@ def test_bfloat16_repeats_its_bytes_and_learns_from_what_engines_sample(new_run,
 
 
 def test_weights_of_many_bytes_go_into_several_files(policy_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_SIZE", 300_000)
+    monkeypatch.setattr(saving, "FILE_SIZE", 300_000)
     model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
-    checkpoint.save_policy(model, tmp_path, policy_folder)
+    saving.save_policy(model, tmp_path, saving.companions(policy_folder))
     sizes = [path.stat().st_size for path in tmp_path.glob("model-*-of-*.safetensors")]
     assert len(sizes) > 3
     largest = max(weight.nbytes for weight in model.parameters())

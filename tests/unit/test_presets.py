@@ -17,7 +17,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, tables
 from earl.messages.errors import EarlError
 from earl.stages import generate, tokenise
-from tests.unit.test_tokenise import demo
+from tests.support.evaluation_files import demo_config
 
 ROOT = Path(__file__).parents[2]
 PAIRS = evaluate.evaluate(ROOT / "config" / "data" / "columns.libsonnet", {}).value
@@ -54,7 +54,7 @@ def published(path: Path, rows: int = 4, **columns: Any) -> Path:
 
 def tokenised(preset: dict, raw: Path, out: Path, name: str = "d", **changes: Any) -> list[Any]:
     """Tokenise a preset's files; return the examples."""
-    config = demo(**{f"raw_datasets.{name}": preset | {"path": str(raw)} | changes})
+    config = demo_config(**{f"raw_datasets.{name}": preset | {"path": str(raw)} | changes})
     tokenise.run(config, name, raw, out)
     found = open_dataset(out)
     return [found[row] for row in range(len(found))]
@@ -266,7 +266,7 @@ def test_an_evaluation_starts_completions_from_its_own_prefill(tmp_path: Path) -
         "raw_datasets.d": {"source": "parquet", "path": str(raw)}, "val_paths_file": [str(tmp_path / "out")],
         "evaluations": {name: {"prompts": None} for name in ("told", "asked")}, "engine_batch_size": 2,
     }  # fmt: skip
-    config: Config = demo(**fields)
+    config: Config = demo_config(**fields)
     tokenise.run(config, "d", raw, tmp_path / "out")
     config = load.changed(config, {"evaluations.told.assistant_prefill": "<|image start|>{H}*{W}"})
     policy = paths.resolve(config, "package:shapes/base_policy")

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,9 +14,9 @@ from earl.messages.errors import EarlError
 from earl.report import charts, contents, gallery, page, reasoning
 from earl.stages import report
 from tests.support.evaluation_files import demo_config, episode, write_evaluation
+from tests.support.html import Page, text_of
 
 GREEDY, SAMPLED = "heldout_greedy", "heldout"
-VOID = {"meta", "link", "img"}
 
 
 @pytest.fixture(scope="module")
@@ -70,34 +69,6 @@ def copied(finished, tmp_path):
 
 def html_of(run):
     return page.render(contents.read(run))
-
-
-def text_of(html):
-    """The words a reader sees, with single spaces."""
-    body = re.sub(r"<(style|svg)\b.*?</\1>", " ", html, flags=re.S)
-    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
-
-
-class Page(HTMLParser):
-    """Collects elements and checks that they nest."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.elements, self.open = [], []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
 
 
 def test_it_needs_nothing_from_outside(finished):

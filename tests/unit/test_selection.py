@@ -19,7 +19,8 @@ from earl.data.tokenised import open_dataset
 from earl.files import images
 from earl.messages.errors import EarlError
 from earl.stages import tokenise
-from tests.unit.test_tokenise import demo, parquet, rejected
+from tests.support.evaluation_files import demo_config
+from tests.support.raw_files import parquet, rejected
 
 COLUMNS = {"instruction": "text", "original": "before", "edited": "after", "task": None, "example_id": None}
 
@@ -412,4 +413,4 @@ def test_the_shapes_world_has_no_such_fields(name: str) -> None:
         "instruction_prefix": "a", "task_name": "a",
     }  # fmt: skip
     with pytest.raises(EarlError, match=rf"{name} \(in --set\) has no meaning when source is `shapes`"):
-        demo(**{"raw_datasets.d": {"source": "shapes", "count": 1, "seed": 1, name: values[name]}})
+        demo_config(**{"raw_datasets.d": {"source": "shapes", "count": 1, "seed": 1, name: values[name]}})

@@ -12,23 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from earl import residents
 from earl.config import freeze, paths
 from earl.config.schema import Config
-from earl.data.grids import stored
 from earl.emu3 import checkpoint
-from earl.files import manifest, tables
+from earl.files import manifest
 from earl.learner import head, sft
 from earl.messages.errors import EarlError
 from earl.stages import sft as stage
-from tests.unit.test_head import Largest
-
-SHAPE = (2, 3)
-SETTINGS = sft.Settings(
-    steps=10, batch_size=5, micro_batch=8, learning_rate=1e-3, warmup_steps=2, seed=1, bfloat16=False
-)
+from tests.support.sft_files import SETTINGS, plain_cross_entropy
+from tests.support.tensors import Largest
 
 
 @pytest.fixture
@@ -64,21 +57,6 @@ def assert_same(found, expected, tolerance=1e-4):
     flat, other = (torch.cat([part.flatten() for part in side.values()]) for side in (gradient, expected_gradient))
     assert other.norm() > 1e-3
     assert (flat - other).norm() < tolerance * other.norm()
-
-
-def plain_cross_entropy(batch, policy_folder):
-    """One sequence at a time, logits of every token over the whole vocabulary, torch's own cross-entropy."""
-    policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
-    total = 0.0
-    for example in batch:
-        ids = torch.from_numpy(np.concatenate([example.prompt, example.completion]))
-        logits = policy(input_ids=ids[None]).logits[0, :-1]
-        targets = ids[1:].clone()
-        targets[: len(example.prompt) - 1] = -100
-        total = total + F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    loss = total / sum(len(example.completion) for example in batch)
-    loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in policy.named_parameters()}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -159,58 +137,6 @@ def test_a_step_that_is_not_finite_is_named(batch, step):
 # The stage
 
 
-@pytest.fixture
-def data(tmp_path, vocabulary):
-    """Return a function that writes a tokenised data set of made-up pairs and returns its folder."""
-
-    def write(name: str, rows: int = 10, long: tuple[int, ...] = (), reasoned: bool = True) -> str:
-        file = tmp_path / name / "0000.parquet"
-        grids = np.random.default_rng(rows).integers(0, vocabulary.num_visual, (rows, 2, *SHAPE))
-        columns = {
-            "dataset": [name] * rows,
-            "example_id": [str(i) for i in range(rows)],
-            "task": [None] * rows,
-            "instruction": [f"{name} {i}" * (200 if i in long else 1) for i in range(rows)],
-            "reasoning": [[{"key": "box", "value": f"[0, 0, {i}, 8]"}] if reasoned else None for i in range(rows)],
-            "original_tokens": [stored(pair[0], vocabulary.num_visual) for pair in grids],
-            "target_tokens": [stored(pair[1], vocabulary.num_visual) for pair in grids],
-            "original": [None] * rows,
-            "target": [None] * rows,
-        }
-        tables.write_table(file, tables.TOKENISED, columns, {})
-        manifest.seal(file.parent)
-        return str(file.parent)
-
-    return write
-
-
-@pytest.fixture
-def make(tmp_path, policy_folder, data):
-    """Return a function that gives a configuration with these fine-tunings, each completed with what all share."""
-    common = {"base_model": str(policy_folder), "train_paths_file": [data("simple")], "coefficients": [1.0]}
-    common |= {"steps": 16, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3, "random_seed": 1}
-
-    def config(packing: str = "groups", **tunings: dict) -> Config:
-        return Config(
-            run_name="run",
-            base_exp_dir=str(tmp_path / "runs"),
-            train_paths_file=["unused"],
-            val_paths_file=[],
-            sft={name: common | fields for name, fields in tunings.items()},
-            per_device_batch_size=3,
-            packing=packing,
-            max_response_tokens=64,
-            model_context_size=256,
-            engine="torch",
-            judge="program",
-            device="cpu",
-            dtype="float32",
-            cpu_threads=1,
-        )
-
-    return config
-
-
 def losses_of(policy: Path) -> list[float]:
     return json.loads((policy / "sft.json").read_text())["loss"]
 
@@ -234,13 +160,6 @@ def test_it_learns_and_repeats_its_bytes(make, tmp_path):
     checkpoint.load_policy(tmp_path / "first", torch.float32, "cpu")
 
 
-def test_what_reinforcement_learning_has_left_in_memory_makes_room(make, tmp_path):
-    for kind in ("learner", "reference"):
-        residents.put(kind, "key", kind)
-    stage.run(make(one={"steps": 1, "warmup_steps": 0}), "one", tmp_path / "out")
-    assert [residents.take(kind, "key") for kind in ("learner", "reference")] == [None, None]
-
-
 def test_packing_changes_the_weights_by_rounding_alone(make, tmp_path):
     weights = []
     for packing in ("none", "groups"):
@@ -250,19 +169,6 @@ def test_packing_changes_the_weights_by_rounding_alone(make, tmp_path):
     # Adam's first steps have the size of the rate, 3e-3, whatever the gradient's: rounding counts where it is near 0.
     assert (weights[0] - weights[1]).abs().mean() < 1e-6
     assert losses_of(tmp_path / "none") == pytest.approx(losses_of(tmp_path / "groups"), rel=1e-4)
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """Instead of fine-tuning, keep every training sequence of the mixture, in the list that this returns."""
-    found = []
-
-    def look(policy, sequence, count, *_):
-        found.extend(sequence(index) for index in range(count))
-        return sft.Progress(1, [0.0])
-
-    monkeypatch.setattr(sft, "fine_tune", look)
-    return found
 
 
 def test_mixed_takes_each_data_set_by_its_coefficient(make, data, seen, vocabulary, tmp_path):
@@ -303,37 +209,31 @@ def test_an_unknown_name_is_named_with_those_there_are(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_either_stage_and_started_again_it_ends_in_the_same_bytes(make, tmp_path):
-    config = make(first={"steps": 24}, then={"steps": 24, "base_model": "stage:sft/first"})
-    expected = {name: manifest.digest_folder(tuned(config, name)) for name in ("first", "then")}
-    config = config.model_copy(update={"base_exp_dir": str(tmp_path / "killed")})
+def test_killed_and_started_again_it_ends_in_the_same_bytes(make, tmp_path, caplog):
+    config, out, partial = make(one={"steps": 24}), tmp_path / "killed", tmp_path / "killed.partial"
     freeze.write(config, tmp_path / "config.json")
-    for name, digest in expected.items():
-        out = paths.resolve(config, f"stage:sft/{name}")
-        partial = out.with_name(f"{out.name}.partial")
-        command = [sys.executable, "-m", "earl", "sft", "--config", str(tmp_path / "config.json"), "--name", name]
-        command += ["--out", str(out)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not list(partial.glob("step-*")):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert not out.exists()
-        finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        assert finished.returncode == 0, finished.stderr
-        assert "resumed at step" in finished.stderr
-        assert manifest.digest_folder(out) == digest
-        assert not partial.exists()
+    command = [sys.executable, "-m", "earl", "sft", "--config", tmp_path / "config.json", "--name", "one", "--out", out]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(partial.glob("step-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    with caplog.at_level("INFO", "earl.learner.sft"):
+        stage.run(config, "one", out)
+    assert "resumed at step" in caplog.text
+    assert not partial.exists()
+    stage.run(config, "one", tmp_path / "undisturbed")
+    assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")
 
 
 def test_what_another_configuration_left_is_not_resumed(make, tmp_path, monkeypatch):
-    def stop(*args):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("earl.stages.sft.sharding.save", stop)
+        patch.setattr("earl.stages.sft.saving.save_policy", stop)
         with pytest.raises(KeyboardInterrupt):
             stage.run(make(one={"learning_rate": 1e-3, "steps": 4}), "one", out)
     assert list((tmp_path / "out.partial").glob("step-*"))

@@ -1,7 +1,5 @@
 """The recipe of a fine-tuning: schedule, optimizer, reasoning keys, held-out loss, and which checkpoints stay."""
 
-# ruff: noqa: F811  (fixtures of another file)
-
 import json
 import logging
 import math
@@ -20,9 +18,10 @@ from earl.emu3 import checkpoint
 from earl.execution import ranks
 from earl.files import manifest, tables
 from earl.learner import grpo, sft
+from earl.learner.settings import AdamW
 from earl.messages.errors import EarlError
 from earl.stages import sft as stage
-from tests.unit.test_sft import SETTINGS, data, make, plain_cross_entropy, seen  # noqa: F401  (some are fixtures)
+from tests.support.sft_files import SETTINGS, plain_cross_entropy
 
 PUBLISHED = {
     "learning_rate": 1e-4,
@@ -80,7 +79,7 @@ def test_two_steps_of_adamw_by_hand():
     the matrix is multiplied by 1 - 0.1 * 0.5.
     """
     model = Small()
-    optimizer = grpo.new_optimizer(model, 0.1, grpo.AdamW((0.5, 0.75), 1.0, 0.5))
+    optimizer = grpo.new_optimizer(model, 0.1, AdamW((0.5, 0.75), 1.0, 0.5))
     matrix, norm = 2.0, 2.0
     for gradient, moved in ((4.0, 0.08), (2.0, 0.1 * (2 / 0.75) / (math.sqrt(4 / 0.4375) + 1))):
         for parameter in model.parameters():
@@ -93,7 +92,7 @@ def test_two_steps_of_adamw_by_hand():
 
 def test_norms_alone_do_not_decay(policy_folder):
     policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
-    optimizer = grpo.new_optimizer(policy, 0.1, grpo.AdamW(weight_decay=0.5))
+    optimizer = grpo.new_optimizer(policy, 0.1, AdamW(weight_decay=0.5))
     before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)

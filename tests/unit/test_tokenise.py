@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from earl.config import freeze, load, paths
+from earl.config import freeze, paths
 from earl.config.schema import Config
 from earl.data import boxes
 from earl.data.tokenised import open_dataset
@@ -21,42 +22,14 @@ from earl.files import images, manifest, tables
 from earl.messages.errors import EarlError
 from earl.shapes import dataset as shapes
 from earl.stages import tokenise
+from tests.support.evaluation_files import demo_config
+from tests.support.raw_files import PICTURE, parquet, raw_columns, rejected, write_raw
 
 ROOT = Path(__file__).parents[2]
-PICTURE = images.struct(images.encode(np.zeros((64, 64, 3), np.uint8)))
-
-
-def demo(**overrides: Any) -> Config:
-    return load.load(ROOT / "config" / "demo.jsonnet", overrides).config
-
-
-def parquet(path: Path, **fields: Any) -> Config:
-    """The demo with one more raw data set, ``d``."""
-    return demo(**{"raw_datasets.d": {"source": "parquet", "path": str(path), **fields}})
-
-
-def raw_columns(rows: int) -> dict[str, list]:
-    return {
-        "example_id": [f"e{i}" for i in range(rows)],
-        "task": ["remove"] * rows,
-        "instruction": ["remove the circle"] * rows,
-        "reasoning": [json.dumps({"where": "[0, 0, 32, 16]"})] * rows,
-        "original": [PICTURE] * rows,
-        "edited": [PICTURE] * rows,
-    }
-
-
-def write_raw(path: Path, columns: dict[str, list]) -> Path:
-    tables.write_table(path, tables.RAW, columns, {})
-    return path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def rejected(folder: Path) -> list[dict]:
-    return [row for file in sorted((folder / "_rejected").glob("*")) for row in pq.read_table(file).to_pylist()]
 
 
 class TestSizes:
@@ -146,14 +119,14 @@ class TestBoxes:
 
     def test_shapes_have_no_unit_to_choose(self) -> None:
         with pytest.raises(EarlError, match=r"raw_datasets\.shapes_rl.*boxes"):
-            demo(**{"raw_datasets.shapes_rl.boxes": "relative"})
+            demo_config(**{"raw_datasets.shapes_rl.boxes": "relative"})
 
 
 class TestTokenise:
     def test_shapes_become_examples_of_their_own_size(self, tmp_path: Path) -> None:
         raw, out = tmp_path / "raw.parquet", tmp_path / "out"
         shapes.write_raw(raw, count=20, seed=5)
-        tokenise.run(demo(), "shapes_rl", raw, out)
+        tokenise.run(demo_config(), "shapes_rl", raw, out)
         manifest.check(out, deep=True)
         dataset = open_dataset(out, codebook_size=256)
         source = pq.read_table(raw).to_pylist()
@@ -169,7 +142,7 @@ class TestTokenise:
         cell = pq.read_table(out / "data" / "0000.parquet").column("original_tokens")[0].as_py()
         assert (cell["height"], cell["width"], len(cell["ids"])) == (8, 8, 64), "256 codes take a byte each"
         first = (out / "data" / "0000.parquet").read_bytes()
-        tokenise.run(demo(), "shapes_rl", raw, out)
+        tokenise.run(demo_config(), "shapes_rl", raw, out)
         assert (out / "data" / "0000.parquet").read_bytes() == first
 
     def test_images_and_boxes_scale_together(self, tmp_path: Path) -> None:
@@ -178,7 +151,7 @@ class TestTokenise:
         columns |= {"original": [big], "edited": [PICTURE]}
         raw = tmp_path / "raw.parquet"
         pq.write_table(pa.table(columns, schema=tables.RAW).drop_columns(["task"]), raw)
-        tokenise.run(demo(), "d", raw, tmp_path / "out")
+        tokenise.run(demo_config(), "d", raw, tmp_path / "out")
         example = open_dataset(tmp_path / "out")[0]
         # 256 x 64 of 16,384 pixels becomes 128 x 32 of 4,096.
         assert example.original_tokens.shape == example.target_tokens.shape == (4, 16)
@@ -276,37 +249,36 @@ class TestRejects:
     def test_a_bad_file_is_named(self, tmp_path: Path) -> None:
         raw = write_raw(tmp_path / "raw.parquet", raw_columns(0))
         with pytest.raises(EarlError, match=r"raw\.parquet: the data set is empty"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
+            tokenise.run(demo_config(), "d", raw, tmp_path / "out")
         write_raw(raw, raw_columns(9))
         content = raw.read_bytes()
         table = pq.read_table(raw)
         pq.write_table(table.drop_columns(["edited"]), raw)
         with pytest.raises(EarlError, match=r"column 'edited' \(edited\) is missing"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
+            tokenise.run(demo_config(), "d", raw, tmp_path / "out")
         raw.write_bytes(content[:-100])
         with pytest.raises(EarlError, match=r"raw\.parquet: is not a complete Parquet file"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
+            tokenise.run(demo_config(), "d", raw, tmp_path / "out")
         column = pq.read_metadata(write_raw(raw, raw_columns(9))).row_group(0).column(2)
         damaged = bytearray(raw.read_bytes())
         # The end of the page that says which rows have which instruction.
         damaged[column.dictionary_page_offset + column.total_compressed_size - 3] ^= 0xFF
         raw.write_bytes(damaged)
         with pytest.raises(EarlError, match=r"raw\.parquet: is damaged after row 0"):
-            tokenise.run(demo(), "d", raw, tmp_path / "out")
+            tokenise.run(demo_config(), "d", raw, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    def test_the_command_keeps_an_older_result_when_it_fails(self, tmp_path: Path) -> None:
+    def test_the_command_keeps_an_older_result_when_it_fails(self, earl: Callable, tmp_path: Path) -> None:
         config = tmp_path / "config.json"
-        freeze.write(demo(), config)
+        freeze.write(demo_config(), config)
         raw, out = write_raw(tmp_path / "raw.parquet", raw_columns(2)), tmp_path / "out"
-        command = [sys.executable, "-m", "earl", "tokenise", "--config", str(config), "--dataset", "d"]
-        command += ["--raw", str(raw), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = ["tokenise", "--config", config, "--dataset", "d", "--raw", raw, "--out", out]
+        done = earl(*command)
         assert done.returncode == 0
         assert "tokenise d: 2 of 2 rows kept" in done.stderr
         before = contents(out)
         write_raw(raw, raw_columns(2) | {"original": [PICTURE, {"bytes": b"GIF89a", "path": ""}]})
-        failed = subprocess.run(command, capture_output=True, text=True)
+        failed = earl(*command)
         assert failed.returncode == 2
         assert "error: 1 row rejected" in failed.stderr
         assert "raw.parquet: row 1, column 'original'" in failed.stderr
@@ -400,11 +372,12 @@ class TestColumns:
 
     def test_a_pattern_without_files_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(EarlError, match=r"x-\*\.parquet: there is no such Parquet file"):
-            tokenise.run(demo(), "d", tmp_path / "x-*.parquet", tmp_path / "out")
+            tokenise.run(demo_config(), "d", tmp_path / "x-*.parquet", tmp_path / "out")
 
 
 KILLED = """
 import os, signal, sys
+from collections.abc import Callable
 from pathlib import Path
 from earl.config import load
 from earl.data import shards
@@ -420,6 +393,7 @@ tokenise.run(load.load("config/demo.jsonnet").config, "shapes_rl", Path(sys.argv
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,8 +406,8 @@ def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
     stood = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("data/*.parquet")}
     assert sorted(stood) == ["0000.parquet", "0001.parquet"]
     assert not (tmp_path / "out").exists()
-    tokenise.run(demo(), "shapes_rl", raw, tmp_path / "out")
-    tokenise.run(demo(), "shapes_rl", raw, tmp_path / "undisturbed")
+    tokenise.run(demo_config(), "shapes_rl", raw, tmp_path / "out")
+    tokenise.run(demo_config(), "shapes_rl", raw, tmp_path / "undisturbed")
     assert {name: (tmp_path / "out" / "data" / name).stat().st_mtime_ns for name in stood} == stood
     left, right = (contents(tmp_path / name) for name in ("out", "undisturbed"))
     assert left == right
@@ -460,10 +434,10 @@ def test_shards_of_other_data_are_not_taken_over(tmp_path: Path, monkeypatch: py
     raw, out = tmp_path / "raw.parquet", tmp_path / "out"
     write_raw(raw, raw_columns(8) | {"instruction": ["first"] * 7 + [""]})
     with pytest.raises(EarlError, match="1 row rejected"):
-        tokenise.run(demo(), "d", raw, out)
+        tokenise.run(demo_config(), "d", raw, out)
     assert (tmp_path / ".out.unfinished" / "data" / "0000.parquet").is_file()
     write_raw(raw, raw_columns(8) | {"instruction": ["second"] * 8})
-    tokenise.run(demo(), "d", raw, out)
+    tokenise.run(demo_config(), "d", raw, out)
     dataset = open_dataset(out)
     assert {dataset[i].instruction for i in range(8)} == {"second"}
 

@@ -9,10 +9,9 @@ rule raw:
     benchmark:
         "{shared}/benchmarks/raw/{name}.tsv"
     params:
-        earl=launched("raw"),
-        options=shapes_options,
+        pairs=lambda w: SHARED.at(w, "raw").pairs,
     shell:
-        "{params.earl} shapes raw --out {output} {params.options} 2>&1 | tee {log}"
+        "earl shapes raw --out {output:q} {params.pairs} 2>&1 | tee {log:q}"
 
 
 rule shapes_policy:
@@ -23,79 +22,48 @@ rule shapes_policy:
     benchmark:
         "{shared}/benchmarks/policy/{name}.tsv"
     params:
-        earl=launched("shapes_policy"),
         out=subpath(output[0], parent=True),
         seed=paths.SHAPES_POLICY_SEED,
     shell:
-        "{params.earl} shapes policy --out {params.out} --seed {params.seed} 2>&1 | tee {log}"
+        "earl shapes policy --out {params.out:q} --seed {params.seed} 2>&1 | tee {log:q}"
 
 
-# A name on the hub that stands where a folder could. It runs where the workflow does: nodes may not reach the hub.
-rule convert:
+# Checkpoints, raw pairs and tokenised data on the hub. It runs where the workflow does: nodes may not reach the hub.
+rule from_hub:
     input:
-        lambda w: made_from(w, "convert"),
+        lambda w: SHARED.at(w, w.kind).inputs,
     output:
-        "{shared}/convert/{name}/manifest.json",
+        "{shared}/{kind}/{name}/manifest.json",
     log:
-        "{shared}/logs/convert/{name}.log",
+        "{shared}/logs/{kind}/{name}.log",
     benchmark:
-        "{shared}/benchmarks/convert/{name}.tsv"
+        "{shared}/benchmarks/{kind}/{name}.tsv"
+    wildcard_constraints:
+        kind="convert|download|fetched",
     params:
-        earl=EARL,
-        published=published,
+        command=lambda w: SHARED.at(w, w.kind).from_hub,
         out=subpath(output[0], parent=True),
     shell:
-        "{params.earl} convert model {params.published} --out {params.out} 2>&1 | tee {log}"
-
-
-# Raw pairs on the hub; runs where the workflow does, as `convert`.
-rule download:
-    output:
-        "{shared}/download/{name}/manifest.json",
-    log:
-        "{shared}/logs/download/{name}.log",
-    benchmark:
-        "{shared}/benchmarks/download/{name}.tsv"
-    params:
-        earl=EARL,
-        files=lambda w: shared_stage(w, "download").name,
-        out=subpath(output[0], parent=True),
-    shell:
-        "{params.earl} download {params.files:q} --out {params.out} 2>&1 | tee {log}"
-
-
-# Published tokenised data on the hub; runs where the workflow does, as `convert`.
-rule fetch:
-    output:
-        "{shared}/fetched/{name}/manifest.json",
-    log:
-        "{shared}/logs/fetch/{name}.log",
-    benchmark:
-        "{shared}/benchmarks/fetch/{name}.tsv"
-    params:
-        earl=EARL,
-        data=lambda w: shared_stage(w, "fetched").name,
-        out=subpath(output[0], parent=True),
-    shell:
-        "{params.earl} data fetch {params.data} --out {params.out} 2>&1 | tee {log}"
+        "earl {params.command} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 rule tokenise:
     input:
-        lambda w: made_from(w, "tokenised"),
+        lambda w: SHARED.at(w, "tokenised").inputs,
     output:
         "{shared}/tokenised/{name}/manifest.json",
     log:
         "{shared}/logs/tokenise/{name}.log",
     benchmark:
         "{shared}/benchmarks/tokenise/{name}.tsv"
-    threads: lambda w: user_of(w, "tokenised").config.cpu_threads
+    threads: lambda w: SHARED.at(w, "tokenised").config.cpu_threads
+    resources:
+        gpu=lambda w: need.tokenising_gpus(SHARED.at(w, "tokenised").config),
     params:
-        earl=launched("tokenise"),
-        config=lambda w: user_of(w, "tokenised").run.config,
-        dataset=lambda w: shared_stage(w, "tokenised").name,
-        raw=raw_pairs,
+        config=lambda w: SHARED.at(w, "tokenised").config_file,
+        dataset=lambda w: SHARED.at(w, "tokenised").name,
+        raw=lambda w: SHARED.at(w, "tokenised").raw,
         out=subpath(output[0], parent=True),
     shell:
-        "{params.earl} tokenise --config {params.config} --dataset {params.dataset} --raw {params.raw:q}"
-        " --out {params.out} 2>&1 | tee {log}"
+        "earl tokenise --config {params.config:q} --dataset {params.dataset} --raw {params.raw:q}"
+        " --out {params.out:q} 2>&1 | tee {log:q}"

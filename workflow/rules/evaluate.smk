@@ -4,27 +4,22 @@
 rule evaluate_generate:
     input:
         policy=policy,
-        vision=lambda w: ancient(vision_tokenizer(w)),
-        prompts=lambda w: datasets(
-            w.run,
-            paths.evaluation_data(PLANS[w.run].config, w.evaluation).references,
-        ),
+        vision=vision_tokenizer,
+        prompts=evaluation_prompts,
     output:
         "{run}/evaluations/{evaluation}/{step}.rollouts.parquet",
     log:
         "{run}/logs/evaluate/{evaluation}-{step}-generate.log",
     benchmark:
         "{run}/benchmarks/evaluate_generate/{evaluation}-{step}.tsv"
-    wildcard_constraints:
-        run=EVALUATED,
-    threads: lambda w: PLANS[w.run].config.cpu_threads
+    threads: lambda w: settings_of(w).cpu_threads
+    resources:
+        gpu=lambda w: need.sampling_gpus(settings_of(w)),
     params:
-        earl=launched("evaluate_generate"),
-        restore=restore(iteration),
         policy=lambda w: iteration(w).policy,
     shell:
-        "({params.restore}{params.earl} generate --config {wildcards.run}/config.json --iteration {wildcards.step}"
-        " --evaluation {wildcards.evaluation} --policy {params.policy} --out {output}) 2>&1 | tee {log}"
+        "earl generate --config {wildcards.run:q}/config.json --iteration {wildcards.step}"
+        " --evaluation {wildcards.evaluation} --policy {params.policy:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule evaluate_score:
@@ -36,15 +31,11 @@ rule evaluate_score:
         "{run}/logs/evaluate/{evaluation}-{step}-score.log",
     benchmark:
         "{run}/benchmarks/evaluate_score/{evaluation}-{step}.tsv"
-    wildcard_constraints:
-        run=EVALUATED,
-    threads: lambda w: PLANS[w.run].config.cpu_threads
+    threads: lambda w: settings_of(w).cpu_threads
     resources:
-        gpu=judge_gpus,
-    params:
-        earl=launched("evaluate_score"),
+        gpu=lambda w: need.judging_gpus(settings_of(w)),
     shell:
-        "{params.earl} score --config {wildcards.run}/config.json --rollouts {input} --out {output} 2>&1 | tee {log}"
+        "earl score --config {wildcards.run:q}/config.json --rollouts {input:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule evaluate:
@@ -56,13 +47,7 @@ rule evaluate:
         summary="{run}/evaluations/{evaluation}/{step}.json",
     log:
         "{run}/logs/evaluate/{evaluation}-{step}.log",
-    wildcard_constraints:
-        run=EVALUATED,
-    # As many as a score stage has, so that it can run where that has run.
-    threads: lambda w: PLANS[w.run].config.cpu_threads
-    params:
-        earl=EARL,
     shell:
-        "{params.earl} evaluate --config {wildcards.run}/config.json --name {wildcards.evaluation}"
-        " --iteration {wildcards.step} --rollouts {input.rollouts} --scores {input.scores} --out {output.table}"
-        " 2>&1 | tee {log}"
+        "earl evaluate --config {wildcards.run:q}/config.json --name {wildcards.evaluation}"
+        " --iteration {wildcards.step} --rollouts {input.rollouts:q} --scores {input.scores:q} --out {output.table:q}"
+        " 2>&1 | tee {log:q}"

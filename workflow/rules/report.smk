@@ -1,29 +1,43 @@
-# The end of a run: what the window cut hides is checked against the digests in the files; then the report.
+# The end of a run: every file is checked against the digests in the others, also those that no plan looks at any more.
 
 
 rule verify:
     input:
-        finished,
+        lambda w: files.finished(plan(w)),
     output:
         "{run}/verify.json",
     log:
         "{run}/logs/verify.log",
-    params:
-        earl=EARL,
     shell:
-        "({params.earl} prune --run {wildcards.run}"
-        " && {params.earl} verify --run {wildcards.run} --out {output}) 2>&1 | tee {log}"
+        "(earl prune --run {wildcards.run:q} && earl verify --run {wildcards.run:q} --out {output:q})"
+        " 2>&1 | tee {log:q}"
 
 
 rule report:
     input:
-        finished,
+        lambda w: files.finished(plan(w)),
         verify="{run}/verify.json",
     output:
-        "{run}/report.html",
+        page=report(
+            "{run}/report.html",
+            caption="../report/run.rst",
+            category="{run}",
+            labels={"shows": "report"},
+        ),
+        curves=report(
+            "{run}/report/curves.svg",
+            caption="../report/curves.rst",
+            category="{run}",
+            labels={"shows": "curves"},
+        ),
+        evaluations=report(
+            "{run}/report/evaluations.csv",
+            caption="../report/evaluations.rst",
+            category="{run}",
+            labels={"shows": "evaluations"},
+        ),
     log:
         "{run}/logs/report.log",
-    params:
-        earl=EARL,
     shell:
-        "{params.earl} report --run {wildcards.run} --out {output} 2>&1 | tee {log}"
+        "earl report --run {wildcards.run:q} --out {output.page:q} --curves {output.curves:q}"
+        " --evaluations {output.evaluations:q} 2>&1 | tee {log:q}"

@@ -3,18 +3,19 @@
 
 rule sft:
     input:
-        lambda w: made_from(w, "sft"),
+        lambda w: SHARED.at(w, "sft").inputs,
     output:
         "{shared}/sft/{name}/manifest.json",
     log:
         "{shared}/logs/sft/{name}.log",
     benchmark:
         "{shared}/benchmarks/sft/{name}.tsv"
-    threads: sft_threads
+    threads: lambda w: need.training_threads(SHARED.at(w, "sft").config)
+    resources:
+        gpu=lambda w: need.training_gpus(SHARED.at(w, "sft").config),
     params:
-        earl=launched("sft"),
-        config=lambda w: user_of(w, "sft").run.config,
-        sft=lambda w: shared_stage(w, "sft").name,
+        config=lambda w: SHARED.at(w, "sft").config_file,
+        sft=lambda w: SHARED.at(w, "sft").name,
         out=subpath(output[0], parent=True),
     shell:
-        "{params.earl} sft --config {params.config} --name {params.sft} --out {params.out} 2>&1 | tee {log}"
+        "earl sft --config {params.config:q} --name {params.sft} --out {params.out:q} 2>&1 | tee {log:q}"

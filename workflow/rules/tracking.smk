@@ -1,7 +1,7 @@
 # Shows runs elsewhere, from a machine that reaches the internet: Weights & Biases, the Hugging Face hub.
 #
-# No stage waits for these, and they take no core from one. While a run goes on, a send that fails warns and is made up for by the next one; the last,
-# after the report, fails where something is missing, and is done again when the workflow is started again.
+# No stage waits for these, and they take no core from one. While a run goes on, a send that fails warns, and the next
+# one makes up for it. The last one, after the report, fails where something is missing; start the workflow again then.
 
 
 rule track:
@@ -13,10 +13,9 @@ rule track:
         "{run}/logs/track/{step}.log",
     threads: 0
     params:
-        earl=EARL,
         best_effort=best_effort,
     shell:
-        "{params.earl} track --run {wildcards.run} {params.best_effort} --out {output} < /dev/null 2>&1 | tee {log}"
+        "earl track --run {wildcards.run:q} {params.best_effort} --out {output:q} < /dev/null 2>&1 | tee {log:q}"
 
 
 rule push:
@@ -28,7 +27,6 @@ rule push:
         "{run}/logs/push/{step}.log",
     threads: 0
     params:
-        earl=EARL,
         best_effort=best_effort,
     shell:
-        "{params.earl} push --run {wildcards.run} {params.best_effort} --out {output} < /dev/null 2>&1 | tee {log}"
+        "earl push --run {wildcards.run:q} {params.best_effort} --out {output:q} < /dev/null 2>&1 | tee {log:q}"

@@ -1,0 +1,293 @@
+"""Iterate: many iterations of a run in one program that keeps its models in memory. This is the learning loop.
+
+A segment writes the files that the stages write one by one, with the same bytes. Only checkpoints are rarer: the policy
+is in memory and is saved now and then. What is on disk already and belongs to the policy in memory is used as it is. So
+a segment that was killed starts from the newest checkpoint, trains again over the stored scores, asking neither policy
+nor judge, and continues with the first file that is missing.
+
+Every rank of the program samples and scores its shards, shard s on rank s % size, with an engine of its own. The first
+`train_processes` ranks train. Engine and learner take turns: the engine sleeps while the learner works.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from earl import code_version, judges
+from earl.config import freeze
+from earl.execution import broadcast, ranks, runtime
+from earl.execution.ranks import Ranks
+from earl.files import manifest, objects
+from earl.learner.performance import Clock
+from earl.messages.errors import EarlError
+from earl.run import replays, segments, state
+from earl.run.layout import Run
+from earl.stages import evaluate, generate, present, score, train
+
+if TYPE_CHECKING:
+    from earl.config.schema import Config
+
+Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
+
+
+def run(config: "Config", run_path: Path, to: int) -> dict[str, Any]:
+    """Make a run's iterations up to ``to`` and the evaluations of their policies; return the segment's record.
+
+    Under torchrun every rank calls this. The run has been started (`earl.run.state.start`), and its data are there.
+
+    Args:
+        run_path: the run's folder.
+        to: the last iteration of the segment. It gets a checkpoint.
+
+    Raises:
+        EarlError: the configuration cannot be run as a segment, the run has not been started, or a stage fails. What
+            was written until then is used by the next call.
+    """
+    files = Run(Path(run_path))
+    with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as world:
+        _check(config, files, to)
+        segment = _Segment.at_newest_checkpoint(config, files, to, world)
+        segment.evaluate()
+        for index in range(segment.index + 1, to + 1):
+            segment.sample(index)
+            segment.score(index)
+            segment.train(index)
+            segment.evaluate()
+        return segment.record()
+
+
+def _check(config: "Config", files: Run, to: int) -> None:
+    segments.check(config)
+    if to > config.num_iterations:
+        raise EarlError(f"--to is {to}, but num_iterations is {config.num_iterations}; raise that, or lower --to")
+    state.check_start(files)
+    if not state.has_checkpoint(files.iteration(0)):
+        raise EarlError(f"{files.path}: has not been started; earl start --run {files.path} --policy <its folder>")
+
+
+@dataclass
+class _Segment:
+    """The loop's state on one rank. All ranks call its methods, in the same order.
+
+    Attributes:
+        last: the iteration that the segment ends with.
+        world: all ranks.
+        team: the ranks that train; None on the others.
+        index: the iteration whose policy is in memory; ``policy_digest`` is of the folder that it has or would have.
+        checkpoint: the newest iteration whose policy is on disk.
+        recorded: the metrics of the iteration after ``index``, where that is complete already.
+        learner: on ranks that train, from the first iteration on.
+        sampler: from the first time that this rank samples.
+    """
+
+    config: "Config"
+    files: Run
+    last: int
+    world: Ranks
+    team: Ranks | None
+    judge: judges.Judge
+    index: int
+    policy_digest: str
+    checkpoint: int
+    progress: "_Progress"
+    recorded: dict[str, Any] | None = None
+    learner: train.Learner | None = None
+    sampler: generate.Sampler | None = None
+
+    @classmethod
+    def at_newest_checkpoint(cls, config: "Config", files: Run, last: int, world: Ranks) -> "_Segment":
+        start = world.of_first(state.newest_checkpoint(files, last) if world.first else 0)
+        digest = world.of_first(manifest.digest_folder(files.iteration(start).policy) if world.first else "")
+        team, judge = world.first_ranks(config.train_processes), judges.get(config)
+        segment = cls(config, files, last, world, team, judge, start, digest, start, _Progress(Clock(world.device)))
+        segment._look_ahead()
+        segment._say_where_it_starts()
+        return segment
+
+    # The steps of an iteration.
+
+    def evaluate(self) -> None:
+        """Make the evaluations of the policy in memory that are due and missing, each on one rank."""
+        config, digest, names = self.config, self.policy_digest, self._share(self.config.evaluations_at(self.index))
+        mine = {name: self.files.evaluation(name, self.index) for name in names}
+        due = [name for name, files in mine.items() if not present.evaluation(config, name, files, digest)]
+        with self.progress.phase("evaluate"):
+            missing = [name for name in due if not present.evaluation_rollouts(config, name, mine[name], digest)]
+            for name, sampler in self._sampling(missing):
+                generate.run_evaluation(config, name, self.index, sampler, mine[name].rollouts)
+                self.progress.wrote("evaluations", mine[name].rollouts)
+            for name in due:
+                files = mine[name]
+                if not present.scores(config, files.rollouts, files.scores):
+                    score.run(config, files.rollouts, files.scores, self.judge)
+                    self.progress.wrote("evaluations", files.scores)
+                evaluate.run(config, name, self.index, files.rollouts, files.scores, files.table)
+                self.progress.wrote("evaluations", files.table, files.summary)
+
+    def sample(self, index: int) -> None:
+        """Write this rank's rollouts of iteration ``index`` that are missing or not of the policy in memory."""
+        config, iteration, digest = self._config_of_next(), self.files.iteration(index), self.policy_digest
+        with self.progress.phase("generate"):
+            missing = [shard for shard in self._shards(index) if not present.rollouts(config, iteration, shard, digest)]
+            for shard, sampler in self._sampling(missing):
+                generate.run(config, index, shard, sampler, iteration.rollouts(shard))
+                self.progress.wrote("rollouts", iteration.rollouts(shard))
+
+    def score(self, index: int) -> None:
+        """Write this rank's scores of iteration ``index`` that are missing or not of its rollouts."""
+        iteration = self.files.iteration(index)
+        with self.progress.phase("score"):
+            for shard in self._shards(index):
+                rollouts, scores = iteration.rollouts(shard), iteration.scores(shard)
+                if not present.scores(self.config, rollouts, scores):
+                    score.run(self.config, rollouts, scores, self.judge)
+                    self.progress.wrote("scores", scores)
+        with self.progress.phase("wait"):
+            self.world.gather(None)
+
+    def train(self, index: int) -> None:
+        """Train iteration ``index``, and write a checkpoint where one is due.
+
+        One that is complete already is trained again; see `earl.stages.train.step`.
+        """
+        files, due = self.files.iteration(index), segments.has_checkpoint(self.config, index, self.last)
+        again, metrics = self.recorded is not None, None
+        if self.sampler is not None:
+            self.sampler.engine.sleep()
+        with self.progress.phase("train"):
+            if self.team is not None:
+                config = self._config_of_next()
+                if self.learner is None:
+                    self.learner = train.load(config, self.files, self.index, self.team)
+                metrics = train.step(config, self.files, self.learner, self.team, checkpoint=due and not again)
+                if due and again:
+                    train.write_checkpoint(config, self.files, self.learner, self.team)
+            metrics = self.world.of_first(metrics)
+            runtime.release_memory(self.world.device)
+        self.index, self.policy_digest = index, metrics["policy_digest"]
+        if due:
+            self.checkpoint = index
+        if self.world.first:
+            if metrics != self.recorded:
+                self.progress.wrote("train", files.episodes, files.performance, files.metrics)
+            if due:
+                self.progress.wrote("checkpoints", files.policy, files.trainer)
+                state.prune_before(self.files, state.Retention.of(self.config), index)
+        self.progress.trained(index, metrics == self.recorded)
+        self._look_ahead()
+        log.info("iterate: %d of %d: reward %.3f; %s", index, self.last, metrics["reward_mean"], self.progress.news())
+
+    def record(self) -> dict[str, Any]:
+        """Write what the segment did, last of all, and return it."""
+        by_rank = self.world.gather((self.progress.seconds(), self.progress.written))
+        written = {kind: sum(sizes.get(kind, 0) for _, sizes in by_rank) for kind in _KINDS}
+        record = {
+            "last": self.last,
+            "policy_digest": self.policy_digest,
+            "trained": self.progress.iterations,
+            "trained_again": self.progress.again,
+            "train_processes": self.config.train_processes,
+            "seconds": [seconds for seconds, _ in by_rank],
+            "bytes_written": written,
+            "config_digest": freeze.config_digest(self.config),
+            "code_version": code_version(),
+        }
+        if self.world.first:
+            objects.write(self.files.segment(self.last), record)
+        return record
+
+    # What the steps share.
+
+    def _sampling(self, missing: Sequence[Item]) -> Iterator[tuple[Item, generate.Sampler]]:
+        """Yield each of this rank's items that are to be sampled, with the policy in memory as a sampler.
+
+        Ranks that have nothing to sample take part as long as weights are handed out.
+        """
+        if not any(self.world.gather(bool(missing))):
+            return
+        if missing and self.sampler is None:
+            self.sampler = generate.Sampler.load(self.config, self.files.iteration(self.checkpoint).policy)
+        is_old = self.sampler is not None and self.sampler.policy_digest != self.policy_digest
+        if any(self.world.gather(is_old)):
+            own = self.learner.weights(runtime.dtype(self.config)) if self.learner is not None else None
+            weights = broadcast.to_all(own, self.world, self.team)
+            if is_old:
+                self.sampler.update(weights, self.policy_digest)
+            else:
+                for _ in weights:
+                    pass
+        for item in missing:
+            self.sampler.engine.wake()
+            yield item, self.sampler
+
+    def _look_ahead(self) -> None:
+        """Read what the next iteration has on record, so that all ranks know the same."""
+        metrics = self.files.iteration(self.index + 1).metrics
+        is_there = self.world.first and self.index < self.last and metrics.is_file()
+        self.recorded = self.world.of_first(objects.read(metrics) if is_there else None)
+
+    def _config_of_next(self) -> "Config":
+        """Return the configuration, with the number of shards that the next iteration has if it is complete."""
+        if self.recorded is None:
+            return self.config
+        return self.config.model_copy(update={"rollout_shards": len(self.recorded["inputs"]["rollouts"])})
+
+    def _shards(self, index: int) -> list[int]:
+        """Return this rank's shards of the next iteration; none where it is trained on another run's rollouts."""
+        if index <= replays.length(self.files):
+            return []
+        return self._share(range(self._config_of_next().rollout_shards))
+
+    def _share(self, items: Sequence[Item]) -> list[Item]:
+        return list(items[self.world.rank :: self.world.size])
+
+    def _say_where_it_starts(self) -> None:
+        newest, ranks_without = state.newest_complete(self.files), self.world.size - self.config.rollout_shards
+        if self.index < min(newest, self.last):
+            log.info(
+                "iterate: starts from the checkpoint of iteration %d; iterations up to %d, which are complete, are "
+                "trained again over their stored scores",
+                *(self.index, min(newest, self.last)),
+            )
+        if ranks_without > 0 and self.index < self.last:
+            log.warning(
+                "iterate: %d of %d ranks never sample, since rollout_shards is %d; raise it to %d",
+                *(ranks_without, self.world.size, self.config.rollout_shards, self.world.size),
+            )
+
+
+_KINDS = ("rollouts", "scores", "evaluations", "train", "checkpoints")
+
+
+class _Progress:
+    """What one rank has done: seconds by phase, bytes by kind, iterations."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.written: dict[str, int] = {}
+        self.iterations: list[int] = []
+        self.again: list[int] = []
+        self._told: dict[str, float] = {}
+        self.phase = clock.phase
+
+    def wrote(self, kind: str, *paths: Path) -> None:
+        """Count the bytes of files and folders that were written."""
+        found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()]
+        self.written[kind] = self.written.get(kind, 0) + sum(file.stat().st_size for file in found)
+
+    def trained(self, index: int, again: bool) -> None:
+        (self.again if again else self.iterations).append(index)
+
+    def seconds(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in self.clock.seconds.items()}
+
+    def news(self) -> str:
+        """Return the seconds by phase since the last call, as text."""
+        found = {name: value - self._told.get(name, 0.0) for name, value in self.clock.seconds.items()}
+        self._told = dict(self.clock.seconds)
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.items() if seconds >= 0.05)
+        return f"{sum(found.values()):.1f} s ({parts})"

@@ -1,0 +1,77 @@
+"""What happens before the first job: experiments become plans, and runs are locked for this workflow alone."""
+
+import os
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import IO
+
+from earl import tracking
+from earl.config import freeze, load, places
+from earl.execution import processes
+from earl.run import plan as plans
+from earl.run import state
+from earl.run.layout import Run
+from earl.run.plan import Plan
+from earl.workflow.settings import Settings
+from earl.workflow.shared import SharedStages
+
+
+def make_plans(settings: Settings, is_main: bool = True, stages_run_here: bool = True) -> dict[str, Plan]:
+    """Return what is to be done, by run folder.
+
+    Args:
+        is_main: this process plans, and does not run a job of another one's plan; so it checks what the plan needs.
+        stages_run_here: stages run in the environment of this process, so that what is not installed here is missing.
+
+    Raises:
+        EarlError: a configuration is wrong or differs from that of its run, or what is left of a run is sure to fail.
+    """
+    experiments = [load.load(path, settings.set, load.WORKFLOW) for path in settings.experiment]
+    found = []
+    for loaded in plans.spelled_alike(experiments):
+        run = Run(plans.folder(loaded.config))
+        if not settings.accept_changes:
+            freeze.check(loaded.config, run.config, load.WORKFLOW)
+        freeze.check_evaluations(loaded.config, run)
+        found.append(plans.plan(loaded.config, settings.by_segment))
+        if is_main:
+            _check(found[-1], loaded, stages_run_here)
+    return plans.by_run(found)
+
+
+def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
+    """Stop where what is left of a run is sure to fail; say what is left, and what it will only miss."""
+    started = state.start_record(plan.run.iteration(0)).is_file()
+    if not started or plan.segments or plan.iterations or plan.evaluations:
+        places.check(plan.config, loaded.origin, started, stages_run_here)
+    tracking.check_hub(plan.config)
+    print(plan.text(), file=sys.stderr)
+    if missing := tracking.missing(plan.config):
+        print(f"{plan.key}: {missing}", file=sys.stderr)
+
+
+def hold(plans_by_run: Mapping[str, Plan], shared: SharedStages, settings: Settings) -> list[IO[str] | None]:
+    """Lock what is to be written, and write each run's configuration where the stages read it.
+
+    Where another workflow has made meanwhile what this one planned to make, plan again, as called: this function does
+    not return then.
+
+    Returns:
+        The locks. They last until they are closed, or this process has ended in whatever way.
+
+    Raises:
+        EarlError: another workflow is writing to a run, or its configuration has changed.
+    """
+    missing = shared.missing()
+    locks = []
+    for path in missing:
+        made = partial(os.path.exists, shared.file_of(path))
+        locks.append(processes.lock_unless(made, path.parent / f".{path.name}.lock", path.as_posix()))
+    locks += [processes.lock(state.lock_file(plan.run)) for plan in plans_by_run.values()]
+    is_outdated = any(state.newest_complete(plan.run) != plan.newest for plan in plans_by_run.values())
+    if is_outdated or shared.missing() != missing:
+        os.execv(sys.executable, sys.orig_argv)
+    for plan in plans_by_run.values():
+        freeze.write(plan.config, plan.run.config, accept_changes=settings.accept_changes)
+    return locks

@@ -1,0 +1,84 @@
+"""A run as a bare loop over the stage functions, in one process: what the workflow's jobs do, over the same files.
+
+The oracle of byte-equality tests, and what benchmarks measure the workflow and segments against. Each policy is loaded
+from its folder anew, as a stage would.
+"""
+
+from pathlib import Path
+
+from earl.config import freeze, hub, paths, places
+from earl.config.schema import Config
+from earl.run import state
+from earl.run.layout import Run
+
+
+def make_shared(config: Config) -> None:
+    """Make the data and models that runs share, as far as they are missing."""
+    from earl.data import catalogue, fetch, hub_files
+    from earl.emu3 import published
+    from earl.shapes import dataset, policy, world
+    from earl.stages import sft, tokenise
+
+    for output, stage in paths.shared_stages(config).items():
+        if output.exists():
+            continue
+        match stage.stage:
+            case "raw":
+                raw = config.raw_datasets[stage.name]
+                dataset.write_raw(output, count=raw.count, seed=raw.seed, tasks=raw.tasks or world.TASKS)
+            case "policy":
+                policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
+            case "download":
+                hub_files.download(hub.data_files(stage.name), output)
+            case "fetch":
+                fetch.make(catalogue.entries()[stage.name], output)
+            case "convert":
+                published.make(stage.conversion, output)
+            case "tokenise":
+                tokenise.run(config, stage.name, paths.raw_file(config, stage.name), output)
+            case "sft":
+                sft.run(config, stage.name, output)
+
+
+def run_iteration(config: Config, run: Run, index: int) -> None:
+    """Generate, score and train iteration ``index``."""
+    from earl.stages import generate, score, train
+
+    files, sampler = run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy)
+    for shard in range(config.rollout_shards):
+        generate.run(config, index, shard, sampler, files.rollouts(shard))
+        score.run(config, files.rollouts(shard), files.scores(shard))
+    train.run(config, run.path, index)
+
+
+def evaluate(config: Config, run: Run, index: int) -> None:
+    """Make the evaluations of the policy of iteration ``index`` that are due."""
+    from earl.stages import evaluate, generate, score
+
+    names = config.evaluations_at(index)
+    sampler = generate.Sampler.load(config, run.iteration(index).policy) if names else None
+    for name in names:
+        files = run.evaluation(name, index)
+        generate.run_evaluation(config, name, index, sampler, files.rollouts)
+        score.run(config, files.rollouts, files.scores)
+        evaluate.run(config, name, index, files.rollouts, files.scores, files.table)
+
+
+def start(config: Config) -> Run:
+    """Make what comes before the first iteration, and return the run's files."""
+    run = Run(Path(config.base_exp_dir) / config.run_name)
+    places.check(config)
+    freeze.write(config, run.config)
+    make_shared(config)
+    state.start(run, paths.policy_folder(config, config.model_path))
+    return run
+
+
+def run_all(config: Config) -> Run:
+    """Run an experiment from raw data to the last evaluation and return its files."""
+    run = start(config)
+    for index in range(config.num_iterations + 1):
+        if index:
+            run_iteration(config, run, index)
+        evaluate(config, run, index)
+    return run
