@@ -51,7 +51,7 @@ def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None 
     tables.write_table(out, schema, columns, _metadata(config, rollouts, judge))
 
 
-def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
+def run_again(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None = None) -> tuple[int, int]:
     """Ask the failed judgements of a file of scores again, and write it with their answers; all other rows stay.
 
     What was answered for them is kept, the tries go on after the last one, and their seeds follow from its number. So
@@ -61,6 +61,7 @@ def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
         config: The run's resolved configuration.
         rollouts: What the scores are of.
         out: The scores; a file in which no judgement failed is left alone.
+        judge: The configured judge, where it is at hand already.
 
     Returns:
         How many judgements had failed, and how many still have.
@@ -68,7 +69,7 @@ def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
     Raises:
         EarlError: the scores are of other rollouts, or by another judge or configuration; the judge asks no model.
     """
-    judge = judges.get(config)
+    judge = judge or judges.get(config)
     if not isinstance(judge, ModelJudge):
         raise EarlError(f"{out}: the judge {judge.name!r} asks no model, so asking again gives the same")
     metadata = _metadata(config, rollouts, judge)
