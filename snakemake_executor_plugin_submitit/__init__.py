@@ -162,8 +162,9 @@ class Executor(RemoteExecutor):
         return mine if mine in alive else None
 
     def _submit(self, job: JobExecutorInterface, folder: Path, recorded: Record, parameters: dict[str, Any]) -> str:
-        for path in [*folder.glob("*.pkl"), *folder.glob("*.sh")]:
-            path.unlink()
+        for pattern in ("*.pkl", "*.sh", "*.save_tmp"):
+            for path in folder.glob(pattern):
+                path.unlink()
         found = resources.check(job.name, job.resources)
         recorded.write(folder)
         # Half of the time until the limit is the command's, the rest is for queueing the job again.

@@ -23,7 +23,7 @@ def on_two_nodes(slurm, tmp_path):
 
     def submit(*arguments: object) -> str:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--mem=2000", "--gres=gpu:2"]
+        command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=2", "--mem=2000", "--gres=gpu:2"]
         command += [f"--output={tmp_path}/%j.txt", "--time=5", ROOT / "tests" / "support" / "batch.sh", sys.executable]
         return subprocess.run(
             [*map(str, command), "-m", "earl", *map(str, arguments)],
