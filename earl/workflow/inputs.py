@@ -110,14 +110,15 @@ class Inputs:
 
     def iterate(self, w: Any) -> dict[str, Any]:
         plan, last = self.plans[w.run], int(w.step)
-        ends, record = [part[-1] for part in plan.segments], plan.run.segment(last)
+        ends = [part[-1] for part in plan.segments]
         place = ends.index(last) if last in ends else 0
         before = [plan.run.segment(ends[place - 1]).as_posix()] if place else self._start(plan)
-        # The record is there, its iterations are not, as when files were removed by hand: have it made again.
-        outdated = [record.with_suffix(".outdated").as_posix()] if last in ends and record.is_file() else []
+        # Newer than the segment's record where files were removed since: rewound, or by hand.
+        item = plan.run.iteration(last)
+        changed = [path.as_posix() for path in (item.path, item.metrics.parent) if last in ends and path.is_dir()]
         evaluated = self.ancient(evaluations(plan, plan.evaluations))
         data = self._sampling(plan, paths.prompt_paths(plan.config))
-        return {"before": before, "outdated": outdated, "evaluated": evaluated, **data}
+        return {"before": before, "changed": changed, "evaluated": evaluated, **data}
 
     def finished(self, w: Any) -> Files:
         return finished(self.plans[w.run])
@@ -145,12 +146,14 @@ class Inputs:
             return self._start(plan)
         if index > plan.newest:
             return [item.metrics.as_posix()]
-        # Snakemake would make anew whatever has a missing input. So only what is missing itself has the checkpoint as
-        # an input: to restore it for one stage does not repeat the others.
-        forced = self.forced()
-        if all(map(os.path.exists, files)) and forced is not None and forced.isdisjoint([rule, *files]):
+        # Snakemake would make anew whatever has a missing input. So only what has to be made itself has the checkpoint
+        # as an input: to restore it for one stage does not repeat the others.
+        trained, forced = item.metrics.parent, self.forced()
+        is_there = all(map(os.path.exists, files)) and forced is not None and forced.isdisjoint([rule, *files])
+        if is_there and not any(_is_newer(item.metrics, path) for path in made):
             return []
-        return self.ancient([(item.path / folder / manifest.NAME).as_posix() for folder in folders])
+        manifests = [(item.path / folder / manifest.NAME).as_posix() for folder in folders]
+        return [*([trained.as_posix()] if trained.is_dir() else []), *self.ancient(manifests)]
 
     def _by_stage(self, w: Any) -> tuple[Plan, int]:
         """Return plan and iteration; EarlError where this workflow does not make the iteration by stage."""
@@ -173,3 +176,7 @@ class Inputs:
         if shards not in (0, plan.config.rollout_shards):
             raise EarlError(f"{plan.key}: iteration {index} was made in other shards; set rollout_shards={shards}")
         return plan, index
+
+
+def _is_newer(one: Path, other: Path) -> bool:
+    return one.exists() and one.stat().st_mtime > other.stat().st_mtime

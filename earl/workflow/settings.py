@@ -29,8 +29,10 @@ def _paths(value: Any) -> list[str]:
 def _overrides(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
-    parsed = [load.parse_overrides(item, load.WORKFLOW) for text in _items(value) for item in _items(text)]
-    return {name: field for found in parsed for name, field in found.items()}
+    if isinstance(value, list):
+        return {name: field for item in value for name, field in _overrides(item).items()}
+    text = str(value)
+    return load.parse_overrides(_items(text) if text.startswith("[") else text, load.WORKFLOW)
 
 
 class Settings(BaseModel):

@@ -46,11 +46,6 @@ rule iterate:
         "earl iterate --run {wildcards.run:q} --to {wildcards.step} 2>&1 | tee {log:q}"
 
 
-rule outdated_record:
-    output:
-        temp(touch("{run}/segments/{step}.outdated")),
-
-
 # One job a shard, all from the policy of the iteration before.
 rule generate:
     input:
