@@ -1,6 +1,6 @@
 # make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch|vllm] [CONFIG=config/demo.jsonnet] [SET=field=value,...] [RUNS=runs]
 # make matrix [ITERATIONS=n] [SET='field=value ...'] [RUNS=runs]: the ten experiments in the shapes world, and one page of them all
-# make test | make lint | make venv
+# make test: everything. make test-fast: unit tests that take no longer than 3 seconds. make lint | make venv
 #
 # Needs Python 3.11 or newer with pip, make and git: PYTHON=python3.12 names one. The first target that needs it makes .venv
 # and installs into it; one that is there is used.
@@ -41,7 +41,7 @@ MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) epi
   workers=local $(SET)
 listed = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: demo matrix test lint venv new-enough
+.PHONY: demo matrix test test-fast lint venv new-enough
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED) $(if $(filter vllm,$(ENGINE)),$(WITH_VLLM))
@@ -56,8 +56,14 @@ matrix: $(INSTALLED)
 	@$(BIN)/python -m earl compare $(MATRIX:%=--run $(RUNS)/shapes_%) --published --out $(RUNS)/matrix.html
 	@echo "Comparison: $(abspath $(RUNS)/matrix.html)"
 
+# A file's tests share what they set up, so they stay in one process.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(TESTABLE)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
+
+test-fast: $(TESTABLE)
+	$(PYTEST) -m "not slow" tests/unit
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check earl tests benchmarks scripts

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
+import subprocess
 
 import pytest
 
@@ -16,10 +17,23 @@ from tests.support import policies, slurm_cluster
 from tests.support.demo import DEMO, SHORT, SMALL
 from tests.support.workplace import Workplace
 
+QUICK = 3
+"""Seconds. `make test-fast` runs what takes no longer, on a quiet machine."""
+
 
 def pytest_configure():
     """TRL and the tests' own imports of transformers do not come by way of `earl.emu3.models`."""
     torch_extensions.work_around()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that took longer than a quick one may and are not marked as slow."""
+    passed = terminalreporter.stats.get("passed", [])
+    unmarked = [report for report in passed if report.duration > QUICK and "slow" not in report.keywords]
+    if unmarked:
+        terminalreporter.section(f"more than {QUICK} s and not marked as slow")
+        for report in sorted(unmarked, key=lambda report: -report.duration):
+            terminalreporter.line(f"{report.duration:6.1f} s  {report.nodeid}")
 
 
 @pytest.fixture(scope="session")
@@ -81,12 +95,33 @@ def small_config(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def small_run(small_config):
+    """The small demo's files, made in one process: two iterations and two evaluations. Copy what a test changes."""
+    from tests.support import bare_loop
+
+    return bare_loop.run_all(small_config("plain"))
+
+
 @pytest.fixture
 def new_run(tmp_path, policy_folder):
     """Return a function that makes a run folder with a frozen configuration and the starting policy."""
     from tests.support import train_files
 
     return lambda name="run", **changes: train_files.new_run(tmp_path, policy_folder, name, **changes)
+
+
+@pytest.fixture
+def earl(capsys):
+    """Return a function that runs a command in this process, where everything is imported already."""
+    from earl import cli
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        status = cli.call(list(map(str, arguments)))
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

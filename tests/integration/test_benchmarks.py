@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import bare_loop
 from earl import judges
 from earl.config import evaluate, load, paths
 from earl.data.tokenised import open_dataset
@@ -18,6 +17,7 @@ from earl.messages.errors import EarlError
 from earl.report import results
 from earl.shapes import dataset, world
 from earl.stages import sft
+from tests.support import bare_loop
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ("omniedit", "emuedit", "aurora", "magicbrush", "vismin", "i2ebench")

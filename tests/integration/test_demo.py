@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import bare_loop
 from earl.files import manifest
 from earl.run.layout import Run
+from tests.support import bare_loop
 from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[2]

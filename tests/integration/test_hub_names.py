@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import bare_loop
 from earl.config import load, paths, places
 from earl.config.schema import Config
 from earl.data.raw import RawSource
@@ -19,7 +18,7 @@ from earl.files import manifest, tables
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
 from earl.shapes import dataset
-from tests.support import emu3_files
+from tests.support import bare_loop, emu3_files
 from tests.support.tokenised_files import write_tokenised
 from tests.support.workplace import Workplace
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from tests.support import bare_loop
 from earl.config import load
 from earl.execution import processes
 from earl.files import manifest
 from earl.run import state
 from earl.run.layout import Run
+from tests.support import bare_loop
 from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[2]

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import bare_loop
 from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, manifest, tables
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
 from earl.stages import generate, score, train
+from tests.support import bare_loop
 
 
 @pytest.fixture(scope="module")

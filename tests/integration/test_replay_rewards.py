@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import bare_loop
 from earl.config import freeze, load
 from earl.files import manifest, tables
 from earl.messages.errors import EarlError
@@ -16,10 +15,10 @@ from earl.run.layout import Run
 from earl.stages import replay, rescore, restore, train
 
 
-@pytest.fixture(scope="module")
-def source(small_config):
+@pytest.fixture
+def source(small_run):
     """A run of two iterations. Its configuration asks for no ground score; its judge, a program, gives one."""
-    return bare_loop.run_all(small_config("scored", num_iterations=2, evaluations={}))
+    return small_run
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """Archives of the reference become tokenised shards: the same examples, every id checked."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -114,10 +113,9 @@ def test_what_says_nothing_is_rejected_as_in_raw_pairs(change: dict, tmp_path: P
     assert [row["row"] for row in pq.read_table(tmp_path / "out" / "_rejected").to_pylist()] == [1]
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(earl: Callable, tmp_path: Path) -> None:
     listing = write_archives(tmp_path / "in", 3)
-    command = [sys.executable, "-m", "earl", "convert", "data", str(listing), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--dataset", "mine"], capture_output=True, text=True)
+    done = earl("convert", "data", listing, "--out", tmp_path / "out", "--dataset", "mine")
     assert done.returncode == 0, done.stderr
     assert "convert mine: 3 of 3 rows kept" in done.stderr
     assert open_dataset(tmp_path / "out")[0].dataset == "mine"

@@ -15,12 +15,13 @@ from earl.learner import logprobs
 from earl.messages.errors import EarlError
 from tests.support import policies
 from tests.support.distributions import truncated_softmax
+from tests.support.engines import ENGINES
 
 FREE = SamplingParams(temperature=1.0, max_tokens=80)
 AT_ONCE = "<|image start|>"
 
 
-@pytest.fixture(scope="module", params=["torch", "vllm"])
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(request):
     return request.getfixturevalue(f"{request.param}_engine")
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import uuid
 
@@ -219,11 +218,7 @@ def test_the_program_judge_knows_its_world():
     assert "tokens_in_per_judgement" not in found
 
 
-def earl(*arguments):
-    return subprocess.run([sys.executable, "-m", "earl", *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_the_command_prints_writes_and_stops_below_the_minimum(tmp_path):
+def test_the_command_prints_writes_and_stops_below_the_minimum(earl, tmp_path):
     freeze.write(demo_config(), tmp_path / "config.json")
     known_order.write(tmp_path / "pairs.parquet", known_order.of_shapes(7, seed=1))
     command = ["judge", "check", "--config", tmp_path / "config.json", "--pairs", tmp_path / "pairs.parquet"]
@@ -247,6 +242,7 @@ def test_too_many_failures_stop_too():
 # The workflow
 
 
+@pytest.mark.slow
 def test_a_run_starts_only_behind_its_gate(workplace):
     gated = workplace.experiment("gated", judge_gate={"minimum_accuracy": 0.8}, num_iterations=1)
     workplace.run(gated, fails=True, earl_command=f"{sys.executable} -c 'raise SystemExit(2)'")
@@ -258,6 +254,7 @@ def test_a_run_starts_only_behind_its_gate(workplace):
     assert workplace.stages() == []
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_set_later_makes_nothing_again(workplace):
     workplace.run(workplace.experiment("late", num_iterations=1))
     workplace.run(workplace.experiment("late", num_iterations=1, judge_gate={}))

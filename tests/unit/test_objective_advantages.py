@@ -6,7 +6,6 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from trl import GRPOTrainer
 
 from earl.config.schema import Config
 from earl.learner import advantage, episodes
@@ -206,6 +205,8 @@ def rewards():
 
 def trl_advantages(rewards, weights, **options):
     """GRPOTrainer's advantages of given rewards: its method, on a stand-in that generates and rewards nothing."""
+    from trl import GRPOTrainer
+
     count, components = rewards.shape
     trainer = MagicMock()
     trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=0, gather=lambda x: x)
@@ -229,6 +230,7 @@ def trl_advantages(rewards, weights, **options):
 GROUPS_OF_FOUR, ALL = torch.arange(24) // 4, torch.ones(24, dtype=torch.bool)
 
 
+@pytest.mark.slow
 def test_component_advantages_equal_trls(rewards):
     """Which divides by sample standard deviations: the groups' cancel, that of all 24 episodes remains."""
     expected = trl_advantages(rewards, [1.0, 0.5], multi_objective_aggregation="normalize_then_sum")
@@ -237,6 +239,7 @@ def test_component_advantages_equal_trls(rewards):
     assert expected.abs().max() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "scale", "factor"), [("mean", "none", 1.0), ("mean_std", "group", (3 / 4) ** 0.5)])
 def test_advantages_equal_trls(rewards, kind, scale, factor):
     options = {"multi_objective_aggregation": "sum_then_normalize", "scale_rewards": scale}

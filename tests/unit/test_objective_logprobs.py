@@ -15,6 +15,7 @@ from earl.learner.logprobs import FULL, Support
 from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 from tests.support import policies
+from tests.support.engines import ENGINES
 
 VISUAL = (4, 6)  # ids 0..3 are text, 4 and 5 visual
 SPLIT = logprobs.split_vocab(VISUAL)
@@ -186,7 +187,9 @@ def test_gradcheck_with_what_is_kept_held_fixed(small_blocks):
     hidden, targets, temperatures, support = hidden[:6], targets[:6], temperatures[:6], Support(((0, 200),), 9, 0.8)
     kept = head.kept_ids(hidden, weight, targets, temperatures, support)
     torch.autograd.gradcheck(
-        lambda h, w: head.token_logprobs(h, w, targets, temperatures, support, kept=kept)[0], (hidden, weight)
+        lambda h, w: head.token_logprobs(h, w, targets, temperatures, support, kept=kept)[0],
+        (hidden, weight),
+        fast_mode=True,
     )
 
 
@@ -238,7 +241,7 @@ def rollouts(engine, policy, vocabulary, params):
     return found
 
 
-@pytest.mark.parametrize("engine", ["torch", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.7, -1), (1.0, 5), (0.8, 12)])
 def test_a_truncated_rollout_passes_the_parity_gate(request, picky, vocabulary, engine, top_p, top_k):
     """The learner finds again what the sampler kept, and learns; over the split vocabulary it is stopped."""

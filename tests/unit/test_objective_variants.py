@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-from trl import GRPOTrainer
 
 from earl.learner import logprobs, objective
 
@@ -215,6 +213,8 @@ def our_loss(logp, batch, normalization, kl_coeff, options):
 
 def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high, weighted_kl=False):
     """GRPOTrainer's loss on given log-probs: its method, on a stand-in that has what it reads."""
+    from trl import GRPOTrainer
+
     accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, torch.zeros_like(logp), None),
@@ -267,6 +267,7 @@ def _names_elsewhere(normalization, options):
     return (LOSS_TYPES[normalization], HIGH) if options.ratio else ("cispo", CAP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("normalization", "kl_coeff", "options"), VARIANTS)
 def test_loss_and_gradient_equal_trls(batch, normalization, kl_coeff, options):
     ours, theirs = (_logprobs(batch.hidden, batch.weight, batch.targets).requires_grad_() for _ in range(2))
@@ -280,6 +281,7 @@ def test_loss_and_gradient_equal_trls(batch, normalization, kl_coeff, options):
     assert ours.grad.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", LOSS_TYPES)
 def test_weighted_kl_equals_trls(batch, normalization):
     """Liger's loss by blocks does not have it."""
@@ -294,9 +296,12 @@ def test_weighted_kl_equals_trls(batch, normalization):
     assert ours.grad.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("normalization", "kl_coeff", "options"), VARIANTS)
 def test_loss_and_gradient_equal_ligers(batch, normalization, kl_coeff, options):
     """Through the head: gradients of hidden states and head weight, at temperature 0.8."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
     loss_type, high = _names_elsewhere(normalization, options)
     liger = LigerFusedLinearGRPOLoss(
         beta=kl_coeff,
@@ -327,6 +332,7 @@ def test_loss_and_gradient_equal_ligers(batch, normalization, kl_coeff, options)
         assert our.grad.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", LOSS_TYPES)
 def test_on_policy_gradient_equals_trls(batch, normalization):
     """The spec's loss has another value than a ratio of 1, but the same gradient."""

@@ -11,6 +11,7 @@ from earl.engines import Request, SamplingParams
 from earl.engines.torch_engine import TorchEngine
 from tests.support import policies
 from tests.support.distributions import truncated_softmax
+from tests.support.engines import ENGINES
 
 SAMPLES = 20_000
 BATCH = 500
@@ -35,7 +36,7 @@ def prompt(policy):
     return sequence.prompt_ids(tokens, instruction, "<|image start|>", Vocabulary.from_folder(policy))
 
 
-@pytest.fixture(params=["torch", "vllm"])
+@pytest.fixture(params=ENGINES)
 def engine(request, policy):
     if request.param == "torch":
         engine = TorchEngine(torch.device("cpu"), torch.float32, batch_size=BATCH, context=512, constrained=True)

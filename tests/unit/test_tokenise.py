@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -267,18 +268,17 @@ class TestRejects:
             tokenise.run(demo_config(), "d", raw, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    def test_the_command_keeps_an_older_result_when_it_fails(self, tmp_path: Path) -> None:
+    def test_the_command_keeps_an_older_result_when_it_fails(self, earl: Callable, tmp_path: Path) -> None:
         config = tmp_path / "config.json"
         freeze.write(demo_config(), config)
         raw, out = write_raw(tmp_path / "raw.parquet", raw_columns(2)), tmp_path / "out"
-        command = [sys.executable, "-m", "earl", "tokenise", "--config", str(config), "--dataset", "d"]
-        command += ["--raw", str(raw), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = ["tokenise", "--config", config, "--dataset", "d", "--raw", raw, "--out", out]
+        done = earl(*command)
         assert done.returncode == 0
         assert "tokenise d: 2 of 2 rows kept" in done.stderr
         before = contents(out)
         write_raw(raw, raw_columns(2) | {"original": [PICTURE, {"bytes": b"GIF89a", "path": ""}]})
-        failed = subprocess.run(command, capture_output=True, text=True)
+        failed = earl(*command)
         assert failed.returncode == 2
         assert "error: 1 row rejected" in failed.stderr
         assert "raw.parquet: row 1, column 'original'" in failed.stderr
@@ -377,6 +377,7 @@ class TestColumns:
 
 KILLED = """
 import os, signal, sys
+from collections.abc import Callable
 from pathlib import Path
 from earl.config import load
 from earl.data import shards
@@ -392,6 +393,7 @@ tokenise.run(load.load("config/demo.jsonnet").config, "shapes_rl", Path(sys.argv
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_shards_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-from tests.support import bare_loop
 from earl import judges
 from earl.files import manifest, tables
 from earl.judges import Verdict
@@ -32,14 +31,9 @@ class Stricter(ProgramJudge):
         ]
 
 
-@pytest.fixture(scope="module")
-def finished(small_config):
-    return bare_loop.run_all(small_config("rescored", num_iterations=2))
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    return Run(shutil.copytree(finished.path, tmp_path / "run", symlinks=True))
+def run(small_run, tmp_path):
+    return Run(shutil.copytree(small_run.path, tmp_path / "run", symlinks=True))
 
 
 @pytest.fixture
