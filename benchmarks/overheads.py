@@ -5,8 +5,8 @@
     PYTHONPATH=. python benchmarks/overheads.py --count runs/demo
 
 The first prints, for 2,000 iterations of an 8B policy and a 72B judge on eight GPUs, the seconds an iteration that are
-not work, by cause, and the bytes written, by stage and by segment. Everything assumed stands in `Cluster`; --set changes
-it. --count prints what an iteration of a run on disk takes, by kind of file.
+not work, by cause, and the bytes written, by stage and by segment. Everything assumed stands in `Cluster`; --set
+changes it. --count prints what an iteration of a run on disk takes, by kind of file.
 """
 
 import argparse

@@ -138,8 +138,8 @@ class Executor(RemoteExecutor):
     def _run_here(self, info: SubmittedJobInfo) -> None:
         command = self.format_job_exec(info.job)
         print(command, flush=True)
-        self.report_job_submission(info)
         info.aux = {"status": subprocess.run(command, shell=True, check=False).returncode}
+        self.report_job_submission(info)
 
     def _find(self, folder: Path, wanted: Record) -> str | None:
         """Return the id of a job that runs this command now, and cancel others that would write its outputs."""

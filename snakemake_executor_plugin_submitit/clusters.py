@@ -114,8 +114,8 @@ class Local:
     def submit(self, task: Task, name: str, parameters: dict[str, Any], timeouts: int) -> str:
         """See :class:`Cluster`. Of the parameters, time limit and set-up lines count."""
         # submitit hides GPUs that it was not asked for.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = "unset CUDA_VISIBLE_DEVICES" if visible is None else f"export CUDA_VISIBLE_DEVICES={shlex.quote(visible)}"
+        name = "CUDA_VISIBLE_DEVICES"
+        gpus = f"export {name}={shlex.quote(os.environ[name])}" if name in os.environ else f"unset {name}"
         task.command = "\n".join([gpus, *parameters.get("setup", ()), task.command])
         executor = submitit.LocalExecutor(task.folder, max_num_timeout=timeouts)
         executor.update_parameters(

@@ -76,7 +76,7 @@ def check_policy(folder: Path | str) -> Vocabulary:
     """
     with reading_policy(folder) as vocabulary:
         if not _is_sealed(folder):
-            _check_finite(folder, ((name, weight) for _, name, weight in weights(folder)))
+            _check_finite(folder, ((text_weight_name(name), weight) for _, name, weight in weights(folder)))
     return vocabulary
 
 
@@ -104,10 +104,12 @@ def _is_sealed(folder: Path | str) -> bool:
     return (Path(folder) / manifest.NAME).is_file()
 
 
-def _check_finite(folder: Path | str, named: "Iterable[tuple[str, torch.Tensor]]") -> None:
+def _check_finite(folder: Path | str, named: "Iterable[tuple[str | None, torch.Tensor]]") -> None:
+    """Look for NaN and infinity in weights, which have the names of `Emu3ForCausalLM`; None: none of its own."""
     for name, weight in named:
-        if not tensors.is_finite(weight):
-            raise EarlError(f"{folder}: weight {name!r} is not finite; go back to an earlier checkpoint")
+        if name is not None and not tensors.is_finite(weight):
+            [file] = [path for path in _weight_files(Path(folder)) if name in map(text_weight_name, _shapes(path))]
+            raise EarlError(f"{file}: weight {name!r} is not finite; go back to an earlier checkpoint")
 
 
 def check_identity(folder: Path | str) -> Vocabulary:

@@ -56,6 +56,8 @@ class Engine(Protocol):
     def load(self, policy: Path) -> None:
         """Take a policy into memory, in place of one loaded before.
 
+        Where this process is one of several ranks, all of them call this together: vLLM's engines meet when they start.
+
         Raises:
             EarlError: when the folder is not a whole, finite policy (`earl.emu3.checkpoint.check_policy`), or does not
                 fit into memory.

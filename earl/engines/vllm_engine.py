@@ -5,6 +5,7 @@ up to rounding: the sums in a batch of another size may differ in their last bit
 on its other side.
 """
 
+import gc
 import importlib.util
 import logging
 import os
@@ -60,7 +61,8 @@ class Settings:
 class VllmEngine:
     """See the module. Loading another policy of the same shape swaps the weights of the live engine.
 
-    vLLM's state belongs to the whole process: starting one engine closes the one before, which has to load again.
+    vLLM's state belongs to the whole process: starting one engine closes the one before, which has to load again. Of
+    several ranks each has an engine of its own, on its GPU; all of them start and close theirs together.
     """
 
     _live: "ClassVar[VllmEngine | None]" = None
@@ -71,6 +73,8 @@ class VllmEngine:
         self._shape: tuple[Any, ...] | None = None
         self._digest: str | None = None
         self._sleeps = False
+        self._owns_group = True
+        """Whether vLLM opened the process group of `torch.distributed`, which then ends with it."""
         self._config_folder: tempfile.TemporaryDirectory | None = None
 
     @classmethod
@@ -140,9 +144,24 @@ class VllmEngine:
             self._sleeps = False
 
     def close(self) -> None:
-        if self.llm is not None:
-            llm, self.llm, self._sleeps, VllmEngine._live = self.llm, None, False, None
+        if self.llm is None:
+            return
+        llm, self.llm, self._sleeps, VllmEngine._live = self.llm, None, False, None
+        if self._owns_group:
             llm.llm_engine.engine_core.shutdown()
+            return
+        # The same without the end of the process group, which the ranks had joined before and still need.
+        import torch
+        from vllm.distributed import parallel_state
+
+        client = llm.llm_engine.engine_core
+        client._finalizer.detach()
+        client.engine_core.model_executor.shutdown()
+        parallel_state.destroy_model_parallel()
+        del llm, client
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _loaded(self) -> "LLM":
         if self.llm is None:
@@ -157,9 +176,13 @@ class VllmEngine:
         self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
         config.save_pretrained(self._config_folder.name)
         options = llm_options(self.settings, config) | {"hf_config_path": self._config_folder.name}
+        import torch.distributed as dist
         from vllm import LLM
 
-        with self._start_errors(policy):
+        self._owns_group = not dist.is_initialized()
+        if not self._owns_group and dist.get_world_size() > 1:
+            options["distributed_executor_backend"] = "external_launcher"
+        with self._start_errors(policy), _on_own_gpu(self.settings.device):
             self.llm = LLM(model=str(policy), **options)
         VllmEngine._live = self
         self._shapes = _weight_shapes(config)
@@ -180,11 +203,9 @@ class VllmEngine:
             raise EarlError(f"{policy}: does not load in vLLM ({reason})") from error
 
     def _replace(self, **source: Any) -> None:
-        """Replace the weights in place. The cache of prompts was computed with the old ones, so it goes."""
+        """Replace the weights in place."""
         try:
             self.llm.collective_rpc("reload_weights", kwargs=source)
-            if not self.llm.reset_prefix_cache():
-                raise EarlError("vLLM kept its cache of prompts, which belongs to the policy before; load it again")
         except BaseException:
             self.close()  # Half of the weights may be the old ones.
             raise
@@ -197,6 +218,10 @@ class VllmEngine:
                 prompts.append({"prompt_token_ids": list(request.prompt_token_ids)})
                 sampling.append(self._sampling(request, seed, params))
         remedy = f"lower max_response_tokens ({params.max_tokens}) or raise vllm_gpu_memory_utilization"
+        # Prompts read before may have been read with other weights, and in batches of other sizes: without them,
+        # completions do not depend on what this engine did earlier.
+        if not llm.reset_prefix_cache():
+            raise EarlError("vLLM kept its cache of prompts, which may belong to another policy; load this one again")
         with memory_errors(remedy), vllm_torch(self.settings.device):
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
         shared = sum(output.num_cached_tokens or 0 for output in outputs)
@@ -222,6 +247,22 @@ class VllmEngine:
             stop_token_ids=[self.vocabulary.eos],
             extra_args=vllm_constraint.extra_args(request.grid) if self.settings.constrained else None,
         )
+
+
+@contextmanager
+def _on_own_gpu(device: str) -> Iterator[None]:
+    """Have vLLM, which goes by `LOCAL_RANK` in a process of several, take the GPU that this process has chosen."""
+    import torch
+
+    before = os.environ.get("LOCAL_RANK")
+    if device == "cpu" or before is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:

@@ -161,11 +161,18 @@ def end_when(is_over: Callable[[], bool], interval: float = 0.25, first: Callabl
     threading.Thread(target=watch, name="end-with-workflow", daemon=True).start()
 
 
-def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Between fork and exec: have Linux send this process a signal when the one that started it is gone, however."""
+def end_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> None:
+    """Between fork and exec: have Linux send this process a signal when the one that started it is gone, however.
+
+    Args:
+        number: The signal.
+        parent: Process id of the one that started it; should it be gone already, this process ends here.
+    """
     set_parent_death_signal = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def end_stages_with_this_process() -> None:

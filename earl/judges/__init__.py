@@ -1,6 +1,10 @@
-"""Judges: what scores edited images. One interface; `get` finds an implementation by its configured name."""
+"""Judges: what scores edited images. One interface; `get` finds an implementation by its configured name.
 
-from collections.abc import Mapping, Sequence
+A stage asks `get`. A segment, whose ranks share a judge for many iterations, asks `in_segment`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -8,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from earl.config.schema import Config
+    from earl.execution.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def get(config: "Config") -> Judge:
     """Return the configured judge.
 
     Raises:
-        EarlError: when a rubric of its cannot be read.
+        EarlError: when one of its rubrics cannot be read.
     """
     if config.judge == "program":
         from earl.judges.program import ProgramJudge
@@ -70,3 +75,22 @@ def get(config: "Config") -> Judge:
     from earl.judges import model_judge
 
     return model_judge.from_config(config)
+
+
+@contextmanager
+def in_segment(config: "Config", team: "Ranks") -> Iterator[Judge]:
+    """Yield the configured judge on every rank of a segment; all enter and leave together, in their main threads.
+
+    For `vllm` the segment starts a server (see `earl.judges.segment`), whose scores say the same of who judged as those
+    of the judge `vllm` in a stage. The server ends with the segment, however that ends.
+
+    Raises:
+        EarlError: see `get` and `earl.judges.segment.serving`.
+    """
+    if config.judge != "vllm":
+        yield get(config)
+        return
+    from earl.judges import model_judge, segment
+
+    with segment.serving(config, team) as url:
+        yield model_judge.from_config(config, url)

@@ -249,8 +249,16 @@ def _encode(pixels: "np.ndarray", size: int | None, pngs: dict[str, bytes]) -> s
     return digest
 
 
-def from_config(config: "Config") -> ModelJudge:
+SERVED = 60.0
+"""Seconds to wait for a segment's own server, which has answered before and does not come back once it is gone."""
+
+
+def from_config(config: "Config", served_at: str | None = None) -> ModelJudge:
     """Return the judge `openai` or `vllm` of a configuration; no model is loaded and no server asked yet.
+
+    Args:
+        config: The run's resolved configuration.
+        served_at: Where a server of the judge `vllm` answers, to be asked in place of a model in this process.
 
     Raises:
         EarlError: a rubric cannot be read, or the rubrics do not give the scores they are for.
@@ -267,15 +275,15 @@ def from_config(config: "Config") -> ModelJudge:
         structured=config.judge_structured_output,
         random_seed=config.random_seed,
     )
-    if config.judge == "openai":
+    if config.judge == "openai" or served_at is not None:
         from earl.judges.openai_model import OpenAIModel
 
         model: ChatModel = OpenAIModel(
-            api_base=config.reward_function_api_base,
+            api_base=served_at or config.reward_function_api_base,
             model=config.reward_function_api_model_name,
             concurrency=config.judge_concurrency,
             timeout=config.judge_timeout_seconds,
-            startup=config.judge_startup_seconds,
+            startup=config.judge_startup_seconds if served_at is None else SERVED,
             patience=config.judge_retry_seconds,
         )
     else:

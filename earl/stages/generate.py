@@ -38,7 +38,7 @@ class Sampler:
 
     @classmethod
     def load(cls, config: "Config", policy: Path) -> "Sampler":
-        """Load a policy folder into the configured engine.
+        """Load a policy folder into the configured engine; of several ranks all do so together.
 
         Raises:
             EarlError: see `engines.get`, `engines.Engine.load` and `checkpoint.load_vision_tokenizer`.

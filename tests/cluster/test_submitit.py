@@ -1,0 +1,189 @@
+"""The executor on a real Slurm, with a toy workflow: whatever comes in a job's way, one writer and the whole output."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests.support.toy_workflow import Bench, kill, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bench(tmp_path, slurm):
+    yield Bench(tmp_path, slurm.env)
+    wait_until(lambda: not slurm.jobs())
+
+
+def test_two_jobs_run_side_by_side_each_with_gpus_of_its_own(bench):
+    driver = bench.start("out/a", "out/b", gpu=2)
+    (first, *_), (second, *_) = bench.begun(2)
+    assert first != second
+    bench.hurry()
+    bench.ended(driver)
+    assert bench.words() == ["begin", "begin", "end", "end"]
+    assert [(bench.path / "out" / name).read_text() for name in "ab"] == ["whole"] * 2
+    used = {(bench.path / "logs" / f"{name}.log").read_text() for name in "ab"}
+    assert used <= {f"at work with GPUs {gpus}\n" for gpus in ("0,1", "2,3")}
+    assert not list((bench.path / ".snakemake" / "submitit").iterdir()), "nothing is kept of a job that succeeded"
+
+
+def test_a_job_that_cannot_start_says_why(bench, slurm):
+    driver = bench.start(runtime=600)
+    bench.waits_for("PENDING (PartitionTimeLimit)")
+    driver.send_signal(signal.SIGINT)
+    driver.wait(timeout=60)
+    wait_until(lambda: not slurm.jobs())
+
+
+def test_a_job_that_slurm_does_not_take_fails(bench):
+    bench.ended(bench.start(slurm_partition="none"), status=1)
+    assert "invalid partition" in bench.said()
+
+
+def test_other_resources_are_asked_for(bench):
+    bench.hurry()
+    bench.ended(bench.start(gres="gpu:3", slurm_extra="'--nice=7 --comment=mine'"))
+    assert (bench.path / "logs" / "a.log").read_text() == "at work with GPUs 0,1,2\n"
+    bench.ended(bench.start("out/b", exclusive="true"))
+    assert (bench.path / "logs" / "b.log").read_text() == "at work with GPUs 0,1,2,3\n"
+
+
+def test_a_type_of_gpus_that_no_node_has_is_refused(bench):
+    bench.ended(bench.start(gpu="h100:2"), status=1)
+    assert "was not submitted" in bench.said()
+
+
+def test_a_job_that_fails_without_a_log_of_its_rule_shows_what_it_printed(bench):
+    bench.ended(bench.start("fail"), status=1)
+    assert "exit status 1; its log: " in bench.said()
+    assert "went wrong" in bench.said()
+
+
+def test_an_interrupted_driver_cancels(bench, slurm):
+    driver, _ = bench.start("out/a", "out/b"), bench.begun(2)
+    driver.send_signal(signal.SIGINT)
+    bench.ended(driver, status=1)
+    wait_until(lambda: not slurm.jobs())
+    assert bench.words() == ["begin", "begin"]
+
+
+def test_a_cancelled_job_fails(bench, slurm):
+    driver, [[job, *_]] = bench.start(), bench.begun()
+    slurm.call("scancel", job)
+    bench.ended(driver, status=1)
+    assert "ended without a result (CANCELLED" in bench.said()
+    assert bench.words() == ["begin"]
+
+
+def test_a_killed_driver_finds_its_jobs_again(bench):
+    driver, _ = bench.start(), bench.begun()
+    kill(driver)
+    driver = bench.start()
+    bench.waits_for(": found running")
+    bench.hurry()
+    bench.ended(driver)
+    assert bench.words() == ["begin", "end"]
+
+
+def test_a_job_with_another_command_for_the_same_output_is_cancelled_first(bench):
+    driver, [[job, *_]] = bench.start(), bench.begun()
+    kill(driver)
+    driver = bench.start(config="other")
+    assert bench.begun(2)[1][0] != job
+    bench.hurry()
+    bench.ended(driver)
+    assert bench.words() == ["begin", "begin", "end"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_driver_killed_while_it_submits_leaves_no_second_writer(bench, slurm, late, monkeypatch):
+    """What it submitted is found by its name, or, where it comes later than another driver's look, ends of itself."""
+    slow = bench.path / "bin" / "sbatch"
+    slow.parent.mkdir()
+    wait = f'until [ -e "{bench.path}/go" ]; do sleep 0.1; done\n' if late else ""
+    real = f'{shutil.which("sbatch")} "$@"\ntouch "{bench.path}/submitted"\nsleep 60\n'
+    slow.write_text(f'#!/bin/sh\ntouch "{bench.path}/submitting"\n{wait}{real}')
+    slow.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+        driver = bench.start()
+        wait_until((bench.path / ("submitting" if late else "submitted")).exists, bench.said)
+        kill(driver)
+    again = bench.start()
+    [[job, *_]] = bench.begun()
+    if late:
+        (bench.path / "go").touch()
+        wait_until(lambda: "must not write" in bench.logs(), bench.logs)
+        wait_until(lambda: list(slurm.jobs()) == [job])
+    bench.hurry()
+    bench.ended(again)
+    assert bench.words() == ["begin", "end"]
+
+
+def test_a_preempted_job_is_queued_again_and_waited_for(bench, slurm):
+    driver, [[job, node, _]] = bench.start(gpu=4), bench.begun()
+    slurm.call("srun", "--partition=urgent", "--gres=gpu:4", f"--nodelist={node}", "sleep", "1")
+    assert bench.begun(2)[1][0] == job
+    bench.hurry()
+    bench.ended(driver)
+    assert bench.words() == ["begin", "begin", "end"]
+    assert "queued again" in bench.said()
+
+
+def test_a_job_is_warned_of_its_time_limit_and_continues_as_the_same_job(bench):
+    driver, [[job, *_]] = bench.start(runtime=1, warn_seconds=50), bench.begun()
+    assert bench.begun(2)[1][0] == job
+    bench.hurry()
+    bench.ended(driver)
+    assert bench.words() == ["begin", "begin", "end"]
+
+
+def test_a_job_at_its_last_time_limit_fails(bench):
+    bench.ended(bench.start(runtime=1, warn_seconds=50, timeouts=0), status=1)
+    assert "timed-out too many times" in bench.said()
+    assert bench.words() == ["begin"]
+
+
+def test_a_node_that_is_given_up_does_not_make_a_second_writer(bench, slurm):
+    driver, [[job, node, _]] = bench.start(), bench.begun()
+    slurm.kill_node(node)
+    try:
+        # Its processes run on; Slurm takes the node for dead and starts the job on the other one.
+        _, (again, other, _) = bench.begun(2)
+        assert (again, other) == (job, next(name for name in ("n1", "n2") if name != node))
+        bench.hurry()
+        bench.ended(driver)
+        assert bench.words() == ["begin", "begin", "end"], "no clash, one end"
+    finally:
+        slurm.start_node(node)
+        wait_until(lambda: slurm.nodes().get(node) == "idle")
+
+
+def test_a_command_starts_ranks_on_several_nodes(bench):
+    bench.ended(bench.start("ranks", nodes=2, tasks_per_node=2, gpu=2))
+    found = sorted((bench.path / "ranks").read_text().splitlines())
+    assert found == ["0 0 n1 0,1", "1 1 n1 0,1", "2 0 n2 0,1", "3 1 n2 0,1"]
+
+
+def test_a_full_disk_fails_and_with_space_it_continues(bench):
+    folder = bench.path / ".snakemake" / "submitit"
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        with open(folder / "full", "wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while stream.write(b"x" * 4096):
+                pass
+        bench.hurry()
+        bench.ended(bench.start(), status=1)
+        assert "No space left on device" in bench.said()
+        (folder / "full").unlink()
+        bench.ended(bench.start())
+        assert bench.words() == ["begin", "end"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -1,0 +1,315 @@
+"""A segment: one program, with models in memory, that writes the files of the stages; killed, continued, changed."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from earl.config import load
+from earl.files import manifest, tables
+from earl.judges.program import ProgramJudge
+from earl.messages.errors import EarlError
+from earl.run import state, verify
+from earl.run.layout import Run
+from earl.stages import iterate, restore
+from tests.support import bare_loop
+from tests.support.segment_runs import (
+    LAST,
+    assert_same,
+    begin,
+    command,
+    configure,
+    contents,
+    environment,
+    reconfigure,
+)
+from tests.support.segment_runs import iterate as earl_iterate
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def by_stage(tmp_path_factory) -> Run:
+    """The run as the stages make it, each policy loaded from its folder."""
+    return bare_loop.run_all(configure(tmp_path_factory.mktemp("by-stage")))
+
+
+@pytest.fixture(scope="module")
+def by_segment(tmp_path_factory, by_stage) -> Run:
+    """The same run as one segment in this process."""
+    run = begin(tmp_path_factory.mktemp("by-segment"), by_stage)
+    iterate.run(load.read(run.config), run.path, LAST)
+    return run
+
+
+@pytest.fixture
+def copy(tmp_path, by_segment) -> Run:
+    """A copy of the finished run, to take something away from."""
+    shutil.copytree(by_segment.path.parent, tmp_path / "copy", symlinks=True)
+    return Run(tmp_path / "copy" / "a")
+
+
+def facts(run: Run) -> dict[str, tuple[int, int]]:
+    """Identity and age of every file with rollouts or scores: changed where a file is written anew."""
+    files = [p for kind in ("rollouts", "scores") for p in (run.path / "iterations").glob(f"*/{kind}/*.parquet")]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def assert_sound(run: Run) -> None:
+    assert verify.verify(run, deep=True).problems == []
+
+
+# The same bytes
+
+
+def test_one_program_writes_the_bytes_of_the_stages(by_segment, by_stage):
+    assert_same(by_segment, by_stage)
+    assert_sound(by_segment)
+    record = json.loads(by_segment.segment(LAST).read_text())
+    assert (record["trained"], record["trained_again"]) == ([1, 2, 3, 4], [])
+    assert record["bytes_written"]["scores"] == sum(
+        path.stat().st_size for path in (by_segment.path / "iterations").glob("*/scores/*")
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_ranks_that_sample_and_one_that_trains_write_the_bytes_of_the_stages(tmp_path, by_stage, processes):
+    run = begin(tmp_path, by_stage, segment_processes=processes)
+    printed = earl_iterate(run)
+    assert_same(run, by_stage)
+    assert len(json.loads(run.segment(LAST).read_text())["seconds"]) == processes
+    assert len(re.findall(r"iterate: \d of 4: reward", printed)) == LAST, "one line an iteration, by one rank"
+
+
+def test_more_ranks_than_shards(tmp_path, by_stage):
+    run = begin(tmp_path, by_stage, segment_processes=3, rollout_shards=1)
+    assert "1 of 3 ranks" not in (printed := earl_iterate(run, to=1))
+    assert "2 of 3 ranks never sample, since rollout_shards is 1; raise it to 3" in printed
+    assert manifest.digest_folder(run.iteration(1).policy) == manifest.digest_folder(by_stage.iteration(1).policy)
+
+
+# Granularity changed half-way
+
+
+def test_begun_by_stage_and_continued_as_a_segment(tmp_path, by_stage):
+    run = begin(tmp_path, by_stage)
+    config = load.read(run.config)
+    bare_loop.evaluate(config, run, 0)
+    for index in (1, 2):
+        bare_loop.run_iteration(config, run, index)
+    iterate.run(config, run.path, LAST)
+    assert_same(run, by_stage)
+
+
+def test_begun_as_a_segment_and_continued_by_stage(tmp_path, by_stage):
+    run = begin(tmp_path, by_stage)
+    config = load.read(run.config)
+    iterate.run(config, run.path, 2)
+    for index in (3, 4):
+        bare_loop.run_iteration(config, run, index)
+        bare_loop.evaluate(config, run, index)
+    assert_same(run, by_stage, checkpoints=(2, 3, 4))
+
+
+# Failures
+
+
+class FailingJudge(ProgramJudge):
+    """Answers until it has been asked about so many files."""
+
+    def __init__(self, files: int) -> None:
+        super().__init__()
+        self.left = files
+
+    def score(self, judgements):
+        if not self.left:
+            raise EarlError("the judge does not answer")
+        self.left -= 1
+        return super().score(judgements)
+
+
+def test_a_judge_that_fails_leaves_all_earlier_work(tmp_path, by_stage, monkeypatch):
+    run = begin(tmp_path, by_stage)
+    config = reconfigure(run, segment_checkpoint_every_n_iterations=10, save_checkpoints_every_n_iterations=None)
+    # 2 evaluations of policy 0, 4 shards, 4 shards, 1 evaluation of policy 2, and 2 of the shards of iteration 3
+    monkeypatch.setattr("earl.judges.get", lambda config: FailingJudge(2 + 4 + 4 + 1 + 2))
+    with pytest.raises(EarlError, match="does not answer"):
+        iterate.run(config, run.path, LAST)
+    monkeypatch.undo()
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
+    before = facts(run)
+    assert len(before) == 4 + 4 + 4 + 4 + 4 + 2
+    # By stage from here: what has no checkpoint is restored.
+    other = Run(tmp_path / "other" / "a")
+    shutil.copytree(run.path.parent, other.path.parent, symlinks=True, ignore=shutil.ignore_patterns("other"))
+    restore.run(other.path, 2)
+    for index in (3, 4):
+        bare_loop.run_iteration(config, other, index)
+        bare_loop.evaluate(config, other, index)
+    assert_same(other, by_stage, checkpoints=(2, 3, 4))
+    # As a segment from here: nothing that is there is written anew.
+    record = iterate.run(config, run.path, LAST)
+    assert (record["trained"], record["trained_again"]) == ([3, 4], [1, 2])
+    assert before.items() <= facts(run).items()
+    assert_same(run, by_stage, checkpoints=(4,))
+
+
+def test_what_was_removed_is_made_again(copy, by_stage):
+    config = load.read(copy.config)
+    shutil.rmtree(copy.iteration(4).trainer)
+    gone = [
+        copy.iteration(3).rollouts(1), copy.iteration(3).scores(2), copy.iteration(4).scores(0),
+        copy.iteration(4).metrics, copy.evaluation("heldout", 2).rollouts, copy.evaluation("heldout_greedy", 3).summary,
+        copy.evaluation("heldout", 4).scores, copy.evaluation("heldout_greedy", 4).table,
+    ]  # fmt: skip
+    for path in gone:
+        path.unlink()
+    kept = facts(copy)
+    record = iterate.run(config, copy.path, LAST)
+    assert (record["trained"], record["trained_again"]) == ([4], [3])
+    assert kept.items() <= facts(copy).items()
+    assert_same(copy, by_stage)
+    assert_sound(copy)
+
+
+def test_a_finished_segment_has_nothing_to_do(copy, by_stage):
+    before = {path: path.stat().st_mtime_ns for path in copy.path.rglob("*") if path.is_file()}
+    record = iterate.run(load.read(copy.config), copy.path, LAST)
+    assert (record["trained"], record["trained_again"], sum(record["bytes_written"].values())) == ([], [], 0)
+    after = {path: path.stat().st_mtime_ns for path in before if path != copy.segment(LAST)}
+    assert after.items() <= before.items()
+
+
+def test_training_again_that_gives_another_policy_starts_anew_from_there(copy, by_stage, caplog):
+    shutil.rmtree(copy.iteration(4).policy)
+    path = copy.iteration(3).scores(0)
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("edit_success")
+    other = [0.0 if value else 9.0 for value in table["edit_success"].to_pylist()]
+    told = {key: value for key, value in tables.read_metadata(path).items() if key not in ("huggingface", "earl_table")}
+    tables.write_table(path, tables.SCORES, table.set_column(place, "edit_success", [other]), told)
+    old = {index: json.loads(copy.iteration(index).metrics.read_text())["policy_digest"] for index in (3, 4)}
+    with caplog.at_level("WARNING", logger="earl"):
+        record = iterate.run(load.read(copy.config), copy.path, LAST)
+    assert (record["trained"], record["trained_again"]) == ([3, 4], [])
+    assert "iterations 3 to 4 are made anew" in caplog.text
+    assert f"Policy: {json.loads(copy.iteration(3).metrics.read_text())['policy_digest']} now, {old[3]} then" in caplog.text
+    assert tables.read_metadata(copy.iteration(4).rollouts(0))["policy_digest"] not in old.values()
+    assert_sound(copy)
+
+
+def test_half_sampled_with_another_number_of_shards(copy, by_stage):
+    shutil.rmtree(copy.iteration(4).policy)
+    copy.iteration(4).metrics.unlink()
+    config = reconfigure(copy, rollout_shards=2)
+    iterate.run(config, copy.path, LAST)
+    assert manifest.digest_folder(copy.iteration(4).policy) == manifest.digest_folder(by_stage.iteration(4).policy)
+    # A complete iteration keeps the number that it has.
+    shutil.rmtree(copy.iteration(4).policy)
+    iterate.run(reconfigure(copy, rollout_shards=4), copy.path, LAST)
+    assert manifest.digest_folder(copy.iteration(4).policy) == manifest.digest_folder(by_stage.iteration(4).policy)
+
+
+def test_after_rewinding_it_trains_again_from_the_newest_checkpoint(copy, by_stage):
+    assert state.rewind(copy, 2) == [2, 3, 4]
+    kept = facts(copy)
+    record = iterate.run(load.read(copy.config), copy.path, LAST)
+    assert (record["trained"], record["trained_again"]) == ([2, 3, 4], [1])
+    assert facts(copy) == kept
+    assert_same(copy, by_stage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "message"),
+    [
+        ({"engine": "vllm", "vllm_tensor_parallel_size": 2}, 1, "vllm_tensor_parallel_size is 2.*granularity=stage"),
+        ({}, LAST + 1, "--to is 5, but num_iterations is 4"),
+    ],
+)
+def test_what_a_segment_cannot_do_is_refused_before_it_loads_anything(copy, changes, to, message):
+    config = load.read(copy.config).model_copy(update=changes)
+    with pytest.raises(EarlError, match=message):
+        iterate.run(config, copy.path, to)
+
+
+def test_a_run_that_has_not_been_started_is_named(tmp_path):
+    with pytest.raises(EarlError, match=r"has not been started; earl start --run"):
+        iterate.run(configure(tmp_path), tmp_path / "a", 1)
+
+
+# Killed
+
+
+class Attempt:
+    """`earl iterate`, to be killed with all its ranks."""
+
+    def __init__(self, run: Run, to: int = LAST) -> None:
+        self.output = (run.path.parent / "output.txt").open("w+")
+        self.leader = subprocess.Popen(
+            command(run, to), env=environment(), stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def wait_for(self, path: Path) -> None:
+        while not path.exists():
+            assert self.leader.poll() is None, self.text()
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        ranks = psutil.Process(self.leader.pid).children(recursive=True)
+        for process in (psutil.Process(self.leader.pid), *ranks):
+            process.send_signal(signal.SIGKILL)
+        self.leader.wait()
+        psutil.wait_procs(ranks)
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+
+def events(run: Run) -> list[Path]:
+    """Files in the order in which a segment writes them, one of each kind an iteration."""
+    found = []
+    for index in range(1, LAST + 1):
+        files = run.iteration(index)
+        found += [files.rollouts(0), files.rollouts(3), files.scores(0), files.scores(3), files.episodes, files.metrics]
+    return found
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bytes_and_samples_nothing_twice(tmp_path, by_stage):
+    run, chance = begin(tmp_path, by_stage, segment_processes=2), random.Random(20261126)
+    seen: dict[str, tuple[int, int]] = {}
+    for event in sorted(chance.sample(range(len(events(run))), 6)):
+        attempt = Attempt(run)
+        attempt.wait_for(events(run)[event])
+        time.sleep(0.3 * chance.random())
+        attempt.kill()
+        assert seen.items() <= facts(run).items()
+        seen = facts(run)
+        assert state.newest_complete(run) >= event // 6
+    earl_iterate(run)
+    assert seen.items() <= facts(run).items()
+    assert_same(run, by_stage)
+    assert_sound(run)
+
+
+def test_two_ranks_that_train_are_killed_and_end_as_two_that_were_not(tmp_path, by_stage):
+    changes = {"train_processes": 2, "segment_processes": None, "segment_checkpoint_every_n_iterations": 10}
+    changes |= {"save_checkpoints_every_n_iterations": None, "keep_checkpoints_every_n_iterations": None}
+    undisturbed, run = (begin(tmp_path / name, by_stage, **changes) for name in ("undisturbed", "killed"))
+    earl_iterate(undisturbed, to=3)
+    attempt = Attempt(run, to=3)
+    attempt.wait_for(run.iteration(2).metrics)
+    attempt.kill()
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
+    earl_iterate(run, to=3)
+    assert json.loads(run.segment(3).read_text())["trained_again"] == [1, 2]
+    assert contents(run) == contents(undisturbed)
+    assert [json.loads(run.iteration(index).metrics.read_text())["ranks"] for index in (1, 2, 3)] == [2, 2, 2]

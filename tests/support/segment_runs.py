@@ -1,0 +1,89 @@
+"""Small runs for the tests of segments: four iterations of four groups of two, in four shards, two evaluations."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from earl.config import freeze, load
+from earl.config.schema import Config
+from earl.execution import processes
+from earl.files import manifest
+from earl.run.layout import Run
+from tests.conftest import DEMO, SMALL
+from tests.support import bare_loop
+
+ROOT = Path(__file__).parents[2]
+LAST = 4
+SETTINGS = SMALL | {
+    "run_name": "a",
+    "num_iterations": LAST,
+    "model_path": "package:shapes/base_policy",
+    "episodes_per_iteration": 8,
+    "generations_per_sample": 2,
+    "engine_batch_size": 2,
+    "rollout_shards": 4,
+    "segment_checkpoint_every_n_iterations": 2,
+    "save_checkpoints_every_n_iterations": 2,
+    "keep_checkpoints_every_n_iterations": 2,
+    "evaluations.heldout.every_n_iterations": 2,
+    "evaluations.heldout_greedy.every_n_iterations": 3,
+    "evaluations.heldout_greedy.prompts": 2,
+}
+UNLIKE = {"start.json", "performance.json"}
+"""Files that hold a path or a time."""
+
+
+def configure(base: Path, **changes: object) -> Config:
+    return load.load(DEMO, SETTINGS | {"base_exp_dir": str(base)} | changes).config
+
+
+def begin(base: Path, like: Run | None = None, **changes: object) -> Run:
+    """Start a run of the same name in another folder, with the data that another one has made."""
+    if like is not None:
+        shutil.copytree(like.path.parent / "shared", base / "shared")
+    return bare_loop.start(configure(base, **changes))
+
+
+def reconfigure(run: Run, **changes: object) -> Config:
+    """Give a run other free settings."""
+    config = load.read(run.config).model_copy(update=changes)
+    freeze.write(config, run.config)
+    return config
+
+
+def command(run: Run, to: int) -> list[str]:
+    return [sys.executable, "-m", "earl", "iterate", "--run", str(run.path), "--to", str(to)]
+
+
+def environment() -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
+    return inherited | {"PYTHONPATH": str(ROOT)}
+
+
+def iterate(run: Run, to: int = LAST) -> str:
+    """Run `earl iterate` as a user would; return what it printed."""
+    done = subprocess.run(command(run, to), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
+
+
+def contents(run: Run) -> dict[str, str]:
+    """Digest of every file of the iterations and evaluations, by path."""
+    files = [path for kind in ("iterations", "evaluations") for path in (run.path / kind).rglob("*")]
+    return {
+        path.relative_to(run.path).as_posix(): manifest.digest_file(path)
+        for path in files
+        if path.is_file() and path.name not in UNLIKE
+    }
+
+
+def assert_same(run: Run, by_stage: Run, checkpoints: tuple[int, ...] = (2, LAST)) -> None:
+    """A run has the files of one made by stage, byte for byte, and of the checkpoints those that are to be there."""
+
+    def wanted(path: str) -> bool:
+        parts = path.split("/")
+        return parts[0] != "iterations" or parts[2] not in ("policy", "trainer") or int(parts[1]) in checkpoints
+
+    assert contents(run) == {path: digest for path, digest in contents(by_stage).items() if wanted(path)}

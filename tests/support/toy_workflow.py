@@ -1,0 +1,127 @@
+"""A toy workflow for the executor `submitit`: jobs that say when they begin and end, and end when they are told to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+WRITER = """
+import fcntl, os, sys, time
+log, out = sys.argv[1:3]
+def say(*words):
+    with open(log, "a") as stream:
+        stream.write(" ".join(words) + "\\n")
+held = open(out + ".held", "w")
+try:
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    say("clash", out)
+job, node = (os.environ.get(name, "-") for name in ("SLURM_JOB_ID", "SLURMD_NODENAME"))
+say("begin", job, node, os.path.basename(out))
+print("at work with GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+while not os.path.exists(log + ".hurry"):
+    time.sleep(0.1)
+with open(out + ".tmp", "w") as stream:
+    stream.write("whole")
+os.rename(out + ".tmp", out)
+say("end", job, os.path.basename(out))
+"""
+"""Says in a log when it begins and ends, and works until it is told to hurry."""
+
+RULES = f"""
+rule write:
+    output: "out/{{x}}"
+    log: "logs/{{x}}.log"
+    params: word=config.get("word", "")
+    shell: "{sys.executable} writer.py $PWD/log {{output}} {{params.word}} > {{log}} 2>&1"
+
+rule ranks:
+    output: "ranks"
+    shell:
+        "srun --ntasks=4 --ntasks-per-node=2 --overlap bash -c "
+        "'echo $SLURM_PROCID $SLURM_LOCALID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES' > {{output}}"
+
+rule word:
+    output: "word"
+    shell: "echo $WORD > {{output}}"
+
+rule fail:
+    output: "fail"
+    shell: "echo went wrong; exit 3"
+"""
+
+
+class Bench:
+    """A folder with the toy workflow, and Snakemake to run it.
+
+    Args:
+        path: the folder.
+        env: what the commands of a cluster need to find it.
+        options: more options of Snakemake.
+    """
+
+    def __init__(self, path: Path, env: dict[str, str], *options: str) -> None:
+        self.path, self.env, self.options, self.log = path, env, options, path / "log"
+        (path / "Snakefile").write_text(RULES)
+        (path / "writer.py").write_text(WRITER)
+
+    def start(self, *targets: str, config: str = "", **resources: object) -> subprocess.Popen:
+        """Start a driver. Its output goes to a file, since processes that outlive it would hold a pipe open."""
+        asked = {"slurm_partition": "gpu", "runtime": 5, "mem_mb": 200} | resources
+        command = [sys.executable, "-m", "snakemake", "--executor", "submitit", "--jobs", "4", "--latency-wait", "2"]
+        command += ["--seconds-between-status-checks", "1", "--submitit-seconds", "1"]
+        command += ["--nolock", "--ignore-incomplete", *self.options]
+        command += ["--default-resources", *(f"{name}={value}" for name, value in asked.items())]
+        command += ["--config", f"word={config}"] if config else []
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        env = inherited | self.env | {"PYTHONPATH": str(ROOT)}
+        with open(self.path / "driver.txt", "a") as output:
+            return subprocess.Popen(
+                [*command, "--", *(targets or ["out/a"])], cwd=self.path, env=env, stdout=output, stderr=output,
+                start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
+
+    def said(self) -> str:
+        """Return what all drivers have said."""
+        return (self.path / "driver.txt").read_text()
+
+    def waits_for(self, text: str) -> None:
+        wait_until(lambda: text in self.said(), self.said)
+
+    def lines(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def begun(self, times: int = 1) -> list[list[str]]:
+        """Wait until writers have begun that often, and return job, node and output of each."""
+        wait_until(lambda: sum(line.startswith("begin") for line in self.lines()) >= times, self.said)
+        return [line.split()[1:] for line in self.lines() if line.startswith("begin")]
+
+    def hurry(self) -> None:
+        """Let writers end."""
+        Path(f"{self.log}.hurry").touch()
+
+    def ended(self, driver: subprocess.Popen, status: int = 0) -> None:
+        assert driver.wait(timeout=120) == status, self.said()
+
+    def words(self) -> list[str]:
+        return [line.split()[0] for line in self.lines()]
+
+    def logs(self) -> str:
+        """Return what the jobs have printed beside what went to the rules' logs."""
+        return "".join(path.read_text() for path in self.path.glob(".snakemake/submitit/*/*.out"))
+
+
+def wait_until(condition, said=lambda: "", seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited too long\n{said()}"
+        time.sleep(0.1)
+
+
+def kill(driver: subprocess.Popen) -> None:
+    driver.kill()
+    driver.wait()
