@@ -293,7 +293,7 @@ def events(run: Run) -> list[Path]:
 def test_killed_at_random_moments_it_ends_in_the_same_bytes_and_samples_nothing_twice(tmp_path, by_stage):
     run, chance = begin(tmp_path, by_stage, segment_processes=2), random.Random(20261126)
     seen: dict[str, tuple[int, int]] = {}
-    for event in sorted(chance.sample(range(len(events(run))), 6)):
+    for event in sorted(chance.sample(range(len(events(run))), 4)):
         attempt = Attempt(run)
         attempt.wait_for(events(run)[event])
         time.sleep(0.3 * chance.random())
