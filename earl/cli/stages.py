@@ -139,7 +139,8 @@ def iterate(
     folder = Run(run)
     settings = read(folder.config)
     with contextlib.nullcontext() if ranks.is_launched() else state.exclusive(folder):
-        leave_to_ranks(settings, "iterate", "--run", run, "--to", to, size=segments.processes(settings))
+        size = segments.processes(settings)
+        leave_to_ranks(settings, "iterate", "--run", run, "--to", to, size=size, gpus=segments.gpus(settings))
         from earl.stages import iterate as stage
 
         stage.run(settings, run, to)
@@ -156,7 +157,7 @@ def claim_gpus(config: "Config", count: int) -> None:
         gpus.claim(count)
 
 
-def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None) -> None:
+def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None, gpus: int | None = None) -> None:
     """Have ranks run this command, and end with their status; return where this process is a rank, or alone.
 
     Each rank has a GPU of its own; see `claim_gpus`.
@@ -164,6 +165,7 @@ def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None
     Args:
         arguments: Of `earl`.
         size: The number of ranks, `train_processes` by default.
+        gpus: The number of GPUs that they have together, `size` by default.
 
     Raises:
         EarlError: see `launch.launch` and `gpus.claim`.
@@ -171,7 +173,7 @@ def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None
     from earl.execution import launch, ranks
 
     size = config.train_processes if size is None else size
-    claim_gpus(config, size)
+    claim_gpus(config, size if gpus is None else gpus)
     if size > 1 and not ranks.is_launched():
         raise typer.Exit(launch.launch(config, [str(argument) for argument in arguments], size))
 

@@ -52,7 +52,8 @@ def run(config: "Config", run_path: Path, to: int) -> dict[str, Any]:
     with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as world, ExitStack() as opened:
         _check(config, files, to)
         segment = _Segment.at_newest_checkpoint(config, files, to, world, opened)
-        segment.evaluate()
+        if segment.index <= to:
+            segment.evaluate()
         for index in range(segment.index + 1, to + 1):
             segment.sample(index)
             segment.score(index)
@@ -105,7 +106,7 @@ class _Segment:
     def at_newest_checkpoint(
         cls, config: "Config", files: Run, last: int, world: Ranks, opened: ExitStack
     ) -> "_Segment":
-        start = world.of_first(state.newest_checkpoint(files, last) if world.first else 0)
+        start = world.of_first(segments.start(config, files) if world.first else 0)
         digest = world.of_first(manifest.digest_folder(files.iteration(start).policy) if world.first else "")
         team, progress = world.first_ranks(config.train_processes), _Progress(Clock(world.device))
         segment = cls(config, files, last, world, team, opened, start, digest, start, progress)
@@ -254,6 +255,8 @@ class _Segment:
 
     def _say_where_it_starts(self) -> None:
         newest, ranks_without = state.newest_complete(self.files), self.world.size - self.config.rollout_shards
+        if self.index > self.last:
+            log.info("iterate: iterations up to %d are complete; nothing is left to do up to %d", newest, self.last)
         if self.index < min(newest, self.last):
             log.info(
                 "iterate: starts from the checkpoint of iteration %d; iterations up to %d, which are complete, are "
