@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.workplace import ROOT, SNAKEMAKE, Workplace, job_counts
 
-ODD = "my [odd] run's {folder}"
+ODD = "my [odd] run's folder"
 
 
 @pytest.fixture
@@ -79,6 +79,10 @@ class TestPaths:
         for name in "ab":
             assert json.loads((place.path / ODD / name / "verify.json").read_text())["problems"] == []
         assert "Nothing to be done" in place.run(f"{experiment},{shapes}", granularity=granularity)
+
+    def test_braces_are_refused(self, place):
+        output = place.run(place.experiment("a", base_exp_dir="runs/{x}"), "-n", fails=True)
+        assert "field base_exp_dir (in a.jsonnet) is runs/{x}: Snakemake takes no braces" in output
 
     def test_another_working_folder(self, place):
         elsewhere = place.path / "elsewhere"
