@@ -201,7 +201,10 @@ def test_training_again_that_gives_another_policy_starts_anew_from_there(copy, b
         record = iterate.run(load.read(copy.config), copy.path, LAST)
     assert (record["trained"], record["trained_again"]) == ([3, 4], [])
     assert "iterations 3 to 4 are made anew" in caplog.text
-    assert f"Policy: {json.loads(copy.iteration(3).metrics.read_text())['policy_digest']} now, {old[3]} then" in caplog.text
+    assert (
+        f"Policy: {json.loads(copy.iteration(3).metrics.read_text())['policy_digest']} now, {old[3]} then"
+        in caplog.text
+    )
     assert tables.read_metadata(copy.iteration(4).rollouts(0))["policy_digest"] not in old.values()
     assert_sound(copy)
 
