@@ -162,8 +162,9 @@ class Executor(RemoteExecutor):
         return mine if mine in alive else None
 
     def _submit(self, job: JobExecutorInterface, folder: Path, recorded: Record, parameters: dict[str, Any]) -> str:
-        for path in [*folder.glob("*.pkl"), *folder.glob("*.sh"), *folder.glob(".submission_file_*")]:
-            path.unlink()
+        for pattern in ("*.pkl", "*.sh", "*.save_tmp"):
+            for path in folder.glob(pattern):
+                path.unlink()
         found = resources.check(job.name, job.resources)
         recorded.write(folder)
         # Half of the time until the limit is the command's, the rest is for queueing the job again.
@@ -213,7 +214,7 @@ class Executor(RemoteExecutor):
         for watched in list(self.watched.values()):
             state = self._states.get(watched.job_id)
             if not silence and state is not None and str(state) != watched.said:
-                again = "queued again, " if watched.said.startswith("RUNNING") and state.state == "PENDING" else ""
+                again = "queued again, " if state.state == "PENDING" and watched.said[:7] not in ("", "PENDING") else ""
                 self.logger.info(f"{watched}: {again}{state}")
                 watched.said = str(state)
 
