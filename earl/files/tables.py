@@ -7,8 +7,9 @@ and no host names, so that equal inputs give equal bytes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -348,6 +349,30 @@ def read_group(
         EarlError: as `read_table`.
     """
     return _read(path, source, schema, columns, remedies, group, first_row)
+
+
+def read_rows(
+    path: Path | str, schema: pa.Schema, columns: Sequence[str], key: str, wanted: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Read the rows whose ``key`` is one of ``wanted``, one row group after the other: few of many images.
+
+    Returns:
+        Rows by their ``key``; those that the table does not have are missing.
+
+    Raises:
+        EarlError: as `read_table`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    first = 0
+    with open_table(path) as source:
+        check_columns(path, source.schema_arrow, schema, [key, *columns])
+        for group in range(source.num_row_groups):
+            names = read_group(path, source, schema, [key], group, first)[key].to_pylist()
+            if chosen := [row for row, name in enumerate(names) if name in wanted]:
+                rows = read_group(path, source, schema, columns, group, first).take(chosen).to_pylist()
+                found |= zip((names[row] for row in chosen), rows, strict=True)
+            first += len(names)
+    return found
 
 
 def filled_columns(source: pq.ParquetFile, schema: pa.Schema, wanted: Sequence[str]) -> list[list[str]]:

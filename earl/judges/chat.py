@@ -104,13 +104,13 @@ class ChatModel(Protocol):
         ...
 
 
-def messages(rubric: Rubric, instruction: str, pngs: Mapping[str, bytes]) -> Messages:
+def messages(rubric: Rubric, instruction: str, urls: Mapping[str, str]) -> Messages:
     """Return the one user message that puts a rubric's question.
 
     Args:
         rubric: Its prompt is split where images go; images it does not place follow in the rubric's order.
         instruction: Braces in it mean nothing, and marks of the model's template are broken: see `marks.plain`.
-        pngs: The encoded picture of every image that the rubric names.
+        urls: The data URL of every image that the rubric names.
     """
     shown = marks.plain(instruction)
     pieces = _PLACE.split(rubric.prompt)  # text, name, text, name, ..., text
@@ -120,10 +120,14 @@ def messages(rubric: Rubric, instruction: str, pngs: Mapping[str, bytes]) -> Mes
         if text.strip():
             content.append({"type": "text", "text": text.replace("{instruction}", shown)})
         if name is not None:
-            content.append(_image(pngs[name]))
-    return [{"role": "user", "content": content + [_image(pngs[name]) for name in unplaced]}]
+            content.append(_image(urls[name]))
+    return [{"role": "user", "content": content + [_image(urls[name]) for name in unplaced]}]
 
 
-def _image(png: bytes) -> dict[str, Any]:
-    url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def data_url(png: bytes) -> str:
+    """Return a PNG as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

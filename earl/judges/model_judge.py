@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl.config import paths
-from earl.files import images, manifest
+from earl.files import manifest
 from earl.judges import Judgement, Verdict, answers, chat, marks, readout, rubric, thinking
 from earl.judges.answers import Unusable
 from earl.judges.cache import Cache
 from earl.judges.cases import Case, by_question, reads_alike, verdict
 from earl.judges.chat import ChatModel, Pass, Question, Reply
+from earl.judges.pictures import Pictures
 from earl.judges.rubric import Rubric
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from earl.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -81,9 +80,9 @@ class ModelJudge:
             before: What was asked for these judgements earlier, rows of `earl.files.tables.REQUEST`: answers among it
                 are kept, and the tries go on after the last one, with seeds of their own.
         """
-        pngs: dict[str, bytes] = {}
+        pictures = Pictures(self._settings.image_size)
         cases: dict[str, Case] = {}
-        rows = [[self._case(judgement, one, pngs, cases) for one in self.rubrics] for judgement in judgements]
+        rows = [[self._case(judgement, one, pictures, cases) for one in self.rubrics] for judgement in judgements]
         for question, requests in by_question(before).items():
             if question in cases and reads_alike(requests, cases[question].rubric, self._settings.expected):
                 cases[question].requests = requests
@@ -98,19 +97,17 @@ class ModelJudge:
             log.warning("judge: %d of %d judgements failed: %s", count, len(verdicts), reason)
         return verdicts
 
-    def _case(
-        self, judgement: Judgement, asked: Rubric, pngs: dict[str, bytes], cases: dict[str, Case]
-    ) -> "Case | str":
+    def _case(self, judgement: Judgement, asked: Rubric, pictures: Pictures, cases: dict[str, Case]) -> "Case | str":
         """Return the question that a rubric makes of a judgement, or why there is none."""
         digests = {}
         for name in asked.images:
             pixels = getattr(judgement, name)
             if pixels is None:
                 return f"the rubric {asked.name!r} shows the {name} image, and there is none"
-            digests[name] = _encode(pixels, self._settings.image_size, pngs)
+            digests[name] = pictures.digest(pixels)
         key = self._key(asked, judgement.instruction, digests)
         if key not in cases:
-            shown = {name: pngs[digest] for name, digest in digests.items()}
+            shown = {name: pictures.url(digest) for name, digest in digests.items()}
             cases[key] = Case(key, asked, chat.messages(asked, judgement.instruction, shown))
         return cases[key]
 
@@ -239,14 +236,6 @@ class ModelJudge:
     def _keep(self, case: Case) -> None:
         if self._cache is not None and self._is_done(case):
             self._cache.put(case.key, case.requests)
-
-
-def _encode(pixels: "np.ndarray", size: int | None, pngs: dict[str, bytes]) -> str:
-    """Put the PNG of an image, its longer side ``size`` pixels if given, into ``pngs``; return its digest there."""
-    png = images.encode(pixels if size is None else images.resize(pixels, size))
-    digest = hashlib.sha256(png).hexdigest()
-    pngs[digest] = png
-    return digest
 
 
 SERVED = 60.0

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pyarrow as pa
 
 from earl.config import load, paths
-from earl.files import objects, tables
+from earl.files import manifest, objects, tables
 from earl.messages.errors import EarlError
 from earl.run import replays
 from earl.run.layout import Run
 from earl.stages.evaluate import EVALUATION, prompt_of
 from earl.statistics import intervals
 
+PICTURES = ["original", "target", "edited"]
 SUMMARY_NAME = re.compile(r"\d{6}\.json")
 
 
@@ -41,6 +43,21 @@ class Series:
 
     def table(self, run: Run, iteration: int, columns: list[str]) -> pa.Table:
         return tables.read_table(run.evaluation(self.name, iteration).table, EVALUATION, columns)
+
+    def pictures(self, run: Run, iteration: int, episodes: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Return image columns of episodes by `episode_id`, from the rollouts that the evaluation is of.
+
+        Raises:
+            EarlError: the rollouts are missing or damaged, or have changed since the evaluation.
+        """
+        rollouts = run.evaluation(self.name, iteration).rollouts
+        summary = next(one for one in self.summaries if one["iteration"] == iteration)
+        if summary.get("rollouts_digest") not in (None, manifest.digest_file(rollouts)):
+            raise EarlError(f"{rollouts}: has changed since it was evaluated; run the evaluate stage again")
+        found = tables.read_rows(rollouts, tables.ROLLOUTS, PICTURES, "episode_id", episodes)
+        if missing := set(episodes) - found.keys():
+            raise EarlError(f"{rollouts}: has no episode {min(missing)!r}; run the evaluate stage again")
+        return found
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,18 @@ from earl.statistics import seeds
 
 PER_KIND = 4
 SCORES = ("reward", "edit_success", "overedit", "naturalness", "artifacts")
-FACTS = ["dataset", "example_id", "task", "instruction", "sample_index", "status", "completion_text", "raw", *SCORES]
-PICTURES = ["original", "target", "edited"]
+FACTS = [
+    "episode_id",
+    "dataset",
+    "example_id",
+    "task",
+    "instruction",
+    "sample_index",
+    "status",
+    "completion_text",
+    "raw",
+    *SCORES,
+]
 RULES = {
     "Clear improvements": "largest gain in reward, each edit type once before any comes twice",
     "Failures": "lowest reward of the final policy, then the largest loss, edit types in turn",
@@ -95,16 +105,25 @@ def _in_turn(ranked: list[Pair]) -> list[Pair]:
 
 def cards(run: Run, series: Series) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """Yield (kind, its rule, cards); a card holds the facts and pictures of a prompt under both policies."""
-    first = series.table(run, series.first, FACTS + PICTURES)
-    last = series.table(run, series.last, FACTS + PICTURES) if series.last > series.first else None
-    for kind, pairs in choose(first, last).items():
-        yield kind, RULES[kind], [_card(pair, first, last) for pair in pairs]
+    first = series.table(run, series.first, FACTS)
+    last = series.table(run, series.last, FACTS) if series.last > series.first else None
+    chosen = choose(first, last)
+    pairs = [pair for pairs in chosen.values() for pair in pairs]
+    before = _rows(run, series, series.first, first, [pair.first for pair in pairs])
+    after = _rows(run, series, series.last, last, [pair.last for pair in pairs]) if last is not None else {}
+    for kind, shown in chosen.items():
+        policies = ([before[pair.first], *([] if pair.last is None else [after[pair.last]])] for pair in shown)
+        yield kind, RULES[kind], [_card(pair, rows) for pair, rows in zip(shown, policies, strict=True)]
 
 
-def _card(pair: Pair, first: pa.Table, last: pa.Table | None) -> dict[str, Any]:
-    rows = [first.slice(pair.first, 1).to_pylist()[0]]
-    if last is not None:
-        rows.append(last.slice(pair.last, 1).to_pylist()[0])
+def _rows(run: Run, series: Series, iteration: int, table: pa.Table, rows: list[int]) -> dict[int, dict[str, Any]]:
+    """Return rows of an evaluation's table with their pictures."""
+    facts = dict(zip(rows, table.take(rows).to_pylist(), strict=True))
+    pictures = series.pictures(run, iteration, [row["episode_id"] for row in facts.values()])
+    return {index: row | pictures[row["episode_id"]] for index, row in facts.items()}
+
+
+def _card(pair: Pair, rows: list[dict[str, Any]]) -> dict[str, Any]:
     where = f"{pair.prompt[0]}/{pair.prompt[1]}"
     height, width = images.decode(rows[0]["original"]["bytes"], where).shape[:2]
     thought = reasoning.pieces(rows[-1]["completion_text"], width, height)

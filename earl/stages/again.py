@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from earl import judges
 from earl.config.load import read
 from earl.run import state
 from earl.run.layout import Run
@@ -36,9 +37,10 @@ def run(run_path: Path, iterations: Sequence[int] = (), evaluations: Sequence[st
     files = Run(Path(run_path))
     config = read(files.config)
     with state.exclusive(files):
+        judge = judges.get(config)
         for each in rescore.stored(files, files.path, iterations, evaluations):
             # A replay reads the scores of another run, which are not its own to change.
             if each.before.is_relative_to(files.path):
-                failed, still = score.run_again(config, each.rollouts, each.before)
+                failed, still = score.run_again(config, each.rollouts, each.before, judge)
                 if failed:
                     yield Asked(each.before, failed, still)

@@ -1,7 +1,8 @@
 """Evaluate: join the rollouts and scores of one evaluation, add rewards, and sum them up.
 
-Writes ``000012.parquet`` (every column of both tables, ``reward``, ``viescore`` and its two parts) and, last,
-``000012.json``. No policy and no judge is asked: rerunning it after a change of ``reward_final_reward`` costs nothing.
+Writes ``000012.parquet``, the columns of both tables and ``reward``, ``viescore`` and its two parts, and, last,
+``000012.json``. Images stay in the rollouts beside it. No policy and no judge is asked: rerunning it after a change of
+``reward_final_reward`` costs nothing.
 """
 
 import json
@@ -23,9 +24,10 @@ from earl.statistics import intervals
 if TYPE_CHECKING:
     from earl.config.schema import Config
 
+WITHOUT_IMAGES = [field.name for field in tables.ROLLOUTS if field.type != tables.IMAGE]
 EVALUATION = pa.schema(
     [
-        *tables.ROLLOUTS,
+        *map(tables.ROLLOUTS.field, WITHOUT_IMAGES),
         *[field for field in tables.SCORES if field.name not in ("episode_id", "group_id")],
         pa.field("reward", pa.float32()),
         pa.field("viescore", pa.float32()),
@@ -45,7 +47,7 @@ def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Pat
         EarlError: when rollouts and scores do not belong together, the rollouts were sampled with other settings, or
             a score that the reward needs is missing.
     """
-    episodes = joined(rollouts, scores)
+    episodes = joined(rollouts, scores, WITHOUT_IMAGES)
     columns = _with_rewards(episodes, config.reward_final_reward, scores)
     metadata = tables.read_metadata(rollouts)
     _check_sampling(config, name, rollouts, metadata)
@@ -67,13 +69,18 @@ def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Pat
     atomic.write_text(out.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
 
 
-def joined(rollouts: Path, scores: Path) -> pa.Table:
+def joined(rollouts: Path, scores: Path, columns: Sequence[str]) -> pa.Table:
     """Return rollouts with their scores appended, in the order of the rollouts.
+
+    Args:
+        rollouts: Schema `earl.files.tables.ROLLOUTS`.
+        scores: Schema `earl.files.tables.SCORES`, all of which is read.
+        columns: Of the rollouts, ``episode_id`` among them.
 
     Raises:
         EarlError: when the scores were made from other rollouts, or episodes are missing or double.
     """
-    left, right = tables.read_table(rollouts, tables.ROLLOUTS), tables.read_table(scores, tables.SCORES)
+    left, right = tables.read_table(rollouts, tables.ROLLOUTS, columns), tables.read_table(scores, tables.SCORES)
     remedy = f"run the score stage again on {rollouts}"
     if not left.num_rows:
         raise EarlError(f"{rollouts}: holds no episode; run the generate stage again")

@@ -13,6 +13,8 @@ from earl.judges.model_judge import ModelJudge
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from earl.config.schema import Config
 
 _READ = ("episode_id", "group_id", "task", "instruction", "finish_reason", "original", "target", "edited")
@@ -34,7 +36,8 @@ def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None 
     judge = judge or judges.get(config)
     rows = table.to_pylist()
     asked = [i for i, row in enumerate(rows) if row["finish_reason"] == "stop" and row["edited"] is not None]
-    verdicts = judge.score([_judgement(rows[index], rollouts, index) for index in asked])
+    read = _Reader(rollouts)
+    verdicts = judge.score([read.judgement(rows[index], index) for index in asked])
     if len(verdicts) != len(asked):
         raise EarlError(f"judge {judge.name!r} answered {len(verdicts)} of {len(asked)} questions about {rollouts}")
     answers: list[judges.Verdict | None] = [None] * len(rows)
@@ -48,7 +51,7 @@ def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None 
     tables.write_table(out, schema, columns, _metadata(config, rollouts, judge))
 
 
-def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
+def run_again(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None = None) -> tuple[int, int]:
     """Ask the failed judgements of a file of scores again, and write it with their answers; all other rows stay.
 
     What was answered for them is kept, the tries go on after the last one, and their seeds follow from its number. So
@@ -58,6 +61,7 @@ def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
         config: The run's resolved configuration.
         rollouts: What the scores are of.
         out: The scores; a file in which no judgement failed is left alone.
+        judge: The configured judge, where it is at hand already.
 
     Returns:
         How many judgements had failed, and how many still have.
@@ -65,7 +69,7 @@ def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
     Raises:
         EarlError: the scores are of other rollouts, or by another judge or configuration; the judge asks no model.
     """
-    judge = judges.get(config)
+    judge = judge or judges.get(config)
     if not isinstance(judge, ModelJudge):
         raise EarlError(f"{out}: the judge {judge.name!r} asks no model, so asking again gives the same")
     metadata = _metadata(config, rollouts, judge)
@@ -75,7 +79,8 @@ def run_again(config: "Config", rollouts: Path, out: Path) -> tuple[int, int]:
     if not failed:
         return 0, 0
     rows = tables.read_table(rollouts, tables.ROLLOUTS, _READ).take(failed)
-    asked = [_judgement(row, rollouts, index) for index, row in zip(failed, rows.to_pylist(), strict=True)]
+    read = _Reader(rollouts)
+    asked = [read.judgement(row, index) for index, row in zip(failed, rows.to_pylist(), strict=True)]
     verdicts = judge.score(asked, [scores["requests"][index].as_py() for index in failed])
     columns = {name: scores[name].to_pylist() for name in tables.MODEL_SCORES.names}
     for name, values in (_columns(rows, verdicts, judge.name) | _model_columns(verdicts, judge)).items():
@@ -98,17 +103,27 @@ def _check_same(out: Path, scores: pa.Table, metadata: dict[str, str], judge: ju
             raise EarlError(f"{out}: its {key} is {then}, now it is {now}; remove the file and run the score stage")
 
 
-def _judgement(row: dict, rollouts: Path, index: int) -> judges.Judgement:
-    def pixels(column: str) -> object:
-        return images.decode(row[column]["bytes"], f"{rollouts}: column {column!r}, row {index}")
+class _Reader:
+    """Makes questions of rows of rollouts, and decodes each picture once: a group shares original and target."""
 
-    return judges.Judgement(
-        instruction=row["instruction"],
-        original=pixels("original"),
-        edited=pixels("edited"),
-        target=None if row["target"] is None else pixels("target"),
-        task=row["task"],
-    )
+    def __init__(self, rollouts: Path) -> None:
+        self._rollouts = rollouts
+        self._pixels: dict[bytes, np.ndarray] = {}
+
+    def judgement(self, row: dict, index: int) -> judges.Judgement:
+        return judges.Judgement(
+            instruction=row["instruction"],
+            original=self._decoded(row, "original", index),
+            edited=self._decoded(row, "edited", index),
+            target=None if row["target"] is None else self._decoded(row, "target", index),
+            task=row["task"],
+        )
+
+    def _decoded(self, row: dict, column: str, index: int) -> "np.ndarray":
+        data = row[column]["bytes"]
+        if data not in self._pixels:
+            self._pixels[data] = images.decode(data, f"{self._rollouts}: column {column!r}, row {index}")
+        return self._pixels[data]
 
 
 def _columns(table: "pa.Table", answers: list[judges.Verdict | None], judge: str) -> dict[str, object]:

@@ -141,6 +141,6 @@ def episodes(run: Run, index: int) -> Iterator[dict[str, Any]]:
 
 
 def _judged(iteration: Iteration) -> Iterator[dict[str, Any]]:
-    wanted = [*FACTS, *PICTURES, *tables.SUB_SCORES, "raw"]
+    columns = [name for name in (*FACTS, *PICTURES) if name in tables.ROLLOUTS.names]
     for rollouts in sorted((iteration.path / "rollouts").glob("[0-9]*.parquet")):
-        yield from joined(rollouts, iteration.path / "scores" / rollouts.name).select(wanted).to_pylist()
+        yield from joined(rollouts, iteration.path / "scores" / rollouts.name, columns).to_pylist()

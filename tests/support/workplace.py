@@ -100,6 +100,10 @@ class Workplace:
         """Return the commands other than the housekeeping at the end."""
         return [line for line in self.commands() if line.split()[0] not in ("prune", "verify", "report")]
 
+    def kinds(self) -> list[str]:
+        """Return the names of these commands alone."""
+        return [line.split()[0] for line in self.stages()]
+
     def folder(self, name: str) -> Run:
         return Run(self.path / "runs" / name)
 

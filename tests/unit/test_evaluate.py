@@ -4,13 +4,14 @@ import json
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from earl.config import load, paths
 from earl.data.grids import stored
-from earl.files import manifest, tables
+from earl.files import images, manifest, tables
 from earl.messages.errors import EarlError
 from earl.stages import evaluate, generate
 from earl.statistics import intervals
@@ -82,6 +83,17 @@ def test_the_interval_of_the_mean_draws_prompts_not_episodes(tmp_path, config):
     """Eight samples of one prompt tell nothing of other prompts, so the interval has no width."""
     _, summary = run(tmp_path, [episode(0, float(score), sample=score) for score in range(8)], config)
     assert summary["reward"]["low"] == summary["reward"]["high"] == summary["reward"]["mean"] == 3.5
+
+
+def test_images_stay_in_the_rollouts(tmp_path, config):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    picture = images.struct(images.encode(noise))
+    run(tmp_path, [row | {"original": picture, "target": picture} for row in EPISODES], config)
+    names = pq.read_schema(tmp_path / "000005.parquet").names
+    assert names == evaluate.EVALUATION.names
+    assert {"original", "target", "edited"} == set(tables.ROLLOUTS.names) - set(names)
+    table, rollouts = (tmp_path / f"000005{suffix}.parquet" for suffix in ("", ".rollouts"))
+    assert rollouts.stat().st_size > len(picture["bytes"]) > table.stat().st_size
 
 
 def test_scores_join_by_episode_not_by_place(tmp_path, config):

@@ -186,6 +186,29 @@ def test_a_flipped_byte_names_the_column(tmp_path):
         tables.read_table(path, tables.ROLLOUTS)
 
 
+def test_chosen_rows_are_read_from_the_row_groups_that_hold_them_alone(tmp_path, monkeypatch):
+    """Rows a b | c d | e f: asking for f, c and one that is not there reads the images of two groups."""
+    ids = list("abcdef")
+    columns = {name: [values[0]] * 6 for name, values in rollout_columns().items()}
+    pictures = [images.struct(images.encode(np.full((2, 2, 3), shade, np.uint8))) for shade in range(6)]
+    columns |= {"episode_id": ids, "edited": pictures}
+    path = tmp_path / "a.parquet"
+    tables.write_table(path, tables.ROLLOUTS, columns, {}, rows_per_group=2)
+    read, group_of = [], tables.read_group
+
+    def read_group(path, source, schema, columns, group, *more):
+        read.append((group, *columns))
+        return group_of(path, source, schema, columns, group, *more)
+
+    monkeypatch.setattr(tables, "read_group", read_group)
+    found = tables.read_rows(path, tables.ROLLOUTS, ["edited"], "episode_id", {"f", "c", "x"})
+    assert found == {"c": {"edited": pictures[2]}, "f": {"edited": pictures[5]}}
+    assert [group for group, *columns in read if "edited" in columns] == [1, 2]
+    pq.write_table(pq.read_table(path).drop_columns("target"), path)
+    with pytest.raises(EarlError, match="column 'target' is missing"):
+        tables.read_rows(path, tables.ROLLOUTS, ["target"], "episode_id", {"a"})
+
+
 @pytest.mark.parametrize(("umask", "files", "folders"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770)])
 def test_what_a_library_wrote_for_its_owner_alone_is_shared_as_the_umask_says(tmp_path, umask, files, folders):
     old = os.umask(umask)

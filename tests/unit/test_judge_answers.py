@@ -82,7 +82,8 @@ def test_another_range_is_stretched_to_the_columns():
 
 def test_images_stand_where_the_prompt_puts_them_and_braces_in_an_instruction_mean_nothing():
     mine = TWO.model_copy(update={"prompt": "After {edited}: {instruction}, braces {stay}."})
-    ((message,),) = [chat.messages(mine, "add {original}", {"original": b"before", "edited": b"after"})]
+    urls = {"original": chat.data_url(b"before"), "edited": chat.data_url(b"after")}
+    (message,) = chat.messages(mine, "add {original}", urls)
     content = message["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url"]
     assert content[2]["text"] == ": add {original}, braces {stay}."

@@ -59,7 +59,7 @@ ORDINARY = (
 
 
 def text_of(instruction: str) -> str:
-    content = chat.messages(TWO, instruction, {"original": b"", "edited": b""})[0]["content"]
+    content = chat.messages(TWO, instruction, {"original": "", "edited": ""})[0]["content"]
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
@@ -118,7 +118,7 @@ def test_images_stay_in_their_slots_for_a_qwen_processor(tmp_path):
     rubric = TWO.model_copy(update={"prompt": "Before {original} asked for: {instruction} after {edited}."})
 
     def ids(instruction: str) -> str:
-        messages = chat.messages(rubric, instruction, {"original": b"", "edited": b""})
+        messages = chat.messages(rubric, instruction, {"original": "", "edited": ""})
         text = processor.apply_chat_template(messages, write_tiny_judge.TEMPLATE, add_generation_prompt=True)
         found = processor(text=[text], images=[picture, picture])
         letters = dict.fromkeys(write_tiny_judge.SPECIAL, "?")

@@ -353,7 +353,13 @@ class Again:
     def judge(self, answer, **settings) -> Model:
         settings = {"samples": self.samples} | settings
         judge, model = judge_by(answer, retries=self.retries, **settings)
-        self.monkeypatch.setattr("earl.judges.get", lambda config: judge)
+        self.judges_made = 0
+
+        def get(config):
+            self.judges_made += 1
+            return judge
+
+        self.monkeypatch.setattr("earl.judges.get", get)
         return model
 
     def read(self) -> list[dict]:
@@ -465,6 +471,7 @@ def test_the_failed_judgements_of_a_run_are_one_command(tmp_path, monkeypatch):
     assert told.output == line.format(run.iteration(2).scores(0))
     told = CliRunner().invoke(cli.app, ["judge", "again", "--run", str(run.path)])
     assert told.output == "".join(map(line.format, (run.iteration(1).scores(0), run.evaluation("heldout", 1).scores)))
+    assert stage.judges_made == 2, "one for each command: the judge `vllm` holds a model"
     told = CliRunner().invoke(cli.app, ["judge", "again", "--run", str(run.path)])
     assert told.output == f"{run.path}: no judgement has failed\n"
 

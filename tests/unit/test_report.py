@@ -219,6 +219,7 @@ def test_problems_of_the_verification_are_listed(copied):
         (f"evaluations/{GREEDY}/000002.json", "{}"),
         ("benchmarks/train/000001.tsv", "s\th:m:s\nsoon\t0\n"),
         (f"evaluations/{GREEDY}/000002.parquet", "PAR1"),
+        (f"evaluations/{GREEDY}/000002.rollouts.parquet", "PAR1"),
     ],
 )
 def test_a_damaged_file_is_named_and_no_report_is_written(copied, tmp_path, name, content):
@@ -274,6 +275,33 @@ def test_choice_does_not_depend_on_the_order_of_rows(tmp_path, config):
     backwards = [table.take(list(range(19, -1, -1))) for table in (first, last)]
     there, here = gallery.choose(first, last), gallery.choose(*backwards)
     assert {kind: prompts(pairs) for kind, pairs in there.items()} == {kind: prompts(p) for kind, p in here.items()}
+
+
+def shown(shade):
+    return images.struct(images.encode(np.full((4, 4, 3), shade, np.uint8)))
+
+
+def test_pictures_come_from_the_rollouts_by_episode(tmp_path, config):
+    rows = [episode(i, 4.0, edited=shown(100 + i), target=shown(200)) for i in range(3)]
+    write_evaluation(tmp_path, GREEDY, 0, rows, config)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    series = contents.read(tmp_path).evaluations[0]
+    ((_, _, cards),) = gallery.cards(contents.Run(tmp_path), series)
+    assert len(cards) == 3
+    for card in cards:
+        number = int(card["example"].rpartition("/e")[2])
+        found = [card["original"], card["target"], card["policies"][0]["picture"]]
+        assert [decoded(uri)[0, 0, 0] for uri in found] == [number, 200, 100 + number]
+
+
+def test_rollouts_that_are_gone_or_others_are_named(copied):
+    rollouts = copied / "evaluations" / GREEDY / "000002.rollouts.parquet"
+    shutil.copyfile(copied / "evaluations" / SAMPLED / "000002.rollouts.parquet", rollouts)
+    with pytest.raises(EarlError, match=r"000002\.rollouts\.parquet: has changed since it was evaluated"):
+        html_of(copied)
+    rollouts.unlink()
+    with pytest.raises(EarlError, match=r"000002\.rollouts\.parquet: cannot be read \(No such file"):
+        html_of(copied)
 
 
 def test_large_pictures_are_shrunk_and_small_ones_kept():

@@ -46,7 +46,9 @@ def test_the_batch_script(slurm, tmp_path, monkeypatch):
     asked |= {"slurm_partition": "fast", "slurm_account": "mine", "constraint": "a100&ib", "qos": "high"}
     asked |= {"reservation": "maintenance", "exclusive": True, "slurm_extra": "'--nice=7 --mail-type END --no-kill'"}
     asked |= {"setup": "module load cuda\nexport A='b c'", "tmpdir": "/tmp", "disk_mb": 50000, "granularity": "stage"}
-    assert script(folder, 8, **asked) == f"""\
+    assert (
+        script(folder, 8, **asked)
+        == f"""\
 #!/bin/bash
 
 # Parameters
@@ -79,6 +81,7 @@ export A='b c'
 export SUBMITIT_EXECUTOR=slurm
 exec '/opt/a python/bin/python' -u -m submitit.core._submit {folder}
 """
+    )
 
 
 def test_what_is_not_asked_for_is_left_to_slurm(slurm, tmp_path):
