@@ -73,11 +73,12 @@ def _torchrun(arguments: Sequence[str], size: int) -> int:
 
 def _srun(arguments: Sequence[str], nodes: int, size: int) -> int:
     """Run `size` ranks on each of `nodes` nodes as one step of this Slurm job."""
-    cpus = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", size)) // size)
+    cpus = int(os.environ.get("SLURM_CPUS_ON_NODE", size)) // size
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * size}", f"--ntasks-per-node={size}"]
     # All GPUs of a node are visible to all of its ranks, as under torchrun. Whatever step this process itself is in
     # shares its resources with the ranks.
-    command += [f"--cpus-per-task={cpus}", "--overlap", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=1"]
+    command += [f"--cpus-per-task={cpus}"] if cpus else ["--cpus-per-task=1", "--overcommit"]
+    command += ["--overlap", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=1"]
     command += [sys.executable, "-m", "earl.execution.launch", *arguments]
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

@@ -16,14 +16,8 @@ from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
 from earl.stages import train
-from tests.integration.test_train_stage import (  # noqa: F401  (new_run is a fixture)
-    GROUPS,
-    _equal_groups,
-    new_run,
-    train_iterations,
-    write_inputs,
-)
 from tests.support import first_ranks_program
+from tests.support.train_files import train_iterations, write_inputs
 
 ITERATIONS = 3
 
@@ -34,6 +28,11 @@ def take_inputs(source: Run, run: Run, iterations: int = ITERATIONS) -> None:
         run.iteration(index).path.mkdir()
         for name in ("rollouts", "scores"):
             (run.iteration(index).path / name).symlink_to(source.iteration(index).path / name)
+
+
+def all_alike(row: dict) -> None:
+    """Give an episode the score that all others have."""
+    row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"), 5.0)
 
 
 def record(run: Run, index: int) -> tuple[bytes, bytes]:
@@ -57,12 +56,12 @@ def checkpoint(run: Run, index: int) -> list[str]:
     ],
     ids=["float32", "two steps", "bfloat16", "no step in the first"],
 )
-def test_steps_in_memory_leave_the_bytes_of_a_stage_an_iteration(new_run, vocabulary, monkeypatch, changes):  # noqa: F811
+def test_steps_in_memory_leave_the_bytes_of_a_stage_an_iteration(new_run, vocabulary, monkeypatch, changes):
     monkeypatch.setattr(saving, "FILE_SIZE", 300_000)
     config, staged = new_run("run", **changes)
     for index in range(1, ITERATIONS + 1):
         masked = index == 1 and "zero_variance_groups" in changes
-        write_inputs(staged, index, vocabulary, edit=_equal_groups(*range(GROUPS)) if masked else lambda row: None)
+        write_inputs(staged, index, vocabulary, edit=all_alike if masked else lambda row: None)
         train.run(config, staged.path, index)
     _, kept = new_run("kept", **changes)
     take_inputs(staged, kept)
@@ -88,7 +87,7 @@ def test_steps_in_memory_leave_the_bytes_of_a_stage_an_iteration(new_run, vocabu
         assert checkpoint(kept, index) == checkpoint(staged, index)
 
 
-def test_the_learner_loads_from_any_checkpoint_and_goes_on(new_run, vocabulary):  # noqa: F811
+def test_the_learner_loads_from_any_checkpoint_and_goes_on(new_run, vocabulary):
     """By stage, then in memory from its checkpoint, then by stage again; no policy is there between."""
     config, staged = new_run()
     train_iterations(config, staged, vocabulary, ITERATIONS)
@@ -106,7 +105,7 @@ def test_the_learner_loads_from_any_checkpoint_and_goes_on(new_run, vocabulary):
     assert ([record(mixed, index) for index in range(1, ITERATIONS + 1)], checkpoint(mixed, 3)) == expected
 
 
-def test_a_step_reads_the_rollouts_of_the_policy_in_memory_alone(new_run, vocabulary):  # noqa: F811
+def test_a_step_reads_the_rollouts_of_the_policy_in_memory_alone(new_run, vocabulary):
     config, run = new_run()
     train_iterations(config, run, vocabulary, 2)
     team = ranks.alone(runtime.prepare(config))
@@ -117,7 +116,7 @@ def test_a_step_reads_the_rollouts_of_the_policy_in_memory_alone(new_run, vocabu
     assert run.iteration(2).metrics.is_file(), "nothing has been touched"
 
 
-def test_what_is_left_of_another_attempt_is_not_taken_for_the_checkpoint(new_run, vocabulary):  # noqa: F811
+def test_what_is_left_of_another_attempt_is_not_taken_for_the_checkpoint(new_run, vocabulary):
     """An attempt that was killed before its metrics leaves folders whose digest nobody recorded."""
     config, run = new_run()
     train_iterations(config, run, vocabulary, 1)
@@ -150,7 +149,7 @@ def launch(size: int, *arguments: object) -> str:
     [(1, {}), (2, {}), (2, {"dtype": "bfloat16", "policy_dtype": "bfloat16"})],
     ids=["one", "two", "two in bfloat16"],
 )
-def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary, count, changes):  # noqa: F811
+def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary, count, changes):
     _, staged = new_run("run", train_processes=count, **changes)
     for index in (1, 2):
         write_inputs(staged, index, vocabulary)
