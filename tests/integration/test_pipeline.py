@@ -155,8 +155,16 @@ def test_shards_are_whole_batches_and_cover_all_prompts(prompts, shards, per_bat
 
 
 def test_more_shards_than_batches_is_an_error():
-    with pytest.raises(EarlError, match="rollout_shards is 4, but 16 prompts make only 2 engine batches of 8"):
+    with pytest.raises(EarlError, match="rollout_shards is 4, but 16 prompts make only 2 batches of 8"):
         generate.shard_slice(16, 4, 0, 8)
+
+
+@pytest.mark.parametrize(("engine", "shards", "lengths"), [("torch", 2, [2, 2]), ("vllm", 4, [1] * 4)])
+def test_shards_are_cut_between_batches_of_the_torch_engine_and_between_prompts_for_vllm(
+    small_config, engine, shards, lengths
+):
+    config = small_config("cut", engine=engine, engine_batch_size=8, rollout_shards=shards)  # 4 prompts, 4 samples each
+    assert [len(generate.shard_of(config, shard)) for shard in range(shards)] == lengths
 
 
 def test_pictures_survive_the_way_to_disk():
