@@ -24,7 +24,7 @@ import psutil
 
 from earl.execution import processes
 from earl.files import manifest
-from tests.support.settings import SMALL
+from tests.support.demo import SMALL
 
 ROOT = Path(__file__).parents[1]
 GRANULARITIES = ("segment", "stage")

@@ -162,8 +162,9 @@ class Executor(RemoteExecutor):
         return mine if mine in alive else None
 
     def _submit(self, job: JobExecutorInterface, folder: Path, recorded: Record, parameters: dict[str, Any]) -> str:
-        for path in [*folder.glob("*.pkl"), *folder.glob("*.sh"), *folder.glob(".submission_file_*")]:
-            path.unlink()
+        for pattern in ("*.pkl", "*.sh", "*.save_tmp"):
+            for path in folder.glob(pattern):
+                path.unlink()
         found = resources.check(job.name, job.resources)
         recorded.write(folder)
         # Half of the time until the limit is the command's, the rest is for queueing the job again.
@@ -213,7 +214,7 @@ class Executor(RemoteExecutor):
         for watched in list(self.watched.values()):
             state = self._states.get(watched.job_id)
             if not silence and state is not None and str(state) != watched.said:
-                again = "queued again, " if watched.said.startswith("RUNNING") and state.state == "PENDING" else ""
+                again = "queued again, " if state.state == "PENDING" and watched.said[:7] not in ("", "PENDING") else ""
                 self.logger.info(f"{watched}: {again}{state}")
                 watched.said = str(state)
 
@@ -250,9 +251,12 @@ class Executor(RemoteExecutor):
 
 def job_name(job: JobExecutorInterface) -> str:
     """Return a job's name: for people, and unlike that of jobs with other outputs."""
-    wildcards = getattr(job, "wildcards_dict", {}) if not job.is_group() else {}
-    words = re.sub(r"[^\w.-]+", "_", "-".join([job.name, *(Path(str(word)).name for word in wildcards.values())]))
-    return f"{words[:60]}-{_sha256(outputs(job) or job.properties())[:12]}"
+    if job.is_group():
+        words = sorted(set(job.rules))
+    else:
+        words = [job.name, *(Path(str(word)).name for word in job.wildcards_dict.values())]
+    text = re.sub(r"[^\w.-]+", "_", "-".join(words))
+    return f"{text[:60]}-{_sha256(outputs(job) or job.properties())[:12]}"
 
 
 def outputs(job: JobExecutorInterface) -> list[str]:
@@ -264,7 +268,7 @@ def digest(job: JobExecutorInterface, parameters: dict[str, Any]) -> str:
     """Return the SHA-256 of what a job does and asks for: the same job of another driver has the same."""
     singles = job.jobs if job.is_group() else [job]
     done = []
-    for single in sorted(singles, key=lambda each: each.name):
+    for single in sorted(singles, key=outputs):
         known = json.loads(single.properties())
         done.append([single.shellcmd] + [known.get(key) for key in ("rule", "input", "output", "wildcards", "params")])
     return _sha256([done, parameters])

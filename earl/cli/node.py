@@ -1,6 +1,7 @@
 """Commands about the machines that stages run on."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +19,16 @@ def doctor(
     judge: Annotated[str | None, typer.Option(help="The judge's address, or the file that holds it.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that are to be visible.")] = None,
     minimum_free: Annotated[float, typer.Option(min=0, help="GiB that are to be free.")] = 10.0,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Check as so many ranks, spread over the nodes of the Slurm job this runs in.")
+    ] = 1,
 ) -> None:
     """Check this node, or all nodes of several ranks, as a stage would find it."""
+    from earl.execution import launch, ranks
     from earl.run import doctor as checks
+
+    if processes > 1 and not ranks.is_launched():
+        raise typer.Exit(launch.launch(None, sys.argv[1:], processes))
 
     if config is not None:
         from earl.config.load import read

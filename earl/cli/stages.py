@@ -1,6 +1,7 @@
 """The stages, one command each: files to files."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,9 +78,11 @@ def generate(
     if (shard is None) == (evaluation is None):
         raise EarlError("give either --shard, for an iteration's rollouts, or --evaluation, for held-out prompts")
     from earl.config.load import read
-    from earl.stages import generate as stage
 
     settings = read(config)
+    claim_gpus(settings, settings.vllm_tensor_parallel_size)
+    from earl.stages import generate as stage
+
     sampler = stage.Sampler.load(settings, policy)
     if evaluation is not None:
         stage.run_evaluation(settings, evaluation, iteration, sampler, out)
@@ -98,13 +101,16 @@ def score(
 ) -> None:
     """Ask the judge about rollouts."""
     from earl.config.load import read
+
+    settings = read(config)
+    claim_gpus(settings, settings.judge_tensor_parallel_size if settings.judge == "vllm" else 0)
     from earl.stages import score as stage
 
     if again_failed:
-        failed, still = stage.run_again(read(config), rollouts, out)
+        failed, still = stage.run_again(settings, rollouts, out)
         typer.echo(f"{out}: {failed} judgements had failed, {still} still have")
     else:
-        stage.run(read(config), rollouts, out)
+        stage.run(settings, rollouts, out)
 
 
 @app.command()
@@ -139,19 +145,33 @@ def iterate(
         stage.run(settings, run, to)
 
 
+def claim_gpus(config: "Config", count: int) -> None:
+    """Wait for so many GPUs of this machine, and see those alone; nothing where none are wanted.
+
+    Ranks have those of the process that launched them, and a job on several nodes has what Slurm gave it.
+    """
+    from earl.execution import gpus, ranks
+
+    if config.device != "cpu" and not ranks.is_launched() and os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
+        gpus.claim(count)
+
+
 def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None) -> None:
     """Have ranks run this command, and end with their status; return where this process is a rank, or alone.
+
+    Each rank has a GPU of its own; see `claim_gpus`.
 
     Args:
         arguments: Of `earl`.
         size: The number of ranks, `train_processes` by default.
 
     Raises:
-        EarlError: see `launch.launch`.
+        EarlError: see `launch.launch` and `gpus.claim`.
     """
     from earl.execution import launch, ranks
 
     size = config.train_processes if size is None else size
+    claim_gpus(config, size)
     if size > 1 and not ranks.is_launched():
         raise typer.Exit(launch.launch(config, [str(argument) for argument in arguments], size))
 

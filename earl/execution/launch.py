@@ -21,10 +21,15 @@ if TYPE_CHECKING:
     from earl.config.schema import Config
 
 
-def launch(config: "Config", arguments: Sequence[str], size: int) -> int:
+def launch(config: "Config | None", arguments: Sequence[str], size: int) -> int:
     """Run `earl <arguments>` as `size` ranks and return 0, or the exit status of a rank that failed.
 
     In a Slurm job with several nodes every node gets the same number of ranks; elsewhere all run on this machine.
+
+    Args:
+        config: What the ranks compute on; None if that does not matter.
+        arguments: The command and its options.
+        size: The number of ranks.
 
     Raises:
         EarlError: there are too few GPUs for the ranks of this machine, or `size` is no multiple of the nodes.
@@ -33,7 +38,8 @@ def launch(config: "Config", arguments: Sequence[str], size: int) -> int:
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if size % nodes:
         raise EarlError(f"{size} processes cannot be spread evenly over the {nodes} nodes of this Slurm job")
-    _check_devices(config, size // nodes)
+    if config is not None:
+        _check_devices(config, size // nodes)
     return _srun(arguments, nodes, size // nodes) if nodes > 1 else _torchrun(arguments, size)
 
 
@@ -67,11 +73,12 @@ def _torchrun(arguments: Sequence[str], size: int) -> int:
 
 def _srun(arguments: Sequence[str], nodes: int, size: int) -> int:
     """Run `size` ranks on each of `nodes` nodes as one step of this Slurm job."""
-    cpus = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", size)) // size)
+    cpus = int(os.environ.get("SLURM_CPUS_ON_NODE", size)) // size
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * size}", f"--ntasks-per-node={size}"]
     # All GPUs of a node are visible to all of its ranks, as under torchrun. Whatever step this process itself is in
     # shares its resources with the ranks.
-    command += [f"--cpus-per-task={cpus}", "--overlap", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=1"]
+    command += [f"--cpus-per-task={cpus}"] if cpus else ["--cpus-per-task=1", "--overcommit"]
+    command += ["--overlap", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=1"]
     command += [sys.executable, "-m", "earl.execution.launch", *arguments]
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

@@ -23,8 +23,8 @@ from typing import IO, NoReturn
 from earl.messages.errors import EarlError
 
 WATCHED = "EARL_END_WITH"
-"""Environment variable with ``<host>:<Slurm job>:<process id>`` of the workflow; a stage of the same host and job ends
-when that process is gone. A workflow that only submitted the stage's job may end before it."""
+"""Environment variable with ``<host>:<job>:<process id>`` of the workflow; a stage of the same host and job ends when
+that process is gone. A workflow that only submitted the stage's job may end before it."""
 
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
@@ -188,7 +188,9 @@ def end_with_workflow() -> None:
 
 
 def _machine() -> str:
-    return f"{socket.gethostname()}:{os.environ.get('SLURM_JOB_ID', '')}"
+    # A process that submitit's local cluster started outlives the workflow as a job of Slurm does.
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+    return f"{socket.gethostname()}:{job}"
 
 
 def in_workflow() -> bool:

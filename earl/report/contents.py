@@ -120,7 +120,8 @@ def _shared_timings(run: Run) -> list[tuple[str, Path]]:
     """Those of the shared stages that this run's configuration needs, whichever run had them made."""
     folder = run.path.parent / "shared" / "benchmarks"
     stages = paths.shared_stages(load.read(run.config)).values()
-    files = [(each.stage, folder / each.stage / f"{each.output.name.removesuffix('.parquet')}.tsv") for each in stages]
+    outputs = [(each.stage, each.output.parent.name, each.output.name.removesuffix(".parquet")) for each in stages]
+    files = [(stage, folder / kind / f"{name}.tsv") for stage, kind, name in outputs]
     return [(stage, file) for stage, file in files if file.is_file()]
 
 

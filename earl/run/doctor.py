@@ -1,6 +1,6 @@
 """`earl doctor`: what a stage would find on this node, checked before a run depends on it.
 
-Runs as one process, or as one of several ranks (torchrun, or `earl launch`), which are then checked together: do they
+Runs as one process, or as one of several ranks (`--processes`, or torchrun), which are then checked together: do they
 reach each other, see each other's files and locks, and have the same versions. A check returns whether it passed, None
 where there was nothing to check, and what it saw.
 """

@@ -10,7 +10,8 @@ Every rank of the program samples and scores its shards, shard s on rank s % siz
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,16 +49,16 @@ def run(config: "Config", run_path: Path, to: int) -> dict[str, Any]:
             was written until then is used by the next call.
     """
     files = Run(Path(run_path))
-    with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as world:
+    with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as world, ExitStack() as opened:
         _check(config, files, to)
-        segment = _Segment.at_newest_checkpoint(config, files, to, world)
+        segment = _Segment.at_newest_checkpoint(config, files, to, world, opened)
         segment.evaluate()
         for index in range(segment.index + 1, to + 1):
             segment.sample(index)
             segment.score(index)
             segment.train(index)
             segment.evaluate()
-        return segment.record()
+        return segment.end()
 
 
 def _check(config: "Config", files: Run, to: int) -> None:
@@ -77,11 +78,12 @@ class _Segment:
         last: the iteration that the segment ends with.
         world: all ranks.
         team: the ranks that train; None on the others.
+        opened: what is closed when the segment ends.
         index: the iteration whose policy is in memory; ``policy_digest`` is of the folder that it has or would have.
         checkpoint: the newest iteration whose policy is on disk.
         recorded: the metrics of the iteration after ``index``, where that is complete already.
         learner: on ranks that train, from the first iteration on.
-        sampler: from the first time that this rank samples.
+        sampler, judge: from the first time that a rank needs them.
     """
 
     config: "Config"
@@ -89,7 +91,7 @@ class _Segment:
     last: int
     world: Ranks
     team: Ranks | None
-    judge: judges.Judge
+    opened: ExitStack
     index: int
     policy_digest: str
     checkpoint: int
@@ -97,13 +99,16 @@ class _Segment:
     recorded: dict[str, Any] | None = None
     learner: train.Learner | None = None
     sampler: generate.Sampler | None = None
+    judge: judges.Judge | None = None
 
     @classmethod
-    def at_newest_checkpoint(cls, config: "Config", files: Run, last: int, world: Ranks) -> "_Segment":
+    def at_newest_checkpoint(
+        cls, config: "Config", files: Run, last: int, world: Ranks, opened: ExitStack
+    ) -> "_Segment":
         start = world.of_first(state.newest_checkpoint(files, last) if world.first else 0)
         digest = world.of_first(manifest.digest_folder(files.iteration(start).policy) if world.first else "")
-        team, judge = world.first_ranks(config.train_processes), judges.get(config)
-        segment = cls(config, files, last, world, team, judge, start, digest, start, _Progress(Clock(world.device)))
+        team, progress = world.first_ranks(config.train_processes), _Progress(Clock(world.device))
+        segment = cls(config, files, last, world, team, opened, start, digest, start, progress)
         segment._look_ahead()
         segment._say_where_it_starts()
         return segment
@@ -113,39 +118,43 @@ class _Segment:
     def evaluate(self) -> None:
         """Make the evaluations of the policy in memory that are due and missing, each on one rank."""
         config, digest, names = self.config, self.policy_digest, self._share(self.config.evaluations_at(self.index))
-        mine = {name: self.files.evaluation(name, self.index) for name in names}
-        due = [name for name, files in mine.items() if not present.evaluation(config, name, files, digest)]
+        files = {name: self.files.evaluation(name, self.index) for name in names}
+        due = [name for name in names if not present.evaluation(config, name, files[name], digest)]
         with self.progress.phase("evaluate"):
-            missing = [name for name in due if not present.evaluation_rollouts(config, name, mine[name], digest)]
-            for name, sampler in self._sampling(missing):
-                generate.run_evaluation(config, name, self.index, sampler, mine[name].rollouts)
-                self.progress.wrote("evaluations", mine[name].rollouts)
+            missing = [name for name in due if not present.evaluation_rollouts(config, name, files[name], digest)]
+            sampler = self._sampler_for(missing)
+            for name in missing:
+                generate.run_evaluation(config, name, self.index, sampler, files[name].rollouts)
+                self.progress.wrote("evaluations", files[name].rollouts)
+            missing = [name for name in due if not present.scores(config, files[name].rollouts, files[name].scores)]
+            judge = self._judge_for(missing)
+            for name in missing:
+                score.run(config, files[name].rollouts, files[name].scores, judge)
+                self.progress.wrote("evaluations", files[name].scores)
             for name in due:
-                files = mine[name]
-                if not present.scores(config, files.rollouts, files.scores):
-                    score.run(config, files.rollouts, files.scores, self.judge)
-                    self.progress.wrote("evaluations", files.scores)
-                evaluate.run(config, name, self.index, files.rollouts, files.scores, files.table)
-                self.progress.wrote("evaluations", files.table, files.summary)
+                evaluate.run(config, name, self.index, files[name].rollouts, files[name].scores, files[name].table)
+                self.progress.wrote("evaluations", files[name].table, files[name].summary)
 
     def sample(self, index: int) -> None:
         """Write this rank's rollouts of iteration ``index`` that are missing or not of the policy in memory."""
-        config, iteration, digest = self._config_of_next(), self.files.iteration(index), self.policy_digest
+        config, files, digest = self._config_of_next(), self.files.iteration(index), self.policy_digest
         with self.progress.phase("generate"):
-            missing = [shard for shard in self._shards(index) if not present.rollouts(config, iteration, shard, digest)]
-            for shard, sampler in self._sampling(missing):
-                generate.run(config, index, shard, sampler, iteration.rollouts(shard))
-                self.progress.wrote("rollouts", iteration.rollouts(shard))
+            missing = [shard for shard in self._shards(index) if not present.rollouts(config, files, shard, digest)]
+            sampler = self._sampler_for(missing)
+            for shard in missing:
+                generate.run(config, index, shard, sampler, files.rollouts(shard))
+                self.progress.wrote("rollouts", files.rollouts(shard))
 
     def score(self, index: int) -> None:
         """Write this rank's scores of iteration ``index`` that are missing or not of its rollouts."""
-        iteration = self.files.iteration(index)
+        config, files = self.config, self.files.iteration(index)
         with self.progress.phase("score"):
-            for shard in self._shards(index):
-                rollouts, scores = iteration.rollouts(shard), iteration.scores(shard)
-                if not present.scores(self.config, rollouts, scores):
-                    score.run(self.config, rollouts, scores, self.judge)
-                    self.progress.wrote("scores", scores)
+            pairs = [(files.rollouts(shard), files.scores(shard)) for shard in self._shards(index)]
+            missing = [(rollouts, scores) for rollouts, scores in pairs if not present.scores(config, rollouts, scores)]
+            judge = self._judge_for(missing)
+            for rollouts, scores in missing:
+                score.run(config, rollouts, scores, judge)
+                self.progress.wrote("scores", scores)
         with self.progress.phase("wait"):
             self.world.gather(None)
 
@@ -181,8 +190,10 @@ class _Segment:
         self._look_ahead()
         log.info("iterate: %d of %d: reward %.3f; %s", index, self.last, metrics["reward_mean"], self.progress.news())
 
-    def record(self) -> dict[str, Any]:
-        """Write what the segment did, last of all, and return it."""
+    def end(self) -> dict[str, Any]:
+        """Close the engine, write what the segment did, last of all, and return it."""
+        if self.sampler is not None:
+            self.sampler.engine.close()
         by_rank = self.world.gather((self.progress.seconds(), self.progress.written))
         written = {kind: sum(sizes.get(kind, 0) for _, sizes in by_rank) for kind in _KINDS}
         record = {
@@ -202,27 +213,23 @@ class _Segment:
 
     # What the steps share.
 
-    def _sampling(self, missing: Sequence[Item]) -> Iterator[tuple[Item, generate.Sampler]]:
-        """Yield each of this rank's items that are to be sampled, with the policy in memory as a sampler.
-
-        Ranks that have nothing to sample take part as long as weights are handed out.
-        """
+    def _sampler_for(self, missing: Sequence[Item]) -> generate.Sampler | None:
+        """Return the policy in memory, ready to sample, where any rank has something to; all ranks call this."""
         if not any(self.world.gather(bool(missing))):
-            return
-        if missing and self.sampler is None:
+            return None
+        if self.sampler is None:
             self.sampler = generate.Sampler.load(self.config, self.files.iteration(self.checkpoint).policy)
-        is_old = self.sampler is not None and self.sampler.policy_digest != self.policy_digest
-        if any(self.world.gather(is_old)):
+        if self.sampler.policy_digest != self.policy_digest:
             own = self.learner.weights(runtime.dtype(self.config)) if self.learner is not None else None
-            weights = broadcast.to_all(own, self.world, self.team)
-            if is_old:
-                self.sampler.update(weights, self.policy_digest)
-            else:
-                for _ in weights:
-                    pass
-        for item in missing:
-            self.sampler.engine.wake()
-            yield item, self.sampler
+            self.sampler.update(broadcast.to_all(own, self.world, self.team), self.policy_digest)
+        self.sampler.engine.wake()
+        return self.sampler
+
+    def _judge_for(self, missing: Sequence[Item]) -> judges.Judge | None:
+        """Return the judge where any rank has something to ask it; all ranks call this."""
+        if any(self.world.gather(bool(missing))) and self.judge is None:
+            self.judge = self.opened.enter_context(judges.in_segment(self.config, self.world))
+        return self.judge
 
     def _look_ahead(self) -> None:
         """Read what the next iteration has on record, so that all ranks know the same."""

@@ -9,7 +9,7 @@ replayed policy earns, an evaluation has to tell.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from earl.config import freeze
 from earl.config.load import changed, leaves, read
 from earl.config.schema import is_free
-from earl.execution import launch
+from earl.execution import launch, ranks, runtime
 from earl.files import atomic, manifest
 from earl.learner import rewards
 from earl.messages.errors import EarlError
@@ -122,9 +122,8 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
         replays.write(target, record)
         freeze.write(config, target.config)
         _start(source, target)
-        for index in range(state.newest_complete(target) + 1, config.num_iterations + 1):
-            log.info("replay: iteration %d of %d", index, config.num_iterations)
-            _train(config, target, index)
+        for index in _train(config, target, state.newest_complete(target)):
+            log.info("replay: iteration %d of %d is trained", index, config.num_iterations)
             state.prune(target, state.Retention.of(config), after=index)
         off_policy = replays.off_policy(target, config.num_iterations)
         replayed = Replayed(source, target, config, config.num_iterations, off_policy)
@@ -132,13 +131,21 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
     return replayed
 
 
-def _train(config: "Config", target: Run, index: int) -> None:
-    if config.train_processes == 1:
-        train.run(config, target.path, index)
-        return
-    arguments = ["train", "--config", str(target.config), "--iteration", str(index), "--run", str(target.path)]
-    if launch.launch(config, arguments, config.train_processes):
-        raise EarlError(f"{target.iteration(index).path}: training it failed, as its ranks have said above")
+def _train(config: "Config", target: Run, after: int) -> Iterator[int]:
+    """Train the iterations after one; yield each that is complete. One process keeps its learner in memory."""
+    left = range(after + 1, config.num_iterations + 1)
+    if config.train_processes > 1:
+        for index in left:
+            arguments = ["train", "--config", str(target.config), "--iteration", str(index), "--run", str(target.path)]
+            if launch.launch(config, arguments, config.train_processes):
+                raise EarlError(f"{target.iteration(index).path}: training it failed, as its ranks have said above")
+            yield index
+    elif left:
+        with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as team:
+            learner = train.load(config, target, after, team)
+            for index in left:
+                train.step(config, target, learner, team, checkpoint=True)
+                yield index
 
 
 def _config(source: Run, target: Run, overrides: Mapping[str, Any], scores: str | None) -> "Config":

@@ -9,13 +9,13 @@ import json
 import logging
 import os
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl import code_version
 from earl.config import freeze
 from earl.config.load import read
-from earl.execution import launch
+from earl.execution import launch, ranks, runtime
 from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.run import replays, state
@@ -56,10 +56,10 @@ def run(run_path: Path, iteration: int) -> None:
         _link_record(files, scratch)
         for index in sorted({0, start}):
             _link(files.iteration(index), scratch.iteration(index), ("policy", "trainer"))
-        for index in range(start + 1, iteration + 1):
-            _replay(config, files, scratch, index)
-            if index - 1 > start:
-                _drop(scratch.iteration(index - 1))
+        for stretch in _stretches(files, start + 1, iteration):
+            _replay(config, files, scratch, stretch)
+            if stretch[0] - 1 > start:
+                _drop(scratch.iteration(stretch[0] - 1))
         _put_in_place(scratch.iteration(iteration), target)
     finally:
         shutil.rmtree(scratch.path, ignore_errors=True)
@@ -117,30 +117,58 @@ def _check_inputs(files: Run, index: int) -> None:
                 )
 
 
-def _replay(config: "Config", files: Run, scratch: Run, index: int) -> None:
-    recorded = _recorded(files.iteration(index))
-    _link(files.iteration(index), scratch.iteration(index), ("rollouts", "scores"))
-    _train(config, scratch, index, len(recorded["inputs"]["rollouts"]), recorded.get("ranks", 1))
-    replayed = _recorded(scratch.iteration(index))
-    if replayed["policy_digest"] != recorded["policy_digest"]:
-        raise EarlError(
-            f"{files.iteration(index).metrics}: replaying iteration {index} gave policy "
-            f"{replayed['policy_digest']}, but {recorded['policy_digest']} is recorded. "
-            f"Code: {code_version()} now, {recorded['code_version']} then. "
-            f"Configuration: {replayed['config_digest']} now, {recorded['config_digest']} then. "
-            "Replay with the code and configuration of then"
-        )
+def _stretches(files: Run, first: int, last: int) -> list[list[int]]:
+    """Return the iterations in stretches that are trained at once: those of one process together, others alone.
+
+    Each is trained by as many ranks as then: sums over another number of them differ in the last bits.
+    """
+
+    def key(index: int) -> int:
+        return 0 if _ranks(files.iteration(index)) == 1 else index
+
+    return [list(stretch) for _, stretch in groupby(range(first, last + 1), key)]
 
 
-def _train(config: "Config", scratch: Run, index: int, shards: int, processes: int) -> None:
-    """Train by as many ranks as then: sums over another number of them differ in the last bits."""
-    if processes == 1:
-        train.run(config, scratch.path, index, shards)
+def _ranks(iteration: Iteration) -> int:
+    return _recorded(iteration).get("ranks", 1)
+
+
+def _replay(config: "Config", files: Run, scratch: Run, stretch: list[int]) -> None:
+    """Train iterations again; the last one gets a checkpoint."""
+    for index in stretch:
+        _link(files.iteration(index), scratch.iteration(index), ("rollouts", "scores"))
+    processes = _ranks(files.iteration(stretch[0]))
+    if processes > 1:
+        _train_by(processes, config, files, scratch, stretch[0])
         return
+    with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as team:
+        learner = train.load(config, scratch, stretch[0] - 1, team)
+        for index in stretch:
+            shards = _shards(files.iteration(index))
+            train.step(config, scratch, learner, team, checkpoint=index == stretch[-1], shards=shards)
+            _compare(files.iteration(index), scratch.iteration(index))
+
+
+def _train_by(processes: int, config: "Config", files: Run, scratch: Run, index: int) -> None:
+    shards = _shards(files.iteration(index))
     freeze.write(config.model_copy(update={"rollout_shards": shards}), scratch.config, accept_changes=True)
     arguments = ["train", "--config", scratch.config, "--iteration", index, "--run", scratch.path]
     if launch.launch(config, [str(argument) for argument in arguments], processes):
         raise EarlError(f"{scratch.iteration(index).path}: training again by {processes} ranks failed, see above")
+    _compare(files.iteration(index), scratch.iteration(index))
+
+
+def _shards(iteration: Iteration) -> int:
+    return len(_recorded(iteration)["inputs"]["rollouts"])
+
+
+def _compare(before: Iteration, again: Iteration) -> None:
+    recorded, replayed = _recorded(before), _recorded(again)
+    if replayed["policy_digest"] != recorded["policy_digest"]:
+        raise EarlError(
+            f"{before.metrics}: replaying iteration {before.index} gave another policy than the one on record. "
+            f"{train.differences(replayed, recorded)}. Replay with the code and configuration of then"
+        )
 
 
 def _link(source: Iteration, target: Iteration, names: tuple[str, ...]) -> None:

@@ -9,12 +9,12 @@ from typing import IO
 from earl import tracking
 from earl.config import freeze, load, places
 from earl.execution import processes
-from earl.run import plan as plans
+from earl.run import plan as planning
 from earl.run import state
 from earl.run.layout import Run
 from earl.run.plan import Plan
 from earl.workflow.settings import Settings
-from earl.workflow.shared import SharedStages
+from earl.workflow.shared import Shared
 
 
 def make_plans(settings: Settings, is_main: bool = True, stages_run_here: bool = True) -> dict[str, Plan]:
@@ -27,17 +27,17 @@ def make_plans(settings: Settings, is_main: bool = True, stages_run_here: bool =
     Raises:
         EarlError: a configuration is wrong or differs from that of its run, or what is left of a run is sure to fail.
     """
+    plans = []
     experiments = [load.load(path, settings.set, load.WORKFLOW) for path in settings.experiment]
-    found = []
-    for loaded in plans.spelled_alike(experiments):
-        run = Run(plans.folder(loaded.config))
+    for loaded in planning.spelled_alike(experiments):
+        run = Run(planning.folder(loaded.config))
         if not settings.accept_changes:
             freeze.check(loaded.config, run.config, load.WORKFLOW)
         freeze.check_evaluations(loaded.config, run)
-        found.append(plans.plan(loaded.config, settings.by_segment))
+        plans.append(planning.plan(loaded.config, settings.granularity == "segment"))
         if is_main:
-            _check(found[-1], loaded, stages_run_here)
-    return plans.by_run(found)
+            _check(plans[-1], loaded, stages_run_here)
+    return planning.by_run(plans)
 
 
 def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
@@ -51,27 +51,25 @@ def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
         print(f"{plan.key}: {missing}", file=sys.stderr)
 
 
-def hold(plans_by_run: Mapping[str, Plan], shared: SharedStages, settings: Settings) -> list[IO[str] | None]:
+def hold(plans: Mapping[str, Plan], shared: Shared, settings: Settings) -> list[IO[str] | None]:
     """Lock what is to be written, and write each run's configuration where the stages read it.
 
-    Where another workflow has made meanwhile what this one planned to make, plan again, as called: this function does
-    not return then.
+    Where another workflow has meanwhile made what was to be made, plan again, as called; this does not return then.
 
     Returns:
-        The locks. They last until they are closed, or this process has ended in whatever way.
+        The locks. They end with this process, in whatever way it ends.
 
     Raises:
         EarlError: another workflow is writing to a run, or its configuration has changed.
     """
-    missing = shared.missing()
-    locks = []
+    missing, locks = shared.missing(), []
     for path in missing:
         made = partial(os.path.exists, shared.file_of(path))
         locks.append(processes.lock_unless(made, path.parent / f".{path.name}.lock", path.as_posix()))
-    locks += [processes.lock(state.lock_file(plan.run)) for plan in plans_by_run.values()]
-    is_outdated = any(state.newest_complete(plan.run) != plan.newest for plan in plans_by_run.values())
+    locks += [processes.lock(state.lock_file(plan.run)) for plan in plans.values()]
+    is_outdated = any(state.newest_complete(plan.run) != plan.newest for plan in plans.values())
     if is_outdated or shared.missing() != missing:
         os.execv(sys.executable, sys.orig_argv)
-    for plan in plans_by_run.values():
+    for plan in plans.values():
         freeze.write(plan.config, plan.run.config, accept_changes=settings.accept_changes)
     return locks

@@ -1,37 +1,22 @@
-"""What jobs need by the configuration, where a profile says nothing else: GPUs and processor cores."""
+"""What a job takes by the configuration, unless a profile says something else."""
 
 from earl.config.schema import Config
 from earl.run import segments
 
 
-def sampling_gpus(config: Config) -> int:
-    return _on_gpus(config, config.vllm_tensor_parallel_size if config.engine == "vllm" else 1)
+def ranks(config: Config, rule: str) -> int:
+    """Return how many processes a job computes in."""
+    trains = rule in ("train", "sft", "restore")
+    return segments.processes(config) if rule == "iterate" else config.train_processes if trains else 1
 
 
-def judging_gpus(config: Config) -> int:
-    """None where the judge is a server or a program."""
-    return _on_gpus(config, config.judge_tensor_parallel_size if config.judge == "vllm" else 0)
+def threads(config: Config, rule: str) -> int:
+    return config.cpu_threads * ranks(config, rule)
 
 
-def training_gpus(config: Config) -> int:
-    return _on_gpus(config, config.train_processes)
-
-
-def segment_gpus(config: Config) -> int:
-    return _on_gpus(config, segments.processes(config)) + judging_gpus(config)
-
-
-def tokenising_gpus(config: Config) -> int:
-    return _on_gpus(config, 1)
-
-
-def training_threads(config: Config) -> int:
-    return config.cpu_threads * config.train_processes
-
-
-def segment_threads(config: Config) -> int:
-    return config.cpu_threads * segments.processes(config)
-
-
-def _on_gpus(config: Config, count: int) -> int:
-    return 0 if config.device == "cpu" else count
+def gpus(config: Config, rule: str) -> int:
+    """Return the GPUs of a job: one a rank, and those that an engine or a judge is split over."""
+    judge = config.judge_tensor_parallel_size if config.judge == "vllm" else 0
+    engine = config.vllm_tensor_parallel_size if config.engine == "vllm" else 1
+    wanted = {"generate": engine, "score": judge, "iterate": ranks(config, rule) + judge}
+    return 0 if config.device == "cpu" else wanted.get(rule, ranks(config, rule))

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def bench(tmp_path, slurm):
     yield Bench(tmp_path, slurm.env)
+    for job in slurm.jobs():
+        slurm.call("scancel", job)
     wait_until(lambda: not slurm.jobs())
 
 
@@ -105,20 +107,25 @@ def test_a_driver_killed_while_it_submits_leaves_no_second_writer(bench, slurm, 
     """What it submitted is found by its name, or, where it comes later than another driver's look, ends of itself."""
     slow = bench.path / "bin" / "sbatch"
     slow.parent.mkdir()
-    wait = f'until [ -e "{bench.path}/go" ]; do sleep 0.1; done\n' if late else ""
-    real = f'{shutil.which("sbatch")} "$@"\ntouch "{bench.path}/submitted"\nsleep 60\n'
-    slow.write_text(f'#!/bin/sh\ntouch "{bench.path}/submitting"\n{wait}{real}')
+    wait = "touch submitting; until [ -e go ]; do sleep 0.1; done" if late else ""
+    slow.write_text(f"""#!/bin/sh
+cp "$1" script.sh
+{wait}
+{shutil.which("sbatch")} script.sh
+touch submitted
+sleep 60
+""")
     slow.chmod(0o755)
     with monkeypatch.context() as patch:
         patch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
         driver = bench.start()
-        wait_until((bench.path / ("submitting" if late else "submitted")).exists, bench.said)
+        wait_until((bench.path / ("submitting" if late else "submitted")).exists, bench.said)  # in sbatch
         kill(driver)
     again = bench.start()
     [[job, *_]] = bench.begun()
     if late:
         (bench.path / "go").touch()
-        wait_until(lambda: "must not write" in bench.logs(), bench.logs)
+        wait_until(lambda: "could not find submitted jobs" in bench.logs(), bench.logs)
         wait_until(lambda: list(slurm.jobs()) == [job])
     bench.hurry()
     bench.ended(again)

@@ -35,6 +35,12 @@ from tests.support.segment_runs import iterate as earl_iterate
 
 pytestmark = pytest.mark.slow
 
+RARE_CHECKPOINTS = {
+    "segment_checkpoint_every_n_iterations": 10,
+    "save_checkpoints_every_n_iterations": None,
+    "keep_checkpoints_every_n_iterations": None,
+}
+
 
 @pytest.fixture(scope="module")
 def by_stage(tmp_path_factory) -> Run:
@@ -138,7 +144,7 @@ class FailingJudge(ProgramJudge):
 
 def test_a_judge_that_fails_leaves_all_earlier_work(tmp_path, by_stage, monkeypatch):
     run = begin(tmp_path, by_stage)
-    config = reconfigure(run, segment_checkpoint_every_n_iterations=10, save_checkpoints_every_n_iterations=None)
+    config = reconfigure(run, **RARE_CHECKPOINTS)
     # 2 evaluations of policy 0, 4 shards, 4 shards, 1 evaluation of policy 2, and 2 of the shards of iteration 3
     monkeypatch.setattr("earl.judges.get", lambda config: FailingJudge(2 + 4 + 4 + 1 + 2))
     with pytest.raises(EarlError, match="does not answer"):
@@ -201,10 +207,8 @@ def test_training_again_that_gives_another_policy_starts_anew_from_there(copy, b
         record = iterate.run(load.read(copy.config), copy.path, LAST)
     assert (record["trained"], record["trained_again"]) == ([3, 4], [])
     assert "iterations 3 to 4 are made anew" in caplog.text
-    assert (
-        f"Policy: {json.loads(copy.iteration(3).metrics.read_text())['policy_digest']} now, {old[3]} then"
-        in caplog.text
-    )
+    now = json.loads(copy.iteration(3).metrics.read_text())["policy_digest"]
+    assert f"Policy: {now} now, {old[3]} then" in caplog.text
     assert tables.read_metadata(copy.iteration(4).rollouts(0))["policy_digest"] not in old.values()
     assert_sound(copy)
 
@@ -304,8 +308,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes_and_samples_nothing_
 
 
 def test_two_ranks_that_train_are_killed_and_end_as_two_that_were_not(tmp_path, by_stage):
-    changes = {"train_processes": 2, "segment_processes": None, "segment_checkpoint_every_n_iterations": 10}
-    changes |= {"save_checkpoints_every_n_iterations": None, "keep_checkpoints_every_n_iterations": None}
+    changes = {"train_processes": 2, "segment_processes": None, **RARE_CHECKPOINTS}
     undisturbed, run = (begin(tmp_path / name, by_stage, **changes) for name in ("undisturbed", "killed"))
     earl_iterate(undisturbed, to=3)
     attempt = Attempt(run, to=3)

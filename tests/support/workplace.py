@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from earl.execution import processes
@@ -98,13 +100,36 @@ class Workplace:
         """Return the commands other than the housekeeping at the end."""
         return [line for line in self.commands() if line.split()[0] not in ("prune", "verify", "report")]
 
+    def kinds(self) -> list[str]:
+        """Return the names of these commands alone."""
+        return [line.split()[0] for line in self.stages()]
+
     def folder(self, name: str) -> Run:
         return Run(self.path / "runs" / name)
 
     def policy(self, name: str, index: int) -> str:
         return manifest.digest_folder(self.folder(name).iteration(index).policy)
 
+    def shapes_experiment(self, name: str, **fields: object) -> str:
+        """An experiment of one iteration whose data and starting policy the pipeline makes."""
+        sft = {"base_model": "stage:shapes-policy", "train_paths_file": ["stage:tokenise/pairs"], "steps": 1}
+        made = {
+            "raw_datasets": {"pairs": {"source": "shapes", "count": 16, "seed": 1}},
+            "train_paths_file": ["stage:tokenise/pairs"],
+            "model_path": "stage:sft/s",
+            "sft": {"s": sft},
+            "num_iterations": 1,
+        }
+        return self.experiment(name, **made | fields)
+
 
 def job_counts(output: str) -> dict[str, int]:
     table = output.split("Job stats:")[1].split("\n\n")[0]
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)

@@ -3,23 +3,20 @@
 
 rule evaluate_generate:
     input:
-        policy=policy,
-        vision=vision_tokenizer,
-        prompts=evaluation_prompts,
+        unpack(INPUTS.evaluate),
     output:
         "{run}/evaluations/{evaluation}/{step}.rollouts.parquet",
     log:
         "{run}/logs/evaluate/{evaluation}-{step}-generate.log",
     benchmark:
         "{run}/benchmarks/evaluate_generate/{evaluation}-{step}.tsv"
-    threads: lambda w: settings_of(w).cpu_threads
+    threads: lambda w: need.threads(config_of(w), "generate")
     resources:
-        gpu=lambda w: need.sampling_gpus(settings_of(w)),
-    params:
-        policy=lambda w: iteration(w).policy,
+        gpu=lambda w: need.gpus(config_of(w), "generate"),
     shell:
         "earl generate --config {wildcards.run:q}/config.json --iteration {wildcards.step}"
-        " --evaluation {wildcards.evaluation} --policy {params.policy:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --evaluation {wildcards.evaluation} --policy {wildcards.run:q}/iterations/{wildcards.step}/policy"
+        " --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule evaluate_score:
@@ -31,9 +28,9 @@ rule evaluate_score:
         "{run}/logs/evaluate/{evaluation}-{step}-score.log",
     benchmark:
         "{run}/benchmarks/evaluate_score/{evaluation}-{step}.tsv"
-    threads: lambda w: settings_of(w).cpu_threads
+    threads: lambda w: need.threads(config_of(w), "score")
     resources:
-        gpu=lambda w: need.judging_gpus(settings_of(w)),
+        gpu=lambda w: need.gpus(config_of(w), "score"),
     shell:
         "earl score --config {wildcards.run:q}/config.json --rollouts {input:q} --out {output:q} 2>&1 | tee {log:q}"
 

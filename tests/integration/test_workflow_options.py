@@ -1,0 +1,141 @@
+"""The workflow at home with Snakemake: its options, profiles and reports, and paths as people have them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.workplace import ROOT, SNAKEMAKE, Workplace, job_counts
+
+ODD = "my [odd] run's {folder}"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def snakemake(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [*SNAKEMAKE, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
+
+
+class TestAsItStands:
+    def test_the_demo_is_planned_without_a_word_and_in_one_screen(self):
+        done = snakemake("-n", "-q")
+        assert done.returncode == 0, done.stderr
+        assert "runs/demo: " in done.stderr
+        assert len((done.stdout + done.stderr).splitlines()) <= 25
+        counts = job_counts(snakemake("-n", "--config", "set=run_name=new", "granularity=stage").stdout)
+        assert counts["train"] == 20
+        assert counts.keys() >= {"raw", "tokenise", "sft", "start", "generate", "score", "evaluate", "report"}
+
+    def test_lint_and_format(self):
+        lint = snakemake("--lint")
+        assert "your workflow is in a good condition" in lint.stdout + lint.stderr, lint.stdout + lint.stderr
+        formatted = [sys.executable, "-m", "snakefmt", "--check", "workflow"]
+        done = subprocess.run(formatted, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def test_rules_hold_no_python_but_input_functions(self):
+        """Whoever reads a rule sees all of it: `run:` and `script:` blocks are not used, locks are not in the rules."""
+        for path in (ROOT / "workflow").rglob("*.smk"):
+            text = path.read_text()
+            assert not [word for word in ("    run:", "    script:", "import os") if word in text], path
+
+    def test_python_of_the_rules_imports_nothing_of_snakemake(self):
+        code = "import sys, earl.workflow.inputs, earl.workflow.opening; sys.exit('snakemake' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+class TestSettings:
+    def test_texts_reach_the_configuration_as_they_were_typed(self, place):
+        place.run(place.experiment("a", num_iterations=1), set="run_name=007,assistant_prefill=say: this # that")
+        config = json.loads((place.path / "runs" / "007" / "config.json").read_text())
+        assert (config["run_name"], config["assistant_prefill"]) == ("007", "say: this # that")
+
+    def test_a_configuration_file_says_what_the_command_line_does_not(self, place):
+        (place.path / "config").mkdir()
+        (place.path / "config" / "config.yaml").write_text("granularity: stage\nset: {num_iterations: 2}\n")
+        assert job_counts(place.run(place.experiment("a"), "-n"))["train"] == 2
+        assert "iterate" in job_counts(place.run("a.jsonnet", "-n", granularity="segment"))
+
+    def test_an_unknown_setting_is_refused(self, place):
+        output = place.run(place.experiment("a"), "-n", sett="temperature=1", fails=True)
+        assert "--config sett=...: is not a setting; did you mean set?" in output
+
+
+class TestPaths:
+    @pytest.mark.parametrize("granularity", ["segment", "stage"])
+    def test_spaces_quotes_and_brackets(self, place, granularity):
+        experiment = place.experiment("a", num_iterations=2, base_exp_dir=ODD, evaluations={"e": {"prompts": 4}})
+        shapes = place.shapes_experiment("b", base_exp_dir=ODD)
+        place.run(f"{experiment},{shapes}", granularity=granularity)
+        for name in "ab":
+            assert json.loads((place.path / ODD / name / "verify.json").read_text())["problems"] == []
+        assert "Nothing to be done" in place.run(f"{experiment},{shapes}", granularity=granularity)
+
+    def test_another_working_folder(self, place):
+        elsewhere = place.path / "elsewhere"
+        elsewhere.mkdir()
+        for name in ("model", "train.parquet", "held_out.parquet"):
+            shutil.move(place.path / name, elsewhere / name)
+        experiment = place.path / place.experiment("a", num_iterations=1)
+        place.run(str(experiment), "--directory", "elsewhere")
+        assert (elsewhere / "runs" / "a" / "report.html").is_file()
+        assert not (place.path / "runs").exists()
+
+
+class TestOptions:
+    @pytest.mark.parametrize("granularity", ["segment", "stage"])
+    def test_retries_and_keep_going(self, place, granularity):
+        """A stage that fails is tried again; what does not depend on it goes on."""
+        both = ",".join(place.experiment(name, num_iterations=1) for name in "ab")
+        started = place.start(
+            both, "-k", "-p", "--retries", "1", env={"STUB_FAIL": "score --config runs/a/"}, granularity=granularity
+        )
+        output, _ = started.communicate(timeout=120)
+        assert started.returncode != 0
+        assert "earl generate --config" in output or "earl iterate --run runs/a --to 000001" in output
+        assert len([line for line in place.commands() if line.startswith("score --config runs/a/")]) == 2
+        assert place.folder("b").report.is_file()
+        assert not place.folder("a").report.exists()
+
+    def test_until_and_forcerun(self, place):
+        experiment = place.shapes_experiment("a")
+        place.run(experiment, "--until", "tokenise")
+        assert [line.split(" --")[0] for line in place.commands()] == ["shapes raw", "tokenise"]
+        place.run(experiment)
+        place.run(experiment, "-R", "report", "--notemp", "--latency-wait", "1")
+        assert [line.split()[0] for line in place.commands()] == ["report"]
+
+    def test_a_report_shows_pages_curves_and_tables(self, place):
+        place.run(place.experiment("a", num_iterations=1))
+        place.run("a.jsonnet", "--report", "report.zip")
+        names = [Path(name).name for name in zipfile.ZipFile(place.path / "report.zip").namelist()]
+        assert {"curves.svg", "evaluations.csv", "report.html"} <= set(names)
+
+
+@pytest.mark.parametrize("profile", [None, "slurm"])
+def test_vllm_is_missed_only_where_stages_run_here(place, profile):
+    hidden = place.path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules.update(vllm=None, wandb=None)\n")
+    experiment = place.experiment("a", engine="vllm", wandb_mode="offline")
+    options = ["--profile", ROOT / "profiles" / profile] if profile else []
+    arguments = ["--snakefile", ROOT / "workflow" / "Snakefile", *options, "-n", "--config", f"experiment={experiment}"]
+    done = snakemake(*arguments, cwd=place.path, PYTHONPATH=f"{ROOT}:{hidden}")
+    output = done.stdout + done.stderr
+    if profile is None:
+        assert "field engine (in a.jsonnet) is `vllm`, which is not installed here; in EARL" in output
+    else:
+        # Tracking comes last, and training does not need it: one line says what will be missing.
+        assert done.returncode == 0, output
+        (line,) = (line for line in output.splitlines() if "wandb is not installed" in line)
+        assert "runs/a: wandb_mode is `offline`" in line
+        assert "pip install" in line

@@ -1,0 +1,122 @@
+"""GPUs of one machine without Slurm: each stage waits for as many as it needs, and sees those alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from earl.execution import gpus
+from earl.messages.errors import EarlError
+
+CLAIM = """
+import os, sys
+from earl.execution import gpus
+gpus.claim(int(sys.argv[1]))
+print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+sys.stdin.read()
+"""
+
+
+class Machine:
+    """GPUs, by the environment of those who claim them."""
+
+    def __init__(self, folder: Path, visible: str) -> None:
+        unwanted = ("SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES")
+        inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
+        self.env = inherited | {"TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": visible}
+
+    def claim(self, count: int, **env: str) -> subprocess.Popen:
+        """Start a process that claims GPUs, says which and holds them until it ends."""
+        return subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(count)],
+            env=self.env | env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path, "3,5,7")
+
+
+def got(claimed: subprocess.Popen) -> str:
+    return claimed.stdout.readline().strip()
+
+
+def test_each_process_has_gpus_of_its_own(machine):
+    first, second = machine.claim(2), None
+    try:
+        assert got(first) == "3,5"
+        second = machine.claim(1)
+        assert got(second) == "7"
+    finally:
+        for each in filter(None, (first, second)):
+            each.communicate()
+
+
+def test_who_finds_too_few_waits_and_holds_none_meanwhile(machine):
+    first = machine.claim(2)
+    assert got(first) == "3,5"
+    waiting = machine.claim(2)
+    third = machine.claim(1)
+    # Were the one that is left held by the process that waits, this one would never get it.
+    assert got(third) == "7"
+    first.kill()
+    first.communicate()
+    assert got(waiting) == "3,5", "locks end with their process, however it ends"
+    for each in (waiting, third):
+        each.communicate()
+
+
+def test_gpus_of_one_slurm_job_are_not_those_of_another(machine):
+    first = machine.claim(3, SLURM_JOB_ID="7")
+    second = machine.claim(3, SLURM_JOB_ID="8")
+    assert got(first) == got(second) == "3,5,7"
+    for each in (first, second):
+        each.communicate()
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """This process, with no GPU claimed; returns the folder for stand-ins of programs."""
+    monkeypatch.setattr(gpus, "_held", [])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "locks"))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    (tmp_path / "locks").mkdir()
+    return programs
+
+
+def test_parts_of_a_gpu_are_not_gpus(alone):
+    listed = "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-b)\nGPU 1: NVIDIA H100 (UUID: GPU-c)"
+    (alone / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (alone / "nvidia-smi").chmod(0o755)
+    with pytest.raises(EarlError, match="needs 3 GPUs, but 2 are visible"):
+        gpus.claim(3)
+    gpus.claim(2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+@pytest.mark.parametrize("visible", [None, "", "-1", "-1,0"])
+def test_without_gpus_nothing_is_claimed(alone, monkeypatch, visible):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus.claim(1)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+    assert not gpus._held
+
+
+def test_what_follows_a_minus_one_is_hidden(alone, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,-1,6")
+    gpus.claim(1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+    with pytest.raises(EarlError, match="needs 2 GPUs, but 1 are visible"):
+        gpus.claim(2)
