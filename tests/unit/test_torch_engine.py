@@ -73,7 +73,8 @@ def test_truncation_to_one_keeps_the_likeliest():
         assert truncate(logprobs, params)[0].tolist() == [-torch.inf, 0.0, -torch.inf]
 
 
-def test_samples_that_do_not_fill_batches_are_an_error(torch_engine, request_):
+def test_samples_that_do_not_fill_batches_are_an_error(torch_engine, policy_folder, request_):
+    torch_engine.load(policy_folder)
     with pytest.raises(EarlError, match="engine_batch_size is 8, which is no multiple of the 3 samples"):
         torch_engine.generate([dataclasses.replace(request_, seeds=[1, 2, 3])], FREE)
 
