@@ -109,6 +109,11 @@ class Executor(RemoteExecutor):
                 known = {name: value for name, value in job.resources.items() if str(value) != "<TBD>"}
                 resources.parameters(job.name, job.threads, known)
 
+    @property
+    def cores(self) -> str:
+        """What the Snakemake on the node may use: what it has, not what the driver's machine has."""
+        return "all"
+
     # Submission
 
     def run_job(self, job: JobExecutorInterface) -> None:
@@ -269,8 +274,10 @@ def digest(job: JobExecutorInterface, parameters: dict[str, Any]) -> str:
     singles = job.jobs if job.is_group() else [job]
     done = []
     for single in sorted(singles, key=outputs):
+        # A shell command says all; what its inputs are may change with what is there already.
+        said = ("rule", "output", "wildcards") if single.shellcmd else ("rule", "output", "wildcards", "input", "params")
         known = json.loads(single.properties())
-        done.append([single.shellcmd] + [known.get(key) for key in ("rule", "input", "output", "wildcards", "params")])
+        done.append([single.shellcmd, *(known.get(key) for key in said)])
     return _sha256([done, parameters])
 
 
