@@ -1,5 +1,7 @@
 # A run from its start on: iterations by segment, or by stage. By segment, the rules of the stages still make files of
 # old iterations again that are asked for by name.
+#
+# Snakemake scales `threads` down to the cores of this machine. Jobs on a cluster's nodes get `cpus_per_task`.
 
 
 # Where the configuration requires something of the judge, no run starts without it.
@@ -11,6 +13,7 @@ rule judge_gate:
     threads: lambda w: need.threads(config_of(w), "score")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "score"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "score"),
     shell:
         "earl judge check --config {wildcards.run:q}/config.json --out {output:q} 2>&1 | tee {log:q}"
 
@@ -42,6 +45,7 @@ rule iterate:
     threads: lambda w: need.threads(config_of(w), "iterate")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "iterate"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "iterate"),
     shell:
         "earl iterate --run {wildcards.run:q} --to {wildcards.step} 2>&1 | tee {log:q}"
 
@@ -59,6 +63,7 @@ rule generate:
     threads: lambda w: need.threads(config_of(w), "generate")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "generate"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "generate"),
     params:
         before=lambda w: f"{int(w.step) - 1:06d}",
     shell:
@@ -78,6 +83,7 @@ rule score:
     threads: lambda w: need.threads(config_of(w), "score")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "score"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "score"),
     shell:
         "earl score --config {wildcards.run:q}/config.json --rollouts {input:q} --out {output:q} 2>&1 | tee {log:q}"
 
@@ -96,6 +102,7 @@ rule train:
     threads: lambda w: need.threads(config_of(w), "train")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "train"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "train"),
     shell:
         "(earl train --config {wildcards.run:q}/config.json --iteration {wildcards.step} --run {wildcards.run:q}"
         " && earl prune --run {wildcards.run:q} --after {wildcards.step}) 2>&1 | tee {log:q}"
@@ -113,5 +120,6 @@ rule restore:
     threads: lambda w: need.threads(config_of(w), "restore")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "restore"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "restore"),
     shell:
         "earl restore --run {wildcards.run:q} --iteration {wildcards.step} 2>&1 | tee {log:q}"
