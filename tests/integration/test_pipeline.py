@@ -18,10 +18,10 @@ from earl.stages import generate, prompts, score, train
 from tests.support import bare_loop
 
 
-@pytest.fixture(scope="module")
-def run(small_config):
+@pytest.fixture
+def run(small_run):
     """A finished run of two iterations, made in this process."""
-    return bare_loop.run_all(small_config("plain"))
+    return small_run
 
 
 def without_origin(path):

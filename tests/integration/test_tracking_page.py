@@ -208,12 +208,12 @@ def test_killed_between_sending_and_recording(tmp_path, server):
     assert [episode["iteration"] for episode in episodes(server.artifacts[-1])] == [2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("delay", [0.8, 1.3, 1.8])
-def test_killed_at_any_moment(tmp_path, server, delay):
+@pytest.mark.parametrize("query", ["UpsertBucket", "CreateArtifact"])
+def test_killed_at_any_moment(tmp_path, server, query):
     run, _ = new_run(tmp_path / "a", wandb_mode="online", log_episodes_every_n_iterations=2)
     train(run, *range(1, 6))
     process = start(run, server)
-    time.sleep(delay)
+    wait_until(lambda: query in server.queries)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     track(run, server)
