@@ -118,7 +118,7 @@ def newest_complete(run: Run) -> int:
 
 
 def newest_checkpoint(run: Run) -> int:
-    """Return the newest trained iteration with a whole policy and trainer state; 0, the starting policy, without any."""
+    """Return the newest trained iteration with a whole policy and trainer state; 0 stands for the starting policy."""
     for index in reversed(iterations(run)):
         iteration = run.iteration(index)
         if index and iteration.metrics.is_file() and has_checkpoint(iteration):
