@@ -32,10 +32,10 @@ def start(config: "Config", run: Run) -> int:
     """
     from earl.config import freeze
 
-    found, newest = state.newest_checkpoint(run), state.newest_complete(run)
+    found, newest, digest = state.newest_checkpoint(run), state.newest_complete(run), freeze.config_digest(config)
     for index in range(found + 1, newest + 1):
         metrics = run.iteration(index).metrics
-        if metrics.is_file() and objects.read(metrics).get("config_digest") != freeze.config_digest(config):
+        if metrics.is_file() and objects.read(metrics).get("config_digest", digest) != digest:
             raise EarlError(
                 f"{metrics}: iteration {index} was trained with another configuration, and the newest checkpoint is "
                 f"that of iteration {found}; go back to the old values, or have iterations {index} to {newest} trained "
