@@ -5,6 +5,7 @@ What the workflow and the program both need to know. Nothing here loads a model.
 
 from typing import TYPE_CHECKING
 
+from earl.config import freeze
 from earl.files import objects
 from earl.messages.errors import EarlError
 from earl.run import state
@@ -30,8 +31,6 @@ def start(config: "Config", run: Run) -> int:
     Raises:
         EarlError: one of them was trained with another configuration, which would give another policy.
     """
-    from earl.config import freeze
-
     found, newest, digest = state.newest_checkpoint(run), state.newest_complete(run), freeze.config_digest(config)
     for index in range(found + 1, newest + 1):
         metrics = run.iteration(index).metrics

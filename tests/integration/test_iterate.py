@@ -91,7 +91,7 @@ def test_ranks_that_sample_and_one_that_trains_write_the_bytes_of_the_stages(tmp
     run = begin(tmp_path, by_stage, segment_processes=processes)
     printed = earl_iterate(run)
     assert_same(run, by_stage)
-    assert len(json.loads(run.segment(LAST).read_text())["seconds"]) == processes
+    assert len(json.loads(run.segment(LAST).read_text())["seconds_by_rank"]) == processes
     assert len(re.findall(r"iterate: \d of 4: reward", printed)) == LAST, "one line an iteration, by one rank"
 
 
