@@ -37,21 +37,21 @@ OVERRIDES = base_exp_dir=$(RUNS) run_name=$(RUN) $(if $(ITERATIONS),num_iteratio
 MATRIX := sft_s__rl_s sft_s__rl_c sft_s__rl_sc sft_sc__rl_c sft_sc__rl_sc sft_sc2stage__rl_c sft_sc2stage__rl_sc \
   sft_think_s__rl_s sft_think_s__rl_c sft_think_s__rl_sc
 # Small, for ten experiments on one machine: the demo's batches of 256 episodes would take four times as long.
-MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) episodes_per_iteration=64 rollout_shards=1 \
-  workers=local $(SET)
+MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) episodes_per_iteration=64 \
+  rollout_shards=1 $(SET)
 listed = $(subst $(space),$(comma),$(strip $(1)))
 
 .PHONY: demo matrix test test-fast lint venv new-enough
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED) $(if $(filter vllm,$(ENGINE)),$(WITH_VLLM))
-	@$(BIN)/python -m snakemake --profile profiles/local --quiet host reason rules \
+	@$(BIN)/python -m snakemake --quiet host reason rules \
 	  --config experiment=$(CONFIG) 'set=$(call listed,$(OVERRIDES))'
 	@$(BIN)/python -m earl status --run $(RUNS)/$(RUN)
 	@echo "Report: $(abspath $(RUNS)/$(RUN)/report.html)"
 
 matrix: $(INSTALLED)
-	@$(BIN)/python -m snakemake --profile profiles/local --quiet host reason rules \
+	@$(BIN)/python -m snakemake --quiet host reason rules \
 	  --config experiment=$(call listed,$(MATRIX:%=config/shapes/%.jsonnet)) 'set=$(call listed,$(MATRIX_OVERRIDES))'
 	@$(BIN)/python -m earl compare $(MATRIX:%=--run $(RUNS)/shapes_%) --published --out $(RUNS)/matrix.html
 	@echo "Comparison: $(abspath $(RUNS)/matrix.html)"
@@ -68,7 +68,7 @@ test-fast: $(TESTABLE)
 lint: $(TESTABLE)
 	$(BIN)/ruff check earl tests benchmarks scripts
 	$(BIN)/snakefmt --check workflow
-	$(BIN)/python -m snakemake --lint --config experiment=$(CONFIG)
+	$(BIN)/python -m snakemake --lint
 
 venv: $(INSTALLED)
 

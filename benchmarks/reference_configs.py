@@ -98,7 +98,7 @@ def run(config: Path, folder: Path, judge: Path, environment: dict[str, str]) ->
     """Run an imported configuration through the workflow; return the seconds it took."""
     replaced = SMALL | {"run_name": config.stem, "reward_function_api_model_name": str(judge)}
     overrides = ",".join(f"{name}={value}" for name, value in replaced.items())
-    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--quiet", "all"]
+    command = [sys.executable, "-m", "snakemake", "--quiet", "all"]
     command += ["--config", f"experiment={config}", f"set={overrides}"]
     start = time.monotonic()
     with (folder / f"{config.stem}.log").open("w") as log:

@@ -1,6 +1,6 @@
 """Put the base model of the demo where the package ships it: fine-tuned by the pipeline, stored in bfloat16.
 
-    python -m snakemake --profile profiles/local --until sft --config experiment=config/shapes_base.jsonnet
+    python -m snakemake --until sft --config experiment=config/shapes_base.jsonnet
     python scripts/ship_shapes_base_policy.py
 
 The first command takes about half an hour on one core and can be killed and started again.

@@ -142,12 +142,18 @@ def spelled_alike(experiments: "Sequence[Loaded]") -> "list[Loaded]":
     """Return experiments whose `base_exp_dir` is one text where it is one folder, however each spells it.
 
     So runs meet in what they share. The first spelling is taken, relative to the working folder where it is below.
+
+    Raises:
+        EarlError: it is no path for Snakemake.
     """
     spellings: dict[str, Path] = {}
     found = []
     for loaded in experiments:
         path = Path(loaded.config.base_exp_dir)
         short = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        if "{" in str(path) or "}" in str(path):
+            where = loaded.origin("base_exp_dir")
+            raise EarlError(f"field base_exp_dir (in {where}) is {path}: Snakemake takes no braces; choose another")
         spelling = spellings.setdefault(os.path.realpath(path), short)
         config = loaded.config.model_copy(update={"base_exp_dir": spelling.as_posix()})
         found.append(replace(loaded, config=config))

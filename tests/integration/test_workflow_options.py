@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.workplace import ROOT, SNAKEMAKE, Workplace, job_counts
 
-ODD = "my [odd] run's {folder}"
+ODD = "my [odd] run's folder"
 
 
 @pytest.fixture
@@ -65,6 +65,22 @@ class TestSettings:
         assert job_counts(place.run(place.experiment("a"), "-n"))["train"] == 2
         assert "iterate" in job_counts(place.run("a.jsonnet", "-n", granularity="segment"))
 
+    def test_a_profile_chooses_the_granularity_by_its_default_resources(self, place):
+        experiment = place.experiment("a")
+        assert "train" in job_counts(place.run(experiment, "-n", "--default-resources", "granularity=stage"))
+        options = ("-n", "--default-resources", "granularity=stage")
+        assert "iterate" in job_counts(place.run(experiment, *options, granularity="segment"))
+
+    @pytest.mark.slow
+    def test_jobs_elsewhere_have_the_settings_that_were_typed(self, place):
+        """A job is told by a command line of Snakemake's, through a shell."""
+        place.profile = "slurm"
+        prefill = """it's "$HOME": `a` \\ # b"""
+        settings = json.dumps(["run_name=b", f"assistant_prefill={prefill}"])
+        place.run(place.experiment("a", num_iterations=1), "--submitit-cluster", "local", set=settings)
+        config = json.loads((place.path / "runs" / "b" / "config.json").read_text())
+        assert (config["assistant_prefill"], place.folder("b").report.is_file()) == (prefill, True)
+
     def test_an_unknown_setting_is_refused(self, place):
         output = place.run(place.experiment("a"), "-n", sett="temperature=1", fails=True)
         assert "--config sett=...: is not a setting; did you mean set?" in output
@@ -79,6 +95,10 @@ class TestPaths:
         for name in "ab":
             assert json.loads((place.path / ODD / name / "verify.json").read_text())["problems"] == []
         assert "Nothing to be done" in place.run(f"{experiment},{shapes}", granularity=granularity)
+
+    def test_braces_are_refused(self, place):
+        output = place.run(place.experiment("a", base_exp_dir="runs/{x}"), "-n", fails=True)
+        assert "field base_exp_dir (in a.jsonnet) is runs/{x}: Snakemake takes no braces" in output
 
     def test_another_working_folder(self, place):
         elsewhere = place.path / "elsewhere"

@@ -1,5 +1,7 @@
 """Settings of a workflow: what was typed counts, not what YAML makes of it; what nothing reads is refused."""
 
+import shlex
+
 import pytest
 from snakemake.cli import parse_config
 
@@ -44,6 +46,18 @@ def test_set_is_read_as_it_was_typed(typed, expected):
     assert overrides(f"set={typed}") == expected
 
 
+def test_settings_travel_packed():
+    typed = ["experiment=a.jsonnet", """set=assistant_prefill=it's "$HOME" `x` \\"""]
+    (packed,) = settings.packed(typed)
+    assert shlex.quote(packed.replace("packed=", "").replace("=", "")) in packed, (
+        "nothing in it means anything to a shell"
+    )
+    assert settings.unpacked([packed]) == settings.unpacked(typed) == typed
+    # Snakemake hands it over as a setting, too.
+    assert settings.read(parse_config([packed]), typed).experiment == ["a.jsonnet"]
+    assert (settings.packed([]), settings.unpacked(None)) == ([], [])
+
+
 def test_set_may_be_given_several_times():
     assert overrides("set=temperature=0.5", "set=kl_coeff=0,temperature=1") == {"temperature": 1, "kl_coeff": 0}
 
@@ -81,7 +95,9 @@ def test_what_a_setting_cannot_be_is_refused():
 
 
 def test_a_setting_that_nothing_reads_is_refused_with_what_was_meant():
-    assert "--config temperature=...: is not a setting; set the field by set=temperature=..." in refusal("temperature=1")
+    assert "--config temperature=...: is not a setting; set the field by set=temperature=..." in refusal(
+        "temperature=1"
+    )
     assert "--config sett=...: is not a setting; did you mean set?" in refusal("sett=temperature=1")
     assert "--config granularty=...: is not a setting; did you mean granularity?" in refusal("granularty=stage")
     assert "is not a setting; there are experiment, set, granularity, " in refusal("iteration=3")

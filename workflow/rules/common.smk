@@ -8,6 +8,12 @@ def alternation(values):
     return "|".join(map(re.escape, values)) or r"(?!)"
 
 
+def said():
+    """Return what configuration files and --config say, and what a profile can only say by its default-resources."""
+    chosen = (workflow.resource_settings.default_resources or {}).get("granularity")
+    return ({"granularity": chosen.raw} if chosen else {}) | config
+
+
 def stages_run_here():
     """Return whether stages run in the environment of this workflow, so that it can say what they will miss."""
     elsewhere = workflow.resource_settings.nodes is not None
