@@ -187,7 +187,11 @@ class TestThePlan:
         started = place.start(str(ROOT / "config" / "sft_s__rl_s.jsonnet"), "-n", "-p", env=env)
         output, _ = started.communicate(timeout=180)
         assert started.returncode == 0, output
-        commands = re.findall(r" earl convert model (.*?) --out", output)
+        commands = [
+            line.split("convert model ")[1].split(" --out")[0]
+            for line in output.splitlines()
+            if "earl convert model" in line
+        ]
         assert sorted(commands) == [
             "BAAI/Emu3-VisionTokenizer --vision",
             "mair-lab/sft-simple --tokenizer BAAI/Emu3-Gen",

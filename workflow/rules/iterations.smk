@@ -1,5 +1,6 @@
 # A run from its start on: iterations by segment, or by stage. By segment, the rules of the stages still make files of
-# old iterations again that are asked for by name.
+# old iterations again that are asked for by name. Where a job may have more threads than this machine has cores, which
+# is as many as Snakemake lets it have, `cpus_per_task` says so.
 
 
 # Where the configuration requires something of the judge, no run starts without it.
@@ -42,6 +43,7 @@ rule iterate:
     threads: lambda w: need.threads(config_of(w), "iterate")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "iterate"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "iterate"),
     shell:
         "earl iterate --run {wildcards.run:q} --to {wildcards.step} 2>&1 | tee {log:q}"
 
@@ -96,6 +98,7 @@ rule train:
     threads: lambda w: need.threads(config_of(w), "train")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "train"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "train"),
     shell:
         "(earl train --config {wildcards.run:q}/config.json --iteration {wildcards.step} --run {wildcards.run:q}"
         " && earl prune --run {wildcards.run:q} --after {wildcards.step}) 2>&1 | tee {log:q}"
@@ -113,5 +116,6 @@ rule restore:
     threads: lambda w: need.threads(config_of(w), "restore")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "restore"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "restore"),
     shell:
         "earl restore --run {wildcards.run:q} --iteration {wildcards.step} 2>&1 | tee {log:q}"

@@ -65,6 +65,7 @@ rule sft:
     threads: lambda w: need.threads(SHARED.config(w, "sft"), "sft")
     resources:
         gpu=lambda w: need.gpus(SHARED.config(w, "sft"), "sft"),
+        cpus_per_task=lambda w: need.threads(SHARED.config(w, "sft"), "sft"),
     params:
         command=lambda w: SHARED.command(w, "sft"),
         out=subpath(output[0], parent=True),
