@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from earl.stages import train
-from tests.integration.test_train_stage import new_run, write_inputs  # noqa: F401  (new_run is a fixture)
 from tests.support.toy_workflow import wait_until
+from tests.support.train_files import write_inputs
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_four_ranks_on_two_nodes_reach_each_other(on_two_nodes, tmp_path):
     assert "FAILED" not in said
 
 
-def test_ranks_on_two_nodes_train_as_one_process_does(on_two_nodes, new_run, vocabulary):  # noqa: F811
+def test_ranks_on_two_nodes_train_as_one_process_does(on_two_nodes, new_run, vocabulary):
     submit, end = on_two_nodes
     config, alone = new_run("alone")
     _, run = new_run(train_processes=4)
@@ -66,7 +66,7 @@ def test_ranks_on_two_nodes_train_as_one_process_does(on_two_nodes, new_run, voc
     assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
 
 
-def test_what_all_ranks_meet_is_said_once_and_ends_all(on_two_nodes, new_run, vocabulary):  # noqa: F811
+def test_what_all_ranks_meet_is_said_once_and_ends_all(on_two_nodes, new_run, vocabulary):
     submit, end = on_two_nodes
     _, run = new_run(train_processes=2, parity_tolerance=0.1)
     write_inputs(run, 1, vocabulary)
@@ -76,7 +76,7 @@ def test_what_all_ranks_meet_is_said_once_and_ends_all(on_two_nodes, new_run, vo
     assert "Traceback" not in said
 
 
-def test_ranks_that_do_not_fit_the_nodes_are_refused(on_two_nodes, new_run):  # noqa: F811
+def test_ranks_that_do_not_fit_the_nodes_are_refused(on_two_nodes, new_run):
     submit, end = on_two_nodes
     _, run = new_run(train_processes=3)
     said, status = end(submit("train", "--config", run.config, "--iteration", 1, "--run", run.path))
