@@ -1,5 +1,6 @@
 """A Snakemake executor over submitit: jobs on Slurm that outlive the driver, and one watcher for all of them."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,6 +25,8 @@ from snakemake_executor_plugin_submitit.task import Task
 
 UNDER_WAY = 3.0
 """Seconds after which a submission whose driver was killed has reached Slurm, as a rule; its job claims in vain."""
+UNNOTICED = 3600.0
+"""Seconds after which no driver is about to read a result any more."""
 TAIL = 30
 """Lines of a failed job's log that are shown."""
 
@@ -108,6 +111,19 @@ class Executor(RemoteExecutor):
                 # Some depend on inputs that are not there yet.
                 known = {name: value for name, value in job.resources.items() if str(value) != "<TBD>"}
                 resources.parameters(job.name, job.threads, known)
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Remove the folders of jobs that succeeded when no driver waited for them any more."""
+        for path in self.folder.glob("*/*_0_result.pkl"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > UNNOTICED and pickle_load(path)[0] == "success":
+                    shutil.rmtree(path.parent)
+
+    @property
+    def cores(self) -> str:
+        """What the Snakemake on the node may use: what it has, not what the driver's machine has."""
+        return "all"
 
     # Submission
 
@@ -269,8 +285,10 @@ def digest(job: JobExecutorInterface, parameters: dict[str, Any]) -> str:
     singles = job.jobs if job.is_group() else [job]
     done = []
     for single in sorted(singles, key=outputs):
+        # A shell command says all; what its inputs are may change with what is there already.
         known = json.loads(single.properties())
-        done.append([single.shellcmd] + [known.get(key) for key in ("rule", "input", "output", "wildcards", "params")])
+        said = ("rule", "output", "wildcards") + (() if single.shellcmd else ("input", "params"))
+        done.append([single.shellcmd, *(known.get(key) for key in said)])
     return _sha256([done, parameters])
 
 

@@ -55,6 +55,19 @@ def test_a_killed_driver_finds_its_jobs_again(bench):
     assert bench.words() == ["begin", "end"]
 
 
+def test_what_a_job_left_that_ended_without_a_driver_is_removed_later(bench):
+    driver, _ = bench.start(), bench.begun()
+    kill(driver)
+    bench.hurry()
+    wait_until(lambda: list(bench.path.glob(".snakemake/submitit/*/*_result.pkl")))
+    bench.ended(bench.start("word", setup="export WORD=set"))
+    (result,) = bench.path.glob(".snakemake/submitit/*/*_result.pkl")
+    os.utime(result, (1, 1))
+    (bench.path / "word").unlink()
+    bench.ended(bench.start("word", setup="export WORD=set"))
+    assert not list((bench.path / ".snakemake" / "submitit").iterdir())
+
+
 def test_another_command_for_the_same_output_waits_until_the_first_is_gone(bench):
     driver, _ = bench.start(), bench.begun()
     kill(driver)
