@@ -23,7 +23,7 @@ from earl.config.schema import Config, Evaluation
 from earl.execution import processes
 from earl.files import manifest
 from earl.messages.errors import EarlError
-from earl.run import plan, state, verify
+from earl.run import plan, segments, state, verify
 from earl.run.layout import Run
 
 
@@ -95,7 +95,6 @@ def test_metrics_make_an_iteration_complete_whatever_became_of_its_checkpoint(ru
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (6, 4)
     run.iteration(6).metrics.unlink()
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (5, 4)
-    assert state.newest_checkpoint(run, last=3) == 3
 
 
 def test_a_checkpoint_that_was_written_before_its_metrics_does_not_count(run):
@@ -218,26 +217,21 @@ def test_rewind_needs_no_checkpoint_before(run):
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
 
 
-# Plans
+# Where a segment starts
 
 
-def test_plan_starts_at_the_newest_complete_iteration_and_is_cut_into_windows(run, tmp_path):
-    made = plan.plan(make_config(tmp_path, num_iterations=11, segment_length=2))
-    assert (made.start, made.stop) == (6, 11)
-    assert [list(window) for window in made.windows] == [[7, 8], [9, 10], [11]]
-
-
-def test_old_evaluations_are_planned_while_their_policy_exists(run, tmp_path):
-    state.prune(run, state.Retention(None, 4, 6))
-    evaluations = {"held_out": Evaluation(prompts=4, every_n_iterations=2).model_dump()}
-    made = plan.plan(make_config(tmp_path, evaluations=evaluations, num_iterations=9))
-    assert made.evaluations == {i: ["held_out"] for i in (0, 4, 6, 8, 9)}, "policy 2 has been dropped"
-
-
-def test_one_iteration_again_must_be_one_of_the_run(run, tmp_path):
-    assert list(plan.plan(make_config(tmp_path), single=3).iterations) == [3]
-    with pytest.raises(EarlError, match="complete iterations 1 to 6"):
-        plan.plan(make_config(tmp_path), single=7)
+def test_a_segment_starts_at_the_newest_checkpoint_unless_another_configuration_trained_what_follows(run, tmp_path):
+    config = make_config(tmp_path, num_iterations=9)
+    for index in (5, 6):
+        shutil.rmtree(run.iteration(index).trainer)
+    assert segments.start(config, run) == 4
+    other = make_config(tmp_path, num_iterations=9, learning_rate=1e-4)
+    complaint = r"000005/train/metrics.json: iteration 5 was trained with another.*earl rewind --run .* --iteration 5$"
+    for ask in (lambda: segments.start(other, run), lambda: plan.plan(other)):
+        with pytest.raises(EarlError, match=complaint):
+            ask()
+    state.rewind(run, 5)
+    assert segments.start(other, run) == 4
 
 
 # Verification
@@ -397,13 +391,11 @@ def test_a_link_to_nothing_is_told_by_planning_status_and_verification(run, tmp_
     complaint = rf"{link}: is a link to ../../../model, where no folder is; .*earl start --run {run.path} --policy"
     with pytest.raises(EarlError, match=complaint):
         plan.plan(make_config(tmp_path, num_iterations=9))
-    with pytest.raises(EarlError, match=complaint):
-        plan.plan(make_config(tmp_path), single=3)
-    assert plan.plan(make_config(tmp_path)).windows == [], "a run that is done needs it no more"
+    assert plan.plan(make_config(tmp_path)).segments == [], "a run that is done needs it no more"
     assert re.search(complaint, state.status(run, 9).text())
     assert [file for file, _ in problems(run)] == ["iterations/000000/policy"]
     state.start(run, tmp_path / "gone")
-    assert plan.plan(make_config(tmp_path, num_iterations=9)).start == 6
+    assert plan.plan(make_config(tmp_path, num_iterations=9)).newest == 6
 
 
 def test_a_trained_run_is_not_linked_to_another_policy(run, tmp_path):
