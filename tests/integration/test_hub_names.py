@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from tests.support.workplace import Workplace, write_tokenised
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["change the red circle", "8*8", "make the background green", "remove the blue square"]
-STUB = "stage_stub.py convert"
 POLICY, TOKENIZER, VISION = "mair-lab/sft-simple", "BAAI/Emu3-Gen", "BAAI/Emu3-VisionTokenizer"
 EXPERIMENT = {
     "run_name": "a",
@@ -187,7 +187,11 @@ class TestThePlan:
         started = place.start(str(ROOT / "config" / "sft_s__rl_s.jsonnet"), "-n", "-p", env=env)
         output, _ = started.communicate(timeout=180)
         assert started.returncode == 0, output
-        commands = [line.split("convert model ")[1].split(" --out")[0] for line in output.splitlines() if STUB in line]
+        commands = [
+            line.split("convert model ")[1].split(" --out")[0]
+            for line in output.splitlines()
+            if "earl convert model" in line
+        ]
         assert sorted(commands) == [
             "BAAI/Emu3-VisionTokenizer --vision",
             "mair-lab/sft-simple --tokenizer BAAI/Emu3-Gen",

@@ -60,11 +60,11 @@ def test_what_a_job_left_that_ended_without_a_driver_is_removed_later(bench):
     kill(driver)
     bench.hurry()
     wait_until(lambda: list(bench.path.glob(".snakemake/submitit/*/*_result.pkl")))
-    bench.ended(bench.start("word"))
+    bench.ended(bench.start("word", setup="export WORD=set"))
     (result,) = bench.path.glob(".snakemake/submitit/*/*_result.pkl")
     os.utime(result, (1, 1))
     (bench.path / "word").unlink()
-    bench.ended(bench.start("word"))
+    bench.ended(bench.start("word", setup="export WORD=set"))
     assert not list((bench.path / ".snakemake" / "submitit").iterdir())
 
 

@@ -49,11 +49,6 @@ def contents(run: Run) -> dict[str, bytes]:
     return {path.relative_to(run.path).as_posix(): path.read_bytes() for path in files}
 
 
-def kinds(place: Workplace) -> list[str]:
-    """Return the stages that were called, without what is done at the end of a run."""
-    return [line.split()[0] for line in place.stages()]
-
-
 class TestPlan:
     def test_a_dry_run_plans_every_job_and_writes_nothing(self, place):
         experiment = place.experiment("a", rollout_shards=2, segment_length=2, **HELD_OUT)
@@ -115,6 +110,7 @@ class TestPlan:
 
 
 class TestFiles:
+    @pytest.mark.slow
     def test_both_granularities_write_the_same_files(self, finished):
         segment, stage = (finished.folder(name) for name in GRANULARITIES)
         assert contents(segment).keys() == contents(stage).keys()
@@ -127,6 +123,7 @@ class TestFiles:
         assert finished.policy("segment", 3) == finished.policy("stage", 3)
         assert sorted(path.name for path in (segment.path / "segments").iterdir()) == ["000003.json"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("before", "after"), [("segment", "segment"), ("segment", "stage"), ("stage", "segment")])
     def test_a_finished_run_goes_on_when_it_is_to_be_longer(self, done, before, after):
         experiment = f"{before}.jsonnet"
@@ -136,6 +133,7 @@ class TestFiles:
         assert json.loads(done.folder(before).verification.read_text())["problems"] == []
         assert read(done.folder(before).config).num_iterations == 4
 
+    @pytest.mark.slow
     def test_the_granularity_may_change_half_way(self, place, finished):
         experiment = place.experiment("a", **HELD_OUT, segment_length=2)
         started = place.start(experiment, env={"STUB_FAIL": "generate --config runs/a/config.json --iteration 000002"})
@@ -143,7 +141,7 @@ class TestFiles:
         assert state.newest_complete(place.folder("a")) == 1
         place.run(experiment, granularity="stage", set="num_iterations=2")
         # The segment had not written a checkpoint yet.
-        assert kinds(place)[:2] == ["restore", "generate"]
+        assert place.kinds()[:2] == ["restore", "generate"]
         place.run(experiment)
         assert place.policy("a", 3) == finished.policy("segment", 3)
         assert contents(place.folder("a")) == contents(finished.folder("segment"))
@@ -158,28 +156,29 @@ class TestFiles:
         done.run(f"{granularity}.jsonnet", f"runs/{granularity}/iterations/000002/{gone}", granularity=granularity)
         stage = {"rollouts": ["restore", "generate"], "train": ["restore", "train"], "policy": ["restore"]}
         if (granularity, gone[:6]) == ("stage", "policy"):
-            assert kinds(done) == ["restore"]
+            assert done.kinds() == ["restore"]
         else:
-            assert kinds(done) == stage[gone.split("/")[0]]
+            assert done.kinds() == stage[gone.split("/")[0]]
         assert contents(run) == before
         output = done.run(f"{granularity}.jsonnet", granularity=granularity)
         assert "Nothing to be done" in output
 
+    @pytest.mark.slow
     def test_one_shard_again_and_nothing_else(self, done):
         target = "runs/stage/iterations/000002/scores/0000.parquet"
         before = contents(done.folder("stage"))
         done.run("stage.jsonnet", target, "--force")
-        assert kinds(done) == ["score"]
+        assert done.kinds() == ["score"]
         assert contents(done.folder("stage")) == before
         done.run("stage.jsonnet", "runs/stage/iterations/000002/train/metrics.json", "--force")
-        assert kinds(done) == ["restore", "train"]
+        assert done.kinds() == ["restore", "train"]
         assert contents(done.folder("stage")) == before
 
     def test_an_old_evaluation_is_made_when_it_is_asked_for(self, done):
         summary = "runs/segment/evaluations/more/000001.json"
         more = json.dumps(HELD_OUT["evaluations"] | {"more": {"prompts": 4}})
         done.run("segment.jsonnet", summary, set=f"evaluations={more}")
-        assert kinds(done) == ["restore", "generate", "score", "evaluate"]
+        assert done.kinds() == ["restore", "generate", "score", "evaluate"]
         assert (done.path / summary).is_file()
 
     def test_a_file_that_is_not_made_by_stage_is_refused_with_what_to_ask_for(self, done):
@@ -187,18 +186,19 @@ class TestFiles:
         output = done.run("segment.jsonnet", target, set="num_iterations=4", fails=True)
         assert "iteration 4 is part of a segment; ask for runs/segment/segments/000004.json" in output
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     def test_what_was_removed_from_the_end_is_made_again(self, done, granularity):
         run, experiment = done.folder(granularity), f"{granularity}.jsonnet"
         before = contents(run)
         run.iteration(3).metrics.unlink()
         done.run(experiment, granularity=granularity)
-        assert kinds(done).count("train") == 1
+        assert done.kinds().count("train") == 1
         assert not [line for line in done.stages() if "--shard" in line], "its rollouts are still good"
         assert contents(run) == before
         assert state.rewind(run, 2) == [2, 3]
         done.run(experiment, granularity=granularity)
-        assert kinds(done).count("train") == 2
+        assert done.kinds().count("train") == 2
         assert contents(run) == before
 
     def test_a_run_without_iterations_evaluates_a_policy_on_data_sets_of_their_own(self, place):
@@ -208,12 +208,13 @@ class TestFiles:
         experiment = place.experiment("a", **fields, evaluations={"other": own, "usual": {"prompts": 4}})
         place.run(experiment)
         expected = ["evaluate"] * 2 + ["generate"] * 2 + ["score"] * 2 + ["start", "tokenise"]
-        assert sorted(kinds(place)) == expected
+        assert sorted(place.kinds()) == expected
         assert place.folder("a").evaluation("other", 0).summary.is_file()
         assert "Nothing to be done" in place.run(experiment)
 
 
 class TestInterruptions:
+    @pytest.mark.slow
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     def test_killed_without_warning_and_started_again(self, place, finished, granularity):
         experiment = place.experiment("a", **HELD_OUT)
@@ -237,6 +238,7 @@ class TestInterruptions:
         place.run(experiment)
         assert contents(place.folder("a")) == contents(finished.folder("segment"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     def test_a_stage_that_fails_keeps_the_iterations_before_it(self, place, granularity):
         experiment = place.experiment("a")
@@ -247,7 +249,7 @@ class TestInterruptions:
         assert "this stage was told to fail" in output
         assert state.newest_complete(place.folder("a")) == 1
         place.run(experiment, granularity=granularity)
-        again = [kind for kind in kinds(place) if kind not in ("iterate", "prune")]
+        again = [kind for kind in place.kinds() if kind not in ("iterate", "prune")]
         assert again == ["train", "generate", "score", "train"]
 
     def test_a_second_workflow_on_the_same_run_is_refused(self, place):
@@ -271,7 +273,7 @@ class TestInterruptions:
             metrics.rename(run.iteration(3).metrics)
         output, _ = second.communicate(timeout=60)
         assert second.returncode == 0, output
-        assert "iterate" not in kinds(done)
+        assert "iterate" not in done.kinds()
 
 
 class TestShared:
@@ -291,6 +293,7 @@ class TestShared:
         assert policies[0] == policies[1]
         assert not policies[0].is_symlink()
 
+    @pytest.mark.slow
     def test_a_second_workflow_waits_for_what_the_first_makes_and_uses_it(self, place):
         both = [place.shapes_experiment("a"), place.shapes_experiment("b")]
         hold = place.path / "hold"
@@ -350,6 +353,7 @@ class TestShared:
 
 
 class TestConfiguration:
+    @pytest.mark.slow
     def test_a_changed_configuration_stops_until_it_is_accepted(self, done):
         changed = {"set": "num_iterations=4,kl_coeff=0.5"}
         for more in ({}, {"accept_changes": "false"}):
@@ -363,6 +367,7 @@ class TestConfiguration:
         problems = json.loads(done.folder("segment").verification.read_text())["problems"]
         assert [each["problem"][:49] for each in problems] == ["iterations 1 to 3 were made by another configurat"]
 
+    @pytest.mark.slow
     def test_how_to_evaluate_may_change_until_there_are_results(self, done):
         results = done.folder("segment").evaluation("held_out", 0).summary.parent
         for more in ({}, {"accept_changes": True}):
@@ -373,7 +378,7 @@ class TestConfiguration:
         # Once the old results are gone, it is made of the policies that are there: the first and the last.
         shutil.rmtree(results)
         done.run("segment.jsonnet", set="evaluations.held_out.prompts=5")
-        assert sorted(kinds(done)) == ["evaluate"] * 2 + ["generate"] * 2 + ["score"] * 2
+        assert sorted(done.kinds()) == ["evaluate"] * 2 + ["generate"] * 2 + ["score"] * 2
         assert read(done.folder("segment").config).evaluations["held_out"].prompts == 5
 
     @pytest.mark.slow
@@ -397,6 +402,7 @@ class TestConfiguration:
 
 
 class TestSending:
+    @pytest.mark.slow
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     def test_a_send_waits_for_the_run_and_not_the_run_for_it(self, place, granularity, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_test")
@@ -418,5 +424,5 @@ class TestSending:
         assert commands.index(last) > next(i for i, line in enumerate(commands) if line.startswith("report"))
         place.run(experiment, granularity=granularity)
         assert last in place.stages()
-        assert set(kinds(place)) <= {"track", "push"}
+        assert set(place.kinds()) <= {"track", "push"}
         assert "Nothing to be done" in place.run(experiment, granularity=granularity)

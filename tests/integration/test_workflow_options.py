@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,7 @@ class TestSettings:
 
 
 class TestPaths:
+    @pytest.mark.slow
     @pytest.mark.parametrize("granularity", ["segment", "stage"])
     def test_spaces_quotes_and_brackets(self, place, granularity):
         experiment = place.experiment("a", num_iterations=2, base_exp_dir=ODD, evaluations={"e": {"prompts": 4}})
@@ -112,6 +114,7 @@ class TestPaths:
 
 
 class TestOptions:
+    @pytest.mark.slow
     @pytest.mark.parametrize("granularity", ["segment", "stage"])
     def test_retries_and_keep_going(self, place, granularity):
         """A stage that fails is tried again; what does not depend on it goes on."""
@@ -126,6 +129,7 @@ class TestOptions:
         assert place.folder("b").report.is_file()
         assert not place.folder("a").report.exists()
 
+    @pytest.mark.slow
     def test_until_and_forcerun(self, place):
         experiment = place.shapes_experiment("a")
         place.run(experiment, "--until", "tokenise")
@@ -139,6 +143,22 @@ class TestOptions:
         place.run("a.jsonnet", "--report", "report.zip")
         names = [Path(name).name for name in zipfile.ZipFile(place.path / "report.zip").namelist()]
         assert {"curves.svg", "evaluations.csv", "report.html"} <= set(names)
+
+
+def test_a_job_elsewhere_asks_for_what_its_experiment_says(place):
+    """Not for what the machine has that the workflow is started on."""
+    place.profile = "slurm"
+    fields = {"num_iterations": 1, "cpu_threads": 2, "train_processes": 40, "segment_processes": 48, "engine": "vllm"}
+    asked = place.run(place.experiment("a", **fields), "-n", "--cores", "2", granularity="stage")
+    jobs = dict(re.findall(r"^rule (\w+):.*?resources: ([^\n]*)", asked, re.DOTALL | re.MULTILINE))
+    assert "gpu=40" in jobs["train"]
+    assert "cpus_per_task=80" in jobs["train"]
+    assert "gpu=1" in jobs["generate"]
+    chosen = place.run(
+        "a.jsonnet", "-n", "--set-resources", "iterate:constraint=h100", "iterate:nodes=6", "iterate:gpu=8"
+    )
+    jobs = dict(re.findall(r"^rule (\w+):.*?resources: ([^\n]*)", chosen, re.DOTALL | re.MULTILINE))
+    assert all(word in jobs["iterate"] for word in ("gpu=8", "nodes=6", "constraint=h100"))
 
 
 @pytest.mark.parametrize("profile", [None, "slurm"])

@@ -1,7 +1,6 @@
 # A run from its start on: iterations by segment, or by stage. By segment, the rules of the stages still make files of
-# old iterations again that are asked for by name.
-#
-# Snakemake scales `threads` down to the cores of this machine. Jobs on a cluster's nodes get `cpus_per_task`.
+# old iterations again that are asked for by name. Where a job may have more threads than this machine has cores, which
+# is as many as Snakemake lets it have, `cpus_per_task` says so.
 
 
 # Where the configuration requires something of the judge, no run starts without it.
