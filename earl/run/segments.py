@@ -32,8 +32,9 @@ def start(config: "Config", run: Run) -> int:
         if metrics.is_file() and objects.read(metrics).get("config_digest", digest) != digest:
             raise EarlError(
                 f"{metrics}: iteration {index} was trained with another configuration, and the newest checkpoint is "
-                f"that of iteration {found}; go back to the old values, or have iterations {index} to {newest} trained "
-                f"with the new ones: earl rewind --run {run.path} --iteration {index}"
+                f"that of iteration {found}; bring the newest one back before the configuration changes: earl restore "
+                f"--run {run.path} --iteration {newest}; or have iterations {index} to {newest} trained anew: "
+                f"earl rewind --run {run.path} --iteration {index}"
             )
     return found
 

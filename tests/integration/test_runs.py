@@ -227,7 +227,7 @@ def test_a_segment_starts_at_the_newest_checkpoint_unless_another_configuration_
     assert segments.start(config, run) == 4
     other = make_config(tmp_path, num_iterations=9, learning_rate=1e-4)
     complaint = r"000005/train/metrics.json: iteration 5 was trained with another.*earl rewind --run .* --iteration 5$"
-    for ask in (lambda: segments.start(other, run), lambda: plan.plan(other)):
+    for ask in (lambda: segments.start(other, run), lambda: plan.plan(other), lambda: plan.plan(other, False)):
         with pytest.raises(EarlError, match=complaint):
             ask()
     state.rewind(run, 5)
