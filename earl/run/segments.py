@@ -20,11 +20,6 @@ def processes(config: "Config") -> int:
     return config.segment_processes or config.train_processes
 
 
-def gpus(config: "Config") -> int:
-    """Return the number of GPUs of a segment: one a rank, and those of its judge."""
-    return processes(config) + (config.judge_tensor_parallel_size if config.judge == "vllm" else 0)
-
-
 def start(config: "Config", run: Run) -> int:
     """Return where a segment starts: the newest iteration with a checkpoint. Those after it are trained again.
 
