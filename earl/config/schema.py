@@ -611,7 +611,7 @@ class Config(_Section):
         "of them train. At least `train_processes`; null: `train_processes`.",
     )
     segment_checkpoint_every_n_iterations: Positive = _free(
-        10,
+        25,
         "Iterations after which a segment writes a checkpoint. It also writes one at its end, and those that "
         "`save_checkpoints_every_n_iterations` and `keep_checkpoints_every_n_iterations` keep. After a crash it trains "
         "again from the newest one, over stored rollouts and scores.",
