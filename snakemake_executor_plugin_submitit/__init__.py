@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -12,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
+from snakemake_interface_executor_plugins.utils import format_cli_arg
 from submitit.core.utils import JobPaths, pickle_load
 
 from snakemake_executor_plugin_submitit import resources
@@ -117,7 +120,9 @@ class Executor(RemoteExecutor):
         """Remove the folders of jobs that succeeded when no driver waited for them any more."""
         for path in self.folder.glob("*/*_0_result.pkl"):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > UNNOTICED and pickle_load(path)[0] == "success":
+                left = Watched("", path.parent, path.name.split("_")[0])
+                is_old = time.time() - path.stat().st_mtime > UNNOTICED
+                if is_old and (result := left.result()) is not None and result[0] == "success":
                     shutil.rmtree(path.parent)
 
     @property
@@ -127,22 +132,33 @@ class Executor(RemoteExecutor):
 
     # Submission
 
+    def format_job_exec(self, job: JobExecutorInterface) -> str:
+        """Return the command for a node, with the values of --config as they were given.
+
+        Snakemake quotes them as Python does, so that the shell would double backslashes and expand a `$` beside a `'`.
+        """
+        command = super().format_job_exec(job)
+        given = self.workflow.config_settings.config_args
+        if not given:
+            return command
+        return command.replace(format_cli_arg("--config", given), shlex.join(["--config", *given]))
+
     def run_job(self, job: JobExecutorInterface) -> None:
         """Submit a job, or find it where an earlier driver submitted it."""
         info = SubmittedJobInfo(job)
         if self.cluster is None:
             self._run_here(info)
             return
-        parameters = resources.parameters(job.name, job.threads, job.resources)
         name = job_name(job)
         folder = self.folder / name
-        recorded = Record(name, outputs(job), digest(job, parameters))
         try:
+            parameters = resources.parameters(job.name, job.threads, job.resources)
+            recorded = Record(name, outputs(job), digest(job, parameters))
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             job_id = self._find(folder, recorded)
             verb = "found running" if job_id else "submitted"
             job_id = job_id or self._submit(job, folder, recorded, parameters)
-        except (OSError, RuntimeError, ValueError, NoAnswer) as error:
+        except (OSError, RuntimeError, ValueError, NoAnswer, WorkflowError) as error:
             self.report_job_error(info, msg=f"{name} was not submitted: {error}\n")
             return
         watched = Watched(name, folder, job_id)

@@ -45,6 +45,12 @@ def test_set_up_lines_run_first(bench):
     assert (bench.path / "word").read_text() == "set\n"
 
 
+def test_a_setting_reaches_the_job_as_it_was_given(bench):
+    word = r"""it's "a" \"b\" for $HOME, `pwd` [x]"""
+    bench.ended(bench.start("said", config=word))
+    assert (bench.path / "said").read_text() == word
+
+
 def test_a_killed_driver_finds_its_jobs_again(bench):
     driver, _ = bench.start(), bench.begun()
     kill(driver)
