@@ -218,28 +218,6 @@ def test_rewind_needs_no_checkpoint_before(run):
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
 
 
-# Plans
-
-
-def test_plan_starts_at_the_newest_complete_iteration_and_is_cut_into_windows(run, tmp_path):
-    made = plan.plan(make_config(tmp_path, num_iterations=11, segment_length=2))
-    assert (made.start, made.stop) == (6, 11)
-    assert [list(window) for window in made.windows] == [[7, 8], [9, 10], [11]]
-
-
-def test_old_evaluations_are_planned_while_their_policy_exists(run, tmp_path):
-    state.prune(run, state.Retention(None, 4, 6))
-    evaluations = {"held_out": Evaluation(prompts=4, every_n_iterations=2).model_dump()}
-    made = plan.plan(make_config(tmp_path, evaluations=evaluations, num_iterations=9))
-    assert made.evaluations == {i: ["held_out"] for i in (0, 4, 6, 8, 9)}, "policy 2 has been dropped"
-
-
-def test_one_iteration_again_must_be_one_of_the_run(run, tmp_path):
-    assert list(plan.plan(make_config(tmp_path), single=3).iterations) == [3]
-    with pytest.raises(EarlError, match="complete iterations 1 to 6"):
-        plan.plan(make_config(tmp_path), single=7)
-
-
 # Verification
 
 
@@ -397,13 +375,11 @@ def test_a_link_to_nothing_is_told_by_planning_status_and_verification(run, tmp_
     complaint = rf"{link}: is a link to ../../../model, where no folder is; .*earl start --run {run.path} --policy"
     with pytest.raises(EarlError, match=complaint):
         plan.plan(make_config(tmp_path, num_iterations=9))
-    with pytest.raises(EarlError, match=complaint):
-        plan.plan(make_config(tmp_path), single=3)
-    assert plan.plan(make_config(tmp_path)).windows == [], "a run that is done needs it no more"
+    assert plan.plan(make_config(tmp_path)).segments == [], "a run that is done needs it no more"
     assert re.search(complaint, state.status(run, 9).text())
     assert [file for file, _ in problems(run)] == ["iterations/000000/policy"]
     state.start(run, tmp_path / "gone")
-    assert plan.plan(make_config(tmp_path, num_iterations=9)).start == 6
+    assert plan.plan(make_config(tmp_path, num_iterations=9)).newest == 6
 
 
 def test_a_trained_run_is_not_linked_to_another_policy(run, tmp_path):

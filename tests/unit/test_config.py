@@ -213,7 +213,7 @@ def test_from_raw_data_to_rl_and_the_table_in_one_plan(tmp_path: Path, variables
     outputs = {name: stage.output for name, stage in stages.items()}
     assert stages["sc2stage"].inputs == (*(outputs[name] for name in [*BOTH, "validation"]), outputs["s"])
 
-    planned = plan.plan(config).evaluations
+    planned = plan.plan(config, by_segment=False).evaluations
     assert sorted(planned) == list(range(0, 2001, 100))
     assert sorted(planned[0]) == sorted(planned[2000]) == sorted(["validation", *BENCHMARKS])
     assert planned[100] == planned[1900] == ["validation"]
@@ -268,10 +268,10 @@ def test_a_run_has_the_name_of_the_experiments_file_where_none_is_set(
     files = [ROOT / "config" / f"{name}.jsonnet" for name in TABLE]
     alike = [plan.plan(load.load(file).config) for file in files]
     with pytest.raises(EarlError, match=r"/experiments/trial: two of the experiments .* unset APP__RUN_NAME"):
-        plan.choose(alike)
+        plan.by_run(alike)
     monkeypatch.delenv("APP__RUN_NAME")
     configs = [load.load(file).config for file in files]
-    assert list(plan.choose([plan.plan(config) for config in configs])) == [f"/experiments/{name}" for name in TABLE]
+    assert list(plan.by_run([plan.plan(config) for config in configs])) == [f"/experiments/{name}" for name in TABLE]
     assert configs[0].push_to_hub_repo_id == "imged_rl__sft_s__rl_s"
     # An override names all that refer to it, too.
     config = load.load(files[0], {"run_name": "b"}).config
