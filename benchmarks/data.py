@@ -25,11 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from earl.data import shards, tokenised
+from earl.data import convert, shards, tokenised
 from earl.data.grids import stored
 from earl.data.tokenised import open_dataset
 from earl.files import tables
-from earl.stages import convert
 
 SIDE, CODES = 32, 32768
 WORDS = (

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from earl import code_version
 from earl.config import load
+from earl.files.layout import Run
 from earl.run import state
-from earl.run.layout import Run
 from earl.statistics import intervals
 from tests.support import bare_loop
 

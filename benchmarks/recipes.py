@@ -32,14 +32,13 @@ from earl import code_version
 from earl.config import load
 from earl.config.schema import Config
 from earl.files import atomic
+from earl.files.layout import Run
 from earl.judges import Judgement, Verdict
 from earl.judges.program import ProgramJudge
-from earl.learner import rewards
 from earl.report import charts
 from earl.run import state
-from earl.run.layout import Run
 from earl.stages import generate, score, train
-from earl.statistics import intervals, seeds
+from earl.statistics import intervals, rewards, seeds
 from tests.support import bare_loop
 
 log = logging.getLogger("recipes")

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from earl.config import from_reference
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.shapes import world
 from scripts import write_tiny_judge
 

@@ -32,9 +32,10 @@ from earl.engines import Request, SamplingParams
 from earl.engines.torch_engine import TorchEngine
 from earl.judges import answers
 from earl.judges.rubric import Rubric
-from earl.learner import advantage, batches, grpo, logprobs, objective, rewards, sft
+from earl.learner import advantage, batches, grpo, logprobs, objective, sft
 from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
+from earl.statistics import rewards
 
 POLICY = Path(paths.__file__).parent.parent / "shapes" / "base_policy"
 SHAPE, PROMPTS, SAMPLES = (8, 8), 4, 2

@@ -18,7 +18,7 @@ import numpy as np
 
 from earl.config import freeze, load
 from earl.files import atomic, images, manifest, tables
-from earl.run.layout import Run
+from earl.files.layout import Run
 
 ROOT = Path(__file__).parent.parent
 GROUP = 8

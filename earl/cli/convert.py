@@ -21,8 +21,8 @@ def convert_model(
     vision: Annotated[bool, typer.Option("--vision", help="Of a checkpoint with both, its vision tokenizer.")] = False,
 ) -> None:
     """Write a published Emu3 policy or vision tokenizer as a folder that every stage reads; runs no code of it."""
-    from earl.config.hub import Conversion
     from earl.emu3 import published
+    from earl.files.hub import Conversion
 
     published.make(Conversion(source, revision, tokenizer, vision), out)
 
@@ -38,6 +38,6 @@ def convert_data(
     ] = 0.0,
 ) -> None:
     """Write pre-tokenised .pth archives as tokenised Parquet shards, every token id checked."""
-    from earl.stages import convert as stage
+    from earl.data import convert as stage
 
     stage.run(listing, out, codebook_size, dataset, max_rejected_fraction)

@@ -20,7 +20,7 @@ def track(
     """Show the run's figures and episodes on Weights & Biases, as far as the configuration says and it is not done."""
     from earl import tracking
     from earl.config.load import read
-    from earl.run.layout import Run
+    from earl.files.layout import Run
     from earl.tracking import page
 
     folder = Run(run)
@@ -34,7 +34,7 @@ def push(run: RunFolder, best_effort: BestEffort = False, out: Record = None) ->
     """Push the run's policies to the Hugging Face hub, as far as the configuration says and it is not done."""
     from earl import tracking
     from earl.config.load import read
-    from earl.run.layout import Run
+    from earl.files.layout import Run
     from earl.tracking import hub
 
     folder = Run(run)
@@ -44,8 +44,8 @@ def push(run: RunFolder, best_effort: BestEffort = False, out: Record = None) ->
 @app.command()
 def start(run: RunFolder, policy: Annotated[Path, typer.Option(help="Folder of the starting policy.")]) -> None:
     """Link a run's starting policy as its iteration 0."""
+    from earl.files.layout import Run
     from earl.run import state
-    from earl.run.layout import Run
 
     state.start(Run(run), policy)
 
@@ -57,8 +57,8 @@ def verify(
     deep: Annotated[bool, typer.Option(help="Also compare every file with its recorded digest.")] = False,
 ) -> None:
     """Check that every file of a run is there, made from what it says by the present configuration and code."""
+    from earl.files.layout import Run
     from earl.run import verify as verification
-    from earl.run.layout import Run
 
     found = verification.verify(Run(run), deep=deep)
     typer.echo(found.text())
@@ -75,8 +75,8 @@ def prune(
 ) -> None:
     """Drop checkpoints that the configuration does not keep, and what killed stages left half-written."""
     from earl.config.load import read
+    from earl.files.layout import Run
     from earl.run import state
-    from earl.run.layout import Run
 
     folder = Run(run)
     retention = state.Retention.of(read(folder.config))
@@ -88,8 +88,8 @@ def prune(
 @app.command()
 def rewind(run: RunFolder, iteration: Annotated[int, typer.Option("--iteration", min=1)]) -> None:
     """Forget what was trained in an iteration and after it, so that the next call trains from there again."""
+    from earl.files.layout import Run
     from earl.run import state
-    from earl.run.layout import Run
 
     folder = Run(run)
     with state.exclusive(folder):
@@ -101,8 +101,8 @@ def rewind(run: RunFolder, iteration: Annotated[int, typer.Option("--iteration",
 def status(run: RunFolder) -> None:
     """Print how far a run is and which checkpoints it holds."""
     from earl.config.load import read
+    from earl.files.layout import Run
     from earl.run import state
-    from earl.run.layout import Run
 
     folder = Run(run)
     typer.echo(state.status(folder, read(folder.config).num_iterations).text())

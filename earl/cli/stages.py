@@ -25,8 +25,8 @@ def download(
     out: Output,
 ) -> None:
     """Download Parquet or Arrow files of a data set on the hub as a folder."""
-    from earl.config import hub
     from earl.data import hub_files
+    from earl.files import hub
 
     try:
         wanted = hub.data_files(files)
@@ -133,8 +133,8 @@ def iterate(
     """Make a run's iterations, with models kept in memory; by `segment_processes` ranks, or those of torchrun."""
     from earl.config.load import read
     from earl.execution import ranks
+    from earl.files.layout import Run
     from earl.run import state
-    from earl.run.layout import Run
 
     folder = Run(run)
     settings = read(folder.config)

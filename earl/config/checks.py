@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticCustomError
 
-from earl.judges import address
-from earl.learner import rewards
+from earl.config import address
+from earl.statistics import rewards
 
 if TYPE_CHECKING:
     from earl.config.schema import Config, Sft

@@ -14,8 +14,8 @@ from typing import Any
 from earl.config.load import COMMAND_LINE, Options, leaves, read
 from earl.config.schema import Config, is_free
 from earl.files import atomic, objects
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 
 Change = tuple[str, Any, Any]
 """A field's dotted name, its frozen value and its value now; `ABSENT` where there is none."""

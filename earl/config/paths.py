@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from earl.config import hub
 from earl.config.references import PACKAGE, STAGE
 from earl.config.schema import Config, Sft
 from earl.data import catalogue
-from earl.files import listing
+from earl.files import hub, listing
 from earl.messages.errors import EarlError
 
 Stage = Literal["raw", "download", "fetch", "tokenise", "policy", "convert", "sft"]
@@ -260,7 +259,7 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
         try:
             files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
         except EarlError:
-            # Once the data set is tokenised they may be gone; `earl.config.places` looks for those still needed.
+            # Once the data set is tokenised they may be gone; `earl.run.preflight` looks for those still needed.
             files = [raw]
         return SharedStage("tokenise", name, output, (*files, *vision))
     if stage == "fetch":

@@ -24,12 +24,11 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from earl.data import archives, datalist, hub_files, imgedit
+from earl.data import archives, convert, datalist, hub_files, imgedit
 from earl.data.catalogue import TOKENISED, Entry
 from earl.files import atomic, manifest
 from earl.messages import network
 from earl.messages.errors import EarlError
-from earl.stages import convert
 
 RECORD = "fetched.json"
 CODEBOOK_SIZE = 32768

@@ -5,8 +5,8 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from earl.config.hub import DataFiles
 from earl.files import atomic, manifest
+from earl.files.hub import DataFiles
 from earl.messages import network
 from earl.messages.errors import EarlError
 

@@ -20,10 +20,10 @@ import pyarrow as pa
 
 from earl.data import cells, places, row_files, selection
 from earl.data.example import has_words, is_unicode
-from earl.data.pictures import Rejected
 from earl.data.places import Place
 from earl.data.selection import Selection
 from earl.files import listing, tables
+from earl.files.pictures import Rejected
 from earl.messages.errors import EarlError
 
 COLUMNS = tuple(tables.RAW.names)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from earl.data import pictures
+from earl.files import pictures
 from earl.messages.errors import EarlError
 
 
@@ -32,7 +32,7 @@ def struct(data: bytes | None, name: str = "") -> dict[str, bytes | str] | None:
 
 
 def decode(data: bytes | None, where: str) -> np.ndarray:
-    """Return the pixels, uint8 [height, width, 3], of an encoded image: as `earl.data.pictures.read`, of any size.
+    """Return the pixels, uint8 [height, width, 3], of an encoded image: as `earl.files.pictures.read`, of any size.
 
     Raises:
         EarlError: naming ``where`` the image stands, when there is none or it cannot be used.

@@ -17,9 +17,8 @@ from earl import code_version, judges
 from earl.files import atomic
 from earl.judges import Verdict, known_order
 from earl.judges.known_order import Ranked
-from earl.learner import rewards
 from earl.messages.errors import EarlError
-from earl.statistics import intervals
+from earl.statistics import intervals, rewards
 from earl.statistics.agreement import spearman
 
 if TYPE_CHECKING:

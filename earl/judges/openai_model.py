@@ -4,7 +4,7 @@ What a network does is met here: the server may not be up yet, have no time, ans
 What may pass is tried again, for a bounded time; what does not pass becomes a reply with an error. Sizes and times are
 bounded, so that no server can make a run hang or fill its memory.
 
-    earl.judges.address    where the server is
+    earl.config.address    where the server is
     earl.judges.transport  one request, and how it may fail
     earl.judges.pace       how many requests at once, and when none
     earl.judges.dialect    how a request is put to this server
@@ -22,7 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from earl.judges import address, dialect, listing, responses, transport
+from earl.config import address
+from earl.judges import dialect, listing, responses, transport
 from earl.judges.chat import Pass, Question, Reply
 from earl.judges.dialect import Dialect
 from earl.judges.pace import Pace
@@ -62,7 +63,7 @@ class OpenAIModel:
     """Asks a server, up to ``concurrency`` questions at a time, fewer where it bears no more."""
 
     api_base: str
-    """URL, or a file that holds it: see `earl.judges.address`."""
+    """URL, or a file that holds it: see `earl.config.address`."""
     model: str
     concurrency: int = 64
     timeout: float = 120.0

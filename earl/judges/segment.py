@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from earl.config import address
 from earl.execution import processes
 from earl.files import manifest
-from earl.judges import address, server, vllm_model
+from earl.judges import server, vllm_model
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:

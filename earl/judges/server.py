@@ -1,7 +1,7 @@
 """Starting a judge server: vLLM's OpenAI-compatible one, which several runs may share.
 
 `serve` writes its address into a file once the server answers, and removes the file when it ends: see
-`earl.judges.address`.
+`earl.config.address`.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from earl.config import address
 from earl.execution import processes
 from earl.files import atomic
-from earl.judges import address
 from earl.messages.errors import EarlError
 
 MAX_IMAGES = 2

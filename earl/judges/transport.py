@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from earl.judges import address
+from earl.config import address
 from earl.messages import network
 from earl.messages.errors import EarlError
 from earl.messages.redaction import redacted

@@ -16,10 +16,11 @@ from earl.emu3 import grid as grid_rules
 from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import manifest, tables
-from earl.learner import advantage, logprobs, rewards
+from earl.files.layout import Iteration
+from earl.learner import advantage, logprobs
 from earl.learner.batches import Episode
 from earl.messages.errors import EarlError
-from earl.run.layout import Iteration
+from earl.statistics import rewards
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from earl.config import load, paths
 from earl.files import manifest, objects, tables
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import replays
-from earl.run.layout import Run
 from earl.stages.evaluate import EVALUATION, prompt_of
 from earl.statistics import intervals
 

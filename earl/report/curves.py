@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from earl.files import objects
+from earl.files.layout import Run
 from earl.report import charts
 from earl.run import replays
-from earl.run.layout import Run
 
 MEASURES = {
     "reward_mean": ("Training reward", "mean over the iteration's episodes"),

@@ -13,9 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from earl.files import images
+from earl.files.layout import Run
 from earl.report import reasoning
 from earl.report.contents import Series
-from earl.run.layout import Run
 from earl.stages.evaluate import prompt_of
 from earl.statistics import seeds
 

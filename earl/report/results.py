@@ -13,12 +13,12 @@ from statistics import fmean
 from typing import Any
 
 from earl.files import tables
-from earl.learner.rewards import SUB_SCORES
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report.contents import SUMMARY_NAME
-from earl.run.layout import Run
 from earl.stages.evaluate import EVALUATION, prompt_of
 from earl.statistics import intervals
+from earl.statistics.rewards import SUB_SCORES
 
 MAIN = "viescore"
 MEASURES = (MAIN, "semantic_consistency", "perceptual_quality", *SUB_SCORES, "ground_score")

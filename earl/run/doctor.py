@@ -223,7 +223,8 @@ def judge(wanted: Wanted) -> tuple[bool | None, str]:
     """Ask the judge's server which models it has."""
     if wanted.judge is None:
         return None, "no address was given"
-    from earl.judges import address, listing
+    from earl.config import address
+    from earl.judges import listing
 
     try:
         url = address.resolve(wanted.judge)

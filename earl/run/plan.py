@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.config.evaluate import RUN_NAME
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import replays, segments, state
-from earl.run.layout import Run
 
 if TYPE_CHECKING:
     from earl.config.load import Loaded

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl.files import manifest, objects
-from earl.learner import rewards
+from earl.files.layout import Iteration, Run
 from earl.messages.errors import EarlError
 from earl.run import state
-from earl.run.layout import Iteration, Run
+from earl.statistics import rewards
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

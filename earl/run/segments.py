@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from earl.config import freeze
 from earl.files import objects
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import state
-from earl.run.layout import Run
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from earl.execution import processes
 from earl.files import manifest, objects
+from earl.files.layout import Iteration, Run, iteration_name
 from earl.messages.errors import EarlError
-from earl.run.layout import Iteration, Run, iteration_name
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -17,9 +17,9 @@ from earl.config import paths
 from earl.config.freeze import config_digest
 from earl.config.load import read as read_config
 from earl.files import atomic, manifest
+from earl.files.layout import Evaluation, Run
 from earl.messages.errors import EarlError
 from earl.run import replays, state
-from earl.run.layout import Evaluation, Run
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from earl import judges
 from earl.config.load import read
+from earl.files.layout import Run
 from earl.run import state
-from earl.run.layout import Run
 from earl.stages import rescore, score
 
 

@@ -17,9 +17,9 @@ import pyarrow as pa
 from earl import code_version
 from earl.config import freeze
 from earl.files import atomic, manifest, tables
-from earl.learner.rewards import COMPONENTS, SUB_SCORES, component, episode_reward
 from earl.messages.errors import EarlError
 from earl.statistics import intervals
+from earl.statistics.rewards import COMPONENTS, SUB_SCORES, component, episode_reward
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

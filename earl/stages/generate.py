@@ -13,9 +13,8 @@ from earl.data.tokenised import Example
 from earl.emu3 import checkpoint, sequence, vision
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import runtime
-from earl.files import images, manifest, tables
+from earl.files import images, layout, manifest, tables
 from earl.messages.errors import EarlError
-from earl.run import layout
 from earl.stages import prompts
 from earl.statistics import seeds
 

@@ -21,9 +21,9 @@ from earl.config import freeze
 from earl.execution import broadcast, ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import replays, segments, state
-from earl.run.layout import Run
 from earl.stages import evaluate, generate, present, score, train
 from earl.stages.progress import KINDS, Progress
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from earl.config import freeze
 from earl.files import manifest, objects, tables
+from earl.files.layout import Evaluation, Iteration, iteration_name
 from earl.messages.errors import EarlError
-from earl.run.layout import Evaluation, Iteration, iteration_name
 from earl.stages.generate import shard_of
 
 if TYPE_CHECKING:

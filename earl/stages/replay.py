@@ -19,12 +19,12 @@ from earl.config.load import changed, leaves, read
 from earl.config.schema import is_free
 from earl.execution import launch, ranks, runtime
 from earl.files import atomic, manifest
-from earl.learner import rewards
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report import comparison, curves
 from earl.run import replays, state
-from earl.run.layout import Run
 from earl.stages import rescore, train
+from earl.statistics import rewards
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

@@ -23,12 +23,12 @@ from earl.config.freeze import config_digest
 from earl.config.load import changed, read
 from earl.config.schema import is_free
 from earl.files import atomic, manifest, tables
-from earl.learner.rewards import SUB_SCORES, viescore
+from earl.files.layout import Evaluation, Run
 from earl.messages.errors import EarlError
 from earl.run import replays, state
-from earl.run.layout import Evaluation, Run
 from earl.stages import score
 from earl.statistics import agreement
+from earl.statistics.rewards import SUB_SCORES, viescore
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

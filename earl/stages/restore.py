@@ -17,9 +17,9 @@ from earl.config import freeze
 from earl.config.load import read
 from earl.execution import launch, ranks, runtime
 from earl.files import manifest
+from earl.files.layout import Iteration, Run
 from earl.messages.errors import EarlError
 from earl.run import replays, state
-from earl.run.layout import Iteration, Run
 from earl.stages import train
 
 if TYPE_CHECKING:

@@ -18,17 +18,16 @@ import numpy as np
 
 from earl import code_version
 from earl.config.paths import vision_tokenizer_folder
-from earl.data import pictures
 from earl.data.boxes import misfits, scale_boxes
 from earl.data.example import CODEBOOK_SIZE
 from earl.data.grids import stored
-from earl.data.pictures import Rejected
 from earl.data.raw import RawRow, RawSource, Window
 from earl.data.selection import Selection
 from earl.data.shards import Reject, ShardWriter
 from earl.emu3 import checkpoint, vision
 from earl.execution import runtime
-from earl.files import atomic, images, manifest, tables
+from earl.files import atomic, images, manifest, pictures, tables
+from earl.files.pictures import Rejected
 
 if TYPE_CHECKING:
     from transformers import Emu3VQVAE

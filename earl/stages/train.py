@@ -21,13 +21,13 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
+from earl.files.layout import Iteration, Run
 from earl.learner import attention, episodes, grpo, objective, performance, sharding, trainer_state
 from earl.learner.performance import Clock
 from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
 from earl.run import replays, state
-from earl.run.layout import Iteration, Run
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM

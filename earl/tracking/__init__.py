@@ -13,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from earl.execution import processes
 from earl.files import objects
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 
 if TYPE_CHECKING:
     from earl.config.schema import Config

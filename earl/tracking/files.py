@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from earl.config import paths, references
 from earl.files import objects, tables
+from earl.files.layout import Iteration, Run
 from earl.messages.errors import EarlError
 from earl.run import state
-from earl.run.layout import Iteration, Run
 from earl.stages.evaluate import joined
 
 if TYPE_CHECKING:

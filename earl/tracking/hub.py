@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from earl import tracking
 from earl.files import manifest, objects
+from earl.files.layout import Iteration, Run, iteration_name
 from earl.messages import network
 from earl.messages.errors import EarlError
 from earl.run import state
-from earl.run.layout import Iteration, Run, iteration_name
 from earl.tracking import origin
 
 if TYPE_CHECKING:

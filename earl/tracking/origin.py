@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from earl import tracking
-from earl.run.layout import Run
+from earl.files.layout import Run
 
 Place = Mapping[str, Any]
 

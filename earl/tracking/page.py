@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from earl import tracking
 from earl.config.freeze import config_digest
 from earl.files import images, objects
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.tracking import files, origin
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from functools import partial
 from typing import IO
 
 from earl import tracking
-from earl.config import freeze, load, places
+from earl.config import freeze, load
 from earl.execution import processes
+from earl.files.layout import Run
 from earl.run import plan as planning
-from earl.run import state
-from earl.run.layout import Run
+from earl.run import preflight, state
 from earl.run.plan import Plan
 from earl.workflow.settings import Settings
 from earl.workflow.shared import Shared
@@ -44,7 +44,7 @@ def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
     """Stop where what is left of a run is sure to fail; say what is left, and what it will only miss."""
     started = state.start_record(plan.run.iteration(0)).is_file()
     if not started or plan.segments or plan.iterations or plan.evaluations:
-        places.check(plan.config, loaded.origin, started, stages_run_here)
+        preflight.check(plan.config, loaded.origin, started, stages_run_here)
     tracking.check_hub(plan.config)
     print(plan.text(), file=sys.stderr)
     if missing := tracking.missing(plan.config):

@@ -12,8 +12,8 @@ import pytest
 
 from earl.execution import processes
 from earl.files import manifest
+from earl.files.layout import Run
 from earl.run import state
-from earl.run.layout import Run
 from tests.support.demo import SHORT
 from tests.support.slurm_cluster import Cluster
 from tests.support.workplace import ROOT, Workplace, wait_until

@@ -11,7 +11,7 @@ import pytest
 
 from earl.execution import processes
 from earl.files import manifest
-from earl.run.layout import Run
+from earl.files.layout import Run
 from tests.support import bare_loop
 from tests.support.demo import ROOT, SMALL
 

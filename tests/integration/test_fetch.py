@@ -16,14 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from earl.config import evaluate, hub, load, paths, places
+from earl.config import evaluate, load, paths
 from earl.config.schema import Config
 from earl.data import archives, catalogue, fetch, hub_files
 from earl.data.raw import RawSource
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
-from earl.files import images, manifest
+from earl.files import hub, images, manifest
 from earl.messages.errors import EarlError
+from earl.run import preflight
 from tests.support.data_hub import DataHub
 from tests.support.demo import ROOT
 from tests.support.workplace import Workplace
@@ -446,14 +447,14 @@ class TestStage:
         with pytest.raises(
             EarlError, match=rf"paths_file names .*: {wanted}; .*`earl data fetch omniedit --to {tmp_path}`"
         ):
-            places.check(made, here=False)
+            preflight.check(made, here=False)
         listing = wanted.parent / "list" / "tokenized_datalist.json"
         listing.parent.mkdir(parents=True)
         listing.write_text("{}")
         with pytest.raises(EarlError, match=rf"`earl convert data {listing} --out {wanted}`"):
-            places.check(made, here=False)
+            preflight.check(made, here=False)
         with pytest.raises(
             EarlError, match=r"names what is not there: .*x\.parquet; name a tokenised data set that is"
         ):
-            places.check(config(train_paths_file=["x.parquet"]), here=False)
-        places.check(config(), here=False)
+            preflight.check(config(train_paths_file=["x.parquet"]), here=False)
+        preflight.check(config(), here=False)

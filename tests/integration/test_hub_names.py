@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from earl.config import load, paths, places
+from earl.config import load, paths
 from earl.config.schema import Config
 from earl.data.raw import RawSource
 from earl.emu3 import checkpoint
 from earl.emu3.published import Conversion
 from earl.files import manifest, tables
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
+from earl.run import preflight
 from earl.shapes import dataset
 from tests.support import bare_loop, emu3_files
 from tests.support.workplace import Workplace, write_tokenised
@@ -153,20 +154,20 @@ class TestFoldersThatAreMissing:
         with pytest.raises(
             EarlError, match=rf"\n  field {field} is '{value}', but there is no folder /.*<owner>/<name>"
         ):
-            places.check(config(**{field: value}))
+            preflight.check(config(**{field: value}))
 
     def test_of_a_fine_tuning_until_it_is_made(self, here: Path) -> None:
         tuning = {"base_model": "/no/model", "train_paths_file": ["stage:tokenise/pairs"], "steps": 1}
         tuned = config(model_path="stage:sft/s", sft={"s": tuning, "unused": tuning | {"base_model": "/nor/this"}})
         with pytest.raises(EarlError, match=r"field sft\.s\.base_model is '/no/model'"):
-            places.check(tuned)
+            preflight.check(tuned)
         made = paths.sft_folder(tuned, "s")
         made.mkdir(parents=True)
         manifest.seal(made)
-        places.check(tuned)
+        preflight.check(tuned)
 
     def test_of_a_tokenizer_only_where_something_is_converted(self, here: Path) -> None:
-        places.check(config(model_path="package:shapes/base_policy", tokenizer_path="/no/model"))
+        preflight.check(config(model_path="package:shapes/base_policy", tokenizer_path="/no/model"))
 
     def test_nothing_is_planned(self, place: Workplace) -> None:
         output = place.run(place.experiment("a", model_path="models/a/b"), "-n", fails=True)

@@ -15,10 +15,10 @@ import pytest
 
 from earl.config import freeze, load
 from earl.files import manifest, tables
+from earl.files.layout import Run
 from earl.judges.program import ProgramJudge
 from earl.messages.errors import EarlError
 from earl.run import state, verify
-from earl.run.layout import Run
 from earl.stages import iterate, restore
 from tests.support import bare_loop
 from tests.support.segment_runs import (

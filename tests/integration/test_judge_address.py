@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from earl.config import load
-from earl.judges import address, server
+from earl.config import address, load
+from earl.judges import server
 from earl.judges.chat import Question
 from earl.judges.openai_model import OpenAIModel
 from earl.messages.errors import EarlError

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from earl.config import address as address_of
 from earl.judges import Judgement, rubric
-from earl.judges import address as address_of
 from earl.judges.model_judge import ModelJudge, Settings
 from earl.judges.openai_model import OpenAIModel
 from earl.messages.errors import EarlError

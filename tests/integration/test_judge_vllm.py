@@ -13,7 +13,7 @@ import pytest
 
 from earl.config import freeze
 from earl.files import tables
-from earl.run.layout import Run
+from earl.files.layout import Run
 from scripts import write_tiny_judge
 from tests.support import judge_files
 from tests.support.demo import SMALL

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import kills
 from earl.config import load
 from earl.execution import processes
+from earl.files.layout import Run
 from earl.run import state
-from earl.run.layout import Run
 from tests.support import bare_loop
 from tests.support.demo import DEMO
 

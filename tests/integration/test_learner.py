@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from earl.emu3 import saving
 from earl.execution import ranks, runtime
 from earl.files import manifest
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.stages import train
 from tests.support import first_ranks_program
 from tests.support.train_files import train_iterations, write_inputs

@@ -15,7 +15,7 @@ from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes
 from earl.files import manifest, tables
-from earl.run.layout import Run
+from earl.files.layout import Run
 from tests.support import bare_loop
 from tests.support.html_page import Page
 

@@ -12,8 +12,8 @@ import pytest
 from earl.emu3 import sequence, vision
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, manifest, tables
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.stages import generate, prompts, score, train
 from tests.support import bare_loop
 

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from earl.config import load, places
+from earl.config import load
 from earl.config.schema import Config
 from earl.messages.errors import EarlError
+from earl.run import preflight
 from tests.support.workplace import EXPERIMENT, ROOT, Workplace, write_tokenised
 
 SHAPES = {"raw_datasets": {"pairs": {"source": "shapes", "count": 20, "seed": 1}}}
@@ -31,14 +32,14 @@ def config(**fields: object) -> Config:
 
 def refusal(**fields: object) -> str:
     with pytest.raises(EarlError) as caught:
-        places.check(config(**fields))
+        preflight.check(config(**fields))
     return str(caught.value)
 
 
 class TestData:
     def test_what_is_there_is_accepted(self, place: Workplace) -> None:
-        places.check(config(evaluations={"held_out": {"prompts": 16}}))
-        places.check(config(**SHAPES))
+        preflight.check(config(evaluations={"held_out": {"prompts": 16}}))
+        preflight.check(config(**SHAPES))
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -83,7 +84,7 @@ class TestData:
         assert "but a.jpg; check the path, or write the data as Parquet (docs/data.md shows how)" in message
 
     def test_raw_data_that_nobody_reads_may_be_missing(self, place: Workplace) -> None:
-        places.check(config(raw_datasets={"unused": {"source": "parquet", "path": "no.parquet"}}))
+        preflight.check(config(raw_datasets={"unused": {"source": "parquet", "path": "no.parquet"}}))
 
     def test_a_file_that_is_no_parquet_is_named_by_its_field(self, place: Workplace) -> None:
         (place.path / "raw.parquet").write_text("version https://git-lfs")
@@ -97,13 +98,13 @@ class TestData:
         message = refusal(**SHAPES, coefficients=[0.5])
         assert "episodes_per_iteration asks for episodes_per_iteration / generations_per_sample = 16 prompts" in message
         assert "train_paths_file gives 10 different rows" in message
-        places.check(config(**SHAPES, coefficients=[0.8]))
+        preflight.check(config(**SHAPES, coefficients=[0.8]))
         write_tokenised(place.path / "few.parquet", "few", 5)
         held_out = {"few": {"prompts": 6, "paths_file": ["few.parquet"]}, "usual": {"prompts": 17}}
         message = refusal(evaluations=held_out)
         assert "evaluations.few.prompts asks for 6 prompts, but evaluations.few.paths_file gives 5" in message
         assert "evaluations.usual.prompts asks for 17 prompts, but val_paths_file gives 16" in message
-        places.check(config(evaluations={"few": {"prompts": None, "paths_file": ["few.parquet"]}}))
+        preflight.check(config(evaluations={"few": {"prompts": None, "paths_file": ["few.parquet"]}}))
 
     def test_rows_of_raw_files_are_known_before_they_are_tokenised(self, place: Workplace) -> None:
         write_tokenised(place.path / "raw.parquet", "raw", 15)
@@ -150,7 +151,7 @@ class TestModels:
         assert "field vision_tokenizer_path is 'model', which cannot be used" in message
 
     def test_a_run_that_has_started_does_not_ask_for_its_model(self, place: Workplace) -> None:
-        places.check(config(model_path="no/model"), started=True)
+        preflight.check(config(model_path="no/model"), started=True)
 
 
 class TestLengths:
@@ -169,20 +170,20 @@ class TestLengths:
     def test_too_short_for_an_image(self, place: Workplace, fields: dict, message: str) -> None:
         assert message in refusal(**SHAPES | fields)
         # Of data that are not resized here, nobody knows the size before they are read.
-        places.check(config(**fields))
+        preflight.check(config(**fields))
 
     def test_room_for_an_image_is_enough(self, place: Workplace) -> None:
-        places.check(config(**SHAPES, max_response_tokens=79, model_context_size=200))
+        preflight.check(config(**SHAPES, max_response_tokens=79, model_context_size=200))
         # Without the grid an image may have any size.
         free = {"max_response_tokens": 64, "emu3_use_logit_processor": False}
-        places.check(config(**SHAPES, **free, model_context_size=65))
+        preflight.check(config(**SHAPES, **free, model_context_size=65))
         with pytest.raises(EarlError, match=r"model_context_size is 64, but an image .*, alone"):
-            places.check(config(**SHAPES | free | {"max_response_tokens": 60}, model_context_size=64))
+            preflight.check(config(**SHAPES | free | {"max_response_tokens": 60}, model_context_size=64))
 
     def test_the_context_need_not_hold_the_longest_completion(self, place: Workplace) -> None:
         """A completion ends where the context does: 32 x 32 tokens twice leave room for text."""
         large = SHAPES | {"image_area": 256 * 256, "max_response_tokens": 2048}
-        places.check(config(**large, model_context_size=3000))
+        preflight.check(config(**large, model_context_size=3000))
 
 
 class TestWhatElse:
@@ -191,7 +192,7 @@ class TestWhatElse:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         message = refusal(**{field: "vllm"})
         assert f"field {field} is `vllm`, which is not installed here; in EARL" in message
-        places.check(config(**{field: "vllm"}), here=False)
+        preflight.check(config(**{field: "vllm"}), here=False)
 
     def test_a_rubric_that_is_missing(self, place: Workplace) -> None:
         rubrics = {"judge_rubric_perceptual_quality": "no.jsonnet", "judge_rubric_ground_score": "unused.jsonnet"}
@@ -205,7 +206,7 @@ class TestWhatElse:
         message = refusal(**fields)
         assert "field reward_function_api_model_name is '/no/judge', but there is no folder /no/judge" in message
         assert f"field judge_gate.pairs is 'no.parquet', but there is no file {place.path}/no.parquet" in message
-        places.check(config(judge="vllm"), here=False)
+        preflight.check(config(judge="vllm"), here=False)
 
     def test_everything_at_once_with_where_it_was_written(self, place: Workplace) -> None:
         (place.path / "data.libsonnet").write_text("{train_paths_file: ['no/train']}")
@@ -213,7 +214,7 @@ class TestWhatElse:
         (place.path / "x.jsonnet").write_text(f"{json.dumps(rest)} + (import 'data.libsonnet')")
         loaded = load.load("x.jsonnet", {"model_path": "/no/model"}, load.WORKFLOW)
         with pytest.raises(EarlError) as caught:
-            places.check(loaded.config, loaded.origin)
+            preflight.check(loaded.config, loaded.origin)
         assert f"field train_paths_file (in data.libsonnet) names what is not there: {place.path}/no/train;" in str(
             caught.value
         )

@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from earl.files import manifest
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report import curves
 from earl.run import replays, state, verify
-from earl.run.layout import Run
 from earl.stages import replay, restore, train
 from tests.support import bare_loop
 

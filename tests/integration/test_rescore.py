@@ -7,10 +7,10 @@ import pytest
 
 from earl import judges
 from earl.files import manifest, tables
+from earl.files.layout import Run
 from earl.judges import Verdict
 from earl.judges.program import ProgramJudge
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.stages import rescore
 
 

@@ -22,9 +22,9 @@ from earl.config.freeze import config_digest, frozen_text
 from earl.config.schema import Config, Evaluation
 from earl.execution import processes
 from earl.files import manifest
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import plan, segments, state, verify
-from earl.run.layout import Run
 
 
 def make_config(tmp_path: Path, **fields: object) -> Config:

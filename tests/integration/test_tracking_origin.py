@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from earl.files import objects
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.tracking import files, hub, origin, page
 from tests.support.run_files import new_run, train
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from earl.config import paths
 from earl.files import atomic
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import state
-from earl.run.layout import Run
 from earl.tracking import files
 from tests.support.run_files import evaluate, new_run, train
 from tests.support.wandb_server import WandbServer

@@ -11,9 +11,9 @@ import torch
 
 from earl.emu3 import checkpoint, grid, sequence
 from earl.files import manifest, tables
+from earl.files.layout import Run
 from earl.learner import logprobs
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.stages import restore, train
 from tests.support.train_files import GROUPS, SAMPLES, SHAPE, made_of, train_iterations, write_inputs, write_scores
 

@@ -11,8 +11,8 @@ import pytest
 
 from earl.config.load import read
 from earl.execution import processes
+from earl.files.layout import Run
 from earl.run import state
-from earl.run.layout import Run
 from tests.support.workplace import ROOT, Workplace, job_counts, wait_until
 
 GRANULARITIES = ("segment", "stage")

@@ -6,10 +6,11 @@ from its folder anew, as a stage would.
 
 from pathlib import Path
 
-from earl.config import freeze, hub, paths, places
+from earl.config import freeze, paths
 from earl.config.schema import Config
-from earl.run import state
-from earl.run.layout import Run
+from earl.files import hub
+from earl.files.layout import Run
+from earl.run import preflight, state
 
 
 def make_shared(config: Config) -> None:
@@ -67,7 +68,7 @@ def evaluate(config: Config, run: Run, index: int) -> None:
 def start(config: Config) -> Run:
     """Make what comes before the first iteration, and return the run's files."""
     run = Run(Path(config.base_exp_dir) / config.run_name)
-    places.check(config)
+    preflight.check(config)
     freeze.write(config, run.config)
     make_shared(config)
     state.start(run, paths.policy_folder(config, config.model_path))

@@ -14,7 +14,7 @@ import torch
 from earl.config.load import read
 from earl.emu3 import saving
 from earl.execution import processes, ranks, runtime
-from earl.run.layout import Run
+from earl.files.layout import Run
 from earl.stages import train
 
 

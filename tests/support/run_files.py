@@ -6,7 +6,7 @@ from pathlib import Path
 from earl.config import freeze
 from earl.config.schema import Config
 from earl.files import atomic, manifest, tables
-from earl.run.layout import Run
+from earl.files.layout import Run
 from tests.support import evaluation_files
 
 GROUP = 2

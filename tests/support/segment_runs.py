@@ -10,7 +10,7 @@ from earl.config import freeze, load
 from earl.config.schema import Config
 from earl.execution import processes
 from earl.files import manifest
-from earl.run.layout import Run
+from earl.files.layout import Run
 from tests.support import bare_loop
 from tests.support.demo import DEMO, SMALL
 

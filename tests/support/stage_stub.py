@@ -21,8 +21,8 @@ from typing import IO
 
 from earl.execution import processes
 from earl.files import atomic, manifest
+from earl.files.layout import Evaluation, Run
 from earl.run import segments, state
-from earl.run.layout import Evaluation, Run
 
 REAL = {"start", "prune", "verify", "rewind", "status"}
 Options = dict[str, str]

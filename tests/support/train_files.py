@@ -9,7 +9,7 @@ from earl.config import freeze
 from earl.config.schema import Config
 from earl.emu3 import sequence
 from earl.files import images, manifest, tables
-from earl.run.layout import Run
+from earl.files.layout import Run
 from earl.stages import train
 
 GROUPS, SAMPLES = 4, 2

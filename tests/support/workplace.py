@@ -13,7 +13,7 @@ from pathlib import Path
 
 from earl.execution import processes
 from earl.files import manifest, tables
-from earl.run.layout import Run
+from earl.files.layout import Run
 
 ROOT = Path(__file__).parents[2]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from earl.data import pictures
+from earl.files import pictures
 from tests.support.picture_files import (
     CHANNELS,
     DISPLAY_P3,

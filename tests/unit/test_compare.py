@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report import comparison, curves, dots, results
-from earl.run.layout import Run
 from earl.stages import compare
 from tests.support.evaluation_files import demo_config, episode, write_evaluation
 from tests.support.html_page import Page, text_of

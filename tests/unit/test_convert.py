@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from earl.data import convert
 from earl.data.tokenised import open_dataset
 from earl.files import manifest
 from earl.messages.errors import EarlError
-from earl.stages import convert
 
 
 def write_archives(folder: Path, count: int, **changes: dict) -> Path:

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from earl import cli
 from earl.config import freeze
 from earl.files import manifest, tables
+from earl.files.layout import Run
 from earl.judges import Judgement, model_judge, rubric
 from earl.judges.cache import Cache
 from earl.judges.chat import Pass, Question, Reply, Token
 from earl.judges.model_judge import ModelJudge, Settings
 from earl.messages.errors import EarlError
-from earl.run.layout import Run
 from earl.stages import score
 from tests.support import judge_files
 

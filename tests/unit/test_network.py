@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from earl.config import hub as names
 from earl.config.load import read
 from earl.data import hub_files
 from earl.emu3 import published
+from earl.files import hub as names
 from earl.messages import network
 from earl.messages.errors import EarlError
 from earl.tracking import hub

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from earl.data import pictures
-from earl.files import images, tables
+from earl.files import images, pictures, tables
 from earl.judges import known_order
 from earl.messages.errors import EarlError
 from tests.support.picture_files import GREY, RGB, chunk, png

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from earl.config.schema import Config
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import plan as planning
 from earl.run import state
-from earl.run.layout import Run
 from earl.run.plan import Plan
 from earl.workflow import inputs, resources
 from earl.workflow.inputs import Inputs

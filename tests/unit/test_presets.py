@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from earl.config import evaluate, load, paths
-from earl.config.hub import data_files
 from earl.config.schema import Config
 from earl.data.tokenised import open_dataset
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, tables
+from earl.files.hub import data_files
 from earl.messages.errors import EarlError
 from earl.stages import generate, tokenise
 from tests.support.evaluation_files import demo_config

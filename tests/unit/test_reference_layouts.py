@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from earl.config import load, places
+from earl.config import load
 from earl.config.schema import Config
+from earl.data import convert
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
 from earl.messages.errors import EarlError
-from earl.stages import convert
+from earl.run import preflight
 
 GRID = np.arange(6).reshape(2, 3)
 EXAMPLE = {"original_image": GRID, "edited_image": GRID, "instruction": "remove the cat"}
@@ -177,24 +178,24 @@ class TestThePlan:
         with pytest.raises(
             EarlError, match=r"field train_paths_file cannot be drawn from: .*none of the files that it lists is there"
         ):
-            places.check(config(train_paths_file=[str(listing)]), here=False)
+            preflight.check(config(train_paths_file=[str(listing)]), here=False)
 
     def test_a_list_that_is_not_there_names_the_one_that_is(self, tmp_path: Path) -> None:
         listing = write(tmp_path, *LAYOUTS["A"])
         wanted = tmp_path / "feature" / "list" / listing.name
         with pytest.raises(EarlError, match=rf"train_paths_file names what is not there: {wanted}; there is {listing}"):
-            places.check(config(train_paths_file=[str(wanted)]), here=False)
+            preflight.check(config(train_paths_file=[str(wanted)]), here=False)
 
     def test_every_list_that_the_run_reads_is_looked_at(self, tmp_path: Path) -> None:
         sound, broken = write(tmp_path / "a", *LAYOUTS["B"]), write(tmp_path / "b", ["0.pth"], [])
         held_out = {"x": {"prompts": 1, "paths_file": [str(broken)]}}
         tuning = {"x": {"base_model": "package:shapes/base_policy", "train_paths_file": [str(broken)], "steps": 1}}
-        places.check(config(train_paths_file=[str(sound)]), here=False)
+        preflight.check(config(train_paths_file=[str(sound)]), here=False)
         with pytest.raises(EarlError, match=r"evaluations\.x\.paths_file cannot be drawn from: "):
-            places.check(config(train_paths_file=[str(sound)], evaluations=held_out), here=False)
+            preflight.check(config(train_paths_file=[str(sound)], evaluations=held_out), here=False)
         with pytest.raises(EarlError, match=r"val_paths_file cannot be drawn from: "):
-            places.check(config(evaluations={"x": {"prompts": 1}}, val_paths_file=[str(broken)]), here=False)
+            preflight.check(config(evaluations={"x": {"prompts": 1}}, val_paths_file=[str(broken)]), here=False)
         with pytest.raises(EarlError, match=r"sft\.x\.train_paths_file cannot be drawn from: "):
-            places.check(config(train_paths_file=[str(sound)], sft=tuning, model_path="stage:sft/x"), here=False)
+            preflight.check(config(train_paths_file=[str(sound)], sft=tuning, model_path="stage:sft/x"), here=False)
         # A fine-tuning that is not made reads nothing.
-        places.check(config(train_paths_file=[str(sound)], sft=tuning), here=False)
+        preflight.check(config(train_paths_file=[str(sound)], sft=tuning), here=False)

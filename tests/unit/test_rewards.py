@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from earl.learner import rewards
 from earl.messages.errors import EarlError
+from earl.statistics import rewards
 
 SCORES = {"edit_success": 6.0, "overedit": 4.0, "naturalness": 9.0, "artifacts": 10.0, "ground_score": 5.0}
 

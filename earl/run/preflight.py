@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from earl.config import hub, paths
+from earl.config import paths
 from earl.config.references import STAGE
 from earl.config.schema import Config
 from earl.data import catalogue, datalist, mixing, row_files
 from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
 from earl.emu3 import checkpoint
-from earl.files import listing, manifest, objects
+from earl.files import hub, listing, manifest, objects
 from earl.judges import rubric
 from earl.messages.errors import EarlError
 

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from earl.data import colour
+from earl.files import colour
 from earl.messages.errors import EarlError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
