@@ -120,6 +120,4 @@ def become_rank() -> None:
 
 if __name__ == "__main__":
     become_rank()
-    from earl.cli import main
-
-    main()
+    os.execv(sys.executable, [sys.executable, "-m", "earl", *sys.argv[1:]])

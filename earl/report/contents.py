@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from earl.config import load, paths
 from earl.files import manifest, objects, tables
+from earl.files.evaluations import EVALUATION, prompt_of
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import replays
-from earl.stages.evaluate import EVALUATION, prompt_of
 from earl.statistics import intervals
 
 PICTURES = ["original", "target", "edited"]

@@ -13,10 +13,10 @@ import pyarrow as pa
 from PIL import Image
 
 from earl.files import images
+from earl.files.evaluations import prompt_of
 from earl.files.layout import Run
 from earl.report import reasoning
 from earl.report.contents import Series
-from earl.stages.evaluate import prompt_of
 from earl.statistics import seeds
 
 PER_KIND = 4

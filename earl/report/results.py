@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import Any
 
 from earl.files import tables
+from earl.files.evaluations import EVALUATION, prompt_of
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report.contents import SUMMARY_NAME
-from earl.stages.evaluate import EVALUATION, prompt_of
 from earl.statistics import intervals
 from earl.statistics.rewards import SUB_SCORES
 

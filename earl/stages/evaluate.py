@@ -17,6 +17,7 @@ import pyarrow as pa
 from earl import code_version
 from earl.config import freeze
 from earl.files import atomic, manifest, tables
+from earl.files.evaluations import EVALUATION, WITHOUT_IMAGES, prompt_of
 from earl.messages.errors import EarlError
 from earl.statistics import intervals
 from earl.statistics.rewards import COMPONENTS, SUB_SCORES, component, episode_reward
@@ -24,18 +25,6 @@ from earl.statistics.rewards import COMPONENTS, SUB_SCORES, component, episode_r
 if TYPE_CHECKING:
     from earl.config.schema import Config
 
-WITHOUT_IMAGES = [field.name for field in tables.ROLLOUTS if field.type != tables.IMAGE]
-EVALUATION = pa.schema(
-    [
-        *map(tables.ROLLOUTS.field, WITHOUT_IMAGES),
-        *[field for field in tables.SCORES if field.name not in ("episode_id", "group_id")],
-        pa.field("reward", pa.float32()),
-        pa.field("viescore", pa.float32()),
-        pa.field("semantic_consistency", pa.float32()),
-        pa.field("perceptual_quality", pa.float32()),
-    ],
-    metadata={"earl_table": "evaluation"},
-)
 # What the summary averages. Rewards, VIEScore: every episode whose judgement did not fail. Others: every image judged.
 MEASURES = ("reward", "viescore", "semantic_consistency", "perceptual_quality", *SUB_SCORES, "ground_score")
 
@@ -206,11 +195,6 @@ def _best_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]
         if interval is not None:
             found[str(size)] = vars(interval)
     return found
-
-
-def prompt_of(row: dict[str, Any]) -> tuple[str, str]:
-    """Return what identifies a prompt across policies: (dataset, example_id)."""
-    return row["dataset"], row["example_id"]
 
 
 def _spread(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, float | int] | None:

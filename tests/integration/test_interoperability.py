@@ -15,10 +15,9 @@ import pytest
 
 from earl.data.shards import Reject, ShardWriter
 from earl.data.tokenised import open_dataset
-from earl.files import tables
+from earl.files import evaluations, tables
 from earl.judges import known_order
 from earl.shapes import dataset as shapes
-from earl.stages import evaluate
 from tests.support import evaluation_files, judge_files, run_files
 from tests.support.tokenised_files import tokenised_columns
 
@@ -75,7 +74,7 @@ SCHEMAS = {
     "model_scores": tables.MODEL_SCORES,
     "ranked": tables.RANKED,
     "raw": tables.RAW,
-    "evaluation": evaluate.EVALUATION,
+    "evaluation": evaluations.EVALUATION,
     "episodes": tables.EPISODES,
 }
 

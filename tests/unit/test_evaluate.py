@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from earl.config import load, paths
 from earl.data.grids import stored
-from earl.files import images, manifest, tables
+from earl.files import evaluations, images, manifest, tables
 from earl.messages.errors import EarlError
 from earl.stages import evaluate, generate
 from earl.statistics import intervals
@@ -55,7 +55,7 @@ def run(folder, episodes, config, reverse=False):
     rollouts, scores = write_inputs(folder, 5, episodes, reverse)
     out = folder / "000005.parquet"
     evaluate.run(config, NAME, 5, rollouts, scores, out)
-    return tables.read_table(out, evaluate.EVALUATION).to_pylist(), json.loads((folder / "000005.json").read_text())
+    return tables.read_table(out, evaluations.EVALUATION).to_pylist(), json.loads((folder / "000005.json").read_text())
 
 
 def test_rewards_by_hand(tmp_path, config):
@@ -90,7 +90,7 @@ def test_images_stay_in_the_rollouts(tmp_path, config):
     picture = images.struct(images.encode(noise))
     run(tmp_path, [row | {"original": picture, "target": picture} for row in EPISODES], config)
     names = pq.read_schema(tmp_path / "000005.parquet").names
-    assert names == evaluate.EVALUATION.names
+    assert names == evaluations.EVALUATION.names
     assert {"original", "target", "edited"} == set(tables.ROLLOUTS.names) - set(names)
     table, rollouts = (tmp_path / f"000005{suffix}.parquet" for suffix in ("", ".rollouts"))
     assert rollouts.stat().st_size > len(picture["bytes"]) > table.stat().st_size
