@@ -18,7 +18,8 @@ LAYERS = (
     ("judges", "learner"),
     ("run",),
     ("report",),
-    ("stages", "tracking"),
+    ("stages",),
+    ("tracking",),
     ("workflow",),
     ("cli",),
 )
