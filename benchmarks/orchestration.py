@@ -4,7 +4,7 @@
 
 | way | |
 |---|---|
-| bare-loop | calls the stage functions in turn, all in memory, without workflow and checks: tests/support/bare_loop.py |
+| bare-loop | calls the stage functions in turn, without workflow and checks: tests/support/bare_loop.py |
 | segment | Snakemake, one job: `earl iterate` |
 | stage | Snakemake, a cold process for each stage |
 | slurm-segment | Snakemake, executor `submitit`: one Slurm job |

@@ -1,8 +1,10 @@
 """A Snakemake executor over submitit: jobs on Slurm that outlive the driver, and one watcher for all of them."""
 
+import contextlib
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -11,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
+from snakemake_interface_executor_plugins.utils import format_cli_arg
 from submitit.core.utils import JobPaths, pickle_load
 
 from snakemake_executor_plugin_submitit import resources
@@ -24,6 +28,8 @@ from snakemake_executor_plugin_submitit.task import Task
 
 UNDER_WAY = 3.0
 """Seconds after which a submission whose driver was killed has reached Slurm, as a rule; its job claims in vain."""
+UNNOTICED = 3600.0
+"""Seconds after which no driver is about to read a result any more."""
 TAIL = 30
 """Lines of a failed job's log that are shown."""
 
@@ -108,8 +114,34 @@ class Executor(RemoteExecutor):
                 # Some depend on inputs that are not there yet.
                 known = {name: value for name, value in job.resources.items() if str(value) != "<TBD>"}
                 resources.parameters(job.name, job.threads, known)
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Remove the folders of jobs that succeeded when no driver waited for them any more."""
+        for path in self.folder.glob("*/*_0_result.pkl"):
+            with contextlib.suppress(OSError):
+                left = Watched("", path.parent, path.name.split("_")[0])
+                is_old = time.time() - path.stat().st_mtime > UNNOTICED
+                if is_old and (result := left.result()) is not None and result[0] == "success":
+                    shutil.rmtree(path.parent)
+
+    @property
+    def cores(self) -> str:
+        """What the Snakemake on the node may use: what it has, not what the driver's machine has."""
+        return "all"
 
     # Submission
+
+    def format_job_exec(self, job: JobExecutorInterface) -> str:
+        """Return the command for a node, with the values of --config as they were given.
+
+        Snakemake quotes them as Python does, so that the shell would double backslashes and expand a `$` beside a `'`.
+        """
+        command = super().format_job_exec(job)
+        given = self.workflow.config_settings.config_args
+        if not given:
+            return command
+        return command.replace(format_cli_arg("--config", given), shlex.join(["--config", *given]))
 
     def run_job(self, job: JobExecutorInterface) -> None:
         """Submit a job, or find it where an earlier driver submitted it."""
@@ -117,16 +149,16 @@ class Executor(RemoteExecutor):
         if self.cluster is None:
             self._run_here(info)
             return
-        parameters = resources.parameters(job.name, job.threads, job.resources)
         name = job_name(job)
         folder = self.folder / name
-        recorded = Record(name, outputs(job), digest(job, parameters))
         try:
+            parameters = resources.parameters(job.name, job.threads, job.resources)
+            recorded = Record(name, outputs(job), digest(job, parameters))
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             job_id = self._find(folder, recorded)
             verb = "found running" if job_id else "submitted"
             job_id = job_id or self._submit(job, folder, recorded, parameters)
-        except (OSError, RuntimeError, ValueError, NoAnswer) as error:
+        except (OSError, RuntimeError, ValueError, NoAnswer, WorkflowError) as error:
             self.report_job_error(info, msg=f"{name} was not submitted: {error}\n")
             return
         watched = Watched(name, folder, job_id)
@@ -269,8 +301,10 @@ def digest(job: JobExecutorInterface, parameters: dict[str, Any]) -> str:
     singles = job.jobs if job.is_group() else [job]
     done = []
     for single in sorted(singles, key=outputs):
+        # A shell command says all; what its inputs are may change with what is there already.
         known = json.loads(single.properties())
-        done.append([single.shellcmd] + [known.get(key) for key in ("rule", "input", "output", "wildcards", "params")])
+        said = ("rule", "output", "wildcards") + (() if single.shellcmd else ("input", "params"))
+        done.append([single.shellcmd, *(known.get(key) for key in said)])
     return _sha256([done, parameters])
 
 

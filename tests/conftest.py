@@ -14,7 +14,7 @@ import pytest
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import torch_extensions
 from tests.support import policies, slurm_cluster
-from tests.support.demo import DEMO, SHORT, SMALL
+from tests.support.demo import DEMO, SMALL
 from tests.support.workplace import Workplace
 
 QUICK = 3
@@ -69,16 +69,6 @@ def torch_engine():
 @pytest.fixture(scope="session")
 def vocabulary(policy_folder):
     return Vocabulary.from_folder(policy_folder)
-
-
-@pytest.fixture(scope="session")
-def one_process_demo(tmp_path_factory):
-    """The small demo without evaluations, made in one process."""
-    from earl.config import load
-    from tests.support import bare_loop
-
-    settings = SHORT | {"base_exp_dir": str(tmp_path_factory.mktemp("one-process"))}
-    return bare_loop.run_all(load.load(DEMO, settings).config)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def generate(
     from earl.config.load import read
 
     settings = read(config)
-    claim_gpus(settings, settings.vllm_tensor_parallel_size)
+    claim_gpus(settings, "generate")
     from earl.stages import generate as stage
 
     sampler = stage.Sampler.load(settings, policy)
@@ -103,7 +103,7 @@ def score(
     from earl.config.load import read
 
     settings = read(config)
-    claim_gpus(settings, settings.judge_tensor_parallel_size if settings.judge == "vllm" else 0)
+    claim_gpus(settings, "score")
     from earl.stages import score as stage
 
     if again_failed:
@@ -133,47 +133,46 @@ def iterate(
     """Make a run's iterations, with models kept in memory; by `segment_processes` ranks, or those of torchrun."""
     from earl.config.load import read
     from earl.execution import ranks
-    from earl.run import segments, state
+    from earl.run import state
     from earl.run.layout import Run
 
     folder = Run(run)
     settings = read(folder.config)
     with contextlib.nullcontext() if ranks.is_launched() else state.exclusive(folder):
-        leave_to_ranks(settings, "iterate", "--run", run, "--to", to, size=segments.processes(settings))
+        leave_to_ranks(settings, "iterate", "--run", run, "--to", to)
         from earl.stages import iterate as stage
 
         stage.run(settings, run, to)
 
 
-def claim_gpus(config: "Config", count: int) -> None:
-    """Wait for so many GPUs of this machine, and see those alone; nothing where none are wanted.
+def claim_gpus(config: "Config", stage: str) -> None:
+    """Wait for as many of this machine's GPUs as a stage needs, and see those alone.
 
     Ranks have those of the process that launched them, and a job on several nodes has what Slurm gave it.
+
+    Raises:
+        EarlError: see `gpus.claim`.
     """
     from earl.execution import gpus, ranks
+    from earl.workflow import resources
 
-    if config.device != "cpu" and not ranks.is_launched() and os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
-        gpus.claim(count)
+    if not ranks.is_launched() and os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
+        gpus.claim(resources.gpus(config, stage))
 
 
-def leave_to_ranks(config: "Config", *arguments: object, size: int | None = None) -> None:
-    """Have ranks run this command, and end with their status; return where this process is a rank, or alone.
-
-    Each rank has a GPU of its own; see `claim_gpus`.
-
-    Args:
-        arguments: Of `earl`.
-        size: The number of ranks, `train_processes` by default.
+def leave_to_ranks(config: "Config", stage: str, *options: object) -> None:
+    """Have ranks run this stage, and end with their status; return where this process is a rank, or alone.
 
     Raises:
         EarlError: see `launch.launch` and `gpus.claim`.
     """
     from earl.execution import launch, ranks
+    from earl.workflow import resources
 
-    size = config.train_processes if size is None else size
-    claim_gpus(config, size)
+    claim_gpus(config, stage)
+    size = resources.ranks(config, stage)
     if size > 1 and not ranks.is_launched():
-        raise typer.Exit(launch.launch(config, [str(argument) for argument in arguments], size))
+        raise typer.Exit(launch.launch(config, [stage, *map(str, options)], size))
 
 
 @app.command()

@@ -103,14 +103,11 @@ def _check_iteration(config: "Config") -> None:
             f"generations_per_sample ({config.generations_per_sample})",
         )
     # A shard holds whole batches of whole groups.
-    batches = -(-config.prompts_per_iteration // max(1, config.engine_batch_size // config.generations_per_sample))
+    batches = -(-config.prompts_per_iteration // config.prompts_per_batch)
     if config.rollout_shards > batches:
-        raise wrong(
-            "rollout_shards",
-            f"is {config.rollout_shards}, but an iteration has only {batches} "
-            f"{'batch' if batches == 1 else 'batches'} of engine_batch_size "
-            f"({config.engine_batch_size}) episodes; lower one of the two",
-        )
+        size = f"of engine_batch_size ({config.engine_batch_size}) episodes; lower one of the two"
+        parts = "prompts; lower it" if config.engine == "vllm" else f"{'batch' if batches == 1 else 'batches'} {size}"
+        raise wrong("rollout_shards", f"is {config.rollout_shards}, but an iteration has only {batches} {parts}")
     check_top_k(config.top_k)
     if config.top_k == 1 and config.num_iterations:
         raise wrong(

@@ -506,8 +506,8 @@ class Config(_Section):
     engine: Literal["vllm", "torch"] = _fixed("vllm", "Rollout engine.")
     engine_batch_size: Positive = _fixed(
         32,
-        "Completions in a batch of the torch engine, always this many, so that results do not depend on shards; shards "
-        "are cut at its multiples. vLLM batches by itself.",
+        "Completions in a batch of the torch engine, always this many, so that results do not depend on shards; its "
+        "shards are cut at multiples of this. vLLM batches by itself, and its shards are cut between any two prompts.",
     )
     rollout_shards: Positive = _free(
         1, "Parts that the prompts of an iteration are generated and scored in, in parallel."
@@ -611,7 +611,7 @@ class Config(_Section):
         "of them train. At least `train_processes`; null: `train_processes`.",
     )
     segment_checkpoint_every_n_iterations: Positive = _free(
-        10,
+        25,
         "Iterations after which a segment writes a checkpoint. It also writes one at its end, and those that "
         "`save_checkpoints_every_n_iterations` and `keep_checkpoints_every_n_iterations` keep. After a crash it trains "
         "again from the newest one, over stored rollouts and scores.",
@@ -677,6 +677,11 @@ class Config(_Section):
     @property
     def prompts_per_iteration(self) -> int:
         return self.episodes_per_iteration // self.generations_per_sample
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Prompts at whose multiples an iteration is cut into shards: those of an engine's batch."""
+        return 1 if self.engine == "vllm" else max(1, self.engine_batch_size // self.generations_per_sample)
 
 
 def is_free(field: str, model: type[BaseModel] = Config) -> bool:

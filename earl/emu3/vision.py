@@ -10,21 +10,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Emu3VQVAE
 
 BATCH = 16
+"""Images in a batch, and fewer of them where they are large."""
+TOKENS = 4096
+"""Tokens in a batch at most: the published tokenizer takes about 4 GB to turn as many into pixels."""
 
 
-def _batches(items: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
-    """Group items of one shape, `BATCH` at a time, the last group filled up by repetition."""
+def _batches(items: Sequence[np.ndarray], scale: int = 1) -> list[tuple[list[int], np.ndarray]]:
+    """Group items of one shape, `BATCH` or fewer at a time, the last group filled up by repetition.
+
+    Args:
+        items: Each [height, width, ...].
+        scale: Values of height, and of width, for one token.
+    """
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, item in enumerate(items):
         by_shape.setdefault(item.shape, []).append(index)
     batches = []
-    for indices in by_shape.values():
-        for start in range(0, len(indices), BATCH):
-            part = indices[start : start + BATCH]
-            filled = part + [part[-1]] * (BATCH - len(part))
+    for (height, width, *_), indices in by_shape.items():
+        size = max(1, min(BATCH, TOKENS * scale**2 // (height * width)))
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            filled = part + [part[-1]] * (size - len(part))
             batches.append((part, np.stack([items[index] for index in filled])))
     return batches
 
@@ -39,7 +49,7 @@ def encode(vision_tokenizer: "Emu3VQVAE", images: Sequence[np.ndarray]) -> list[
     device = vision_tokenizer.device
     tokens: list[np.ndarray] = [None] * len(images)
     with torch.inference_mode():
-        for indices, batch in _batches(images):
+        for indices, batch in _batches(images, vision_tokenizer.spatial_scale_factor):
             pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
             sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
             found = vision_tokenizer.encode(pixels, image_sizes=sizes).image_tokens
@@ -56,9 +66,27 @@ def decode(vision_tokenizer: "Emu3VQVAE", tokens: Sequence[np.ndarray]) -> list[
     images: list[np.ndarray] = [None] * len(tokens)
     with torch.inference_mode():
         for indices, batch in _batches(tokens):
-            pixels = vision_tokenizer.decode(torch.from_numpy(batch).to(device))
+            pixels = _first_frames(vision_tokenizer, torch.from_numpy(batch).to(device))
             pixels = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
             pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
             for index, image in zip(indices, pixels, strict=False):
                 images[index] = image
     return images
+
+
+def _first_frames(vision_tokenizer: "Emu3VQVAE", tokens: "torch.Tensor") -> "torch.Tensor":
+    """Return `Emu3VQVAE.decode` of grids [N, H, W], as float [N, 3, h, w].
+
+    A grid stands for the `temporal_downsample_factor` frames of a film, of which that method computes all and returns
+    the first. Here the others go as soon as frames do not depend on each other any more, before they become large.
+    """
+    decoder = vision_tokenizer.decoder
+    if not len(decoder.time_conv):
+        return vision_tokenizer.decode(tokens)
+    codes = vision_tokenizer.quantize.embedding(tokens)[:, None].permute(0, 4, 1, 2, 3).contiguous()
+    hidden = vision_tokenizer.post_quant_conv(codes)
+    hook = decoder.time_conv[-1].register_forward_hook(lambda module, inputs, frames: frames[:, :, :1])
+    try:
+        return decoder(hidden.permute(0, 2, 1, 3, 4), codes.permute(0, 2, 1, 3, 4))
+    finally:
+        hook.remove()

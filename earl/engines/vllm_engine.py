@@ -320,6 +320,8 @@ def prepare_process(device: str) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(device == "cuda")))
+    # Workers that are forked from a process that has asked torch for its GPUs cannot use them.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     torch_extensions.work_around()
 
 

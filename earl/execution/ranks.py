@@ -171,17 +171,19 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
     team = Ranks(rank, size, device, splits_alone)
     if not team.first:
         logging.getLogger("earl").setLevel(logging.ERROR)  # the first says it for all
+    done = False
     try:
         yield team
         team.of_first(None)  # none leaves while another still writes
+        done = True
     except Exception:
         if not _is_first_to_fail(store):
             time.sleep(PATIENCE)
             os._exit(1)
-        if size == 1:  # Of several, what others wait for will not come: the processes have to end.
-            dist.destroy_process_group()
         raise
-    dist.destroy_process_group()
+    finally:
+        if done or size == 1:  # Of several, what others wait for will not come: the processes have to end.
+            dist.destroy_process_group()
 
 
 def _own_device(device: "torch.device") -> "torch.device":

@@ -42,3 +42,16 @@ def decode(data: bytes | None, where: str) -> np.ndarray:
     except pictures.Rejected as problem:
         reason = str(problem).removeprefix("does not decode: ")
         raise EarlError(f"{where}: the image does not decode ({reason}); replace it or remove its row") from problem
+
+
+class Decoder:
+    """Decodes images, each distinct one once: a group shares its original and target. Pixels are not to be altered."""
+
+    def __init__(self) -> None:
+        self._pixels: dict[bytes | None, np.ndarray] = {}
+
+    def __call__(self, data: bytes | None, where: str) -> np.ndarray:
+        """Return the pixels of an encoded image: see `decode`."""
+        if data not in self._pixels:
+            self._pixels[data] = decode(data, where)
+        return self._pixels[data]

@@ -89,7 +89,8 @@ def read(path: Path, examples: int | None = None) -> list[Ranked]:
     kept = [(index, row) for index, row in enumerate(rows) if row["example_id"] in chosen]
     if not kept:
         raise EarlError(f"{path}: holds no image; {_AT_LEAST}")
-    ranked = [_ranked(row, f"{path}: row {index}") for index, row in kept]
+    decode = images.Decoder()
+    ranked = [_ranked(row, f"{path}: row {index}", decode) for index, row in kept]
     if len({(one.example_id, one.rank) for one in ranked}) == len(chosen):
         raise EarlError(f"{path}: has nothing to compare in {len(chosen)} examples; {_AT_LEAST}")
     return ranked
@@ -118,7 +119,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _ranked(row: dict[str, Any], where: str) -> Ranked:
+def _ranked(row: dict[str, Any], where: str, decode: images.Decoder) -> Ranked:
     def at(column: str) -> str:
         return f"{where}, column {column!r}"
 
@@ -129,7 +130,7 @@ def _ranked(row: dict[str, Any], where: str) -> Ranked:
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes | None):
             raise EarlError(f"{at(column)}: is a {type(data).__name__}; give the bytes of an image")
-        return images.decode(data, at(column))
+        return decode(data, at(column))
 
     instruction, rank, label = _text(row["instruction"], at("instruction")), row["rank"], row.get("label")
     if not has_words(instruction):

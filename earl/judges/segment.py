@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from earl.execution.ranks import Ranks
 
 GPUS = "CUDA_VISIBLE_DEVICES"
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-"""How environment variables begin that make a process one of several ranks, which the server is not."""
-_OF_THE_ENGINE = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
+_OF_A_RANK = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"}
+_OF_A_RANK |= {f"{kind}{name}" for kind in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")}
+"""Environment variables that make a process one of several ranks, which the server is not."""
+_OF_THE_ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"}
 """Variables that `earl.engines.vllm_engine.prepare_process` sets for the rollout engine in this process."""
 
 
@@ -105,8 +106,8 @@ def _gpus(config: "Config", ranks: int) -> str:
 
 def _environment(gpus: str | None) -> Mapping[str, str]:
     # Without the workflow's process id: the server ends with this process, and needs a moment for what it has started.
-    dropped = (*_OF_A_RANK, *_OF_THE_ENGINE, processes.WATCHED)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    dropped = _OF_A_RANK | _OF_THE_ENGINE | {processes.WATCHED}
+    kept = {name: os.environ[name] for name in os.environ if name not in dropped and "TORCHELASTIC" not in name}
     return kept if gpus is None else kept | {GPUS: gpus}
 
 

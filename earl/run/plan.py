@@ -125,7 +125,7 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
 
     Raises:
         EarlError: the starting policy is gone but needed, what is trained again has scores that do not hold what the
-            reward is made of, or a segment cannot do what the configuration asks for.
+            reward is made of, or a segment cannot do what the configuration asks for, or continue from its checkpoint.
     """
     run = Run(folder(config))
     newest = state.newest_complete(run)
@@ -135,6 +135,8 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
     made = Plan(run, config, newest, state.newest_checkpoint(run), by_segment)
     if made.segments:
         segments.check(config)
+    if made.segments or made.iterations:
+        segments.start(config, run)  # By stage, the newest checkpoint is restored from there.
     return made
 
 

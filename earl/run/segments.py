@@ -1,12 +1,15 @@
 """Segments: the iterations that one program, `earl iterate`, makes with its models in memory.
 
-What the workflow and the program both need to know. Nothing here reads a file or loads a model.
+What the workflow and the program both need to know. Nothing here loads a model.
 """
 
 from typing import TYPE_CHECKING
 
+from earl.config import freeze
+from earl.files import objects
 from earl.messages.errors import EarlError
-from earl.run.state import Retention
+from earl.run import state
+from earl.run.layout import Run
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -15,6 +18,25 @@ if TYPE_CHECKING:
 def processes(config: "Config") -> int:
     """Return the number of ranks of a segment."""
     return config.segment_processes or config.train_processes
+
+
+def start(config: "Config", run: Run) -> int:
+    """Return where a segment starts: the newest iteration with a checkpoint. Those after it are trained again.
+
+    Raises:
+        EarlError: one of them was trained with another configuration, which would give another policy.
+    """
+    found, newest, digest = state.newest_checkpoint(run), state.newest_complete(run), freeze.config_digest(config)
+    for index in range(found + 1, newest + 1):
+        metrics = run.iteration(index).metrics
+        if metrics.is_file() and objects.read(metrics).get("config_digest", digest) != digest:
+            raise EarlError(
+                f"{metrics}: iteration {index} was trained with another configuration, and the newest checkpoint is "
+                f"that of iteration {found}; bring the newest one back before the configuration changes: earl restore "
+                f"--run {run.path} --iteration {newest}; or have iterations {index} to {newest} trained anew: "
+                f"earl rewind --run {run.path} --iteration {index}"
+            )
+    return found
 
 
 def check(config: "Config") -> None:
@@ -33,4 +55,4 @@ def check(config: "Config") -> None:
 def has_checkpoint(config: "Config", index: int, last: int) -> bool:
     """Return whether the segment that ends with iteration ``last`` writes a checkpoint after iteration ``index``."""
     due = index % config.segment_checkpoint_every_n_iterations == 0
-    return due or index == last or Retention.of(config).saves(index)
+    return due or index == last or state.Retention.of(config).saves(index)

@@ -117,15 +117,11 @@ def newest_complete(run: Run) -> int:
     return next((i for i in reversed(iterations(run)) if i and run.iteration(i).metrics.is_file()), 0)
 
 
-def newest_checkpoint(run: Run, last: int | None = None) -> int:
-    """Return the newest trained iteration, up to ``last``, with a whole policy and trainer state; 0 when none has.
-
-    Iteration 0 stands for the starting policy.
-    """
+def newest_checkpoint(run: Run) -> int:
+    """Return the newest trained iteration with a whole policy and trainer state; 0 stands for the starting policy."""
     for index in reversed(iterations(run)):
         iteration = run.iteration(index)
-        wanted = index and (last is None or index <= last)
-        if wanted and iteration.metrics.is_file() and has_checkpoint(iteration):
+        if index and iteration.metrics.is_file() and has_checkpoint(iteration):
             return index
     return 0
 

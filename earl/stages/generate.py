@@ -112,8 +112,7 @@ def run_evaluation(config: "Config", name: str, iteration: int, sampler: Sampler
 
 def shard_of(config: "Config", shard: int) -> range:
     """Return the indices of the prompts of a shard within the iteration."""
-    per_batch = max(1, config.engine_batch_size // config.generations_per_sample)
-    return shard_slice(config.prompts_per_iteration, config.rollout_shards, shard, per_batch)
+    return shard_slice(config.prompts_per_iteration, config.rollout_shards, shard, config.prompts_per_batch)
 
 
 def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:
@@ -125,8 +124,8 @@ def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -
     batches = -(-prompts // prompts_per_batch)
     if shards > batches:
         raise EarlError(
-            f"rollout_shards is {shards}, but {prompts} prompts make only {batches} engine batches of "
-            f"{prompts_per_batch}; lower rollout_shards or engine_batch_size"
+            f"rollout_shards is {shards}, but {prompts} prompts make only {batches} batches of {prompts_per_batch}; "
+            "lower rollout_shards"
         )
     if not 0 <= shard < shards:
         raise EarlError(f"shard {shard} does not exist; rollout_shards is {shards}, so shards are 0..{shards - 1}")

@@ -21,11 +21,11 @@ from earl.config import freeze
 from earl.execution import broadcast, ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
-from earl.learner.performance import Clock
 from earl.messages.errors import EarlError
 from earl.run import replays, segments, state
 from earl.run.layout import Run
 from earl.stages import evaluate, generate, present, score, train
+from earl.stages.progress import KINDS, Progress
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -52,7 +52,8 @@ def run(config: "Config", run_path: Path, to: int) -> dict[str, Any]:
     with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as world, ExitStack() as opened:
         _check(config, files, to)
         segment = _Segment.at_newest_checkpoint(config, files, to, world, opened)
-        segment.evaluate()
+        if segment.index <= to:
+            segment.evaluate()
         for index in range(segment.index + 1, to + 1):
             segment.sample(index)
             segment.score(index)
@@ -95,7 +96,7 @@ class _Segment:
     index: int
     policy_digest: str
     checkpoint: int
-    progress: "_Progress"
+    progress: Progress
     recorded: dict[str, Any] | None = None
     learner: train.Learner | None = None
     sampler: generate.Sampler | None = None
@@ -105,9 +106,9 @@ class _Segment:
     def at_newest_checkpoint(
         cls, config: "Config", files: Run, last: int, world: Ranks, opened: ExitStack
     ) -> "_Segment":
-        start = world.of_first(state.newest_checkpoint(files, last) if world.first else 0)
+        start = world.of_first(segments.start(config, files) if world.first else 0)
         digest = world.of_first(manifest.digest_folder(files.iteration(start).policy) if world.first else "")
-        team, progress = world.first_ranks(config.train_processes), _Progress(Clock(world.device))
+        team, progress = world.first_ranks(config.train_processes), Progress(world.device)
         segment = cls(config, files, last, world, team, opened, start, digest, start, progress)
         segment._look_ahead()
         segment._say_where_it_starts()
@@ -161,13 +162,14 @@ class _Segment:
     def train(self, index: int) -> None:
         """Train iteration ``index``, and write a checkpoint where one is due.
 
-        One that is complete already is trained again; see `earl.stages.train.step`.
+        An iteration that is complete already is trained again, since its policy is needed, and keeps its files; see
+        `earl.stages.train.step`.
         """
         files, due = self.files.iteration(index), segments.has_checkpoint(self.config, index, self.last)
         again, metrics = self.recorded is not None, None
         if self.sampler is not None:
             self.sampler.engine.sleep()
-        with self.progress.phase("train"):
+        with self.progress.phase("train" if self.team is not None else "wait"):
             if self.team is not None:
                 config = self._config_of_next()
                 if self.learner is None:
@@ -195,14 +197,14 @@ class _Segment:
         if self.sampler is not None:
             self.sampler.engine.close()
         by_rank = self.world.gather((self.progress.seconds(), self.progress.written))
-        written = {kind: sum(sizes.get(kind, 0) for _, sizes in by_rank) for kind in _KINDS}
+        written = {kind: sum(sizes.get(kind, 0) for _, sizes in by_rank) for kind in KINDS}
         record = {
             "last": self.last,
             "policy_digest": self.policy_digest,
             "trained": self.progress.iterations,
             "trained_again": self.progress.again,
             "train_processes": self.config.train_processes,
-            "seconds": [seconds for seconds, _ in by_rank],
+            "seconds_by_rank": [seconds for seconds, _ in by_rank],
             "bytes_written": written,
             "config_digest": freeze.config_digest(self.config),
             "code_version": code_version(),
@@ -254,6 +256,8 @@ class _Segment:
 
     def _say_where_it_starts(self) -> None:
         newest, ranks_without = state.newest_complete(self.files), self.world.size - self.config.rollout_shards
+        if self.index > self.last:
+            log.info("iterate: iterations up to %d are complete; nothing is left to do up to %d", newest, self.last)
         if self.index < min(newest, self.last):
             log.info(
                 "iterate: starts from the checkpoint of iteration %d; iterations up to %d, which are complete, are "
@@ -265,36 +269,3 @@ class _Segment:
                 "iterate: %d of %d ranks never sample, since rollout_shards is %d; raise it to %d",
                 *(ranks_without, self.world.size, self.config.rollout_shards, self.world.size),
             )
-
-
-_KINDS = ("rollouts", "scores", "evaluations", "train", "checkpoints")
-
-
-class _Progress:
-    """What one rank has done: seconds by phase, bytes by kind, iterations."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.written: dict[str, int] = {}
-        self.iterations: list[int] = []
-        self.again: list[int] = []
-        self._told: dict[str, float] = {}
-        self.phase = clock.phase
-
-    def wrote(self, kind: str, *paths: Path) -> None:
-        """Count the bytes of files and folders that were written."""
-        found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()]
-        self.written[kind] = self.written.get(kind, 0) + sum(file.stat().st_size for file in found)
-
-    def trained(self, index: int, again: bool) -> None:
-        (self.again if again else self.iterations).append(index)
-
-    def seconds(self) -> dict[str, float]:
-        return {name: round(value, 3) for name, value in self.clock.seconds.items()}
-
-    def news(self) -> str:
-        """Return the seconds by phase since the last call, as text."""
-        found = {name: value - self._told.get(name, 0.0) for name, value in self.clock.seconds.items()}
-        self._told = dict(self.clock.seconds)
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.items() if seconds >= 0.05)
-        return f"{sum(found.values()):.1f} s ({parts})"

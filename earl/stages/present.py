@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def rollouts(config: "Config", iteration: Iteration, shard: int, policy_digest: str) -> bool:
-    """Return whether a shard's rollouts are there: of this policy, configuration and these prompts."""
+    """Return whether a shard's rollouts are there: of this policy and these prompts."""
     path = iteration.rollouts(shard)
     told = _metadata(path)
-    if (told.get("policy_digest"), told.get("config_digest")) != (policy_digest, freeze.config_digest(config)):
+    if told.get("policy_digest") != policy_digest:
         return False
     # With another rollout_shards, a file of this name holds other prompts.
     try:
@@ -33,15 +33,19 @@ def rollouts(config: "Config", iteration: Iteration, shard: int, policy_digest: 
     except EarlError as error:
         log.warning("%s", error)
         return False
-    return groups == [f"{iteration_name(iteration.index)}-{index:04d}" for index in shard_of(config, shard)]
+    if groups != [f"{iteration_name(iteration.index)}-{index:04d}" for index in shard_of(config, shard)]:
+        return False
+    _warn_of_change(path, told, config)
+    return True
 
 
 def scores(config: "Config", rollouts: Path, scores: Path) -> bool:
-    """Return whether the scores of rollouts are there: of these very rollouts, by this configuration."""
+    """Return whether the scores of rollouts are there: of these very rollouts."""
     told = _metadata(scores)
-    if not told or told.get("config_digest") != freeze.config_digest(config):
+    if not told or told.get("rollouts_digest") != manifest.digest_file(rollouts):
         return False
-    return told.get("rollouts_digest") == manifest.digest_file(rollouts)
+    _warn_of_change(scores, told, config)
+    return True
 
 
 def evaluation_rollouts(config: "Config", name: str, files: Evaluation, policy_digest: str) -> bool:
@@ -69,3 +73,9 @@ def _metadata(path: Path) -> dict[str, str]:
     except EarlError as error:
         log.warning("%s", error)
         return {}
+
+
+def _warn_of_change(path: Path, told: dict[str, str], config: "Config") -> None:
+    """Say that a file is used though the configuration was another one: its change has been accepted, as by stage."""
+    if told.get("config_digest") != freeze.config_digest(config):
+        log.warning("%s: was made with another configuration and is used; remove it to have it made again", path)

@@ -155,6 +155,8 @@ def _config(source: Run, target: Run, overrides: Mapping[str, Any], scores: str 
     if not isinstance(count, int) or count < 1:
         raise EarlError(f"{source.path}: has no iteration to replay, or num_iterations is {count!r}")
     given = {**judge, **overrides, "num_iterations": count, "run_name": target.path.name}
+    if "train_processes" in overrides:
+        given.setdefault("segment_processes", None)  # A replay has no segments, and that number may be too small.
     # What the judge was asked for is seen in its scores (`replays.check_scores`): the fields follow from the reward.
     wanted = rewards.needed(changed(own, given | dict.fromkeys(rewards.ASKED_BY.values(), True)))
     config = changed(own, given | {rewards.ASKED_BY[score]: True for score in wanted})

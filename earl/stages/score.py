@@ -36,8 +36,8 @@ def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None 
     judge = judge or judges.get(config)
     rows = table.to_pylist()
     asked = [i for i, row in enumerate(rows) if row["finish_reason"] == "stop" and row["edited"] is not None]
-    read = _Reader(rollouts)
-    verdicts = judge.score([read.judgement(rows[index], index) for index in asked])
+    decode = images.Decoder()
+    verdicts = judge.score([_judgement(rows[index], rollouts, index, decode) for index in asked])
     if len(verdicts) != len(asked):
         raise EarlError(f"judge {judge.name!r} answered {len(verdicts)} of {len(asked)} questions about {rollouts}")
     answers: list[judges.Verdict | None] = [None] * len(rows)
@@ -79,8 +79,8 @@ def run_again(config: "Config", rollouts: Path, out: Path, judge: judges.Judge |
     if not failed:
         return 0, 0
     rows = tables.read_table(rollouts, tables.ROLLOUTS, _READ).take(failed)
-    read = _Reader(rollouts)
-    asked = [read.judgement(row, index) for index, row in zip(failed, rows.to_pylist(), strict=True)]
+    decode = images.Decoder()
+    asked = [_judgement(row, rollouts, index, decode) for index, row in zip(failed, rows.to_pylist(), strict=True)]
     verdicts = judge.score(asked, [scores["requests"][index].as_py() for index in failed])
     columns = {name: scores[name].to_pylist() for name in tables.MODEL_SCORES.names}
     for name, values in (_columns(rows, verdicts, judge.name) | _model_columns(verdicts, judge)).items():
@@ -103,27 +103,17 @@ def _check_same(out: Path, scores: pa.Table, metadata: dict[str, str], judge: ju
             raise EarlError(f"{out}: its {key} is {then}, now it is {now}; remove the file and run the score stage")
 
 
-class _Reader:
-    """Makes questions of rows of rollouts, and decodes each picture once: a group shares original and target."""
+def _judgement(row: dict, rollouts: Path, index: int, decode: images.Decoder) -> judges.Judgement:
+    def pixels(column: str) -> "np.ndarray":
+        return decode(row[column]["bytes"], f"{rollouts}: column {column!r}, row {index}")
 
-    def __init__(self, rollouts: Path) -> None:
-        self._rollouts = rollouts
-        self._pixels: dict[bytes, np.ndarray] = {}
-
-    def judgement(self, row: dict, index: int) -> judges.Judgement:
-        return judges.Judgement(
-            instruction=row["instruction"],
-            original=self._decoded(row, "original", index),
-            edited=self._decoded(row, "edited", index),
-            target=None if row["target"] is None else self._decoded(row, "target", index),
-            task=row["task"],
-        )
-
-    def _decoded(self, row: dict, column: str, index: int) -> "np.ndarray":
-        data = row[column]["bytes"]
-        if data not in self._pixels:
-            self._pixels[data] = images.decode(data, f"{self._rollouts}: column {column!r}, row {index}")
-        return self._pixels[data]
+    return judges.Judgement(
+        instruction=row["instruction"],
+        original=pixels("original"),
+        edited=pixels("edited"),
+        target=None if row["target"] is None else pixels("target"),
+        task=row["task"],
+    )
 
 
 def _columns(table: "pa.Table", answers: list[judges.Verdict | None], judge: str) -> dict[str, object]:

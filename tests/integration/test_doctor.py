@@ -67,9 +67,7 @@ def test_the_judge_is_asked_what_it_serves(tmp_path, monkeypatch, key, finding):
 
 @pytest.mark.slow
 def test_ranks_are_checked_together(tmp_path):
-    command = [sys.executable, "-m", "earl", "launch", "--launcher", "local", "--name", "doctor"]
-    command += ["--folder", tmp_path / "job", "--resource", "tasks_per_node=2", "--"]
-    command += [sys.executable, "-m", "earl", "doctor", "--path", tmp_path, "--minimum-free", "0"]
+    command = [sys.executable, "-m", "earl", "doctor", "--path", tmp_path, "--minimum-free", "0", "--processes", "2"]
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     lines = ended.stdout.splitlines()

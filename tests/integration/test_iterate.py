@@ -13,7 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from earl.config import load
+from earl.config import freeze, load
 from earl.files import manifest, tables
 from earl.judges.program import ProgramJudge
 from earl.messages.errors import EarlError
@@ -91,7 +91,7 @@ def test_ranks_that_sample_and_one_that_trains_write_the_bytes_of_the_stages(tmp
     run = begin(tmp_path, by_stage, segment_processes=processes)
     printed = earl_iterate(run)
     assert_same(run, by_stage)
-    assert len(json.loads(run.segment(LAST).read_text())["seconds"]) == processes
+    assert len(json.loads(run.segment(LAST).read_text())["seconds_by_rank"]) == processes
     assert len(re.findall(r"iterate: \d of 4: reward", printed)) == LAST, "one line an iteration, by one rank"
 
 
@@ -234,6 +234,37 @@ def test_after_rewinding_it_trains_again_from_the_newest_checkpoint(copy, by_sta
     assert_same(copy, by_stage)
 
 
+def test_another_learning_rate_from_an_iteration_on_keeps_its_rollouts_and_scores(copy, by_stage, caplog):
+    state.rewind(copy, 3)
+    kept = {path: stamp for path, stamp in facts(copy).items() if "/000004/" not in path}
+    config = load.read(copy.config).model_copy(update={"learning_rate": 1e-5})
+    freeze.write(config, copy.config, accept_changes=True)
+    with caplog.at_level("WARNING", logger="earl"):
+        iterate.run(config, copy.path, LAST)
+    assert kept.items() <= facts(copy).items()
+    assert f"{copy.iteration(3).rollouts(0)}: was made with another configuration and is used" in caplog.text
+    assert manifest.digest_folder(copy.iteration(2).policy) == manifest.digest_folder(by_stage.iteration(2).policy)
+    inputs = json.loads(copy.iteration(4).metrics.read_text())["inputs"]
+    assert inputs["policy"] == json.loads(copy.iteration(3).metrics.read_text())["policy_digest"]
+    assert inputs["policy"] != manifest.digest_folder(by_stage.iteration(3).policy)
+
+
+def test_what_another_configuration_trained_is_not_trained_again(copy):
+    shutil.rmtree(copy.iteration(4).policy)
+    before = contents(copy)
+    config = load.read(copy.config).model_copy(update={"learning_rate": 1e-5})
+    with pytest.raises(EarlError, match=r"iteration 3 was trained with another configuration.*rewind.*--iteration 3$"):
+        iterate.run(config, copy.path, LAST)
+    assert contents(copy) == before
+
+
+def test_a_segment_that_ends_before_the_newest_checkpoint_changes_nothing(copy):
+    shutil.rmtree(copy.iteration(2).policy)
+    before = contents(copy)
+    assert iterate.run(load.read(copy.config), copy.path, 2)["trained_again"] == []
+    assert contents(copy) == before
+
+
 @pytest.mark.parametrize(
     ("changes", "to", "message"),
     [
@@ -293,7 +324,7 @@ def events(run: Run) -> list[Path]:
 def test_killed_at_random_moments_it_ends_in_the_same_bytes_and_samples_nothing_twice(tmp_path, by_stage):
     run, chance = begin(tmp_path, by_stage, segment_processes=2), random.Random(20261126)
     seen: dict[str, tuple[int, int]] = {}
-    for event in sorted(chance.sample(range(len(events(run))), 6)):
+    for event in sorted(chance.sample(range(len(events(run))), 4)):
         attempt = Attempt(run)
         attempt.wait_for(events(run)[event])
         time.sleep(0.3 * chance.random())

@@ -306,7 +306,7 @@ def test_a_server_at_an_ipv6_address_writes_it_as_it_stands_in_a_url(tmp_path):
 def test_what_a_server_prints_is_lines_without_its_key(tmp_path):
     program = "import os, sys, time\nfor n in range(300): sys.stderr.write('\\rloading %d/300' % (n + 1))\n"
     program += "sys.stderr.write('\\nkey ' + os.environ['VLLM_API_KEY'] + '\\n'); sys.stderr.flush(); time.sleep(60)"
-    serve = "import sys; from pathlib import Path; from earl import console; from earl.judges import server\n"
+    serve = "import sys; from pathlib import Path; from earl.messages import console; from earl.judges import server\n"
     serve += "console.set_up(); server.serve([sys.executable, '-c', sys.argv[1]], '127.0.0.1', 1, None, 3.0)"
     env = {**os.environ, address.KEY: "geheim"}
     done = subprocess.run([sys.executable, "-c", serve, program], capture_output=True, text=True, cwd=ROOT, env=env)

@@ -17,7 +17,7 @@ from earl.execution import processes
 from earl.files import manifest, tables
 from earl.run.layout import Run
 from tests.support import bare_loop
-from tests.support.html import Page
+from tests.support.html_page import Page
 
 ROOT = Path(__file__).parents[2]
 MADE = ("sft_s__rl_s", "sft_think_s__rl_s")

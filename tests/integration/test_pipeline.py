@@ -1,5 +1,6 @@
 """The stages together, from raw data to evaluation: what the run's files promise."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,19 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from earl.emu3 import sequence
+from earl.emu3 import sequence, vision
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, manifest, tables
 from earl.messages.errors import EarlError
 from earl.run.layout import Run
-from earl.stages import generate, score, train
+from earl.stages import generate, prompts, score, train
 from tests.support import bare_loop
 
 
-@pytest.fixture(scope="module")
-def run(small_config):
+@pytest.fixture
+def run(small_run):
     """A finished run of two iterations, made in this process."""
-    return bare_loop.run_all(small_config("plain"))
+    return small_run
 
 
 def without_origin(path):
@@ -102,6 +103,31 @@ def test_a_stage_run_again_writes_the_same_bytes(run, small_config, tmp_path):
     assert (tmp_path / "scores.parquet").read_bytes() == files.scores(0).read_bytes()
 
 
+def test_what_is_decoded_and_encoded_for_rollouts(run, small_config, tmp_path, monkeypatch):
+    """Edits once each; an original and its target once a prompt, and only where the data hold tokens alone."""
+    config = small_config("plain")
+    sampler = generate.Sampler.load(config, run.iteration(0).policy)
+    encoded, grids = [], []
+    encode, decode = images.encode, vision.decode
+    monkeypatch.setattr(images, "encode", lambda pixels: encoded.append(1) or encode(pixels))
+    monkeypatch.setattr(vision, "decode", lambda model, tokens: grids.append(len(tokens)) or decode(model, tokens))
+    of_iteration = prompts.of_iteration
+    episodes, asked = config.episodes_per_iteration, config.prompts_per_iteration
+    for name, blank in (("with pictures", {}), ("without", {"original": None, "target": None})):
+
+        def drawn(*arguments, blank=blank):
+            found = of_iteration(*arguments)
+            examples = [(index, example._replace(**blank)) for index, example in found.examples]
+            return dataclasses.replace(found, examples=examples)
+
+        monkeypatch.setattr(prompts, "of_iteration", drawn)
+        generate.run(config, 1, 0, sampler, tmp_path / f"{name}.parquet")
+        edits = episodes - tables.read_table(tmp_path / f"{name}.parquet", tables.ROLLOUTS)["edited"].null_count
+        assert sum(encoded) == sum(grids) == edits + (2 * asked if blank else 0)
+        encoded.clear()
+        grids.clear()
+
+
 def test_another_reward_needs_only_train(run, small_config):
     copy = Run(run.path.with_name("another-reward"))
     shutil.copytree(run.path / "iterations", copy.path / "iterations", symlinks=True)
@@ -155,8 +181,16 @@ def test_shards_are_whole_batches_and_cover_all_prompts(prompts, shards, per_bat
 
 
 def test_more_shards_than_batches_is_an_error():
-    with pytest.raises(EarlError, match="rollout_shards is 4, but 16 prompts make only 2 engine batches of 8"):
+    with pytest.raises(EarlError, match="rollout_shards is 4, but 16 prompts make only 2 batches of 8"):
         generate.shard_slice(16, 4, 0, 8)
+
+
+@pytest.mark.parametrize(("engine", "shards", "lengths"), [("torch", 2, [2, 2]), ("vllm", 4, [1] * 4)])
+def test_shards_are_cut_between_batches_of_the_torch_engine_and_between_prompts_for_vllm(
+    small_config, engine, shards, lengths
+):
+    config = small_config("cut", engine=engine, engine_batch_size=8, rollout_shards=shards)  # 4 prompts, 4 samples each
+    assert [len(generate.shard_of(config, shard)) for shard in range(shards)] == lengths
 
 
 def test_pictures_survive_the_way_to_disk():

@@ -92,17 +92,17 @@ def test_a_replay_that_was_stopped_goes_on_to_the_same_bytes(source, beside, mon
     replay.run(source.path, whole, changes)
     assert made_of(whole, 3) == expected, "a finished one stays as it is"
 
-    real = train.run
+    real = train.step
 
-    def killed_at_two(config, run, iteration):
-        if iteration == 2:
+    def killed_at_two(config, run, learner, *arguments, **options):
+        if learner.iteration == 1:
             raise KeyboardInterrupt
-        return real(config, run, iteration)
+        return real(config, run, learner, *arguments, **options)
 
-    monkeypatch.setattr(train, "run", killed_at_two)
+    monkeypatch.setattr(train, "step", killed_at_two)
     with pytest.raises(KeyboardInterrupt):
         replay.run(source.path, stopped, changes)
-    monkeypatch.setattr(train, "run", real)
+    monkeypatch.setattr(train, "step", real)
     replayed = replay.run(source.path, stopped, changes)
     assert made_of(stopped, 3) == expected
     assert "sampler_correction = truncate" in replayed.notes()[0]

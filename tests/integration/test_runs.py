@@ -23,7 +23,7 @@ from earl.config.schema import Config, Evaluation
 from earl.execution import processes
 from earl.files import manifest
 from earl.messages.errors import EarlError
-from earl.run import plan, state, verify
+from earl.run import plan, segments, state, verify
 from earl.run.layout import Run
 
 
@@ -95,7 +95,6 @@ def test_metrics_make_an_iteration_complete_whatever_became_of_its_checkpoint(ru
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (6, 4)
     run.iteration(6).metrics.unlink()
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (5, 4)
-    assert state.newest_checkpoint(run, last=3) == 3
 
 
 def test_a_checkpoint_that_was_written_before_its_metrics_does_not_count(run):
@@ -216,6 +215,23 @@ def test_rewind_needs_no_checkpoint_before(run):
     assert state.newest_complete(run) == 6
     assert state.rewind(run, 3) == [3, 4, 5, 6]
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
+
+
+# Where a segment starts
+
+
+def test_a_segment_starts_at_the_newest_checkpoint_unless_another_configuration_trained_what_follows(run, tmp_path):
+    config = make_config(tmp_path, num_iterations=9)
+    for index in (5, 6):
+        shutil.rmtree(run.iteration(index).trainer)
+    assert segments.start(config, run) == 4
+    other = make_config(tmp_path, num_iterations=9, learning_rate=1e-4)
+    complaint = r"000005/train/metrics.json: iteration 5 was trained with another.*earl rewind --run .* --iteration 5$"
+    for ask in (lambda: segments.start(other, run), lambda: plan.plan(other), lambda: plan.plan(other, False)):
+        with pytest.raises(EarlError, match=complaint):
+            ask()
+    state.rewind(run, 5)
+    assert segments.start(other, run) == 4
 
 
 # Verification

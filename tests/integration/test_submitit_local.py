@@ -45,6 +45,12 @@ def test_set_up_lines_run_first(bench):
     assert (bench.path / "word").read_text() == "set\n"
 
 
+def test_a_setting_reaches_the_job_as_it_was_given(bench):
+    word = r"""it's "a" \"b\" for $HOME, `pwd` [x]"""
+    bench.ended(bench.start("said", config=word))
+    assert (bench.path / "said").read_text() == word
+
+
 def test_a_killed_driver_finds_its_jobs_again(bench):
     driver, _ = bench.start(), bench.begun()
     kill(driver)
@@ -53,6 +59,19 @@ def test_a_killed_driver_finds_its_jobs_again(bench):
     bench.hurry()
     bench.ended(driver)
     assert bench.words() == ["begin", "end"]
+
+
+def test_what_a_job_left_that_ended_without_a_driver_is_removed_later(bench):
+    driver, _ = bench.start(), bench.begun()
+    kill(driver)
+    bench.hurry()
+    wait_until(lambda: list(bench.path.glob(".snakemake/submitit/*/*_result.pkl")))
+    bench.ended(bench.start("word", setup="export WORD=set"))
+    (result,) = bench.path.glob(".snakemake/submitit/*/*_result.pkl")
+    os.utime(result, (1, 1))
+    (bench.path / "word").unlink()
+    bench.ended(bench.start("word", setup="export WORD=set"))
+    assert not list((bench.path / ".snakemake" / "submitit").iterdir())
 
 
 def test_another_command_for_the_same_output_waits_until_the_first_is_gone(bench):

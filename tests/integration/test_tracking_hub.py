@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,21 @@ def test_every_nth_and_the_last_policy_once_each(tmp_path, server):
     digest = manifest.digest_folder(run.iteration(4).policy)
     assert repository.commits[2].title == f"Iteration 4, policy {digest[:16]}"
     assert json.loads((run.path / "tracking" / "hub.json").read_text())["pushed"]["4"]["policy_digest"] == digest
+
+
+def test_a_policy_that_is_not_on_disk_is_named_with_what_brings_it_back(tmp_path, server, caplog):
+    run, _ = new_run(tmp_path / "a", **PUSHED)
+    train(run, 1, 2, 3, 4, 5)
+    for index in (2, 5):
+        shutil.rmtree(run.iteration(index).policy)
+    assert push(run) == [4]
+    for index in (2, 5):
+        assert f"{run.iteration(index).policy}: is not on disk, so it is not pushed" in caplog.text
+        assert f"earl restore --run {run.path} --iteration {index}" in caplog.text
+    caplog.clear()
+    shutil.rmtree(run.iteration(4).policy)
+    push(run)
+    assert "000004" not in caplog.text, "what has been pushed is not missed"
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

@@ -1,5 +1,7 @@
 """Makes the files of small evaluations, for the tests of the stages that read them."""
 
+import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,12 @@ ALL = ("edit_success", "overedit", "naturalness", "artifacts")
 
 
 def demo_config(**overrides) -> Config:
-    return load.load(ROOT / "config" / "demo.jsonnet", overrides).config
+    return _demo(json.dumps(overrides)).model_copy(deep=True)
+
+
+@cache
+def _demo(overrides: str) -> Config:
+    return load.load(ROOT / "config" / "demo.jsonnet", json.loads(overrides)).config
 
 
 def episode(prompt: int, scores: float | tuple | None, sample: int = 0, **other) -> dict:

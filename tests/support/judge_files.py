@@ -11,7 +11,7 @@ from tests.support.evaluation_files import demo_config, episode
 def config(folder: Path, model: str, **changes) -> Config:
     """The demo's configuration with a judge that asks `model`; its store of judgements lies in `folder`."""
     asked = {"judge": "vllm", "reward_function_api_model_name": model, "base_exp_dir": str(folder)}
-    return demo_config(**(asked | changes))
+    return Config.model_validate(demo_config().model_dump() | asked | changes)
 
 
 def write_rollouts(path: Path, examples: int, *more: dict) -> list[dict]:

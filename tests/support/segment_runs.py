@@ -11,8 +11,8 @@ from earl.config.schema import Config
 from earl.execution import processes
 from earl.files import manifest
 from earl.run.layout import Run
-from tests.conftest import DEMO, SMALL
 from tests.support import bare_loop
+from tests.support.demo import DEMO, SMALL
 
 ROOT = Path(__file__).parents[2]
 LAST = 4

@@ -45,6 +45,11 @@ rule ranks:
         "srun --ntasks=4 --ntasks-per-node=2 --overlap bash -c "
         "'echo $SLURM_PROCID $SLURM_LOCALID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES' > {{output}}"
 
+rule say:
+    output: "said"
+    params: word=config.get("word", "")
+    shell: "printf %s {{params.word:q}} > {{output}}"
+
 rule word:
     output: "word"
     shell: "echo $WORD > {{output}}"

@@ -9,7 +9,7 @@ from earl.report import comparison, curves, dots, results
 from earl.run.layout import Run
 from earl.stages import compare
 from tests.support.evaluation_files import demo_config, episode, write_evaluation
-from tests.support.html import Page, text_of
+from tests.support.html_page import Page, text_of
 
 GREEDY, SAMPLED = "heldout_greedy", "heldout"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from earl.emu3 import checkpoint, grid, sequence
+from earl.emu3 import checkpoint, grid, saving, sequence
 from earl.engines import Request, SamplingParams, checked
 from earl.learner import logprobs
 from earl.messages.errors import EarlError
@@ -192,7 +192,7 @@ def test_weights_from_memory_give_what_their_folder_gives(
     engine, requests, thinker, policy_folder, trained, tmp_path, dtype
 ):
     """Bit for bit, whichever type the folder has (`policy_dtype`), and although the names come in another order."""
-    checkpoint.save_policy(trained, tmp_path, tokenizer_from=thinker, dtype=dtype)
+    saving.save_policy(trained, tmp_path, saving.companions(thinker), dtype)
     engine.load(tmp_path)
     expected = engine.generate(requests, FREE)
     engine.load(policy_folder)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from earl.cli import stages
+from earl.config.schema import Config
 from earl.execution import gpus
 from earl.messages.errors import EarlError
 
@@ -112,6 +114,36 @@ def test_without_gpus_nothing_is_claimed(alone, monkeypatch, visible):
     gpus.claim(1)
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
     assert not gpus._held
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "count"),
+    [
+        ("generate", {"engine": "vllm", "vllm_tensor_parallel_size": 2}, 2),
+        ("generate", {"engine": "torch"}, 1),
+        ("score", {"judge": "vllm", "judge_tensor_parallel_size": 4}, 4),
+        ("score", {"judge": "openai"}, 0),
+        ("train", {"train_processes": 3}, 3),
+        ("sft", {"train_processes": 3}, 3),
+        ("iterate", {"train_processes": 2, "segment_processes": 3}, 3),
+        # A judge server beside the ranks.
+        ("iterate", {"train_processes": 2, "judge": "vllm", "judge_tensor_parallel_size": 4}, 6),
+        ("train", {"train_processes": 3, "device": "cpu"}, 0),
+    ],
+)
+def test_a_stage_claims_what_its_configuration_says(monkeypatch, stage, fields, count):
+    claimed = []
+    monkeypatch.setattr(gpus, "claim", claimed.append)
+    config = Config.model_construct()
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    stages.claim_gpus(config.model_copy(update=fields), stage)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    stages.claim_gpus(config.model_copy(update=fields), stage)
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stages.claim_gpus(config.model_copy(update=fields), stage)
+    assert claimed == [count], "neither ranks nor jobs on several nodes claim any"
 
 
 def test_what_follows_a_minus_one_is_hidden(alone, monkeypatch):

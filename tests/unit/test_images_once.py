@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from earl.files import images, tables
-from earl.judges import Judgement, rubric
+from earl.judges import Judgement, known_order, rubric
 from earl.judges.chat import Pass, Question, Reply
 from earl.judges.model_judge import ModelJudge, Settings
 from earl.stages import score
@@ -82,6 +82,15 @@ def test_a_shard_of_scores(tmp_path, calls):
     urls = urls_of(model)
     assert len(urls) > 2 * pictures, "most are shown more than once"
     assert len(set(map(id, urls))) == len(set(urls)) == pictures, "and lie in memory once"
+
+
+def test_pairs_for_the_judge_check(tmp_path, calls):
+    ranked = known_order.of_shapes(2, seed=5)
+    known_order.write(tmp_path / "pairs.parquet", ranked)
+    calls.clear()
+    found = known_order.read(tmp_path / "pairs.parquet")
+    pictures = {getattr(one.judgement, name).tobytes() for one in found for name in ("original", "target", "edited")}
+    assert (len(found), calls) == (len(ranked), {"decode": len(pictures)})
 
 
 def test_pictures_are_resized_once(calls):

@@ -292,7 +292,11 @@ def answer_of(success: int, overedit: int, reasoning: str) -> str:
     return json.dumps({"reasoning": reasoning, "edit_success": success, "overedit": overedit}, ensure_ascii=False)
 
 
-ANSWERS = st.builds(answer_of, NUMBERS, NUMBERS, st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+# A reasoning that is a number alone may be a score, and is refused.
+REASONING = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).filter(
+    lambda text: not re.fullmatch(r"[\s\d./%-]*\d[\s\d./%-]*", text)
+)
+ANSWERS = st.builds(answer_of, NUMBERS, NUMBERS, REASONING)
 BEFORE = st.sampled_from(["", "\n", "```json\n", "Here you are:\n", "The cat is gone. Answer: ", "Scores (0 to 10): "])
 AFTER = st.sampled_from(["", "\n", "\n```\n", "\nIs there anything else?", ".", "<|im_end|>", " Done."])
 DRAFTS = st.one_of(

@@ -6,7 +6,7 @@ import pytest
 
 from earl.execution import launch
 from earl.messages.errors import EarlError
-from tests.unit.test_submitit import program
+from tests.support.programs import program
 
 
 @pytest.fixture

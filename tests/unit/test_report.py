@@ -14,7 +14,7 @@ from earl.messages.errors import EarlError
 from earl.report import charts, contents, gallery, page, reasoning
 from earl.stages import report
 from tests.support.evaluation_files import demo_config, episode, write_evaluation
-from tests.support.html import Page, text_of
+from tests.support.html_page import Page, text_of
 
 GREEDY, SAMPLED = "heldout_greedy", "heldout"
 

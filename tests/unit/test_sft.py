@@ -190,7 +190,7 @@ def test_sequences_are_those_of_the_grammar(make, seen, vocabulary, tmp_path, re
 
 
 def test_two_stages_are_one_after_the_other(make, data, tmp_path):
-    both = {"train_paths_file": [data("simple"), data("complex", 4)], "coefficients": [1.0, 2.0]}
+    both = {"train_paths_file": [data("simple"), data("complex", 4)], "coefficients": [1.0, 2.0], "steps": 4}
     config = make(first={}, then=both | {"base_model": "stage:sft/first"})
     start = {"model_path": "stage:sft/then", "vision_tokenizer_path": "package:shapes/vision_tokenizer"}
     assert list(paths.shared_stages(config.model_copy(update=start))) == [

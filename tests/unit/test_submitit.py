@@ -11,13 +11,7 @@ from earl.execution import processes
 from snakemake_executor_plugin_submitit import clusters, record, resources
 from snakemake_executor_plugin_submitit.record import NotTheWriter, Record
 from snakemake_executor_plugin_submitit.task import CommandFailed, Task
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    """Write a shell script that stands in for one of Slurm's commands."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
-    (folder / name).chmod(0o755)
+from tests.support.programs import program
 
 
 @pytest.fixture

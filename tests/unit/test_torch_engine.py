@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from earl.emu3 import grid, sequence
+from earl.emu3 import checkpoint, grid, sequence
 from earl.engines import Request, SamplingParams
 from earl.engines.torch_engine import TorchEngine, sample, truncate
 from earl.messages.errors import EarlError
@@ -30,6 +30,19 @@ def test_without_the_constraint_any_id_may_come(policy_folder, request_, vocabul
         for c in free.generate([request_], hot)[0]
     ]
     assert not all(kept)
+
+
+def test_weights_from_memory_are_rounded_as_those_of_a_folder(policy_folder, request_, vocabulary):
+    """A float32 policy in an engine that computes in bfloat16."""
+    fresh, updated = (TorchEngine(torch.device("cpu"), torch.bfloat16, 8, 512, constrained=True) for _ in range(2))
+    fresh.load(policy_folder)
+    updated.load(policy_folder)
+    policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    weights = [(name, weight.detach()) for name, weight in policy.named_parameters()]
+    updated.update(((name, torch.zeros_like(weight)) for name, weight in weights), "nothing")
+    assert updated.generate([request_], FREE) != fresh.generate([request_], FREE)
+    updated.update(weights, "the policy")
+    assert updated.generate([request_], FREE) == fresh.generate([request_], FREE)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (5, 1.0), (-1, 0.6), (6, 0.8)])
@@ -60,7 +73,8 @@ def test_truncation_to_one_keeps_the_likeliest():
         assert truncate(logprobs, params)[0].tolist() == [-torch.inf, 0.0, -torch.inf]
 
 
-def test_samples_that_do_not_fill_batches_are_an_error(torch_engine, request_):
+def test_samples_that_do_not_fill_batches_are_an_error(torch_engine, policy_folder, request_):
+    torch_engine.load(policy_folder)
     with pytest.raises(EarlError, match="engine_batch_size is 8, which is no multiple of the 3 samples"):
         torch_engine.generate([dataclasses.replace(request_, seeds=[1, 2, 3])], FREE)
 

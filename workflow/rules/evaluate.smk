@@ -13,6 +13,7 @@ rule evaluate_generate:
     threads: lambda w: need.threads(config_of(w), "generate")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "generate"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "generate"),
     shell:
         "earl generate --config {wildcards.run:q}/config.json --iteration {wildcards.step}"
         " --evaluation {wildcards.evaluation} --policy {wildcards.run:q}/iterations/{wildcards.step}/policy"
@@ -31,6 +32,7 @@ rule evaluate_score:
     threads: lambda w: need.threads(config_of(w), "score")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "score"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "score"),
     shell:
         "earl score --config {wildcards.run:q}/config.json --rollouts {input:q} --out {output:q} 2>&1 | tee {log:q}"
 

@@ -12,6 +12,7 @@ rule judge_gate:
     threads: lambda w: need.threads(config_of(w), "score")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "score"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "score"),
     shell:
         "earl judge check --config {wildcards.run:q}/config.json --out {output:q} 2>&1 | tee {log:q}"
 
@@ -61,6 +62,7 @@ rule generate:
     threads: lambda w: need.threads(config_of(w), "generate")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "generate"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "generate"),
     params:
         before=lambda w: f"{int(w.step) - 1:06d}",
     shell:
@@ -80,6 +82,7 @@ rule score:
     threads: lambda w: need.threads(config_of(w), "score")
     resources:
         gpu=lambda w: need.gpus(config_of(w), "score"),
+        cpus_per_task=lambda w: need.threads(config_of(w), "score"),
     shell:
         "earl score --config {wildcards.run:q}/config.json --rollouts {input:q} --out {output:q} 2>&1 | tee {log:q}"
 

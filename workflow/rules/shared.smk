@@ -45,6 +45,7 @@ rule tokenise:
     threads: lambda w: need.threads(SHARED.config(w, "tokenised"), "tokenise")
     resources:
         gpu=lambda w: need.gpus(SHARED.config(w, "tokenised"), "tokenise"),
+        cpus_per_task=lambda w: need.threads(SHARED.config(w, "tokenised"), "tokenise"),
     params:
         command=lambda w: SHARED.command(w, "tokenised"),
         out=subpath(output[0], parent=True),
