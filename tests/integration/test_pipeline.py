@@ -81,6 +81,7 @@ def test_policies_load_in_transformers_alone(run):
     assert tokenizer.convert_tokens_to_ids("<|image token|>") == Vocabulary.from_folder(folder).img
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_change_no_episode_and_no_policy(run, small_config, shards):
     cut = bare_loop.run_all(small_config(f"shards{shards}", rollout_shards=shards))
@@ -103,6 +104,7 @@ def test_a_stage_run_again_writes_the_same_bytes(run, small_config, tmp_path):
     assert (tmp_path / "scores.parquet").read_bytes() == files.scores(0).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_decoded_and_encoded_for_rollouts(run, small_config, tmp_path, monkeypatch):
     """Edits once each; an original and its target once a prompt, and only where the data hold tokens alone."""
     config = small_config("plain")
