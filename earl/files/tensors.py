@@ -1,7 +1,7 @@
 """Safetensors files, written and hashed tensor by tensor.
 
 The bytes are those that the safetensors library writes. That takes all tensors of a file in memory, and has them read
-back for their digest; the `Writer` here holds two tensors at a time, hashes what it writes, and without a path hashes
+back for their digest; the `Writer` here holds a few at a time, hashes what it writes, and without a path hashes
 what it would write.
 """
 
@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,9 @@ _TYPES = {
 
 _CHUNK = 2**20
 """Bytes that are hashed and then written: so few stay in the processor's cache between the two."""
+
+_BACKLOG = 2**27
+"""Bytes of tensors that may wait to be written, beside the one that was put last."""
 
 
 class Writer:
@@ -66,14 +70,14 @@ class Writer:
         self._stream = open(path, "wb") if path else None  # noqa: SIM115 - closed by `__exit__`
         self._digest, self._size = hashlib.sha256(), 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="safetensors")
-        self._pending: Future[None] | None = None
+        self._pending: deque[tuple[Future[None], int]] = deque()
         self._append(_header(self.names, tensors, metadata))
 
     def put(self, name: str, tensor: "torch.Tensor") -> None:
         """Append the next tensor of `names`, from any device.
 
         Raises:
-            OSError: the system refused this write or the one before.
+            OSError: the system refused a write.
             ValueError: it is another tensor, or of another type or shape, than the header says.
         """
         import torch
@@ -83,8 +87,9 @@ class Writer:
         if found != (expected, dtype, tuple(shape)):
             raise ValueError(f"{found} is written where the header has {(expected, dtype, tuple(shape))}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self._wait()
-        self._pending = self._thread.submit(self._append, data)
+        self._pending.append((self._thread.submit(self._append, data), len(data)))
+        while len(self._pending) > 1 and sum(size for _, size in self._pending) > _BACKLOG:
+            self._wait()
 
     def finish(self) -> manifest.Entry:
         """Complete the file and return its digest and size.
@@ -95,7 +100,8 @@ class Writer:
         """
         if self._left:
             raise ValueError(f"tensor {self._left[-1][0]!r} was not written")
-        self._wait()
+        while self._pending:
+            self._wait()
         if self._stream:
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -118,8 +124,9 @@ class Writer:
         self._size += len(data)
 
     def _wait(self) -> None:
-        if self._pending:
-            self._pending.result()
+        """Wait for the tensor that was put first."""
+        future, _ = self._pending.popleft()
+        future.result()
 
 
 def write(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]) -> manifest.Entry:
