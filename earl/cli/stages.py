@@ -81,13 +81,16 @@ def generate(
 
     settings = read(config)
     claim_gpus(settings, "generate")
+    from earl.files.layout import Run
+    from earl.run import state
     from earl.stages import generate as stage
 
-    sampler = stage.Sampler.load(settings, policy)
-    if evaluation is not None:
-        stage.run_evaluation(settings, evaluation, iteration, sampler, out)
-    else:
-        stage.run(settings, iteration, shard, sampler, out)
+    with state.writing_to(out, Run(config.parent)):
+        sampler = stage.Sampler.load(settings, policy)
+        if evaluation is not None:
+            stage.run_evaluation(settings, evaluation, iteration, sampler, out)
+        else:
+            stage.run(settings, iteration, shard, sampler, out)
 
 
 @app.command()
@@ -104,13 +107,16 @@ def score(
 
     settings = read(config)
     claim_gpus(settings, "score")
+    from earl.files.layout import Run
+    from earl.run import state
     from earl.stages import score as stage
 
-    if again_failed:
-        failed, still = stage.run_again(settings, rollouts, out)
-        typer.echo(f"{out}: {failed} judgements had failed, {still} still have")
-    else:
-        stage.run(settings, rollouts, out)
+    with state.writing_to(out, Run(config.parent)):
+        if again_failed:
+            failed, still = stage.run_again(settings, rollouts, out)
+            typer.echo(f"{out}: {failed} judgements had failed, {still} still have")
+        else:
+            stage.run(settings, rollouts, out)
 
 
 @app.command()
@@ -119,10 +125,15 @@ def train(config: ConfigFile, iteration: IterationIndex, run: RunFolder) -> None
     from earl.config.load import read
 
     settings = read(config)
-    leave_to_ranks(settings, "train", "--config", config, "--iteration", iteration, "--run", run)
-    from earl.stages import train as stage
+    from earl.execution import ranks
+    from earl.files.layout import Run
+    from earl.run import state
 
-    stage.run(settings, run, iteration)
+    with contextlib.nullcontext() if ranks.is_launched() else state.writing(Run(run), alone=False):
+        leave_to_ranks(settings, "train", "--config", config, "--iteration", iteration, "--run", run)
+        from earl.stages import train as stage
+
+        stage.run(settings, run, iteration)
 
 
 @app.command()
@@ -138,7 +149,10 @@ def iterate(
 
     folder = Run(run)
     settings = read(folder.config)
-    with contextlib.nullcontext() if ranks.is_launched() else state.exclusive(folder):
+    with contextlib.ExitStack() as held:
+        if not ranks.is_launched():
+            held.enter_context(state.exclusive(folder))
+            held.enter_context(state.writing(folder, alone=True))
         leave_to_ranks(settings, "iterate", "--run", run, "--to", to)
         from earl.stages import iterate as stage
 
@@ -178,9 +192,12 @@ def leave_to_ranks(config: "Config", stage: str, *options: object) -> None:
 @app.command()
 def restore(run: RunFolder, iteration: IterationIndex) -> None:
     """Bring back a dropped policy by training again over the stored scores."""
+    from earl.files.layout import Run
+    from earl.run import state
     from earl.stages import restore as stage
 
-    stage.run(run, iteration)
+    with state.writing(Run(run), alone=False):
+        stage.run(run, iteration)
 
 
 @app.command()

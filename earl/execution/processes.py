@@ -30,13 +30,14 @@ that process is gone. A workflow that only submitted the stage's job may end bef
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
-def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
+def lock(path: Path | str, patience: float = 10.0, shared: bool = False) -> IO[str]:
     """Hold the lock file ``path`` for as long as the returned file stays open.
 
     Args:
         path: the lock file; it is made when missing and stays (removing it would let a second process in).
         patience: seconds to wait for another process to give it up: one that ends because its parent was killed
             takes a moment.
+        shared: others may hold it, too, if they share it.
 
     Raises:
         EarlError: when another process still holds it; the message names that process. When it cannot be made, or its
@@ -44,7 +45,7 @@ def lock(path: Path | str, patience: float = 10.0) -> IO[str]:
     """
     path = Path(path)
     deadline = time.monotonic() + patience
-    while (stream := try_lock(path)) is None:
+    while (stream := try_lock(path, shared)) is None:
         if time.monotonic() > deadline:
             raise EarlError(
                 f"{path}: process {holder_of(path)} is writing here; wait until it ends, or stop it, then start again"
@@ -81,7 +82,7 @@ def holder_of(path: Path | str) -> str:
     return Path(path).read_text(encoding="utf-8").strip() or "unknown"
 
 
-def try_lock(path: Path | str) -> IO[str] | None:
+def try_lock(path: Path | str, shared: bool = False) -> IO[str] | None:
     """Hold a lock file as :func:`lock` does, or return None at once where another process holds it."""
     path = Path(path)
     try:
@@ -93,7 +94,7 @@ def try_lock(path: Path | str) -> IO[str] | None:
             "another base_exp_dir"
         ) from error
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         stream.truncate(0)
         stream.write(f"{os.getpid()}\n")
         stream.flush()

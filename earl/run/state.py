@@ -7,7 +7,7 @@ iterations are done.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,26 @@ def exclusive(run: Run) -> Iterator[None]:
         return
     with processes.lock(lock_file(run)):
         yield
+
+
+@contextmanager
+def writing(run: Run, alone: bool) -> Iterator[None]:
+    """Write iterations of a run: by a segment ``alone``, by stages together with other stages.
+
+    A workflow that is killed may leave jobs on a cluster. The next one finds those of its own kind again; here it meets
+    those of the other kind, which would write the same files.
+
+    Raises:
+        EarlError: when the other kind is at work.
+    """
+    with processes.lock(run.path / ".writing.lock", shared=not alone):
+        yield
+
+
+def writing_to(out: Path, run: Run) -> AbstractContextManager[None]:
+    """Return :func:`writing` for a stage whose output lies in the run, and nothing for one that lies elsewhere."""
+    inside = out.resolve().is_relative_to(run.path.resolve())
+    return writing(run, alone=False) if inside else nullcontext()
 
 
 def lock_file(run: Run) -> Path:

@@ -485,3 +485,22 @@ def test_stage_ends_with_the_workflow_that_started_it():
     assert started.stdout.readline() == b"1\n"
     started.kill()
     started.communicate(timeout=60)  # the pipe closes only when the stage, too, has ended
+
+
+# Writers that a killed workflow has left on a cluster
+
+
+def test_stages_write_side_by_side_and_a_segment_alone(tmp_path):
+    run = Run(tmp_path / "run")
+    with state.writing(run, alone=False), state.writing(run, alone=False):
+        assert processes.try_lock(run.path / ".writing.lock") is None
+    with state.writing(run, alone=True):
+        assert processes.try_lock(run.path / ".writing.lock", shared=True) is None
+
+
+def test_what_lies_outside_of_the_run_may_always_be_written(tmp_path):
+    run = Run(tmp_path / "run")
+    with state.writing(run, alone=True), state.writing_to(tmp_path / "elsewhere.parquet", run):
+        pass
+    with state.writing_to(run.iteration(1).rollouts(0), run):
+        assert processes.try_lock(run.path / ".writing.lock") is None
