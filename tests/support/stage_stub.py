@@ -151,7 +151,7 @@ def iterate(command: str, options: Options) -> None:
 
     run, last = Run(Path(options["--run"])), int(options["--to"])
     config = read(run.config)
-    index = state.newest_checkpoint(run, last)
+    index = min(state.newest_checkpoint(run), last)
     policy = manifest.digest_folder(run.iteration(index).policy)
     common = ["--config", run.config.as_posix()]
     while True:
