@@ -53,7 +53,7 @@ def write_iteration(run: Run, index: int, episodes: int, side: int) -> None:
         "status": ["ok"] * episodes,
         "raw": ["the circle is there"] * episodes,
         "judge": ["program"] * episodes,
-    } | {name: [5.0] * episodes for name in tables.SUB_SCORES}
+    } | {name: [5.0] * episodes for name in tables.SCORE_COLUMNS}
     tables.write_table(here.rollouts(0), tables.ROLLOUTS, columns, {})
     tables.write_table(
         here.scores(0), tables.SCORES, columns, {"rollouts_digest": manifest.digest_file(here.rollouts(0))}

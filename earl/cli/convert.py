@@ -22,7 +22,7 @@ def convert_model(
 ) -> None:
     """Write a published Emu3 policy or vision tokenizer as a folder that every stage reads; runs no code of it."""
     from earl.emu3 import published
-    from earl.files.hub import Conversion
+    from earl.files.hub_names import Conversion
 
     published.make(Conversion(source, revision, tokenizer, vision), out)
 

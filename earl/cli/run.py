@@ -21,12 +21,12 @@ def track(
     from earl import tracking
     from earl.config.load import read
     from earl.files.layout import Run
-    from earl.tracking import page
+    from earl.tracking import wandb_run
 
     folder = Run(run)
     config = read(folder.config)
     config = config.model_copy(update={"wandb_mode": "online"}) if online else config
-    tracking.attempt(lambda: page.send(folder, config), best_effort, out)
+    tracking.attempt(lambda: wandb_run.send(folder, config), best_effort, out)
 
 
 @app.command()
@@ -35,10 +35,10 @@ def push(run: RunFolder, best_effort: BestEffort = False, out: Record = None) ->
     from earl import tracking
     from earl.config.load import read
     from earl.files.layout import Run
-    from earl.tracking import hub
+    from earl.tracking import hub_push
 
     folder = Run(run)
-    tracking.attempt(lambda: hub.push(folder, read(folder.config)), best_effort, out)
+    tracking.attempt(lambda: hub_push.push(folder, read(folder.config)), best_effort, out)
 
 
 @app.command()

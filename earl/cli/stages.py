@@ -26,10 +26,10 @@ def download(
 ) -> None:
     """Download Parquet or Arrow files of a data set on the hub as a folder."""
     from earl.data import hub_files
-    from earl.files import hub
+    from earl.files import hub_names
 
     try:
-        wanted = hub.data_files(files)
+        wanted = hub_names.data_files(files)
     except ValueError as error:
         raise EarlError(f"{files}: {error}") from error
     if wanted is None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from earl.config.evaluate import PREFIX, RUN_NAME, shown
+from earl.config.jsonnet_values import PREFIX, RUN_NAME, shown
 from earl.messages.errors import EarlError
 
 REQUIRED = (

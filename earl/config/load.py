@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from earl.config.evaluate import Evaluated, evaluate, shown
+from earl.config.jsonnet_values import Evaluated, evaluate, shown
 from earl.config.schema import NAME, Config
 from earl.messages import names
 from earl.messages.errors import EarlError

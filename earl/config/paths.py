@@ -25,7 +25,7 @@ from typing import Any, Literal
 from earl.config.references import PACKAGE, STAGE
 from earl.config.schema import Config, Sft
 from earl.data import catalogue
-from earl.files import hub, listing
+from earl.files import hub_names, listing
 from earl.messages.errors import EarlError
 
 Stage = Literal["raw", "download", "fetch", "tokenise", "policy", "convert", "sft"]
@@ -50,7 +50,7 @@ class SharedStage:
     """A file for `raw`, a sealed folder for the others."""
     inputs: tuple[Path, ...]
     """Files and folders that it reads, outputs of other shared stages among them; names on the hub are left out."""
-    conversion: hub.Conversion | None = None
+    conversion: hub_names.Conversion | None = None
     """Of `convert`: what is converted, and how."""
 
 
@@ -82,13 +82,13 @@ def resolve(config: Config, reference: str) -> Path:
 
 def policy_folder(config: Config, reference: str) -> Path:
     """Return the folder of a policy that a field names: as `resolve`, or what a name on the hub is converted to."""
-    return converted_folder(config, reference, False) if hub.is_name(reference) else resolve(config, reference)
+    return converted_folder(config, reference, False) if hub_names.is_name(reference) else resolve(config, reference)
 
 
 def vision_tokenizer_folder(config: Config) -> Path:
     """Return the folder of the vision tokenizer: as `resolve`, or what a name on the hub is converted to."""
     name = config.vision_tokenizer_path
-    return converted_folder(config, name, True) if hub.is_name(name) else resolve(config, name)
+    return converted_folder(config, name, True) if hub_names.is_name(name) else resolve(config, name)
 
 
 def raw_file(config: Config, name: str) -> Path:
@@ -98,14 +98,14 @@ def raw_file(config: Config, name: str) -> Path:
     """
     raw = _raw(config, name)
     if raw.path is not None:
-        wanted = hub.data_files(raw.path)
+        wanted = hub_names.data_files(raw.path)
         return downloaded_folder(config, wanted) if wanted else Path(raw.path)
     return _shared(config, "raw") / f"{name}-{_digest(_raw_key(config, name))}.parquet"
 
 
-def downloaded_folder(config: Config, wanted: hub.DataFiles) -> Path:
+def downloaded_folder(config: Config, wanted: hub_names.DataFiles) -> Path:
     """Return the folder of files of a data set on the hub once they are downloaded."""
-    return _shared(config, "download") / f"{hub.file_name(wanted.repository)}-{_digest(str(wanted))}"
+    return _shared(config, "download") / f"{hub_names.file_name(wanted.repository)}-{_digest(str(wanted))}"
 
 
 def fetched_folder(config: Config, name: str) -> Path:
@@ -131,13 +131,13 @@ def sft_folder(config: Config, name: str) -> Path:
 def converted_folder(config: Config, name: str, vision: bool) -> Path:
     """Return the folder of a checkpoint on the hub once it is converted to a policy or a vision tokenizer."""
     key = _digest(_converted_key(config, name, vision))
-    return _shared(config, "convert") / f"{hub.file_name(name)}-{key}"
+    return _shared(config, "convert") / f"{hub_names.file_name(name)}-{key}"
 
 
 def shared_stages(config: Config) -> dict[Path, SharedStage]:
     """Return the shared stages that a run needs, by output, each after those that it reads from."""
     found: dict[Path, SharedStage] = {}
-    if hub.is_name(config.vision_tokenizer_path):
+    if hub_names.is_name(config.vision_tokenizer_path):
         _collect_converted(config, config.vision_tokenizer_path, True, found)
     for reference in (*prompt_paths(config), config.tokenizer_path):
         _collect(config, reference, found)
@@ -225,7 +225,7 @@ def _collect(config: Config, reference: str, found: dict[Path, SharedStage]) -> 
 
 
 def _collect_policy(config: Config, reference: str, found: dict[Path, SharedStage]) -> None:
-    if hub.is_name(reference):
+    if hub_names.is_name(reference):
         _collect_converted(config, reference, False, found)
     else:
         _collect(config, reference, found)
@@ -234,12 +234,13 @@ def _collect_policy(config: Config, reference: str, found: dict[Path, SharedStag
 def _collect_converted(config: Config, name: str, vision: bool, found: dict[Path, SharedStage]) -> None:
     tokenizer = _tokenizer_of(config, name, vision)
     inputs: tuple[Path, ...] = ()
-    if tokenizer is not None and not hub.is_name(tokenizer):
+    if tokenizer is not None and not hub_names.is_name(tokenizer):
         _collect(config, tokenizer, found)
         tokenizer, inputs = str(resolve(config, tokenizer)), (resolve(config, tokenizer),)
     revision = _revision_of(config, name, vision)
     output = converted_folder(config, name, vision)
-    found[output] = SharedStage("convert", name, output, inputs, hub.Conversion(name, revision, tokenizer, vision))
+    wanted = hub_names.Conversion(name, revision, tokenizer, vision)
+    found[output] = SharedStage("convert", name, output, inputs, wanted)
 
 
 def _tokenizer_of(config: Config, name: str, vision: bool) -> str | None:
@@ -254,7 +255,7 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     output = resolve(config, reference)
     stage, _, name = reference.removeprefix(STAGE).partition("/")
     if stage == "tokenise":
-        vision = [vision_tokenizer_folder(config)] if hub.is_name(config.vision_tokenizer_path) else []
+        vision = [vision_tokenizer_folder(config)] if hub_names.is_name(config.vision_tokenizer_path) else []
         raw = raw_file(config, name)
         try:
             files = [raw] if _on_hub(config, name) else listing.parquet_files(raw)
@@ -271,8 +272,8 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
     return SharedStage("sft", name, output, (*data, policy_folder(config, tuning.base_model)))
 
 
-def _on_hub(config: Config, name: str) -> hub.DataFiles | None:
-    return hub.data_files(_raw(config, name).path or "")
+def _on_hub(config: Config, name: str) -> hub_names.DataFiles | None:
+    return hub_names.data_files(_raw(config, name).path or "")
 
 
 def _raw(config: Config, name: str) -> Any:
@@ -338,7 +339,7 @@ def _sft_key(config: Config, name: str) -> Any:
 
 def _policy_key(config: Config, reference: str) -> Any:
     """Return what identifies the content behind a field that names a policy."""
-    return _converted_key(config, reference, False) if hub.is_name(reference) else _key(config, reference)
+    return _converted_key(config, reference, False) if hub_names.is_name(reference) else _key(config, reference)
 
 
 def _key(config: Config, reference: str) -> Any:

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from earl.config import checks, references
-from earl.files import hub
+from earl.files import hub_names
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
@@ -174,7 +174,7 @@ class RawDataset(_Section):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
         try:
-            hub.data_files(self.path or "")
+            hub_names.data_files(self.path or "")
         except ValueError as error:
             raise checks.wrong("path", f"is `{self.path}`, which {error}") from error
         for name, place in self.columns.items():

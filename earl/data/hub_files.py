@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from earl.files import atomic, manifest
-from earl.files.hub import DataFiles
+from earl.files.hub_names import DataFiles
 from earl.messages import network
 from earl.messages.errors import EarlError
 

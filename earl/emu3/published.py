@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from earl.emu3 import checkpoint, tiktoken_files
 from earl.emu3.vocabulary import write_tokenizer
 from earl.files import atomic, manifest, remedies, tensors
-from earl.files.hub import Conversion
+from earl.files.hub_names import Conversion
 from earl.messages import network
 from earl.messages.errors import EarlError
 

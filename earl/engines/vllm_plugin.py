@@ -18,4 +18,4 @@ def register() -> None:
     from vllm import ModelRegistry
 
     if "Emu3ForCausalLM" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model("Emu3ForCausalLM", "earl.engines.vllm_model:Emu3ForCausalLM")
+        ModelRegistry.register_model("Emu3ForCausalLM", "earl.engines.vllm_policy:Emu3ForCausalLM")

@@ -30,7 +30,7 @@ LEFT_OUT = "left_out_prompts"
 SAMPLING = "sampling"
 """Metadata of an evaluation's rollouts: `earl.config.freeze.sampling` as JSON."""
 SCORE_RANGE = (0.0, 10.0)
-SUB_SCORES = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
+SCORE_COLUMNS = ("edit_success", "overedit", "naturalness", "artifacts", "ground_score")
 """Every score that a judge may give."""
 
 
@@ -99,7 +99,7 @@ SCORES = _schema(
     _required("episode_id", pa.string()),
     _required("group_id", pa.string()),
     _required("status", pa.string()),
-    *map(_score, SUB_SCORES),
+    *map(_score, SCORE_COLUMNS),
     pa.field("raw", pa.string()),
     _required("judge", pa.string()),
 )
@@ -140,7 +140,7 @@ MODEL_SCORES = _schema(
     "scores",
     *SCORES,
     pa.field("failure", pa.string()),
-    *(pa.field(f"{name}_variance", pa.float32()) for name in SUB_SCORES),
+    *(pa.field(f"{name}_variance", pa.float32()) for name in SCORE_COLUMNS),
     _required("judge_model", pa.string()),
     pa.field("judge_revision", pa.string()),
     pa.field("tokens_in", pa.int64()),

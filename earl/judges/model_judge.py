@@ -20,7 +20,7 @@ from earl.judges.answers import Unusable
 from earl.judges.cache import Cache
 from earl.judges.cases import Case, by_question, reads_alike, verdict
 from earl.judges.chat import ChatModel, Pass, Question, Reply
-from earl.judges.pictures import Pictures
+from earl.judges.encoding import Pictures
 from earl.judges.rubric import Rubric
 from earl.messages.errors import EarlError
 

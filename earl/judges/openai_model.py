@@ -8,7 +8,7 @@ bounded, so that no server can make a run hang or fill its memory.
     earl.judges.transport  one request, and how it may fail
     earl.judges.pace       how many requests at once, and when none
     earl.judges.dialect    how a request is put to this server
-    earl.judges.listing    which models it has
+    earl.judges.model_list    which models it has
     earl.judges.responses  what its answers mean
 """
 
@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from earl.config import address
-from earl.judges import dialect, listing, responses, transport
+from earl.judges import dialect, model_list, responses, transport
 from earl.judges.chat import Pass, Question, Reply
 from earl.judges.dialect import Dialect
 from earl.judges.pace import Pace
@@ -312,7 +312,7 @@ class OpenAIModel:
             except (Busy, Faulty) as error:
                 tries += 1
                 if tries == 1:
-                    await listing.check_kind(url, error)
+                    await model_list.check_kind(url, error)
                     log.info("judge: waiting for the server at %s: %s", redacted(self.api_base), error)
                 is_due = tries >= _TRIES or _now() > deadline
                 if url and is_due and not isinstance(error, Unreachable):
@@ -335,9 +335,9 @@ class OpenAIModel:
         self._url = url
         if models is None:
             return
-        _known[url, self.model] = replace(self._dialect, is_vllm=listing.is_vllm(models))
-        if not listing.has(models, self.model):
-            await self._check_answers(client, listing.shown(models))
+        _known[url, self.model] = replace(self._dialect, is_vllm=model_list.is_vllm(models))
+        if not model_list.has(models, self.model):
+            await self._check_answers(client, model_list.shown(models))
 
     def _unlisted(self, why: Failure) -> None:
         # Some servers do not say what they have; the first question tells.

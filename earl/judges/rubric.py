@@ -24,7 +24,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from earl.config.evaluate import evaluate
+from earl.config.jsonnet_values import evaluate
 from earl.files import remedies
 from earl.messages.errors import EarlError
 

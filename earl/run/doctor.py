@@ -224,13 +224,13 @@ def judge(wanted: Wanted) -> tuple[bool | None, str]:
     if wanted.judge is None:
         return None, "no address was given"
     from earl.config import address
-    from earl.judges import listing
+    from earl.judges import model_list
 
     try:
         url = address.resolve(wanted.judge)
         if url is None:
             return False, f"{wanted.judge}: the file is not there yet; start one with `earl judge serve`"
-        return True, f"{url}: {listing.listed(url)}"
+        return True, f"{url}: {model_list.listed(url)}"
     except EarlError as error:
         return False, str(error)
 

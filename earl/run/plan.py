@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.config.evaluate import RUN_NAME
+from earl.config.jsonnet_values import RUN_NAME
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import replays, segments, state

@@ -16,7 +16,7 @@ from earl.data import catalogue, datalist, mixing, row_files
 from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
 from earl.emu3 import checkpoint
-from earl.files import hub, listing, manifest, objects
+from earl.files import hub_names, listing, manifest, objects
 from earl.judges import rubric
 from earl.messages.errors import EarlError
 
@@ -85,7 +85,7 @@ def _raw_data(config: Config) -> Iterator[Problem]:
     references = [reference for data in _drawn_from(config) for reference in data.references]
     for name in dict.fromkeys(one.removeprefix(_TOKENISE) for one in references if one.startswith(_TOKENISE)):
         path = config.raw_datasets[name].path
-        if path is None or hub.data_files(path) or _is_made(paths.tokenised_folder(config, name)):
+        if path is None or hub_names.data_files(path) or _is_made(paths.tokenised_folder(config, name)):
             continue
         field = f"raw_datasets.{name}.path"
         try:
@@ -183,7 +183,7 @@ def _size(config: Config, reference: str) -> int | None:
     raw = config.raw_datasets[name]
     if raw.path is None:
         return raw.count
-    if hub.data_files(raw.path) or _is_made(summary.parent):
+    if hub_names.data_files(raw.path) or _is_made(summary.parent):
         return raw.subset and raw.subset.rows
     return min(_raw_rows(raw.path), raw.subset.rows) if raw.subset else _raw_rows(raw.path)
 
@@ -199,7 +199,7 @@ def _judge(config: Config) -> Iterator[Problem]:
     if config.judge == "program":
         return
     model = config.reward_function_api_model_name
-    if config.judge == "vllm" and not hub.is_name(model) and not Path(model).is_dir():
+    if config.judge == "vllm" and not hub_names.is_name(model) and not Path(model).is_dir():
         yield (
             "reward_function_api_model_name",
             f"is {model!r}, but there is no folder {Path(model).absolute()}; name one that is there, or a model on "
@@ -217,7 +217,7 @@ def _models(config: Config) -> Iterator[Problem]:
     """Look for the models that a run starts from, and whether they are Emu3's and go together."""
     codes: dict[str, int] = {}
     for field, value in _models_needed(config).items():
-        if value.startswith(STAGE) or hub.is_name(value):
+        if value.startswith(STAGE) or hub_names.is_name(value):
             continue
         folder = paths.resolve(config, value)
         if not folder.is_dir():

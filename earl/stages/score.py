@@ -124,7 +124,7 @@ def _columns(table: "pa.Table", answers: list[judges.Verdict | None], judge: str
         "raw": [None if answer is None else answer.raw for answer in answers],
         "judge": [judge] * len(answers),
     }
-    for name in tables.SUB_SCORES:
+    for name in tables.SCORE_COLUMNS:
         columns[name] = [None if answer is None else getattr(answer, name) for answer in answers]
     return columns
 
@@ -137,7 +137,7 @@ def _model_columns(answers: list[judges.Verdict | None], judge: judges.Judge) ->
         "judge_revision": [judge.revision] * len(answers),
         "requests": requests,
     }
-    for name in tables.SUB_SCORES:
+    for name in tables.SCORE_COLUMNS:
         columns[f"{name}_variance"] = [None if answer is None else answer.variance.get(name) for answer in answers]
     for name in ("tokens_in", "tokens_out", "seconds"):
         columns[name] = [_sum(request[name] for request in row) for row in requests]

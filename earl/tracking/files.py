@@ -18,7 +18,7 @@ NOT_FIGURES = {"iteration", "inputs"}
 PICTURES = ("original", "edited")
 FACTS = ("episode_id", "dataset", "example_id", "task", "instruction", "finish_reason", "completion_text", "status")
 OUTCOME = ("reward", "advantage", "viescore", "used", "reason")
-COLUMNS = ("iteration", *FACTS, *PICTURES, *tables.SUB_SCORES, "raw", *OUTCOME)
+COLUMNS = ("iteration", *FACTS, *PICTURES, *tables.SCORE_COLUMNS, "raw", *OUTCOME)
 """Columns of a table of episodes; ``raw`` is what the judge said, in its own words."""
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from earl import judges
-from earl.config import evaluate, load, paths
+from earl.config import jsonnet_values, load, paths
 from earl.data.tokenised import open_dataset
 from earl.files import images, tables
 from earl.judges import Verdict
@@ -21,7 +21,7 @@ from tests.support import bare_loop
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ("omniedit", "emuedit", "aurora", "magicbrush", "vismin", "i2ebench")
-PRESETS = evaluate.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
+PRESETS = jsonnet_values.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
 PARTS = {part: preset for name in BENCHMARKS for part, preset in PRESETS[name].items()}
 FILES = {"vismin_counting": "vismin/counting-1.parquet", "vismin_relation": "vismin/relation-1.parquet"}
 WITHOUT_TARGET = {"aurora", "emuedit", "i2ebench"}

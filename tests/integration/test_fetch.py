@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from earl.config import evaluate, load, paths
+from earl.config import jsonnet_values, load, paths
 from earl.config.schema import Config
 from earl.data import archives, catalogue, fetch, hub_files
 from earl.data.raw import RawSource
 from earl.data.reference import ReferenceDataset
 from earl.data.tokenised import open_dataset
-from earl.files import hub, images, manifest
+from earl.files import hub_names, images, manifest
 from earl.messages.errors import EarlError
 from earl.run import preflight
 from tests.support.data_hub import DataHub
@@ -261,7 +261,7 @@ class TestOthers:
     def test_the_download_stage_takes_parquet_or_arrow(self, suffix: str, server: DataHub, tmp_path: Path) -> None:
         names = ("train/data-0.parquet", "train/data-1.arrow", "dev/data-0.arrow", "dev/data-1.parquet")
         server.files["mair-lab/vismin"] = {name: name.encode() for name in names}
-        wanted = hub.data_files(f"hf://datasets/mair-lab/vismin/*.{suffix}")
+        wanted = hub_names.data_files(f"hf://datasets/mair-lab/vismin/*.{suffix}")
         hub_files.download(wanted, tmp_path / "out")
         found = {one.name: one.read_text() for one in (tmp_path / "out").iterdir() if one.name != "manifest.json"}
         assert found == {name.replace("/", "--"): name for name in names if name.endswith(suffix)}
@@ -289,7 +289,8 @@ class TestOthers:
         files[f"{folder}/singleturn.json"] = json.dumps(listed).encode()
         server.files["sysuyy/ImgEdit"] = {"Benchmark.tar": tar(files, "w"), "Singleturn/x.tar": b"large"}
         fetch.fetch(named("imgedit"), tmp_path)
-        preset = evaluate.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value["imgedit"]["imgedit"]
+        presets = jsonnet_values.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
+        preset = presets["imgedit"]["imgedit"]
         source = RawSource(tmp_path / "imgedit", preset["columns"])
         [rows] = source.read(source.windows(10)[0], 10)
         found = [(row.example_id, row.task, row.instruction, row.original) for row in rows]
@@ -305,8 +306,8 @@ class TestOthers:
 class TestCatalogue:
     def test_pairs_are_those_of_the_presets(self) -> None:
         """A path stands in a preset and in the catalogue; both mean the same files."""
-        pairs = evaluate.evaluate(ROOT / "config" / "data" / "columns.libsonnet", {}).value
-        parts = evaluate.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
+        pairs = jsonnet_values.evaluate(ROOT / "config" / "data" / "columns.libsonnet", {}).value
+        parts = jsonnet_values.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
         wanted = {preset["path"] for preset in pairs.values() if "path" in preset}
         wanted |= {preset["path"] for part in parts.values() for preset in part.values() if "path" in preset}
         listed = [one for one in catalogue.entries().values() if one.kind == "pairs"]
@@ -314,7 +315,7 @@ class TestCatalogue:
         vismin = "hf://datasets/mair-lab/escher-vismin-dev/data/train/"
         assert found - wanted == {f"{vismin}[cr]*-00001.parquet"}
         assert wanted - found == {f"{vismin}counting-00001.parquet", f"{vismin}relation-00001.parquet"}
-        assert all(hub.data_files(path) for path in found)
+        assert all(hub_names.data_files(path) for path in found)
 
     def test_everything_that_the_ten_read_is_in_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("DATA_DIR", "BASE_EXP_DIR", "RUN_NAME", "REWARD_FUNCTION_API_BASE"):

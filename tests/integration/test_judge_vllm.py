@@ -136,7 +136,7 @@ def test_every_image_is_scored_with_every_pass(rows):
         assert [row["status"] for row in judged] == ["ok"] * IMAGES, [row["failure"] for row in judged]
         assert (cut["status"], cut["requests"]) == ("no_image", [])
         for row in judged:
-            scores = tables.SUB_SCORES[: 5 if "reward_compute_ground_score" in readout else 4]
+            scores = tables.SCORE_COLUMNS[: 5 if "reward_compute_ground_score" in readout else 4]
             assert all(0 <= row[score] <= 10 for score in scores)
             asked = [request for request in row["requests"] if request["continues"] is None]
             assert len({request["rubric"] for request in asked}) == len(scores) // 2 + len(scores) % 2

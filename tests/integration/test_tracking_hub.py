@@ -13,7 +13,7 @@ from earl.config.load import read
 from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.run import state
-from earl.tracking import hub
+from earl.tracking import hub_push
 from tests.support.hub_server import HubServer
 from tests.support.run_files import new_run, train
 
@@ -36,7 +36,7 @@ def server(monkeypatch):
 
 
 def push(run):
-    return hub.push(run, read(run.config)).iterations
+    return hub_push.push(run, read(run.config)).iterations
 
 
 def titles(server):
@@ -137,7 +137,7 @@ def test_the_command_line(tmp_path, server):
 def test_off_by_default_and_what_is_missing_is_said_before_the_run(tmp_path, monkeypatch):
     run, config = new_run(tmp_path / "a")
     train(run, 1)
-    assert hub.push(run, config).iterations == []
+    assert hub_push.push(run, config).iterations == []
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     tracking.check_hub(config)
     _, config = new_run(tmp_path / "b", **PUSHED)

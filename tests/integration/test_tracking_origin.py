@@ -9,7 +9,7 @@ import pytest
 from earl.files import objects
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.tracking import files, hub, origin, page
+from earl.tracking import files, hub_push, origin, wandb_run
 from tests.support.run_files import new_run, train
 
 
@@ -23,16 +23,16 @@ def sent(tmp_path):
     """A run of which two iterations were sent, with a folder of `wandb offline`; its configuration; its page."""
     run, config = new_run(tmp_path / "a", wandb_mode="online")
     train(run, 1, 2)
-    found = page._page(run, config, files.rows(run, config))
+    found = wandb_run._page(run, config, files.rows(run, config))
     known = vars(found) | {"complete": 2, "offline": {"offline-run-1-x": 2}}
     objects.write(run.path / "tracking" / "wandb.json", known)
     (run.path / "tracking" / "wandb" / "offline-run-1-x").mkdir(parents=True)
-    return run, config, page.Page(**known)
+    return run, config, wandb_run.Page(**known)
 
 
 def page_of(path, config):
     run = Run(path)
-    return page._page(run, config, files.rows(run, config))
+    return wandb_run._page(run, config, files.rows(run, config))
 
 
 def copy(source, target):
@@ -126,11 +126,11 @@ def test_a_copy_is_not_pushed_to_the_repository_of_the_original(sent, tmp_path, 
     pushed(run, "me/policies")
     state = run.path / "tracking" / "hub.json"
     wanted = SimpleNamespace(push_to_hub_repo_id=name)
-    assert list(hub._pushed(run, wanted, state)) == ["2"]
+    assert list(hub_push._pushed(run, wanted, state)) == ["2"]
     place = Run(copy(run.path, tmp_path / "b"))
     state = place.path / "tracking" / "hub.json"
     complaint = rf"{place.path}: is a copy of {run.path}, .*set push_to_hub_repo_id to another"
     with pytest.raises(EarlError, match=complaint):
-        hub._pushed(place, wanted, state)
-    assert hub._pushed(place, SimpleNamespace(push_to_hub_repo_id="me/other"), state) == {}
+        hub_push._pushed(place, wanted, state)
+    assert hub_push._pushed(place, SimpleNamespace(push_to_hub_repo_id="me/other"), state) == {}
     assert json.loads(state.read_text())["folder"]["path"] == str(run.path)

@@ -122,4 +122,4 @@ def test_the_plugin_makes_any_process_of_vllm_know_emu3():
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "earl.engines.vllm_model" in child.stdout, child.stderr
+    assert "earl.engines.vllm_policy" in child.stdout, child.stderr

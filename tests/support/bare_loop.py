@@ -8,7 +8,7 @@ from pathlib import Path
 
 from earl.config import freeze, paths
 from earl.config.schema import Config
-from earl.files import hub
+from earl.files import hub_names
 from earl.files.layout import Run
 from earl.run import preflight, state
 
@@ -30,7 +30,7 @@ def make_shared(config: Config) -> None:
             case "policy":
                 policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
             case "download":
-                hub_files.download(hub.data_files(stage.name), output)
+                hub_files.download(hub_names.data_files(stage.name), output)
             case "fetch":
                 fetch.make(catalogue.entries()[stage.name], output)
             case "convert":

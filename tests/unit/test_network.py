@@ -8,10 +8,10 @@ import pytest
 from earl.config.load import read
 from earl.data import hub_files
 from earl.emu3 import published
-from earl.files import hub as names
+from earl.files import hub_names as names
 from earl.messages import network
 from earl.messages.errors import EarlError
-from earl.tracking import hub
+from earl.tracking import hub_push
 from tests.support.faulty_server import scripted, serving
 from tests.support.run_files import new_run, train
 
@@ -43,7 +43,7 @@ def use(tmp_path, what: str) -> None:
     else:
         run, _ = new_run(tmp_path / "a", **PUSHED, keep_checkpoints_every_n_iterations=1)
         train(run, 1)
-        hub.push(run, read(run.config))
+        hub_push.push(run, read(run.config))
 
 
 def said(monkeypatch, tmp_path, url: str, what: str) -> str:

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from earl.config import evaluate, load, paths
+from earl.config import jsonnet_values, load, paths
 from earl.config.schema import Config
 from earl.data.tokenised import open_dataset
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, tables
-from earl.files.hub import data_files
+from earl.files.hub_names import data_files
 from earl.messages.errors import EarlError
 from earl.stages import generate, tokenise
 from tests.support.evaluation_files import demo_config
 
 ROOT = Path(__file__).parents[2]
-PAIRS = evaluate.evaluate(ROOT / "config" / "data" / "columns.libsonnet", {}).value
-BENCHMARKS = evaluate.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
+PAIRS = jsonnet_values.evaluate(ROOT / "config" / "data" / "columns.libsonnet", {}).value
+BENCHMARKS = jsonnet_values.evaluate(ROOT / "config" / "data" / "benchmarks.libsonnet", {}).value
 TEXT, PICTURE, NUMBER = datasets.Value("string"), datasets.Image(), datasets.Value("int64")
 PAPERS_SIX = ["aurora", "emuedit", "i2ebench", "magicbrush", "omniedit", "vismin"]
 
@@ -148,7 +148,7 @@ class TestPairs:
         path = tmp_path / "x.jsonnet"
         presets = f"(import '{ROOT}/config/data/columns.libsonnet')"
         path.write_text(f"local p = {presets}; p['escher-ss2'] + {{ columns+: {{ reasoning: p.escher_reasoning }} }}")
-        preset = evaluate.evaluate(path, {}).value
+        preset = jsonnet_values.evaluate(path, {}).value
         raw = published(tmp_path / "a.parquet", **(dict.fromkeys(keys, TEXT) | ESCHER))
         assert tokenised(preset, raw, tmp_path / "out")[1].reasoning == [(key, f"{key} 1") for key in keys]
         bare = published(tmp_path / "b.parquet", **ESCHER)
