@@ -38,6 +38,8 @@ SETTINGS = SMALL | {
 }
 MARK = "EARL_KILLS"
 """Environment variable by which every process of an attempt is found, whatever session it is in."""
+LONGEST = 15.0
+"""Seconds after which an attempt is killed at the latest: by stage it is then not much longer than a stage."""
 MUST_STAY = ("iterations/*/rollouts/*.parquet", "iterations/*/scores/*.parquet")
 MAY_DIFFER = ("start.json", "performance.json", "config.json")
 """Where the starting policy lies, how long things took, and the name of the folder."""
@@ -143,7 +145,7 @@ def measure(base: Path, granularity: str, kills: int, per_run: int, rng: random.
     while tally.kills < kills:
         folder = base / f"{granularity}-{tally.runs:03d}"
         folder.mkdir()
-        disturb(folder, granularity, min(per_run, kills - tally.kills), longest / 2, rng, tally)
+        disturb(folder, granularity, min(per_run, kills - tally.kills), min(longest / 2, LONGEST), rng, tally)
         tally.seconds.append(finish(folder, granularity))
         tally.runs += 1
         found = contents(folder / "runs" / "killed")
@@ -157,7 +159,7 @@ def measure(base: Path, granularity: str, kills: int, per_run: int, rng: random.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--per-run", type=int, default=10)
+    parser.add_argument("--per-run", type=int, default=20)
     parser.add_argument("--seed", type=int, default=20261126)
     options = parser.parse_args()
     SETTINGS.update(run_name="killed", base_exp_dir="runs")
