@@ -40,7 +40,7 @@ def test_extras_that_are_named_are_there() -> None:
     for file in texts():
         for extras in re.findall(r"pip install [^\n`]*?\.\[([\w,-]+)\]", file.read_text(encoding="utf-8")):
             named |= set(extras.split(","))
-    assert {"vllm", "vllm-cpu", "slurm", "tracking"} <= named
+    assert {"vllm", "vllm-cpu", "tracking"} <= named
     assert named <= PROJECT["optional-dependencies"].keys()
 
 
@@ -48,6 +48,14 @@ def test_an_extra_that_takes_in_others_does_so_by_the_projects_name() -> None:
     (own,) = [line for line in PROJECT["optional-dependencies"]["test"] if line.startswith(PROJECT["name"])]
     extras = re.fullmatch(rf"{PROJECT['name']}\[([\w,-]+)\]", own)[1].split(",")
     assert set(extras) <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_executor_needs_no_extra() -> None:
+    """Snakemake imports every executor plugin that it finds: without what ours needs, not even the demo would start."""
+    files = (ROOT / "snakemake_executor_plugin_submitit").glob("*.py")
+    roots = {root for file in files for root in re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.MULTILINE)}
+    foreign = {root for root in roots - set(sys.stdlib_module_names) if not root.startswith("snakemake_")}
+    assert foreign <= {re.match(r"[\w-]+", name)[0] for name in PROJECT["dependencies"]}
 
 
 def test_the_command_and_the_plugins_keep_their_name() -> None:
