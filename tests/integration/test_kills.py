@@ -14,7 +14,7 @@ from earl.run import state
 from tests.support import bare_loop
 from tests.support.demo import DEMO
 
-SEED, KILLS = 20261126, 4
+SEED, KILLS = 20261126, {"segment": 4, "stage": 2}
 # Three iterations, so that by segment, too, those two checkpoints are there that stay by stage: the last two.
 SETTINGS = kills.SETTINGS | {"run_name": "killed", "num_iterations": 3, "evaluations.heldout.prompts": 2}
 
@@ -44,7 +44,7 @@ def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_run(
     monkeypatch.setattr(kills, "SETTINGS", SETTINGS | {"base_exp_dir": "runs"})
     base, run, chance = tmp_path / "runs", tmp_path / "runs" / "killed", random.Random(f"{SEED} {granularity}")
     made: dict[str, tuple[int, int]] = {}
-    for event in sorted(chance.sample(range(len(events())), KILLS)):
+    for event in sorted(chance.sample(range(len(events())), KILLS[granularity])):
         leader = kills.start(tmp_path, granularity)
         while not list(base.glob(events()[event])):
             assert leader.poll() is None, (tmp_path / "output.txt").read_text()
