@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from earl.files import tables
 from earl.report import charts, gallery
-from earl.report.contents import Comparison, Contents, Series, compare
+from earl.report.contents import Comparison, Contents, Series, compare, iterations_in_words
 
 FOLDER = Path(__file__).parent
 SCORE_LABELS = {
@@ -62,9 +62,11 @@ def render(found: Contents) -> str:
         **header(found),
         headlines=headlines(found),
         held_out=held_out(found.evaluations),
+        notes=[note for series in found.evaluations for note in series.notes()],
         gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
         tasks=tasks(found),
         training=training(found.metrics),
+        otherwise=iterations_in_words(found.trained_otherwise) if found.trained_otherwise else None,
         warnings=warnings(found.metrics),
         times=times(found.seconds),
         verification=verification(found.verification),
@@ -348,6 +350,8 @@ def files(found: Contents) -> dict[str, Any]:
         "rollouts": rollouts[-1].relative_to(root).as_posix() if rollouts else None,
         "evaluation": evaluation.relative_to(root).as_posix() if evaluation else None,
         "evaluations": f"evaluations/{head.name}" if head else None,
+        # The tables of several rewards have no column in common that is "the reward".
+        "measure": "edit_success" if head and head.derived else "reward",
     }
 
 

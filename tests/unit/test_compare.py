@@ -168,3 +168,20 @@ def test_a_dot_shows_where_it_came_from():
     assert f'class="way" d="M{round(left, 1)} 15.0H284.0"' in drawn
     assert f'class="ring c5" cx="{round(left, 1)}"' in drawn
     assert "before 1" in drawn
+
+
+def test_the_best_of_several_samples_is_by_the_runs_present_reward(tmp_path, config):
+    """Evaluated by VIEScore (4), continued with the ground score (6); the other run still has VIEScore."""
+    for name, which in (("a", "ground_score"), ("b", "viescore")):
+        write_evaluation(tmp_path / name, GREEDY, 0, [episode(0, 4.0, s, ground_score=6.0) for s in range(2)], config)
+        now = config.model_copy(update={"reward_final_reward": which})
+        (tmp_path / name / "config.json").write_text(now.model_dump_json())
+    found = results.compare(entries(tmp_path, "a", "b"))
+    a, b = (entry["evaluations"][GREEDY] for entry in found["entries"])
+    assert (a["best_of"]["2"]["mean"], b["best_of"]["2"]["mean"]) == (6.0, 4.0)
+    assert a["tasks"]["add"]["best_of"]["2"]["mean"] == 6.0
+    assert (a["viescore"]["mean"], b["viescore"]["mean"]) == (4.0, 4.0)
+    assert any(
+        "the reward that the best of several samples is by: ground_score (a); viescore (b)" in note
+        for note in found["notes"]
+    )
