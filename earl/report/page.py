@@ -311,7 +311,7 @@ CHECKED = {"files": "files there", "hashed": "files with the recorded content"}
 
 
 def verification(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The outcome of `earl verify`: its problems as lines, and what it looked at."""
+    """The outcome of `earl verify`: its problems and notes as lines, and what it looked at."""
     if found is None:
         return None
     looked = [f"{found[key]} {key}" for key in ("iterations", "evaluations") if key in found]
@@ -319,7 +319,8 @@ def verification(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found.get("code_versions", 0) > 1:
         looked.append(f"made by {found['code_versions']} versions of the code")
     problems = [f"{each['file']}: {each['problem']}" for each in found.get("problems", [])]
-    return {"problems": problems, "looked": ", ".join(looked), "deep": found.get("deep", False)}
+    notes = [f"{each['file']}: {each['note']}" for each in found.get("notes", [])]
+    return {"problems": problems, "notes": notes, "looked": ", ".join(looked), "deep": found.get("deep", False)}
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

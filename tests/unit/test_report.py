@@ -212,6 +212,16 @@ def test_problems_of_the_verification_are_listed(copied):
     assert "runs/small/x.parquet: was changed" in words
 
 
+def test_notes_of_the_verification_are_listed_and_are_no_problems(copied):
+    written = json.loads((copied / "verify.json").read_text())
+    written["notes"] = [{"file": "runs/small/metrics.json", "note": "iteration 1 was made by configuration abc"}]
+    (copied / "verify.json").write_text(json.dumps(written))
+    html = html_of(copied)
+    assert "runs/small/metrics.json: iteration 1 was made by configuration abc" in text_of(html)
+    assert "Checked: every file is there" in text_of(html)
+    assert 'class="verification good"' in html
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
