@@ -79,11 +79,7 @@ def read(spec: str, wanted: Sequence[str] = ()) -> Entry:
     common = set.intersection(*(set(indices) for indices in found.values()))
     iteration = int(number) if folder != Path(spec) else max(common, default=None)
     if iteration not in common:
-        raise EarlError(
-            f"{folder}/evaluations: {', '.join(found)} have no policy in common"
-            + ("" if iteration is None else f" of iteration {iteration}")
-            + "; name evaluations with --evaluation"
-        )
+        raise EarlError(_no_policy(folder, iteration, found))
     run, label = Run(folder), folder.resolve().name + (f"@{number}" if folder != Path(spec) else "")
     entry = Entry(label, run, iteration, {})
     which = load.read(run.config).reward_final_reward if run.config.is_file() else None
@@ -95,6 +91,18 @@ def read(spec: str, wanted: Sequence[str] = ()) -> Entry:
         entry.summaries[name] = summary
         entry.notes.extend([] if problem is None else [f"{name}: {label} has no best of several samples: {problem}."])
     return entry
+
+
+def _no_policy(folder: Path, iteration: int | None, found: dict[str, list[int]]) -> str:
+    """Say which iterations have evaluations, and what may be asked for instead."""
+    there = "; ".join(f"{name} has {', '.join(map(str, sorted(indices)))}" for name, indices in found.items())
+    having = [name for name, indices in found.items() if iteration in indices]
+    if iteration is None:
+        return f"{folder}/evaluations: no iteration has all evaluations ({there}); name some with --evaluation"
+    if having:
+        ask = " ".join(f"--evaluation {name}" for name in having)
+        return f"{folder}/evaluations: iteration {iteration} has not all evaluations ({there}); {ask} shows what it has"
+    return f"{folder}/evaluations: iteration {iteration} has not been evaluated ({there}); give one that has been"
 
 
 def _indices(place: Path) -> list[int]:
