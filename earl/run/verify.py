@@ -104,10 +104,12 @@ def verify(run: Run, deep: bool = False) -> Verification:
             summaries and manifests.
 
     Raises:
-        EarlError: when the run has no readable configuration.
+        EarlError: when the run has no readable configuration, or has not started.
     """
     found = Verification(deep=deep)
     current = read_config(run.config)
+    if not state.has_started(run):
+        raise EarlError(f"{run.path}: has not started, so there is nothing to verify")
     trained = _check_iterations(run, current, found)
     _check_start(run, found)
     _check_evaluations(run, current, trained, found)

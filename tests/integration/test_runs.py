@@ -21,6 +21,7 @@ from earl import code_version
 from earl.config import load
 from earl.config.freeze import config_digest, frozen_text
 from earl.config.schema import Config, Evaluation
+from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes
 from earl.files import manifest, tables
 from earl.files.layout import Run
@@ -547,3 +548,50 @@ def test_what_lies_outside_of_the_run_may_always_be_written(tmp_path):
         pass
     with state.writing_to(run.iteration(1).rollouts(0), run):
         assert processes.try_lock(run.path / ".writing.lock") is None
+
+
+# A policy that is not there
+
+
+def test_a_policy_that_is_not_on_disk_is_named_with_what_brings_it_back(run, tmp_path):
+    for folder in (run.iteration(3).policy, run.iteration(3).trainer):
+        shutil.rmtree(folder)
+    for read in (Vocabulary.from_folder, lambda folder: state.start(Run(tmp_path / "b"), folder)):
+        told = rf"000003/policy: is missing: .*earl restore --run {run.path} --iteration 3 brings it back$"
+        with pytest.raises(EarlError, match=told):
+            read(run.iteration(3).policy)
+        with pytest.raises(EarlError, match=rf"iteration 7 has not been trained; earl status --run {run.path}"):
+            read(run.iteration(7).policy)
+        with pytest.raises(EarlError, match=r"not been started; earl start --run"):
+            read(Run(tmp_path / "b").iteration(0).policy)
+        with pytest.raises(EarlError, match=r"elsewhere: is missing; give the folder of a policy"):
+            read(tmp_path / "elsewhere")
+    with pytest.raises(EarlError, match=r"policy/tokenizer\.json: does not exist"):
+        Vocabulary.from_folder(run.iteration(2).policy)
+
+
+# Before the start
+
+
+def test_before_its_start_a_run_has_not_started_and_that_is_all(tmp_path):
+    run = Run(tmp_path / "a")
+    run.path.mkdir()
+    run.config.write_text(frozen_text(make_config(tmp_path)))
+    assert state.status(run, 6).text() == f"{run.path}: has not started; 6 iterations are planned"
+    with pytest.raises(EarlError, match=rf"^{run.path}: has not started, so there is nothing to verify$"):
+        verify.verify(run)
+
+
+def test_a_trained_run_whose_start_is_gone_is_not_one_that_has_not_started(run):
+    state.start_record(run.iteration(0)).unlink()
+    assert [file for file, _ in problems(run)] == ["iterations/000000/start.json"]
+    assert state.status(run, 6).text().startswith("complete     6 of 6, newest checkpoint 6\n")
+
+
+def test_status_does_not_name_a_checkpoint_that_is_not_there(run, tmp_path):
+    (tmp_path / "model").rename(tmp_path / "gone")
+    for index in range(1, 7):
+        shutil.rmtree(run.iteration(index).policy)
+    first, second, *_ = state.status(run, 6).text().splitlines()
+    assert first == "complete     6 of 6, no checkpoint"
+    assert second.startswith("checkpoints  none ")
