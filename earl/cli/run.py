@@ -56,7 +56,7 @@ def verify(
     out: Annotated[Path | None, typer.Option(callback=output, help="Also write the findings as JSON.")] = None,
     deep: Annotated[bool, typer.Option(help="Also compare every file with its recorded digest.")] = False,
 ) -> None:
-    """Check that every file of a run is there, made from what it says by the present configuration and code."""
+    """Check that every file of a run is there, made from what it says; note what other configurations or code made."""
     from earl.files.layout import Run
     from earl.run import verify as verification
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.files import manifest
+from earl.files import manifest, remedies
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -52,11 +52,12 @@ class Vocabulary:
         """Read ``tokenizer.json`` of a policy or tokenizer folder; a process parses the same content once.
 
         Raises:
-            EarlError: when the file is missing or damaged, a role's token is unknown, or the visual ids are not one
-                block that ends the vocabulary.
+            EarlError: when the folder or the file is missing or damaged, a role's token is unknown, or the visual ids
+                are not one block that ends the vocabulary.
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
+            remedies.check_policy_folder(path.parent)
             raise EarlError(
                 f"{path}: does not exist; the folder needs the tokenizer of its policy beside the weights. A published "
                 "checkpoint gets one by `earl convert model`"

@@ -7,6 +7,7 @@ import codecs
 from dataclasses import dataclass
 from pathlib import Path
 
+from earl.files.layout import Run
 from earl.messages.errors import EarlError
 
 
@@ -68,6 +69,27 @@ def refuse_pointers(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_pointer(path):
             raise EarlError(f"{path}: {described(path)}")
+
+
+def check_policy_folder(folder: Path) -> None:
+    """Refuse a policy's folder that is not there.
+
+    Raises:
+        EarlError: naming what brings it back, where it is that of an iteration of a run.
+    """
+    if folder.is_dir():
+        return
+    iteration, iterations = folder.parent, folder.parent.parent
+    if folder.name != "policy" or iterations.name != "iterations" or not iteration.name.isdigit():
+        raise EarlError(f"{folder}: is missing; give the folder of a policy")
+    run, index = Run(iterations.parent), int(iteration.name)
+    if index == 0:
+        remedy = f"the run has not been started; earl start --run {run.path} --policy <its folder>"
+    elif run.iteration(index).metrics.is_file():
+        remedy = f"its checkpoint is not on disk; earl restore --run {run.path} --iteration {index} brings it back"
+    else:
+        remedy = f"iteration {index} has not been trained; earl status --run {run.path} shows what there is"
+    raise EarlError(f"{folder}: is missing: {remedy}")
 
 
 def described(path: Path) -> str | None:

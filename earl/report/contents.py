@@ -1,4 +1,4 @@
-"""What a report is made from: read from the run folder, nothing computed but pairings."""
+"""What a report is made from: read from the run folder, nothing computed but pairings and the present reward."""
 
 import csv
 import re
@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from earl.config import load, paths
+from earl.config import freeze, load, paths
 from earl.files import manifest, objects, tables
 from earl.files.evaluations import EVALUATION, prompt_of
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
+from earl.report import present_reward
 from earl.run import replays
 from earl.statistics import intervals
 
@@ -23,26 +24,58 @@ SUMMARY_NAME = re.compile(r"\d{6}\.json")
 
 @dataclass(frozen=True)
 class Series:
-    """One evaluation of the configuration over the run: its summaries, sorted by iteration."""
+    """One evaluation of the configuration over the run: its summaries, sorted by iteration.
+
+    Attributes:
+        reward: the run's present ``reward_final_reward``, which all rewards are by.
+        derived: iterations that were evaluated with another reward, and what that was.
+        unknown: those of them whose reward cannot be derived, and why.
+    """
 
     name: str
     folder: Path
     summaries: list[dict[str, Any]]
+    reward: str
+    derived: dict[int, str]
+    unknown: dict[int, str]
 
     @property
     def first(self) -> int:
-        return self.summaries[0]["iteration"]
+        """The first iteration that has a reward, or the first if none has."""
+        return self._rewarded[0]
 
     @property
     def last(self) -> int:
-        return self.summaries[-1]["iteration"]
+        """The last iteration that has a reward, or the last if none has."""
+        return self._rewarded[-1]
+
+    @property
+    def _rewarded(self) -> list[int]:
+        indices = [summary["iteration"] for summary in self.summaries]
+        return [index for index in indices if index not in self.unknown] or indices
 
     @property
     def temperature(self) -> float:
         return self.summaries[-1]["temperature"]
 
     def table(self, run: Run, iteration: int, columns: list[str]) -> pa.Table:
-        return tables.read_table(run.evaluation(self.name, iteration).table, EVALUATION, columns)
+        path = run.evaluation(self.name, iteration).table
+        if iteration in self.derived:
+            return present_reward.read_table(path, columns, self.reward)
+        return tables.read_table(path, EVALUATION, columns)
+
+    def notes(self) -> list[str]:
+        """Say of which iterations the reward is not the one that they were evaluated with, or is left out."""
+        notes = []
+        shown = {index: before for index, before in self.derived.items() if index not in self.unknown}
+        for before, indices in _by_value(shown).items():
+            notes.append(
+                f"{self.name}, {iterations_in_words(indices)}: evaluated with the reward {before}; shown here by the "
+                f"present one, {self.reward}, derived from the stored scores."
+            )
+        for why, indices in _by_value(self.unknown).items():
+            notes.append(f"{self.name}, {iterations_in_words(indices)}: left out where rewards are shown: {why}.")
+        return notes
 
     def pictures(self, run: Run, iteration: int, episodes: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return image columns of episodes by `episode_id`, from the rollouts that the evaluation is of.
@@ -72,6 +105,8 @@ class Contents:
     # Seconds of every job, by stage.
     seconds: dict[str, list[float]]
     verification: dict[str, Any] | None
+    # Iterations that another configuration trained, whose changes have been accepted.
+    trained_otherwise: list[int]
 
 
 def read(path: Path) -> Contents:
@@ -83,24 +118,54 @@ def read(path: Path) -> Contents:
     run = Run(path)
     if not run.config.is_file():
         raise EarlError(f"{run.config}: is missing, so {path} is not a run folder; give <base_exp_dir>/<run_name>")
+    config = load.read(run.config)
+    digest = freeze.config_digest(config)
     metrics = [replays.own(objects.read(file)) for file in sorted(path.glob("iterations/*/train/metrics.json"))]
     return Contents(
         run=run,
         config=objects.read(run.config),
         metrics=metrics,
-        evaluations=_evaluations(path / "evaluations"),
+        evaluations=_evaluations(run, config.reward_final_reward),
         seconds=_seconds(_shared_timings(run) + _timings(path / "benchmarks")),
         verification=objects.read(run.verification) if run.verification.is_file() else None,
+        trained_otherwise=[row["iteration"] for row in metrics if row.get("config_digest", digest) != digest],
     )
 
 
-def _evaluations(folder: Path) -> list[Series]:
+def _evaluations(run: Run, reward: str) -> list[Series]:
     found = []
-    for place in sorted(folder.glob("*/")):
+    for place in sorted((run.path / "evaluations").glob("*/")):
         files = sorted(file for file in place.iterdir() if SUMMARY_NAME.fullmatch(file.name))
         if files:
-            found.append(Series(place.name, place, [_summary(file) for file in files]))
+            found.append(_series(run, place, files, reward))
     return sorted(found, key=lambda series: (series.temperature, series.name))
+
+
+def _series(run: Run, place: Path, files: list[Path], reward: str) -> Series:
+    series = Series(place.name, place, [], reward, {}, {})
+    for file in files:
+        summary = _summary(file)
+        index, before = summary["iteration"], summary.get(present_reward.RECORDED)
+        if before != reward:
+            series.derived[index] = before or "of a configuration that its summary does not name"
+            table = run.evaluation(place.name, index).table
+            summary, problem = present_reward.of_summary(summary, table, reward)
+            series.unknown.update({} if problem is None else {index: problem})
+        series.summaries.append(summary)
+    return series
+
+
+def _by_value(values: dict[int, str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, value in values.items():
+        found.setdefault(value, []).append(index)
+    return found
+
+
+def iterations_in_words(indices: list[int]) -> str:
+    """Return the iterations as text, the first five of many by number."""
+    more = f" and {len(indices) - 5} more" if indices[5:] else ""
+    return f"iteration{'s' if indices[1:] else ''} {', '.join(map(str, indices[:5]))}{more}"
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from earl.files import tables
 from earl.report import charts, gallery
-from earl.report.contents import Comparison, Contents, Series, compare
+from earl.report.contents import Comparison, Contents, Series, compare, iterations_in_words
 
 FOLDER = Path(__file__).parent
 SCORE_LABELS = {
@@ -62,9 +62,11 @@ def render(found: Contents) -> str:
         **header(found),
         headlines=headlines(found),
         held_out=held_out(found.evaluations),
+        notes=[note for series in found.evaluations for note in series.notes()],
         gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
         tasks=tasks(found),
         training=training(found.metrics),
+        otherwise=iterations_in_words(found.trained_otherwise) if found.trained_otherwise else None,
         warnings=warnings(found.metrics),
         times=times(found.seconds),
         verification=verification(found.verification),
@@ -309,7 +311,7 @@ CHECKED = {"files": "files there", "hashed": "files with the recorded content"}
 
 
 def verification(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The outcome of `earl verify`: its problems as lines, and what it looked at."""
+    """The outcome of `earl verify`: its problems and notes as lines, and what it looked at."""
     if found is None:
         return None
     looked = [f"{found[key]} {key}" for key in ("iterations", "evaluations") if key in found]
@@ -317,7 +319,8 @@ def verification(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found.get("code_versions", 0) > 1:
         looked.append(f"made by {found['code_versions']} versions of the code")
     problems = [f"{each['file']}: {each['problem']}" for each in found.get("problems", [])]
-    return {"problems": problems, "looked": ", ".join(looked), "deep": found.get("deep", False)}
+    notes = [f"{each['file']}: {each['note']}" for each in found.get("notes", [])]
+    return {"problems": problems, "notes": notes, "looked": ", ".join(looked), "deep": found.get("deep", False)}
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -348,6 +351,8 @@ def files(found: Contents) -> dict[str, Any]:
         "rollouts": rollouts[-1].relative_to(root).as_posix() if rollouts else None,
         "evaluation": evaluation.relative_to(root).as_posix() if evaluation else None,
         "evaluations": f"evaluations/{head.name}" if head else None,
+        # The tables of several rewards have no column in common that is "the reward".
+        "measure": "edit_success" if head and head.derived else "reward",
     }
 
 

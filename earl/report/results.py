@@ -7,15 +7,17 @@ what training brought.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from earl.config import load
 from earl.files import tables
 from earl.files.evaluations import EVALUATION, prompt_of
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
+from earl.report import present_reward
 from earl.report.contents import SUMMARY_NAME
 from earl.statistics import intervals
 from earl.statistics.rewards import SUB_SCORES
@@ -35,6 +37,8 @@ class Entry:
     run: Run
     iteration: int
     summaries: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    """What is missing here, and why."""
 
     def rewards(self, name: str, task: str | None) -> dict[Any, float]:
         """Return the mean VIEScore of each prompt of an evaluation, of one task or (None) of all."""
@@ -75,13 +79,30 @@ def read(spec: str, wanted: Sequence[str] = ()) -> Entry:
     common = set.intersection(*(set(indices) for indices in found.values()))
     iteration = int(number) if folder != Path(spec) else max(common, default=None)
     if iteration not in common:
-        raise EarlError(
-            f"{folder}/evaluations: {', '.join(found)} have no policy in common"
-            + ("" if iteration is None else f" of iteration {iteration}")
-            + "; name evaluations with --evaluation"
-        )
+        raise EarlError(_no_policy(folder, iteration, found))
     run, label = Run(folder), folder.resolve().name + (f"@{number}" if folder != Path(spec) else "")
-    return Entry(label, run, iteration, {name: _summary(run.evaluation(name, iteration).summary) for name in found})
+    entry = Entry(label, run, iteration, {})
+    which = load.read(run.config).reward_final_reward if run.config.is_file() else None
+    for name in found:
+        evaluation = run.evaluation(name, iteration)
+        summary, problem = _summary(evaluation.summary), None
+        if which is not None:
+            summary, problem = present_reward.of_summary(summary, evaluation.table, which)
+        entry.summaries[name] = summary
+        entry.notes.extend([] if problem is None else [f"{name}: {label} has no best of several samples: {problem}."])
+    return entry
+
+
+def _no_policy(folder: Path, iteration: int | None, found: dict[str, list[int]]) -> str:
+    """Say which iterations have evaluations, and what may be asked for instead."""
+    there = "; ".join(f"{name} has {', '.join(map(str, sorted(indices)))}" for name, indices in found.items())
+    having = [name for name, indices in found.items() if iteration in indices]
+    if iteration is None:
+        return f"{folder}/evaluations: no iteration has all evaluations ({there}); name some with --evaluation"
+    if having:
+        ask = " ".join(f"--evaluation {name}" for name in having)
+        return f"{folder}/evaluations: iteration {iteration} has not all evaluations ({there}); {ask} shows what it has"
+    return f"{folder}/evaluations: iteration {iteration} has not been evaluated ({there}); give one that has been"
 
 
 def _indices(place: Path) -> list[int]:
@@ -159,10 +180,13 @@ def _changes(baseline: Entry, entry: Entry) -> dict[str, Any]:
 
 def _notes(entries: Sequence[Entry], columns: Sequence[str]) -> list[str]:
     """Say what makes figures of one column hard to compare."""
-    notes = []
+    notes = [note for entry in entries for note in entry.notes]
     for name in columns:
         those = {entry.label: entry.summaries[name] for entry in entries if name in entry.summaries}
-        for what, keys in (("sampling", SAMPLING), ("judge", ("judge",))):
+        ways_to_differ = [("sampling", SAMPLING), ("judge", ("judge",))]
+        if any(summary.get("best_of") for summary in those.values()):
+            ways_to_differ.append(("the reward that the best of several samples is by", (present_reward.RECORDED,)))
+        for what, keys in ways_to_differ:
             ways: dict[tuple, list[str]] = {}
             for label, summary in those.items():
                 ways.setdefault(tuple(summary.get(key) for key in keys), []).append(label)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.execution import processes
-from earl.files import manifest, objects
+from earl.files import manifest, objects, remedies
 from earl.files.layout import Iteration, Run, iteration_name
 from earl.messages.errors import EarlError
 
@@ -151,6 +151,11 @@ def start_record(iteration: Iteration) -> Path:
     return iteration.path / "start.json"
 
 
+def has_started(run: Run) -> bool:
+    """Return whether a run has a starting policy on record, or, damaged, has lost that record and has trained."""
+    return start_record(run.iteration(0)).is_file() or newest_complete(run) > 0
+
+
 def start(run: Run, policy: Path) -> None:
     """Make ``iterations/000000/policy`` a link to the starting policy, and record its digest beside it.
 
@@ -162,6 +167,7 @@ def start(run: Run, policy: Path) -> None:
         EarlError: when ``policy`` is not a folder with a model, or not the one that trained iterations started from.
     """
     if not (policy / "config.json").is_file():
+        remedies.check_policy_folder(policy)
         raise EarlError(
             f"{policy}: is not a model folder (it has no config.json); set model_path to a folder that "
             "transformers can load, or to a stage such as stage:sft/<name>"
@@ -288,9 +294,10 @@ def _evaluation_files(run: Run, index: int) -> Iterator[Path]:
 class Status:
     """How far a run is: what ``earl status`` prints."""
 
+    run: Run
+    started: bool
     newest: int
     last: int
-    newest_checkpoint: int
     checkpoints: list[int]
     checkpoint_bytes: int
     evaluations: dict[str, list[int]]
@@ -299,8 +306,12 @@ class Status:
 
     def text(self) -> str:
         """Return the status as lines for a terminal."""
+        if not self.started:
+            return f"{self.run.path}: has not started; {self.last} iterations are planned"
+        usable = [index for index in self.checkpoints if index <= self.newest]
+        newest = f"newest checkpoint {usable[-1]}" if usable else "no checkpoint"
         lines = [
-            f"complete     {self.newest} of {self.last}, newest checkpoint {self.newest_checkpoint}",
+            f"complete     {self.newest} of {self.last}, {newest}",
             f"checkpoints  {', '.join(map(str, self.checkpoints)) or 'none'} ({self.checkpoint_bytes / 1e6:.1f} MB)",
         ]
         lines += [f"evaluated    {name}: {', '.join(map(str, done))}" for name, done in self.evaluations.items()]
@@ -317,8 +328,7 @@ def status(run: Run, last: int) -> Status:
         folder.name: sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
         for folder in sorted((run.path / "evaluations").glob("*/"))
     }
-    newest, checkpoint = newest_complete(run), newest_checkpoint(run)
-    return Status(newest, last, checkpoint, kept, size, evaluated, _problems(run, folders))
+    return Status(run, has_started(run), newest_complete(run), last, kept, size, evaluated, _problems(run, folders))
 
 
 def _problems(run: Run, checkpoints: list[Path]) -> list[str]:

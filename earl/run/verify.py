@@ -9,8 +9,10 @@ the records agree; with ``deep`` that every file with a recorded digest has that
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from earl import code_version
 from earl.config import paths
@@ -24,6 +26,8 @@ from earl.run import replays, state
 if TYPE_CHECKING:
     from earl.config.schema import Config
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -31,6 +35,14 @@ class Problem:
 
     file: str
     problem: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is worth knowing and no fault: the file it is about, and what."""
+
+    file: str
+    note: str
 
 
 @dataclass
@@ -45,6 +57,7 @@ class Verification:
         deep: whether contents were compared.
         code_versions: number of code versions that made the trained iterations.
         problems: what was found, in the order of the iterations.
+        notes: accepted changes of configuration, and earlier versions of the code.
     """
 
     iterations: int = 0
@@ -54,22 +67,32 @@ class Verification:
     deep: bool = False
     code_versions: int = 0
     problems: list[Problem] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def add(self, path: Path, problem: str) -> None:
         self.problems.append(Problem(path.as_posix(), problem))
+
+    def note(self, path: Path, note: str) -> None:
+        self.notes.append(Note(path.as_posix(), note))
 
     def text(self) -> str:
         """Return the outcome as lines for a terminal."""
         contents = f"contents of {self.hashed} compared" if self.deep else "contents not compared (--deep does that)"
         looked = f"{self.iterations} iterations, {self.evaluations} evaluations, {self.files} files there, {contents}"
-        lines = [f"{item.file}: {item.problem}" for item in self.problems]
-        count = len(self.problems)
-        return "\n".join([*lines, f"{looked}: {count or 'no'} {'problem' if count == 1 else 'problems'}"])
+        lines = [f"note: {item.file}: {item.note}" for item in self.notes]
+        lines += [f"{item.file}: {item.problem}" for item in self.problems]
+        counted = _counted(len(self.problems), "problem")
+        counted += f", {_counted(len(self.notes), 'note')}" if self.notes else ""
+        return "\n".join([*lines, f"{looked}: {counted}"])
 
     def json(self) -> str:
         """Return the outcome as the text of ``verify.json``."""
-        fields = {**vars(self), "problems": [vars(item) for item in self.problems]}
-        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+        lists = {"problems": [vars(item) for item in self.problems], "notes": [vars(item) for item in self.notes]}
+        return json.dumps({**vars(self), **lists}, indent=1, sort_keys=True) + "\n"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
 
 
 def verify(run: Run, deep: bool = False) -> Verification:
@@ -81,10 +104,12 @@ def verify(run: Run, deep: bool = False) -> Verification:
             summaries and manifests.
 
     Raises:
-        EarlError: when the run has no readable configuration.
+        EarlError: when the run has no readable configuration, or has not started.
     """
     found = Verification(deep=deep)
     current = read_config(run.config)
+    if not state.has_started(run):
+        raise EarlError(f"{run.path}: has not started, so there is nothing to verify")
     trained = _check_iterations(run, current, found)
     _check_start(run, found)
     _check_evaluations(run, current, trained, found)
@@ -120,9 +145,8 @@ def _check_iterations(run: Run, current: "Config", found: Verification) -> dict[
             )
         policy = metrics["policy_digest"]
     found.iterations = len(trained)
-    _check_changes(run, trained, "config_digest", config_digest(current), "configuration", found)
-    _check_changes(run, trained, "code_version", code_version(), "code", found)
-    _check_changes(run, trained, "rubrics_digest", _rubrics_digest(current), "set of rubrics", found)
+    _note_changes(run, trained, config_digest(current), found)
+    _check_rubrics(run, trained, current, found)
     found.code_versions = len({metrics["code_version"] for metrics in trained.values()})
     return trained
 
@@ -173,17 +197,46 @@ def _read(path: Path, found: Verification, keys: tuple[str, ...] = METRICS_KEYS)
     return content
 
 
-def _check_changes(
-    run: Run, trained: dict[int, dict[str, Any]], key: str, now: str | None, what: str, found: Verification
-) -> None:
-    """Report stretches of iterations that another configuration, code or rubrics made, one line a stretch."""
-    for first, last, value in _stretches({index: metrics.get(key) for index, metrics in trained.items()}):
-        if value != now:
-            found.add(
+def _note_changes(run: Run, trained: dict[int, dict[str, Any]], configuration: str, found: Verification) -> None:
+    """Note stretches of iterations that another configuration or code made, one line a stretch.
+
+    Neither is a fault: a run's frozen configuration changes by `accept_changes` alone, and code changes by release.
+    """
+    for first, last, value in _stretches({index: metrics["config_digest"] for index, metrics in trained.items()}):
+        if value != configuration:
+            found.note(
                 run.iteration(first).metrics,
-                f"iterations {first} to {last} were made by another {what} ({_short(value)}) than the present one "
-                f"({_short(now)})",
+                f"{_made(first, last)} by configuration {_short(value)}; the present one, {_short(configuration)}, has "
+                "been accepted since",
             )
+    now = code_version()
+    for first, last, value in _stretches({index: metrics["code_version"] for index, metrics in trained.items()}):
+        if value != now:
+            found.note(run.iteration(first).metrics, f"{_made(first, last)} by {_other('code', value, now)}")
+
+
+def _check_rubrics(run: Run, trained: dict[int, dict[str, Any]], current: "Config", found: Verification) -> None:
+    """Report stretches that were scored by other rubrics: a note where configuration or code were others, too.
+
+    Where they were not, somebody has edited a rubric's file, and the scores of one run are of two measures unnoticed.
+    """
+    now, present = _rubrics_digest(current), (config_digest(current), code_version())
+    values = {
+        index: (metrics.get("rubrics_digest"), (metrics["config_digest"], metrics["code_version"]) == present)
+        for index, metrics in trained.items()
+    }
+    for first, last, (value, unnoticed) in _stretches(values):
+        if value != now:
+            report = found.add if unnoticed else found.note
+            report(run.iteration(first).metrics, f"{_made(first, last)} by {_other('set of rubrics', value, now)}")
+
+
+def _made(first: int, last: int) -> str:
+    return f"iteration {first} was made" if first == last else f"iterations {first} to {last} were made"
+
+
+def _other(what: str, value: str | None, now: str | None) -> str:
+    return f"another {what} ({_short(value)}) than the present one ({_short(now)})"
 
 
 def _short(value: str | None) -> str:
@@ -198,16 +251,11 @@ def _rubrics_digest(current: "Config") -> str | None:
     return rubric.digest_all(model_judge.rubrics_of(current))
 
 
-def _stretches(values: dict[int, str | None]) -> Iterator[tuple[int, int, str | None]]:
+def _stretches(values: dict[int, Value]) -> Iterator[tuple[int, int, Value]]:
     """Yield (first, last, value) for consecutive iterations of one value."""
-    first = last = None
-    for index, value in values.items():
-        if first is not None and value != values[first]:
-            yield first, last, values[first]
-            first = index
-        first, last = (index if first is None else first), index
-    if first is not None:
-        yield first, last, values[first]
+    for value, stretch in groupby(values.items(), key=itemgetter(1)):
+        indices = [index for index, _ in stretch]
+        yield indices[0], indices[-1], value
 
 
 def _check_evaluations(run: Run, current: "Config", trained: dict[int, dict[str, Any]], found: Verification) -> None:
@@ -301,7 +349,7 @@ def _check_shared(current: "Config", found: Verification) -> None:
 
 
 def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) -> None:
-    """Rollouts must say that they are of the policy and configuration that training says."""
+    """Rollouts must be of the policy that training says. A rewind keeps them when the configuration changes."""
     from earl.files import tables
 
     try:
@@ -309,9 +357,15 @@ def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) ->
     except EarlError as error:
         found.add(path, str(error))
         return
-    expectations = {"policy_digest": metrics["inputs"]["policy"], "config_digest": metrics["config_digest"]}
-    if "sampled_by" in metrics["inputs"]:  # a replay, by another configuration than the rollouts it is of
-        expectations = {"policy_digest": metrics["inputs"]["sampled_by"]}
-    for key, expected in expectations.items():
-        if told.get(key) != expected:
-            found.add(path, f"its {key} is {str(told.get(key))[:12]}, but training recorded {str(expected)[:12]}")
+    # A replay is of rollouts of another policy, by another configuration than its own.
+    sampled_by = metrics["inputs"].get("sampled_by")
+    expectations = {"policy_digest": sampled_by or metrics["inputs"]["policy"]}
+    if sampled_by is None:
+        expectations["config_digest"] = metrics["config_digest"]
+    differing = {key: expected for key, expected in expectations.items() if told.get(key) != expected}
+    if differing.keys() == {"config_digest"} and told.get("config_digest"):
+        before, then = told["config_digest"], metrics["config_digest"]
+        found.note(path, f"was sampled with configuration {_short(before)}, and training on it was with {_short(then)}")
+        return
+    for key, expected in differing.items():
+        found.add(path, f"its {key} is {str(told.get(key))[:12]}, but training recorded {str(expected)[:12]}")

@@ -171,43 +171,10 @@ def _part(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "no_image": sum(row["status"] == "no_image" for row in rows),
         "finish_reason": {reason: stops[reason] / len(rows) for reason in sorted(stops)},
         "completion_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths)},
-        **{measure: _spread(rows, measure) for measure in MEASURES},
-        "best_of": _best_of(rows),
+        **{measure: intervals.spread(_by_prompt(rows, measure)) for measure in MEASURES},
+        "best_of": intervals.best_of(_by_prompt(rows, "reward")),
     }
 
 
-def _best_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
-    """The reward of the best of k samples, by k = 1, 2, 4, ... and all; nothing where each prompt has one sample.
-
-    For each prompt it is the expectation over k of its samples, drawn without putting back; a prompt with fewer known
-    rewards than k, since judgements failed, is left out of that k.
-    """
-    known: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        known.setdefault(prompt_of(row), []).extend([] if row["reward"] is None else [row["reward"]])
-    most = max(Counter(map(prompt_of, rows)).values())
-    sizes = sorted({2**power for power in range(most.bit_length())} | {most}) if most > 1 else []
-    found = {}
-    for size in sizes:
-        interval = intervals.bootstrap(
-            intervals.expected_best(rewards, size) for rewards in known.values() if len(rewards) >= size
-        )
-        if interval is not None:
-            found[str(size)] = vars(interval)
-    return found
-
-
-def _spread(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, float | int] | None:
-    """Mean and population std over episodes, their number, and the 95% interval of the mean over prompts."""
-    values = [row[measure] for row in rows if row[measure] is not None]
-    if not values:
-        return None
-    # Of the mean over prompts, which is the mean over episodes wherever no judgement failed.
-    interval = intervals.bootstrap(intervals.mean_by_prompt((prompt_of(row), row[measure]) for row in rows).values())
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values)),
-        "n": len(values),
-        "low": interval.low,
-        "high": interval.high,
-    }
+def _by_prompt(rows: Sequence[dict[str, Any]], measure: str) -> list[tuple[tuple[str, str], float | None]]:
+    return [(prompt_of(row), row[measure]) for row in rows]

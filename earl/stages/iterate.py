@@ -65,7 +65,10 @@ def run(config: "Config", run_path: Path, to: int) -> dict[str, Any]:
 def _check(config: "Config", files: Run, to: int) -> None:
     segments.check(config)
     if to > config.num_iterations:
-        raise EarlError(f"--to is {to}, but num_iterations is {config.num_iterations}; raise that, or lower --to")
+        raise EarlError(
+            f"--to is {to}, but num_iterations is {config.num_iterations} in {files.config}; raise it there "
+            f"(snakemake --config set=num_iterations={to}, with the experiment of the run), or lower --to"
+        )
     state.check_start(files)
     if not state.has_checkpoint(files.iteration(0)):
         raise EarlError(f"{files.path}: has not been started; earl start --run {files.path} --policy <its folder>")

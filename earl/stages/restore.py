@@ -37,8 +37,8 @@ def run(run_path: Path, iteration: int) -> None:
     run changes until the replayed policy has been found equal to the recorded one.
 
     Raises:
-        EarlError: no earlier checkpoint is left, stored inputs are missing or changed, or a replayed policy differs
-            from the recorded one.
+        EarlError: no earlier checkpoint is left, an iteration was trained with another configuration, stored inputs are
+            missing or changed, or a replayed policy differs from the recorded one.
     """
     files = Run(Path(run_path))
     target = files.iteration(iteration)
@@ -47,6 +47,7 @@ def run(run_path: Path, iteration: int) -> None:
         return
     config = read(files.config)
     start = _nearest_kept(files, iteration)
+    _check_configuration(config, files, start + 1, iteration)
     log.info("restore: replaying iterations %d to %d from %s", start + 1, iteration, files.iteration(start).policy)
     for index in range(start + 1, iteration + 1):
         _check_inputs(files, index)
@@ -101,6 +102,26 @@ def _recorded(iteration: Iteration) -> dict[str, Any]:
             f"{iteration.metrics}: cannot be read ({error}), so iteration {iteration.index} cannot be checked after a "
             "replay; run the iteration again"
         ) from error
+
+
+def _check_configuration(config: "Config", files: Run, first: int, last: int) -> None:
+    """Refuse to train again what another configuration trained: it would end in another policy."""
+    digest = freeze.config_digest(config)
+    others = [
+        index
+        for index in range(first, last + 1)
+        if _recorded(files.iteration(index)).get("config_digest", digest) != digest
+    ]
+    if others:
+        together = others[1:] == list(range(others[0] + 1, others[-1] + 1))
+        named = f"{others[0]} to {others[-1]}" if together else ", ".join(map(str, others))
+        were = f"iterations {named} were" if others[1:] else f"iteration {others[0]} was"
+        raise EarlError(
+            f"{files.iteration(others[0]).metrics}: {were} trained with another configuration than the present one "
+            "and cannot be made again with it; go back to the old values of the fields that changed "
+            "(accept_changes=true takes them) and restore, or train again from there: "
+            f"earl rewind --run {files.path} --iteration {others[0]}"
+        )
 
 
 def _check_inputs(files: Run, index: int) -> None:

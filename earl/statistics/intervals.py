@@ -4,6 +4,7 @@ The unit that is drawn again is the prompt, never the episode: several samples o
 because they share its difficulty and would make an interval too narrow.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -67,6 +68,52 @@ def expected_best(values: Sequence[float], count: int) -> float:
     ordered = sorted(values)
     cases = [comb(place, count - 1) for place in range(len(ordered))]
     return sum(case * value for case, value in zip(cases, ordered, strict=True)) / comb(len(ordered), count)
+
+
+def spread(values: Iterable[tuple[Hashable, float | None]]) -> dict[str, float | int] | None:
+    """Mean, population std and number of values, and the 95% interval of the mean over prompts.
+
+    The mean over prompts is the mean over episodes wherever no judgement failed.
+
+    Args:
+        values: (prompt, value) pairs, one an episode; None: unknown, and left out. None is returned if all are.
+    """
+    pairs = list(values)
+    known = [value for _, value in pairs if value is not None]
+    interval = bootstrap(mean_by_prompt(pairs).values())
+    if interval is None:
+        return None
+    return {
+        "mean": float(np.mean(known)),
+        "std": float(np.std(known)),
+        "n": len(known),
+        "low": interval.low,
+        "high": interval.high,
+    }
+
+
+def best_of(values: Iterable[tuple[Hashable, float | None]]) -> dict[str, dict[str, float | int]]:
+    """The best of k samples, by k = 1, 2, 4, ... and all; nothing where each prompt has one sample.
+
+    For each prompt it is the expectation over k of its samples, drawn without putting back; a prompt with fewer known
+    values than k is left out of that k.
+
+    Args:
+        values: (prompt, value) pairs, one an episode; None: unknown, since the judgement failed.
+    """
+    known: dict[Hashable, list[float]] = {}
+    samples: Counter[Hashable] = Counter()
+    for prompt, value in values:
+        samples[prompt] += 1
+        known.setdefault(prompt, []).extend([] if value is None else [value])
+    most = max(samples.values(), default=1)
+    sizes = sorted({2**power for power in range(most.bit_length())} | {most}) if most > 1 else []
+    found = {}
+    for size in sizes:
+        interval = bootstrap(expected_best(each, size) for each in known.values() if len(each) >= size)
+        if interval is not None:
+            found[str(size)] = vars(interval)
+    return found
 
 
 def _portions(total: int, size: int) -> list[int]:

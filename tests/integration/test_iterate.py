@@ -269,7 +269,7 @@ def test_a_segment_that_ends_before_the_newest_checkpoint_changes_nothing(copy):
     ("changes", "to", "message"),
     [
         ({"engine": "vllm", "vllm_tensor_parallel_size": 2}, 1, "vllm_tensor_parallel_size is 2.*granularity=stage"),
-        ({}, LAST + 1, "--to is 5, but num_iterations is 4"),
+        ({}, LAST + 1, "--to is 5, but num_iterations is 4 in .*config.json.*snakemake --config set=num_iterations=5"),
     ],
 )
 def test_what_a_segment_cannot_do_is_refused_before_it_loads_anything(copy, changes, to, message):

@@ -18,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from earl import code_version
+from earl.config import load
 from earl.config.freeze import config_digest, frozen_text
 from earl.config.schema import Config, Evaluation
+from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes
-from earl.files import manifest
+from earl.files import manifest, tables
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import plan, segments, state, verify
@@ -257,14 +259,56 @@ def test_iteration_trained_from_another_policy_is_reported(run):
     assert "is not the policy that" in other
 
 
-def test_changed_configuration_and_code_are_reported_once_a_stretch(run):
+def test_an_accepted_configuration_and_earlier_code_are_notes_once_a_stretch(run):
     for index in (2, 3, 5):
         edit_metrics(run, index, config_digest="0" * 64)
     edit_metrics(run, 1, code_version="0.0.1+000000000000")
-    edit_metrics(run, 4, rubrics_digest="0" * 64)
-    assert [problem.split(" were")[0] for _, problem in problems(run)] == [
-        "iterations 2 to 3", "iterations 5 to 5", "iterations 1 to 1", "iterations 4 to 4"
+    found = verify.verify(run)
+    assert found.problems == []
+    assert [note.note.split(" by ")[0] for note in found.notes] == [
+        "iterations 2 to 3 were made", "iteration 5 was made", "iteration 1 was made"
     ]  # fmt: skip
+    now = config_digest(load.read(run.config))[-12:]
+    assert found.notes[0].note == (
+        f"iterations 2 to 3 were made by configuration 000000000000; the present one, {now}, has been accepted since"
+    )
+    assert all(f"note: {each.file}: {each.note}" in found.text() for each in found.notes)
+    assert found.text().endswith(": no problems, 3 notes")
+    assert [each["file"] for each in json.loads(found.json())["notes"]] == [each.file for each in found.notes]
+    command = [sys.executable, "-m", "earl", "verify", "--run", str(run.path)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_other_rubrics_are_a_problem_unless_configuration_or_code_was_another_too(run):
+    edit_metrics(run, 4, rubrics_digest="0" * 64)
+    edit_metrics(run, 5, rubrics_digest="0" * 64, config_digest="0" * 64)
+    edit_metrics(run, 6, rubrics_digest="0" * 64, code_version="0.0.1+000000000000")
+    found = verify.verify(run)
+    assert [item.problem.split(" by ")[0] for item in found.problems] == ["iteration 4 was made"]
+    assert [note.note for note in found.notes if "rubrics" in note.note] == [
+        "iterations 5 to 6 were made by another set of rubrics (000000000000) than the present one (none)"
+    ]
+
+
+def test_rollouts_that_were_kept_over_an_accepted_change_are_a_note(run):
+    """A rewind keeps rollouts and scores; then they are of the right policy and of another configuration."""
+    digest = config_digest(load.read(run.config))
+    for index, policy in ((3, None), (4, "f" * 64)):
+        told = tables.read_metadata(run.iteration(index).rollouts(0)) | {"config_digest": "0" * 64}
+        told["policy_digest"] = policy or told["policy_digest"]
+        table = pa.table({"x": [index]}).replace_schema_metadata(told)
+        pq.write_table(table, run.iteration(index).rollouts(0))
+        inputs = json.loads(run.iteration(index).metrics.read_text())["inputs"]
+        inputs["rollouts"] = [manifest.digest_file(run.iteration(index).rollouts(0))]
+        edit_metrics(run, index, inputs=inputs, config_digest=digest)
+    found = verify.verify(run, deep=True)
+    (note,) = found.notes
+    assert note.file == run.iteration(3).rollouts(0).as_posix()
+    assert note.note.startswith("was sampled with configuration 000000000000, and training on it was with ")
+    assert [(item.file, item.problem.split(" is")[0]) for item in found.problems] == [
+        (run.iteration(4).rollouts(0).as_posix(), "its policy_digest"),
+        (run.iteration(4).rollouts(0).as_posix(), "its config_digest"),
+    ]
 
 
 def test_missing_metrics_and_stale_evaluations_are_reported(run, tmp_path):
@@ -504,3 +548,50 @@ def test_what_lies_outside_of_the_run_may_always_be_written(tmp_path):
         pass
     with state.writing_to(run.iteration(1).rollouts(0), run):
         assert processes.try_lock(run.path / ".writing.lock") is None
+
+
+# A policy that is not there
+
+
+def test_a_policy_that_is_not_on_disk_is_named_with_what_brings_it_back(run, tmp_path):
+    for folder in (run.iteration(3).policy, run.iteration(3).trainer):
+        shutil.rmtree(folder)
+    for read in (Vocabulary.from_folder, lambda folder: state.start(Run(tmp_path / "b"), folder)):
+        told = rf"000003/policy: is missing: .*earl restore --run {run.path} --iteration 3 brings it back$"
+        with pytest.raises(EarlError, match=told):
+            read(run.iteration(3).policy)
+        with pytest.raises(EarlError, match=rf"iteration 7 has not been trained; earl status --run {run.path}"):
+            read(run.iteration(7).policy)
+        with pytest.raises(EarlError, match=r"not been started; earl start --run"):
+            read(Run(tmp_path / "b").iteration(0).policy)
+        with pytest.raises(EarlError, match=r"elsewhere: is missing; give the folder of a policy"):
+            read(tmp_path / "elsewhere")
+    with pytest.raises(EarlError, match=r"policy/tokenizer\.json: does not exist"):
+        Vocabulary.from_folder(run.iteration(2).policy)
+
+
+# Before the start
+
+
+def test_before_its_start_a_run_has_not_started_and_that_is_all(tmp_path):
+    run = Run(tmp_path / "a")
+    run.path.mkdir()
+    run.config.write_text(frozen_text(make_config(tmp_path)))
+    assert state.status(run, 6).text() == f"{run.path}: has not started; 6 iterations are planned"
+    with pytest.raises(EarlError, match=rf"^{run.path}: has not started, so there is nothing to verify$"):
+        verify.verify(run)
+
+
+def test_a_trained_run_whose_start_is_gone_is_not_one_that_has_not_started(run):
+    state.start_record(run.iteration(0)).unlink()
+    assert [file for file, _ in problems(run)] == ["iterations/000000/start.json"]
+    assert state.status(run, 6).text().startswith("complete     6 of 6, newest checkpoint 6\n")
+
+
+def test_status_does_not_name_a_checkpoint_that_is_not_there(run, tmp_path):
+    (tmp_path / "model").rename(tmp_path / "gone")
+    for index in range(1, 7):
+        shutil.rmtree(run.iteration(index).policy)
+    first, second, *_ = state.status(run, 6).text().splitlines()
+    assert first == "complete     6 of 6, no checkpoint"
+    assert second.startswith("checkpoints  none ")

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from earl.config import freeze
 from earl.emu3 import checkpoint, grid, sequence
 from earl.files import manifest, tables
 from earl.files.layout import Run
@@ -390,6 +391,26 @@ def test_restore_brings_a_dropped_policy_back_byte_for_byte(new_run, vocabulary)
     assert not (run.path / "restore.partial").exists()
     train.run(config, run.path, 4)
     assert made_of(run, 4) == expected[4]
+
+
+def test_restore_refuses_what_another_configuration_trained_before_it_trains(new_run, vocabulary, monkeypatch):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 3)
+    drop(run, 1, 2, 3)
+    now = config.model_copy(update={"learning_rate": 1e-7})
+    freeze.write(now, run.config, accept_changes=True)
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("trains"))
+    complaint = (
+        r"metrics\.json: iterations 1 to 2 were trained with another configuration than the present one.*"
+        rf"accept_changes=true.*earl rewind --run {run.path} --iteration 1"
+    )
+    with pytest.raises(EarlError, match=complaint):
+        restore.run(run.path, 2)
+    path = run.iteration(1).metrics
+    path.write_text(path.read_text().replace(freeze.config_digest(config), freeze.config_digest(now)))
+    with pytest.raises(EarlError, match=r"000002/train/metrics\.json: iteration 2 was trained with another"):
+        restore.run(run.path, 2)
+    assert not (run.path / "restore.partial").exists()
 
 
 def test_restore_names_what_differs(new_run, vocabulary):

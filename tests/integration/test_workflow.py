@@ -364,8 +364,9 @@ class TestConfiguration:
         assert "set=run_name=..." in output
         assert "go on under this name with accept_changes=true" in output
         done.run("segment.jsonnet", **changed, accept_changes=True)
-        problems = json.loads(done.folder("segment").verification.read_text())["problems"]
-        assert [each["problem"][:49] for each in problems] == ["iterations 1 to 3 were made by another configurat"]
+        found = json.loads(done.folder("segment").verification.read_text())
+        assert found["problems"] == []
+        assert [each["note"][:43] for each in found["notes"]] == ["iterations 1 to 3 were made by configuratio"]
 
     @pytest.mark.slow
     def test_how_to_evaluate_may_change_until_there_are_results(self, done):

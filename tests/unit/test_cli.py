@@ -46,6 +46,7 @@ def test_a_folder_whose_name_is_no_unicode_can_be_printed(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as locales other than C have it
     run = tmp_path / os.fsdecode(b"run-\xff")
     earl("config", "freeze", "config/demo.jsonnet", run / "config.json")
-    done = earl("verify", "--run", run)
+    done = earl("status", "--run", run)
     assert "Traceback" not in done.stderr
-    assert r"run-\udcff/iterations/000000" in done.stdout
+    assert r"run-\udcff: has not started" in done.stdout
+    assert r"run-\udcff: has not started" in earl("verify", "--run", run).stderr

@@ -62,8 +62,11 @@ def test_an_entry_is_the_newest_policy_that_all_its_evaluations_have(folder):
     assert [entry.iteration for entry in entries(folder, "b", "b@2")] == [2, 2]
     first = results.read(str(folder / "b@0"), [GREEDY])
     assert (first.label, first.iteration, list(first.summaries)) == ("b@0", 0, [GREEDY])
-    with pytest.raises(EarlError, match="have no policy in common of iteration 0"):
+    told = rf"iteration 0 has not all evaluations \({SAMPLED} has 2; {GREEDY} has 0, 2\); --evaluation {GREEDY} shows"
+    with pytest.raises(EarlError, match=told):
         results.read(str(folder / "b@0"))
+    with pytest.raises(EarlError, match=rf"iteration 1 has not been evaluated \({SAMPLED} has 2; {GREEDY} has 0, 2\)"):
+        results.read(str(folder / "b@1"))
     with pytest.raises(EarlError, match="has no summary of nothing"):
         results.read(str(folder / "a"), ["nothing"])
     with pytest.raises(EarlError, match="has no summary of any evaluation"):
@@ -168,3 +171,28 @@ def test_a_dot_shows_where_it_came_from():
     assert f'class="way" d="M{round(left, 1)} 15.0H284.0"' in drawn
     assert f'class="ring c5" cx="{round(left, 1)}"' in drawn
     assert "before 1" in drawn
+
+
+def test_the_best_of_several_samples_is_by_the_runs_present_reward(tmp_path, config):
+    """Evaluated by VIEScore (4), continued with the ground score (6); the other run still has VIEScore."""
+    for name, which in (("a", "ground_score"), ("b", "viescore")):
+        write_evaluation(tmp_path / name, GREEDY, 0, [episode(0, 4.0, s, ground_score=6.0) for s in range(2)], config)
+        now = config.model_copy(update={"reward_final_reward": which})
+        (tmp_path / name / "config.json").write_text(now.model_dump_json())
+    found = results.compare(entries(tmp_path, "a", "b"))
+    a, b = (entry["evaluations"][GREEDY] for entry in found["entries"])
+    assert (a["best_of"]["2"]["mean"], b["best_of"]["2"]["mean"]) == (6.0, 4.0)
+    assert a["tasks"]["add"]["best_of"]["2"]["mean"] == 6.0
+    assert (a["viescore"]["mean"], b["viescore"]["mean"]) == (4.0, 4.0)
+    assert any(
+        "the reward that the best of several samples is by: ground_score (a); viescore (b)" in note
+        for note in found["notes"]
+    )
+
+
+def test_evaluations_without_an_iteration_in_common_are_told_with_those_they_have(tmp_path, config):
+    write_evaluation(tmp_path / "a", GREEDY, 0, [episode(0, 4.0)], config)
+    write_evaluation(tmp_path / "a", SAMPLED, 2, [episode(0, 4.0)], config)
+    told = rf"no iteration has all evaluations \({SAMPLED} has 2; {GREEDY} has 0\); name some with --evaluation"
+    with pytest.raises(EarlError, match=told):
+        results.read(str(tmp_path / "a"))

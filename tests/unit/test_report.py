@@ -212,6 +212,16 @@ def test_problems_of_the_verification_are_listed(copied):
     assert "runs/small/x.parquet: was changed" in words
 
 
+def test_notes_of_the_verification_are_listed_and_are_no_problems(copied):
+    written = json.loads((copied / "verify.json").read_text())
+    written["notes"] = [{"file": "runs/small/metrics.json", "note": "iteration 1 was made by configuration abc"}]
+    (copied / "verify.json").write_text(json.dumps(written))
+    html = html_of(copied)
+    assert "runs/small/metrics.json: iteration 1 was made by configuration abc" in text_of(html)
+    assert "Checked: every file is there" in text_of(html)
+    assert 'class="verification good"' in html
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -380,3 +390,54 @@ def html_of_plain(folder, config):
     (folder / "config.json").write_text(config.model_dump_json())
     write_evaluation(folder, GREEDY, 0, [episode(0, 3.0, completion_text="4*4")], config)
     return html_of(folder)
+
+
+# A run that continued with another reward.
+
+
+def continued(run, config, ground):
+    """Iteration 0 evaluated by VIEScore (4), iteration 2 by the ground score (7), which is the present reward."""
+    run.mkdir()
+    now = config.model_copy(update={"reward_final_reward": "ground_score"})
+    (run / "config.json").write_text(now.model_dump_json())
+    rows = [episode(i, 4.0, ground_score=ground, sample=s) for i in range(4) for s in range(2)]
+    write_evaluation(run, GREEDY, 0, rows, config)
+    rows = [episode(i, 9.0, ground_score=7.0, sample=s) for i in range(4) for s in range(2)]
+    write_evaluation(run, GREEDY, 2, rows, now)
+    return run
+
+
+def test_after_a_change_of_reward_all_points_are_by_the_present_one(tmp_path, config):
+    """From ground score 6 to 7, and not from VIEScore 4 to ground score 7."""
+    run = continued(tmp_path / "run", config, 6.0)
+    html = html_of(run)
+    words = text_of(html)
+    assert "Held-out reward near-greedy, T = 0.1 6.00 → 7.00 +1.00 [+1.00, +1.00]" in words
+    assert "near-greedy, T = 0.1: 6 at iteration 0, 7 at iteration 2" in html
+    assert "add 4 6.00 7.00 +1.00" in words or "All 4 6.00 7.00 +1.00" in words
+    assert "policy's edit, reward 6.00" in html.replace("&#39;", "'")
+    assert "iteration 0: evaluated with the reward viescore; shown here by the present one, ground_score" in words
+    found = contents.read(run).evaluations[0].summaries[0]
+    assert [found["best_of"]["2"]["mean"], found["tasks"]["add"]["reward"]["mean"]] == [6.0, 6.0]
+    assert [found["reward"]["low"], found["reward"]["std"], found["reward"]["n"]] == [6.0, 0.0, 8]
+    assert "avg(reward)" not in words
+
+
+def test_a_point_that_the_present_reward_lacks_scores_for_is_left_out_and_said(tmp_path, config):
+    run = continued(tmp_path / "run", config, None)
+    html = html_of(run)
+    words = text_of(html)
+    assert "Reward. near-greedy, T = 0.1: 7 at iteration 2" in html
+    assert "4.00 → 7.00" not in words
+    assert "heldout_greedy, iteration 0: left out where rewards are shown: score ground_score is missing" in words
+
+
+def test_the_same_reward_is_shown_as_it_was_recorded(copied):
+    assert "derived from the stored scores" not in text_of(html_of(copied))
+
+
+def test_iterations_that_another_configuration_trained_are_named(copied):
+    for iteration, digest in ((1, "of then"), (2, contents.freeze.config_digest(demo_config()))):
+        path = copied / "iterations" / f"{iteration:06d}" / "train" / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"config_digest": digest}))
+    assert "Trained with another configuration, whose change was accepted: iteration 1;" in text_of(html_of(copied))

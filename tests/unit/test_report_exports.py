@@ -48,3 +48,19 @@ def test_curves_are_one_picture_that_holds_its_own_style(exported):
     assert titles[0].startswith("Reward: ")
     assert any(title.startswith("Training reward: mean") for title in titles)
     assert len(picture.findall(f"{svg}svg")) == len(titles)
+
+
+def test_rewards_of_the_table_and_the_curves_are_all_by_the_present_reward(tmp_path):
+    config = demo_config()
+    now = config.model_copy(update={"reward_final_reward": "ground_score"})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(now.model_dump_json())
+    write_evaluation(run, "heldout", 0, [episode(i, 3.0, ground_score=8.0) for i in range(2)], config)
+    write_evaluation(run, "heldout", 2, [episode(i, 3.0, ground_score=9.0) for i in range(2)], now)
+    report.run(run, run / "report.html", run / "curves.svg", run / "evaluations.csv")
+    with (run / "evaluations.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["reward"]) for row in rows] == [8.0, 9.0]
+    assert [float(row["reward_low"]) for row in rows] == [8.0, 9.0]
+    assert "8 at iteration 0, 9 at iteration 2" in (run / "curves.svg").read_text()
