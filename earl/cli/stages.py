@@ -147,6 +147,9 @@ def iterate(
     from earl.files.layout import Run
     from earl.run import state
 
+    from earl.messages import console
+
+    console.leave_out_bars()  # Several for each iteration, of every rank; the loop has a line an iteration.
     folder = Run(run)
     settings = read(folder.config)
     with contextlib.ExitStack() as held:
