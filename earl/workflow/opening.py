@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import IO
@@ -74,10 +74,15 @@ def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
         print(f"{plan.key}: {missing}", file=sys.stderr)
 
 
-def hold(plans: Mapping[str, Plan], shared: Shared, settings: Settings) -> list[IO[str] | None]:
+def hold(
+    plans: Mapping[str, Plan], shared: Shared, settings: Settings, outputs: Collection[str]
+) -> list[IO[str] | None]:
     """Lock what is to be written, and write each run's configuration where the stages read it.
 
     Where another workflow has meanwhile made what was to be made, plan again, as called; this does not return then.
+
+    Args:
+        outputs: what the jobs of this call write; `--until` or a target leaves out some of what the plans need.
 
     Returns:
         The locks. They end with this process, in whatever way it ends.
@@ -85,13 +90,13 @@ def hold(plans: Mapping[str, Plan], shared: Shared, settings: Settings) -> list[
     Raises:
         EarlError: another workflow is writing to a run, or its configuration has changed.
     """
-    missing, locks = shared.missing(), []
+    missing, locks = shared.missing(outputs), []
     for path in missing:
         made = partial(os.path.exists, shared.file_of(path))
         locks.append(processes.lock_unless(made, path.parent / f".{path.name}.lock", path.as_posix()))
     locks += [processes.lock(state.lock_file(plan.run)) for plan in plans.values()]
     is_outdated = any(state.newest_complete(plan.run) != plan.newest for plan in plans.values())
-    if is_outdated or shared.missing() != missing:
+    if is_outdated or shared.missing(outputs) != missing:
         os.execv(sys.executable, sys.orig_argv)
     for plan in plans.values():
         freeze.write(plan.config, plan.run.config, accept_changes=settings.accept_changes)

@@ -29,6 +29,7 @@ EXPERIMENT = {
     "vision_tokenizer_path": "package:shapes/vision_tokenizer",
     "engine": "torch",
     "judge": "program",
+    "image_area": 64 * 64,
     "num_iterations": 3,
     "cpu_threads": 1,
     "keep_checkpoints_every_n_iterations": None,
