@@ -145,8 +145,10 @@ def iterate(
     from earl.config.load import read
     from earl.execution import ranks
     from earl.files.layout import Run
+    from earl.messages import console
     from earl.run import state
 
+    console.leave_out_bars()  # Several for each iteration, of every rank; the loop has a line an iteration.
     folder = Run(run)
     settings = read(folder.config)
     with contextlib.ExitStack() as held:

@@ -102,8 +102,7 @@ def _check_iteration(config: "Config") -> None:
             f"is {config.episodes_per_iteration}, not a multiple of "
             f"generations_per_sample ({config.generations_per_sample})",
         )
-    # A shard holds whole batches of whole groups.
-    batches = -(-config.prompts_per_iteration // config.prompts_per_batch)
+    batches = config.most_rollout_shards
     if config.rollout_shards > batches:
         size = f"of engine_batch_size ({config.engine_batch_size}) episodes; lower one of the two"
         parts = "prompts; lower it" if config.engine == "vllm" else f"{'batch' if batches == 1 else 'batches'} {size}"

@@ -358,7 +358,12 @@ class Config(_Section):
 
     # Training
     learning_rate: float = _fixed(3e-6, "Constant learning rate of AdamW.", gt=0)
-    num_iterations: Integer = _free(2000, "Iterations of the whole run; raising it goes on with a finished run.", ge=0)
+    num_iterations: Integer = _free(
+        2000,
+        "Iterations of the whole run; raising it continues a finished run. 0: no RL; data and fine-tunings are made, "
+        "and the starting policy is evaluated.",
+        ge=0,
+    )
     advantage: Literal["mean_std", "mean", "leave_one_out"] = _fixed(
         "mean_std",
         "Advantage within a group: `mean_std` is (reward - mean) / std (GRPO), `mean` is reward - mean (Dr. GRPO), so "
@@ -683,6 +688,11 @@ class Config(_Section):
     def prompts_per_batch(self) -> int:
         """Prompts at whose multiples an iteration is cut into shards: those of an engine's batch."""
         return 1 if self.engine == "vllm" else max(1, self.engine_batch_size // self.generations_per_sample)
+
+    @property
+    def most_rollout_shards(self) -> int:
+        """Shards that an iteration can be cut into: each holds whole batches of whole groups."""
+        return -(-self.prompts_per_iteration // self.prompts_per_batch)
 
 
 def is_free(field: str, model: type[BaseModel] = Config) -> bool:

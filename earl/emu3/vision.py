@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import Emu3VQVAE
 
+SPATIAL_FACTOR = 8
+"""Pixels of a visual token's side, in Emu3's vision tokenizer."""
 BATCH = 16
 """Images in a batch, and fewer of them where they are large."""
 TOKENS = 4096

@@ -100,6 +100,21 @@ def _refusal(judgement: Judgement) -> Verdict | None:
     return None
 
 
+def foreign(image: np.ndarray) -> str | None:
+    """Return why an image is none of the shapes world, which this judge alone knows; None where it may be one.
+
+    Args:
+        image: uint8 [height, width, 3].
+    """
+    height, width = image.shape[:2]
+    if (height, width) != (world.SIZE, world.SIZE):
+        return f"holds an image of {width}x{height} pixels, not {world.SIZE}x{world.SIZE}"
+    distance = _nearest(_cells([image]))[1]
+    if _ramp(distance, CLEAN, BROKEN).mean() >= BROKEN_LIMIT:
+        return "holds an image that shows nothing of the shapes world"
+    return None
+
+
 def _cells(images: list[np.ndarray]) -> np.ndarray:
     """float32 [N, cells, pixels of a cell, 3] in 0..1."""
     grid, cell = world.GRID, world.CELL

@@ -46,7 +46,7 @@ SCORES = ("viescore", *rewards.COMPONENTS)
 class Outcome:
     """What training makes of one scored rollout."""
 
-    row: dict[str, Any]  # ROLLOUT_COLUMNS and SCORE_COLUMNS
+    row: dict[str, Any]  # ROLLOUT_COLUMNS and SCORE_COLUMNS; of a failed judgement `failure`, the judge's words
     reward: float | None  # None: the judgement failed
     reason: str | None  # why it is not used, or None where it is
     components: Mapping[str, float] = field(default_factory=dict)  # of the reward, by the names of advantage_components
@@ -89,6 +89,7 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
         rollouts, scores = iteration.rollouts(shard), iteration.scores(shard)
         rollout_rows = tables.read_table(rollouts, tables.ROLLOUTS, ROLLOUT_COLUMNS).to_pylist()
         score_rows = tables.read_table(scores, tables.SCORES, SCORE_COLUMNS).to_pylist()
+        _add_failures(score_rows, scores)
         rollout_digests.append(manifest.digest_file(rollouts))
         score_digests.append(manifest.digest_file(scores))
         _check_metadata(rollouts, "iteration", str(iteration.index), "of another iteration; generate them again")
@@ -113,6 +114,17 @@ def _check_metadata(path: Path, key: str, expected: str, remedy: str) -> None:
         raise EarlError(f"{path}: its metadata has no {key}; run the stage that writes it again")
     if found != expected:
         raise EarlError(f"{path}: {key} is {found}, not {expected}: these are {remedy}")
+
+
+def _add_failures(rows: list[dict], path: Path) -> None:
+    """Give each failed judgement what the judge said of it: a model's `failure`, a program's `raw`."""
+    failed = [index for index, row in enumerate(rows) if row["status"] == "failed"]
+    if not failed:
+        return
+    with tables.open_table(path) as source:
+        said = source.read(columns=[name for name in ("failure", "raw") if name in source.schema_arrow.names])
+    for index in failed:
+        rows[index]["failure"] = next((text for column in said.columns if (text := column[index].as_py())), None)
 
 
 def _joined(rollouts: list[dict], scores: list[dict], path: Path) -> list[dict]:
@@ -145,8 +157,9 @@ def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
             named then.
     """
     outcomes = [_outcome(row, config, where) for row in source.rows]
-    failed = sum(outcome.reward is None for outcome in outcomes)
-    rewards.check_failed_fraction(failed, len(outcomes), config.max_failed_fraction, where)
+    failed = [outcome.row.get("failure") for outcome in outcomes if outcome.reward is None]
+    words = next(filter(None, failed), None)
+    rewards.check_failed_fraction(len(failed), len(outcomes), config.max_failed_fraction, where, words)
     if not any(outcome.used for outcome in outcomes):
         raise EarlError(f"{where}: none of {len(outcomes)} episodes can be used: {outcomes[0].reason}")
     if config.zero_variance_groups == "mask":

@@ -32,6 +32,8 @@ class Console:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock, self._lock = stream, clock, threading.RLock()
         self._is_terminal = stream.isatty()
+        self.has_bars = True
+        """Whether progress bars become lines, where there is no terminal."""
         self._text, self._bar, self._shown_at = "", "", clock()
 
     def __getattr__(self, name: str) -> Any:
@@ -70,8 +72,15 @@ class Console:
             self._show(self._bar)
 
     def _show(self, bar: str) -> None:
-        self._stream.write(f"{redacted(bar)}\n")
+        if self.has_bars:
+            self._stream.write(f"{redacted(bar)}\n")
         self._bar, self._shown_at = "", self._clock()
+
+
+def leave_out_bars() -> None:
+    """Show no progress bars unless standard error is a terminal: for a command whose log tells its progress itself."""
+    if isinstance(sys.stderr, Console):
+        sys.stderr.has_bars = False
 
 
 def set_up() -> None:

@@ -16,12 +16,12 @@ from earl.data import catalogue, datalist, mixing, row_files
 from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
 from earl.emu3 import checkpoint
+from earl.emu3.vision import SPATIAL_FACTOR
 from earl.files import hub_names, listing, manifest, objects
 from earl.judges import rubric
 from earl.messages.errors import EarlError
+from earl.run import judged_data
 
-SPATIAL_FACTOR = 8
-"""Pixels of a visual token's side, in Emu3's vision tokenizer."""
 _TOKENISE = f"{STAGE}tokenise/"
 _RUBRICS = {
     "reward_compute_viescore": ("judge_rubric_semantic_consistency", "judge_rubric_perceptual_quality"),
@@ -45,7 +45,7 @@ def check(config: Config, origin: Callable[[str], str] | None = None, started: b
         EarlError: naming field, origin and remedy of everything that is wrong.
     """
     problems = [*_raw_data(config), *_tokenised_data(config)]
-    problems += [] if problems else _rows(config)
+    problems += [] if problems else [*_rows(config), *judged_data.problems(config, _prompts_from(config))]
     problems += _judge(config)
     if not started:
         problems += [*_judge_gate(config), *_models(config), *_room(config)]

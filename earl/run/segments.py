@@ -20,6 +20,21 @@ def processes(config: "Config") -> int:
     return config.segment_processes or config.train_processes
 
 
+def idle_ranks(config: "Config", ranks: int) -> str | None:
+    """Return how many of a segment's ranks never sample, and what the plan accepts against it; None where all do."""
+    shards, most = config.rollout_shards, config.most_rollout_shards
+    if ranks <= shards:
+        return None
+    wanted = min(ranks, most)
+    needed = max(wanted, config.train_processes)
+    advice = [f"raise it to {wanted}"] if shards < wanted else []
+    advice += [f"lower segment_processes to {needed}"] if needed < ranks else []
+    if wanted < needed:
+        advice.append(f"an iteration has only {most} {'shard' if most == 1 else 'shards'} for the ranks that train")
+    told = f"{ranks - shards} of {ranks} ranks never sample, since rollout_shards is {shards}"
+    return f"{told}; {'; '.join(advice)}"
+
+
 def start(config: "Config", run: Run) -> int:
     """Return where a segment starts: the newest iteration with a checkpoint. Those after it are trained again.
 

@@ -258,7 +258,7 @@ class _Segment:
         return list(items[self.world.rank :: self.world.size])
 
     def _say_where_it_starts(self) -> None:
-        newest, ranks_without = state.newest_complete(self.files), self.world.size - self.config.rollout_shards
+        newest = state.newest_complete(self.files)
         if self.index > self.last:
             log.info("iterate: iterations up to %d are complete; nothing is left to do up to %d", newest, self.last)
         if self.index < min(newest, self.last):
@@ -267,8 +267,5 @@ class _Segment:
                 "trained again over their stored scores",
                 *(self.index, min(newest, self.last)),
             )
-        if ranks_without > 0 and self.index < self.last:
-            log.warning(
-                "iterate: %d of %d ranks never sample, since rollout_shards is %d; raise it to %d",
-                *(ranks_without, self.world.size, self.config.rollout_shards, self.world.size),
-            )
+        if self.index < self.last and (idle := segments.idle_ranks(self.config, self.world.size)):
+            log.warning("iterate: %s", idle)

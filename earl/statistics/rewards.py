@@ -99,13 +99,17 @@ def episode_reward(episode: Mapping[str, Any], which: str) -> float | None:
     return final_reward(episode, which)
 
 
-def check_failed_fraction(failed: int, episodes: int, limit: float, where: str) -> float:
-    """Fraction of episodes whose judgement failed; EarlError with the figures where it is above `limit`."""
+def check_failed_fraction(failed: int, episodes: int, limit: float, where: str, words: str | None = None) -> float:
+    """Fraction of episodes whose judgement failed; EarlError with the figures where it is above `limit`.
+
+    Args:
+        words: what the judge said of one that failed; the message quotes it.
+    """
     fraction = failed / episodes
     if fraction > limit:
         raise EarlError(
             f"{where}: the judge failed on {failed} of {episodes} episodes ({fraction:.1%}), more than "
-            f"max_failed_fraction = {limit}; look at the columns raw and failure, mend the judge and run the score "
-            "stage again"
+            f"max_failed_fraction = {limit}; of the first it says: {words or 'nothing'}. Mend the judge and run the "
+            "score stage again"
         )
     return fraction

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import IO
 
@@ -10,6 +11,7 @@ from earl import tracking
 from earl.config import freeze, load
 from earl.execution import processes
 from earl.files.layout import Run
+from earl.messages.errors import EarlError
 from earl.run import plan as planning
 from earl.run import preflight, state
 from earl.run.plan import Plan
@@ -25,19 +27,40 @@ def make_plans(settings: Settings, is_main: bool = True, stages_run_here: bool =
         stages_run_here: stages run in the environment of this process, so that what is not installed here is missing.
 
     Raises:
-        EarlError: a configuration is wrong or differs from that of its run, or what is left of a run is sure to fail.
+        EarlError: a configuration is wrong or differs from that of its run, or what is left of a run is sure to fail;
+            of every experiment at once.
     """
-    plans = []
-    experiments = [load.load(path, settings.set, load.WORKFLOW) for path in settings.experiment]
+    plans: list[Plan] = []
+    problems: list[str] = []
+    experiments: list[load.Loaded] = []
+    for path in settings.experiment:
+        with _kept(problems):
+            experiments.append(load.load(path, settings.set, load.WORKFLOW))
     for loaded in planning.spelled_alike(experiments):
-        run = Run(planning.folder(loaded.config))
-        if not settings.accept_changes:
-            freeze.check(loaded.config, run.config, load.WORKFLOW)
-        freeze.check_evaluations(loaded.config, run)
-        plans.append(planning.plan(loaded.config, settings.granularity == "segment"))
-        if is_main:
-            _check(plans[-1], loaded, stages_run_here)
-    return planning.by_run(plans)
+        with _kept(problems):
+            run = Run(planning.folder(loaded.config))
+            if not settings.accept_changes:
+                freeze.check(loaded.config, run.config, load.WORKFLOW)
+            freeze.check_evaluations(loaded.config, run)
+            plans.append(planning.plan(loaded.config, settings.granularity == "segment"))
+            if is_main:
+                _check(plans[-1], loaded, stages_run_here)
+    by_run: dict[str, Plan] = {}
+    with _kept(problems):
+        by_run = planning.by_run(plans)
+    if problems:
+        raise EarlError("\n\n".join(problems))
+    return by_run
+
+
+@contextmanager
+def _kept(problems: list[str]) -> Iterator[None]:
+    """Put what stops one experiment on a list, so that the others are looked at, too."""
+    try:
+        yield
+    except EarlError as error:
+        if str(error) not in problems:  # Such as a wrong `set=`, which is the same for all.
+            problems.append(str(error))
 
 
 def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
@@ -51,10 +74,15 @@ def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
         print(f"{plan.key}: {missing}", file=sys.stderr)
 
 
-def hold(plans: Mapping[str, Plan], shared: Shared, settings: Settings) -> list[IO[str] | None]:
+def hold(
+    plans: Mapping[str, Plan], shared: Shared, settings: Settings, outputs: Collection[str]
+) -> list[IO[str] | None]:
     """Lock what is to be written, and write each run's configuration where the stages read it.
 
     Where another workflow has meanwhile made what was to be made, plan again, as called; this does not return then.
+
+    Args:
+        outputs: what the jobs of this call write; `--until` or a target leaves out some of what the plans need.
 
     Returns:
         The locks. They end with this process, in whatever way it ends.
@@ -62,13 +90,13 @@ def hold(plans: Mapping[str, Plan], shared: Shared, settings: Settings) -> list[
     Raises:
         EarlError: another workflow is writing to a run, or its configuration has changed.
     """
-    missing, locks = shared.missing(), []
+    missing, locks = shared.missing(outputs), []
     for path in missing:
         made = partial(os.path.exists, shared.file_of(path))
         locks.append(processes.lock_unless(made, path.parent / f".{path.name}.lock", path.as_posix()))
     locks += [processes.lock(state.lock_file(plan.run)) for plan in plans.values()]
     is_outdated = any(state.newest_complete(plan.run) != plan.newest for plan in plans.values())
-    if is_outdated or shared.missing() != missing:
+    if is_outdated or shared.missing(outputs) != missing:
         os.execv(sys.executable, sys.orig_argv)
     for plan in plans.values():
         freeze.write(plan.config, plan.run.config, accept_changes=settings.accept_changes)

@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ class Shared:
         is_folder = path in self.stages and self.stages[path][0].stage != "raw"
         return (path / manifest.NAME if is_folder else path).as_posix()
 
-    def missing(self) -> list[Path]:
-        """Return the outputs that are still to be made, in the same order for all workflows."""
-        return [path for path in sorted(self.stages) if not os.path.exists(self.file_of(path))]
+    def missing(self, outputs: Collection[str]) -> list[Path]:
+        """Return those of the outputs of jobs that are still to be made, in the same order for all workflows."""
+        wanted = [path for path in sorted(self.stages) if not {path.as_posix(), self.file_of(path)}.isdisjoint(outputs)]
+        return [path for path in wanted if not os.path.exists(self.file_of(path))]
 
     def data(self, config: Config, references: list[str]) -> list[str]:
         """Return the files that stand for tokenised data sets."""

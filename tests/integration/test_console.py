@@ -157,6 +157,18 @@ def test_two_bars_at_once_are_lines_too():
     assert any(line.startswith("one: 100%") for line in lines)
 
 
+def test_without_bars_words_stay_and_nothing_else():
+    stream = io.StringIO()
+    console = Console(stream)
+    console.has_bars = False
+    for leave in (True, False):
+        with tqdm(range(3), file=console, mininterval=0, leave=leave) as bar:
+            for _ in bar:
+                pass
+    console.write("iterate: 1 of 2\n")
+    assert stream.getvalue() == "iterate: 1 of 2\n"
+
+
 def test_text_without_an_end_comes_when_it_is_flushed():
     stream = io.StringIO()
     console = Console(stream)

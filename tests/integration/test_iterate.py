@@ -93,6 +93,7 @@ def test_ranks_that_sample_and_one_that_trains_write_the_bytes_of_the_stages(tmp
     assert_same(run, by_stage)
     assert len(json.loads(run.segment(LAST).read_text())["seconds_by_rank"]) == processes
     assert len(re.findall(r"iterate: \d of 4: reward", printed)) == LAST, "one line an iteration, by one rank"
+    assert "%|" not in printed, "no progress bars in a log"
 
 
 def test_more_ranks_than_shards(tmp_path, by_stage):

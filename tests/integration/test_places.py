@@ -183,7 +183,8 @@ class TestLengths:
     def test_the_context_need_not_hold_the_longest_completion(self, place: Workplace) -> None:
         """A completion ends where the context does: 32 x 32 tokens twice leave room for text."""
         large = SHAPES | {"image_area": 256 * 256, "max_response_tokens": 2048}
-        preflight.check(config(**large, model_context_size=3000))
+        judge = {"judge": "openai", "reward_function_api_base": "http://judge:1"}
+        preflight.check(config(**large, **judge, model_context_size=3000))
 
 
 class TestWhatElse:

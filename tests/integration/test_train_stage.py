@@ -194,11 +194,12 @@ def test_bad_rows_stop_before_anything_is_written(new_run, vocabulary, edit, mes
 def test_too_many_failed_judgements_stop_with_the_figures(new_run, vocabulary):
     def edit(row):
         if row["sample_index"] == 0:
-            row["status"] = "failed"
+            row |= {"status": "failed", "raw": "there is no target image"}
 
     config, run = new_run()
     write_inputs(run, 1, vocabulary, edit=edit)
-    with pytest.raises(EarlError, match=r"4 of 8 episodes \(50\.0%\).*max_failed_fraction = 0\.25"):
+    told = r"4 of 8 episodes \(50\.0%\).*max_failed_fraction = 0\.25; of the first it says: there is no target image\."
+    with pytest.raises(EarlError, match=told):
         train.run(config, run.path, 1)
 
 

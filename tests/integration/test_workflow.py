@@ -314,6 +314,20 @@ class TestShared:
             assert workflow.returncode == 0, output
         assert self.counts(place) == self.ONCE | self.EACH
 
+    @pytest.mark.slow
+    def test_a_workflow_waits_for_nothing_that_it_does_not_make(self, place):
+        both = [place.shapes_experiment("a"), place.shapes_experiment("b")]
+        hold = place.path / "hold"
+        hold.write_text("sft")
+        first = place.start(both[0], env={"STUB_HOLD": str(hold)})
+        wait_until(lambda: any(line.startswith("sft") for line in place.commands()))
+        second = place.start(both[1], "--until", "tokenise")
+        output, _ = second.communicate(timeout=120)
+        hold.unlink()
+        assert first.wait(timeout=120) == 0
+        assert second.returncode == 0, output
+        assert "waiting for process" not in output
+
     def test_a_lock_that_a_killed_workflow_left_is_no_obstacle(self, place):
         experiment = place.shapes_experiment("a")
         place.run(experiment)

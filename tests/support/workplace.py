@@ -29,6 +29,7 @@ EXPERIMENT = {
     "vision_tokenizer_path": "package:shapes/vision_tokenizer",
     "engine": "torch",
     "judge": "program",
+    "image_area": 64 * 64,
     "num_iterations": 3,
     "cpu_threads": 1,
     "keep_checkpoints_every_n_iterations": None,
@@ -37,10 +38,11 @@ EXPERIMENT = {
 
 
 def write_tokenised(path: Path, dataset: str, rows: int = 16) -> None:
-    """Write a tokenised data set of so many rows; as raw pairs it only has rows, too."""
+    """Write a tokenised data set of so many rows, in the size of the shapes world; as raw pairs it has rows alone."""
     columns: dict[str, list] = {name: [None] * rows for name in tables.TOKENISED.names}
     columns |= {"dataset": [dataset] * rows, "example_id": list(map(str, range(rows))), "instruction": ["edit"] * rows}
-    columns |= {"original_tokens": [{"height": 1, "width": 1, "ids": b"\0"}] * rows}
+    grids = [{"height": 8, "width": 8, "ids": bytes(64)}] * rows
+    columns |= {"original_tokens": grids, "target_tokens": grids}
     tables.write_table(path, tables.TOKENISED, columns, {"dataset": dataset})
 
 

@@ -24,6 +24,24 @@ def test_an_engine_over_several_gpus_is_for_stages():
         segments.check(make_config(vllm_tensor_parallel_size=2))
 
 
+def test_advice_about_idle_ranks_is_what_the_plan_accepts():
+    """16 prompts of 8 episodes: 4 batches of 32 episodes, 2 of 64, 1 of 128."""
+
+    def told(ranks: int, batch: int, **fields: int) -> str | None:
+        config = make_config(engine="torch", engine_batch_size=batch, segment_processes=ranks, **fields)
+        return segments.idle_ranks(config, ranks)
+
+    assert told(1, 128) is None
+    assert told(2, 64) == "1 of 2 ranks never sample, since rollout_shards is 1; raise it to 2"
+    assert told(2, 128) == "1 of 2 ranks never sample, since rollout_shards is 1; lower segment_processes to 1"
+    both = "3 of 4 ranks never sample, since rollout_shards is 1; raise it to 2; lower segment_processes to 2"
+    assert told(4, 64) == both
+    assert told(2, 128, train_processes=2).endswith("; an iteration has only 1 shard for the ranks that train")
+    make_config(engine="torch", engine_batch_size=64, segment_processes=2, rollout_shards=2)
+    with pytest.raises(ValueError, match="only 1 batch"):
+        make_config(engine="torch", engine_batch_size=128, rollout_shards=2)
+
+
 def test_where_checkpoints_are_written_worked_out_by_hand():
     fields = {"save_checkpoints_every_n_iterations": None, "keep_checkpoints_every_n_iterations": None}
     config = make_config(num_iterations=30, segment_checkpoint_every_n_iterations=4, **fields)
