@@ -58,6 +58,7 @@ class Inputs:
     Args:
         ancient: Snakemake's function.
         forced: returns the rules and files that the command line has made again, None for all.
+        force: has the planned jobs of a rule run though their outputs are there.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Inputs:
         shared: Shared,
         ancient: Callable[[Files], Any] = list,
         forced: Callable[[], set[str] | None] = set,
+        force: Callable[[str], None] = lambda rule: None,
     ) -> None:
-        self.plans, self.shared, self.ancient, self.forced = plans, shared, ancient, forced
+        self.plans, self.shared, self.ancient, self.forced, self.force = plans, shared, ancient, forced, force
 
     def start(self, w: Any) -> dict[str, Any]:
         plan = self.plans[w.run]
@@ -113,12 +115,12 @@ class Inputs:
         ends = [part[-1] for part in plan.segments]
         place = ends.index(last) if last in ends else 0
         before = [plan.run.segment(ends[place - 1]).as_posix()] if place else self._start(plan)
-        # Newer than the segment's record where files were removed since: rewound, or by hand.
-        item = plan.run.iteration(last)
-        changed = [path.as_posix() for path in (item.path, item.metrics.parent) if last in ends and path.is_dir()]
+        if last in ends and plan.run.segment(last).exists():
+            # Its iterations or its checkpoint have been removed since. No file need be newer than the record.
+            self.force("iterate")
         evaluated = self.ancient(evaluations(plan, plan.evaluations))
         data = self._sampling(plan, paths.prompt_paths(plan.config))
-        return {"before": before, "changed": changed, "evaluated": evaluated, **data}
+        return {"before": before, "evaluated": evaluated, **data}
 
     def finished(self, w: Any) -> Files:
         return finished(self.plans[w.run])
