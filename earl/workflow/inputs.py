@@ -11,7 +11,7 @@ from typing import Any
 
 from earl import tracking
 from earl.config import paths
-from earl.files import manifest, objects
+from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.run import state
 from earl.run.plan import Plan
@@ -173,8 +173,8 @@ class Inputs:
     def _in_shards(self, w: Any) -> tuple[Plan, int]:
         """As `_by_stage`; EarlError where the iteration was made in another number of shards, too."""
         plan, index = self._by_stage(w)
-        metrics = plan.run.iteration(index).metrics
-        shards = len(objects.read(metrics)["inputs"]["rollouts"]) if metrics.is_file() else 0
+        is_there = plan.run.iteration(index).metrics.is_file()
+        shards = len(state.read_metrics(plan.run, index)["inputs"]["rollouts"]) if is_there else 0
         if shards not in (0, plan.config.rollout_shards):
             raise EarlError(f"{plan.key}: iteration {index} was made in other shards; set rollout_shards={shards}")
         return plan, index

@@ -303,6 +303,36 @@ class TestInterruptions:
         assert "iterate" not in done.kinds()
 
 
+    @pytest.mark.parametrize(
+        ("granularity", "left", "what"),
+        [("stage", True, "segment 000003"), ("segment", True, "segment 000002"), ("segment", False, "stage")],
+    )
+    def test_a_job_that_the_plan_does_not_have_is_waited_for(self, done, granularity, left, what):
+        """An earlier workflow was killed, and its job on a cluster goes on."""
+        run = done.folder("segment")
+        metrics = run.iteration(3).metrics.rename(done.path / "metrics.json")
+        (done.path / "log.txt").unlink()
+        with state.writing(run, alone=left, what=what):
+            started = done.start("segment.jsonnet", granularity=granularity)
+            said = ""
+            while "waiting for process" not in said:
+                said = started.stdout.readline()
+                assert said, "the workflow ended"
+            metrics.rename(run.iteration(3).metrics)
+        assert f"runs/segment: waiting for process {os.getpid()} ({what} on " in said
+        output, _ = started.communicate(timeout=60)
+        assert started.returncode == 0, output
+        assert not {"iterate", "train"} & set(done.kinds())
+
+    def test_a_job_that_the_plan_has_is_not_waited_for(self, done):
+        run = done.folder("segment")
+        state.rewind(run, 3)
+        with state.writing(run, alone=True, what=state.segment_name(3)):
+            output = done.run("segment.jsonnet", "--until", "iterate")
+        assert "waiting" not in output
+        assert done.kinds()[:2] == ["iterate", "train"]
+
+
 class TestShared:
     ONCE = dict.fromkeys(("shapes raw", "shapes policy", "tokenise", "sft"), 1)
     EACH = dict.fromkeys(("start", "iterate", "generate", "score", "train"), 2)
