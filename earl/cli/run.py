@@ -1,5 +1,6 @@
 """Commands on a run as a whole: start, verify, prune, rewind, status, track, push."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -75,12 +76,17 @@ def prune(
 ) -> None:
     """Drop checkpoints that the configuration does not keep, and what killed stages left half-written."""
     from earl.config.load import read
+    from earl.execution import processes
     from earl.files.layout import Run
     from earl.run import state
 
     folder = Run(run)
     retention = state.Retention.of(read(folder.config))
-    with state.exclusive(folder):
+    # After one iteration of a chain, its next stages may be at work already; a whole run is cleared alone. In a workflow
+    # it waits for stages of files that were asked for besides.
+    patience = float("inf") if processes.in_workflow() else 10.0
+    alone = state.writing(folder, alone=True, what="prune", patience=patience) if after is None else nullcontext()
+    with state.exclusive(folder), alone:
         for index in state.prune(folder, retention, after):
             typer.echo(f"dropped the checkpoint of iteration {index}")
 
@@ -92,7 +98,7 @@ def rewind(run: RunFolder, iteration: Annotated[int, typer.Option("--iteration",
     from earl.run import state
 
     folder = Run(run)
-    with state.exclusive(folder):
+    with state.exclusive(folder), state.writing(folder, alone=True, what="rewind"):
         gone = state.rewind(folder, iteration)
     typer.echo(f"iterations {gone[0]} to {gone[-1]} are to be trained again")
 

@@ -154,7 +154,7 @@ def iterate(
     with contextlib.ExitStack() as held:
         if not ranks.is_launched():
             held.enter_context(state.exclusive(folder))
-            held.enter_context(state.writing(folder, alone=True))
+            held.enter_context(state.writing(folder, alone=True, what=state.segment_name(to)))
         leave_to_ranks(settings, "iterate", "--run", run, "--to", to)
         from earl.stages import iterate as stage
 

@@ -30,7 +30,7 @@ that process is gone. A workflow that only submitted the stage's job may end bef
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
-def lock(path: Path | str, patience: float = 10.0, shared: bool = False) -> IO[str]:
+def lock(path: Path | str, patience: float = 10.0, shared: bool = False, what: str = "") -> IO[str]:
     """Hold the lock file ``path`` for as long as the returned file stays open.
 
     Args:
@@ -38,6 +38,7 @@ def lock(path: Path | str, patience: float = 10.0, shared: bool = False) -> IO[s
         patience: seconds to wait for another process to give it up: one that ends because its parent was killed
             takes a moment.
         shared: others may hold it, too, if they share it.
+        what: what this process does, for those who find the lock taken.
 
     Raises:
         EarlError: when another process still holds it; the message names that process. When it cannot be made, or its
@@ -45,7 +46,7 @@ def lock(path: Path | str, patience: float = 10.0, shared: bool = False) -> IO[s
     """
     path = Path(path)
     deadline = time.monotonic() + patience
-    while (stream := try_lock(path, shared)) is None:
+    while (stream := try_lock(path, shared, what)) is None:
         if time.monotonic() > deadline:
             raise EarlError(
                 f"{path}: process {holder_of(path)} is writing here; wait until it ends, or stop it, then start again"
@@ -78,11 +79,11 @@ def lock_unless(made: Callable[[], bool], path: Path | str, what: str) -> IO[str
 
 
 def holder_of(path: Path | str) -> str:
-    """Return the process that last took a lock file."""
+    """Return the process that last took a lock file, and in brackets what it does, if it said so."""
     return Path(path).read_text(encoding="utf-8").strip() or "unknown"
 
 
-def try_lock(path: Path | str, shared: bool = False) -> IO[str] | None:
+def try_lock(path: Path | str, shared: bool = False, what: str = "") -> IO[str] | None:
     """Hold a lock file as :func:`lock` does, or return None at once where another process holds it."""
     path = Path(path)
     try:
@@ -96,7 +97,7 @@ def try_lock(path: Path | str, shared: bool = False) -> IO[str] | None:
     try:
         fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         stream.truncate(0)
-        stream.write(f"{os.getpid()}\n")
+        stream.write(f"{os.getpid()} ({what})\n" if what else f"{os.getpid()}\n")
         stream.flush()
     except BlockingIOError:
         stream.close()

@@ -98,8 +98,14 @@ class Plan:
         ]
         return between + [(kind, self.last) for kind, on in wanted.items() if on]
 
+    @cached_property
+    def gaps(self) -> list[int]:
+        """Iterations before the newest complete one that have lost their metrics, and that are not trained again."""
+        end = self.checkpoint if self.segments else self.newest
+        return [i for i in range(1, end) if not self.run.iteration(i).metrics.is_file()]
+
     def text(self) -> str:
-        """Return what is left to do as one line."""
+        """Return what is left to do, and what is missing before that, as one line."""
         parts = [f"{self.key}: {self.newest} of {self.config.num_iterations} iterations are complete"]
         if self.segments:
             parts.append(f"segments from iteration {self.segments[0][0]}: {len(self.segments)}")
@@ -107,6 +113,9 @@ class Plan:
             parts.append(f"iterations to make by stage: {len(self.iterations)}")
         if self.evaluations:
             parts.append(f"evaluations to make by stage: {sum(map(len, self.evaluations.values()))}")
+        parts += [f"iteration {i} has no metrics: ask for {self.run.iteration(i).metrics}" for i in self.gaps[:3]]
+        if len(self.gaps) > 3:
+            parts.append(f"so have {len(self.gaps) - 3} more")
         return "; ".join(parts)
 
     def _is_pending(self, name: str, index: int) -> bool:
@@ -124,18 +133,19 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
     """Return what is left to do of a run.
 
     Raises:
-        EarlError: the starting policy is gone but needed, what is trained again has scores that do not hold what the
+        EarlError: the starting policy is gone but needed, a policy is not the one on record, what is trained again has scores that do not hold what the
             reward is made of, or a segment cannot do what the configuration asks for, or continue from its checkpoint.
     """
     run = Run(folder(config))
     newest = state.newest_complete(run)
-    if newest < config.num_iterations and (newest == 0 or config.kl_coeff):  # what is trained next needs it
-        state.check_start(run)
     replays.check_scores(run, config, last=max(state.iterations(run), default=0), first=newest + 1)
     made = Plan(run, config, newest, state.newest_checkpoint(run), by_segment)
     if made.segments:
         segments.check(config)
     if made.segments or made.iterations:
+        state.check_policy(run, made.checkpoint)
+        if made.checkpoint == 0 or config.kl_coeff:  # what is trained next needs it
+            state.check_start(run)
         segments.start(config, run)  # By stage, the newest checkpoint is restored from there.
     return made
 

@@ -6,7 +6,6 @@ What the workflow and the program both need to know. Nothing here loads a model.
 from typing import TYPE_CHECKING
 
 from earl.config import freeze
-from earl.files import objects
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import state
@@ -44,7 +43,7 @@ def start(config: "Config", run: Run) -> int:
     found, newest, digest = state.newest_checkpoint(run), state.newest_complete(run), freeze.config_digest(config)
     for index in range(found + 1, newest + 1):
         metrics = run.iteration(index).metrics
-        if metrics.is_file() and objects.read(metrics).get("config_digest", digest) != digest:
+        if metrics.is_file() and state.read_metrics(run, index).get("config_digest", digest) != digest:
             raise EarlError(
                 f"{metrics}: iteration {index} was trained with another configuration, and the newest checkpoint is "
                 f"that of iteration {found}; bring the newest one back before the configuration changes: earl restore "

@@ -6,12 +6,13 @@ iterations are done.
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from earl.execution import processes
 from earl.files import manifest, objects, remedies
@@ -20,6 +21,14 @@ from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
+
+
+STAGE = "stage"
+"""What a stage says of itself in the lock file of those who write."""
+
+
+RESTORING = "restore.partial"
+"""Folder of a run in which checkpoints are made again, each in one of its own."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,10 @@ def exclusive(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def writing(run: Run, alone: bool) -> Iterator[None]:
+def writing(run: Run, alone: bool, what: str = STAGE, patience: float = 10.0) -> Iterator[None]:
     """Write iterations of a run: by a segment ``alone``, by stages together with other stages.
+
+    ``what`` says who writes, and ``patience`` how many seconds to wait for others.
 
     A workflow that is killed may leave jobs on a cluster. The next one finds those of its own kind again; here it meets
     those of the other kind, which would write the same files.
@@ -90,14 +101,25 @@ def writing(run: Run, alone: bool) -> Iterator[None]:
     Raises:
         EarlError: when the other kind is at work.
     """
-    with processes.lock(run.path / ".writing.lock", shared=not alone):
+    what = f"{what} on {socket.gethostname()}"
+    with processes.lock(writing_lock(run), patience, shared=not alone, what=what):
         yield
+
+
+def segment_name(last: int) -> str:
+    """Return what a segment that ends with iteration ``last`` says of itself in the lock file."""
+    return f"segment {iteration_name(last)}"
 
 
 def writing_to(out: Path, run: Run) -> AbstractContextManager[None]:
     """Return :func:`writing` for a stage whose output lies in the run, and nothing for one that lies elsewhere."""
     inside = out.resolve().is_relative_to(run.path.resolve())
     return writing(run, alone=False) if inside else nullcontext()
+
+
+def writing_lock(run: Run) -> Path:
+    """Return the file that those who write iterations hold locked; see :func:`writing`."""
+    return run.path / ".writing.lock"
 
 
 def lock_file(run: Run) -> Path:
@@ -189,32 +211,91 @@ def _link_target(run: Run, policy: Path) -> str:
 
 
 def _check_same_start(run: Run, policy: Path, digest: str) -> None:
+    """Refuse a starting policy that is not the one that trained iterations started from, whatever records are left."""
     record = start_record(run.iteration(0))
-    if not record.is_file() or not run.iteration(1).metrics.is_file():
+    if not run.iteration(1).metrics.is_file():
         return
-    before = objects.read(record).get("policy_digest")
-    if before != digest:
-        raise EarlError(
-            f"{policy}: is policy {digest[:12]}, but {run.path} was trained from {str(before)[:12]}; "
-            f"put that one back, or give a new run_name; to train them all again: earl rewind --run {run.path} "
-            f"--iteration 1, then remove {record}"
-        )
+    for path, before in recorded_policies(run, 0).items():
+        if before != digest:
+            raise EarlError(
+                f"{policy}: is policy {digest[:12]}, but {run.path} was trained from {before[:12]} (see {path}); "
+                f"put that one back, or give a new run_name; to train them all again: earl rewind --run {run.path} "
+                f"--iteration 1, then remove {record}"
+            )
 
 
 def check_start(run: Run) -> None:
-    """Check that the link of a run that has started leads to its starting policy.
+    """Check that the link of a run that has started leads to its starting policy, as far as that costs nothing.
+
+    The content of one that nobody has sealed is compared where it is read anyway; see :func:`check_policy`.
 
     Raises:
-        EarlError: it leads to nothing.
+        EarlError: it leads to nothing, or to another policy.
     """
     first = run.iteration(0)
-    if not start_record(first).is_file() or first.policy.is_dir():
+    if not start_record(first).is_file():
         return
-    target = os.readlink(first.policy) if first.policy.is_symlink() else "nothing"
-    raise EarlError(
-        f"{first.policy}: is a link to {target}, where no folder is; put the starting policy back, or link it where it "
-        f"is now: earl start --run {run.path} --policy <its folder>"
-    )
+    if not first.policy.is_dir():
+        target = os.readlink(first.policy) if first.policy.is_symlink() else "nothing"
+        raise EarlError(
+            f"{first.policy}: is a link to {target}, where no folder is; put the starting policy back, or link it "
+            f"where it is now: earl start --run {run.path} --policy <its folder>"
+        )
+    check_policy(run, 0)
+
+
+def recorded_policies(run: Run, index: int) -> dict[Path, str]:
+    """Return the digests that the policy of an iteration has on record, by the file that says so."""
+    found = {}
+    if index:
+        if run.iteration(index).metrics.is_file():
+            found[run.iteration(index).metrics] = read_metrics(run, index)["policy_digest"]
+        return found
+    if (record := start_record(run.iteration(0))).is_file():
+        found[record] = str(objects.read(record).get("policy_digest"))
+    if run.iteration(1).metrics.is_file():
+        found[run.iteration(1).metrics] = read_metrics(run, 1)["inputs"]["policy"]
+    return found
+
+
+def check_policy(run: Run, index: int, digest: str | None = None) -> None:
+    """Compare the policy of an iteration with what is on record of it, before anything is made from it.
+
+    Args:
+        digest: of its folder; None: that of its manifest, and nothing is compared where it has none.
+
+    Raises:
+        EarlError: it is another policy.
+    """
+    policy = run.iteration(index).policy
+    if digest is None:
+        if not (policy / manifest.NAME).is_file():
+            return
+        digest = manifest.digest_folder(policy)
+    for path, before in recorded_policies(run, index).items():
+        if digest != before:
+            remedy = (
+                f"remove {policy} and {run.iteration(index).trainer}, and have them made again: earl restore --run "
+                f"{run.path} --iteration {index}"
+                if index
+                else f"link that one again: earl start --run {run.path} --policy <its folder>, or give a new run_name"
+            )
+            raise EarlError(f"{policy}: is policy {digest[:12]}, but {path} says {before[:12]}; {remedy}")
+
+
+def read_metrics(run: Run, index: int) -> dict[str, Any]:
+    """Return the metrics of an iteration that has some.
+
+    Raises:
+        EarlError: they are damaged.
+    """
+    path = run.iteration(index).metrics
+    remedy = f"train from there again: earl rewind --run {run.path} --iteration {index}"
+    found = objects.read(path, remedy)
+    inputs = found.get("inputs")
+    if not isinstance(found.get("policy_digest"), str) or not isinstance(inputs, dict) or "policy" not in inputs:
+        raise EarlError(f"{path}: lacks policy_digest or inputs; {remedy}")
+    return found
 
 
 def _remove(folder: Path) -> bool:
@@ -244,6 +325,7 @@ def prune(run: Run, retention: Retention, after: int | None = None) -> list[int]
         return [index for index in retention.dropped_by(after) if _drop_checkpoint(run.iteration(index))]
     for index in iterations(run):
         _clear_leftovers(run.iteration(index))
+    shutil.rmtree(run.path / RESTORING, ignore_errors=True)
     return prune_before(run, retention, newest_checkpoint(run))
 
 
@@ -271,10 +353,10 @@ def rewind(run: Run, index: int) -> list[int]:
     restored by whatever trains next.
 
     Raises:
-        EarlError: when ``index`` is not an iteration that was trained.
+        EarlError: when neither iteration ``index`` nor a later one has been trained.
     """
     trained = [i for i in iterations(run) if i >= index and (run.iteration(i).path / "train").is_dir()]
-    if index < 1 or index not in trained:
+    if not 1 <= index <= max(trained, default=0):
         raise EarlError(f"{run.path}: iteration {index} has not been trained; `earl status` shows what there is")
     # From the newest backwards: a stop in between leaves a run that has only gone back less far.
     for i in reversed(trained):

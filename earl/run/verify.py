@@ -185,7 +185,7 @@ def _read(path: Path, found: Verification, keys: tuple[str, ...] = METRICS_KEYS)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        found.add(path, "is missing; `earl rewind` to this iteration and run on")
+        found.add(path, f"is missing; have it made again: ask the workflow for {path}")
         return None
     except (OSError, ValueError) as error:
         found.add(path, f"cannot be read ({error}); `earl rewind` to this iteration and run on")

@@ -111,6 +111,7 @@ class _Segment:
     ) -> "_Segment":
         start = world.of_first(segments.start(config, files) if world.first else 0)
         digest = world.of_first(manifest.digest_folder(files.iteration(start).policy) if world.first else "")
+        state.check_policy(files, start, digest)
         team, progress = world.first_ranks(config.train_processes), Progress(world.device)
         segment = cls(config, files, last, world, team, opened, start, digest, start, progress)
         segment._look_ahead()
@@ -238,9 +239,9 @@ class _Segment:
 
     def _look_ahead(self) -> None:
         """Read what the next iteration has on record, so that all ranks know the same."""
-        metrics = self.files.iteration(self.index + 1).metrics
-        is_there = self.world.first and self.index < self.last and metrics.is_file()
-        self.recorded = self.world.of_first(objects.read(metrics) if is_there else None)
+        following = self.index + 1
+        is_there = self.world.first and following <= self.last and self.files.iteration(following).metrics.is_file()
+        self.recorded = self.world.of_first(state.read_metrics(self.files, following) if is_there else None)
 
     def _config_of_next(self) -> "Config":
         """Return the configuration, with the number of shards that the next iteration has if it is complete."""

@@ -5,7 +5,7 @@ rollouts and scores. Neither a policy is sampled nor a judge asked, and the resu
 `metrics.json` says was there.
 """
 
-import json
+import contextlib
 import logging
 import os
 import shutil
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from earl.config import freeze
 from earl.config.load import read
-from earl.execution import launch, ranks, runtime
+from earl.execution import launch, processes, ranks, runtime
 from earl.files import manifest
 from earl.files.layout import Iteration, Run
 from earl.messages.errors import EarlError
@@ -25,16 +25,14 @@ from earl.stages import train
 if TYPE_CHECKING:
     from earl.config.schema import Config
 
-SCRATCH = "restore.partial"
-
 log = logging.getLogger(__name__)
 
 
 def run(run_path: Path, iteration: int) -> None:
     """Put `policy/` and `trainer/` of `iteration` back in place.
 
-    The replay happens in `<run>/restore.partial`, which is removed afterwards whatever happens; nothing else in the
-    run changes until the replayed policy has been found equal to the recorded one.
+    The replay happens in a folder of its own below `<run>/restore.partial`, which is removed afterwards whatever happens;
+    nothing else in the run changes until the replayed policy has been found equal to the recorded one.
 
     Raises:
         EarlError: no earlier checkpoint is left, an iteration was trained with another configuration, stored inputs are
@@ -42,6 +40,15 @@ def run(run_path: Path, iteration: int) -> None:
     """
     files = Run(Path(run_path))
     target = files.iteration(iteration)
+    if not target.metrics.is_file():
+        raise EarlError(f"{target.metrics}: is missing, so there is no iteration {iteration} to restore")
+    # Another one of the same iteration would remove what this one writes.
+    with processes.lock(target.path / ".restore.lock"):
+        _restore(files, target)
+
+
+def _restore(files: Run, target: Iteration) -> None:
+    iteration = target.index
     if _is_kept(target):
         log.info("restore: iteration %d has its checkpoint: %s", iteration, target.path)
         return
@@ -51,7 +58,7 @@ def run(run_path: Path, iteration: int) -> None:
     log.info("restore: replaying iterations %d to %d from %s", start + 1, iteration, files.iteration(start).policy)
     for index in range(start + 1, iteration + 1):
         _check_inputs(files, index)
-    scratch = Run(files.path / SCRATCH)
+    scratch = Run(files.path / state.RESTORING / target.path.name)
     shutil.rmtree(scratch.path, ignore_errors=True)
     try:
         _link_record(files, scratch)
@@ -64,18 +71,21 @@ def run(run_path: Path, iteration: int) -> None:
         _put_in_place(scratch.iteration(iteration), target)
     finally:
         shutil.rmtree(scratch.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Another iteration is being restored.
+            scratch.path.parent.rmdir()
 
 
 def _is_kept(iteration: Iteration) -> bool:
     """Whether training can go on from here: a whole policy and trainer, or the starting policy, sealed or not.
 
-    A damaged checkpoint counts as dropped.
+    A checkpoint that is damaged, or is not the one on record, counts as dropped.
     """
     if iteration.index == 0:
         return iteration.policy.is_dir()
     if not state.has_checkpoint(iteration):
         return False
     try:
+        state.check_policy(Run(iteration.path.parents[1]), iteration.index)
         for folder in (iteration.policy, iteration.trainer):
             manifest.check(folder, deep=True)
     except EarlError as error:
@@ -95,13 +105,7 @@ def _nearest_kept(files: Run, iteration: int) -> int:
 
 
 def _recorded(iteration: Iteration) -> dict[str, Any]:
-    try:
-        return json.loads(iteration.metrics.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise EarlError(
-            f"{iteration.metrics}: cannot be read ({error}), so iteration {iteration.index} cannot be checked after a "
-            "replay; run the iteration again"
-        ) from error
+    return state.read_metrics(Run(iteration.path.parents[1]), iteration.index)
 
 
 def _check_configuration(config: "Config", files: Run, first: int, last: int) -> None:
@@ -203,7 +207,7 @@ def _link_record(files: Run, scratch: Run) -> None:
     """A replay says in a file where the rollouts and scores lie that it is trained on."""
     record = replays.record_file(files)
     if record.is_file():
-        scratch.path.mkdir()
+        scratch.path.mkdir(parents=True)
         replays.record_file(scratch).symlink_to(record.resolve())
 
 

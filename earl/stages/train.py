@@ -88,6 +88,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
         clock, before = Clock(team.device), files.iteration(iteration - 1).policy
         with clock.phase("read"):
             policy_digest, vocabulary = _digest(before, team), Vocabulary.from_folder(before)
+            state.check_policy(files, iteration - 1, policy_digest)
             batch = _read(config, files, iteration, shards, policy_digest, vocabulary, team)
         with clock.phase("load"):
             learner = load(config, files, iteration - 1, team)
@@ -106,15 +107,16 @@ def load(config: "Config", files: Run, index: int, team: Ranks) -> Learner:
         index: of the iteration; 0 loads the starting policy, with a fresh optimizer.
 
     Raises:
-        EarlError: the checkpoint is missing or damaged, or its parts do not belong together.
+        EarlError: the checkpoint is missing, damaged or not the one on record, or its parts do not belong together.
     """
     iteration = files.iteration(index)
     digest = _digest(iteration.policy, team)
+    state.check_policy(files, index, digest)
     binding = {"iteration": index, "policy_digest": digest, "config_digest": config_digest(config)}
-    state = trainer_state.check(iteration.trainer, **binding) if index else None
+    trained = trainer_state.check(iteration.trainer, **binding) if index else None
     policy = sharding.load(iteration.policy, team, config.dtype == "bfloat16")
     optimizer = grpo.new_optimizer(policy, config.learning_rate)
-    if state is None:
+    if trained is None:
         log.info("trainer: iteration 1 starts with a fresh optimizer from %s", iteration.policy)
     else:
         trainer_state.load(iteration.trainer, policy, optimizer, team, **binding)
@@ -125,7 +127,7 @@ def load(config: "Config", files: Run, index: int, team: Ranks) -> Learner:
         optimizer,
         *_reference(config, files.iteration(0).policy, team),
         iteration=index,
-        optimizer_steps=state.optimizer_steps if state else 0,
+        optimizer_steps=trained.optimizer_steps if trained else 0,
         policy_digest=digest,
         vocabulary=Vocabulary.from_folder(iteration.policy),
         companions=saving.companions(iteration.policy),
@@ -342,10 +344,10 @@ def _write_policy(config: "Config", learner: Learner, path: Path | None, team: R
 
 
 def _write_trainer(config: "Config", learner: Learner, path: Path, team: Ranks) -> None:
-    state = TrainerState(learner.iteration, learner.optimizer_steps, learner.policy_digest, **_origin(config))
+    trained = TrainerState(learner.iteration, learner.optimizer_steps, learner.policy_digest, **_origin(config))
     with_weights = runtime.policy_dtype(config) == torch.bfloat16
     with ranks.folder(path, team) as folder:
-        trainer_state.save(folder, learner.policy, learner.optimizer, state, team, with_weights)
+        trainer_state.save(folder, learner.policy, learner.optimizer, trained, team, with_weights)
 
 
 def _origin(config: "Config") -> dict[str, str]:

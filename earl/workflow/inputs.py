@@ -11,7 +11,7 @@ from typing import Any
 
 from earl import tracking
 from earl.config import paths
-from earl.files import manifest, objects
+from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.run import state
 from earl.run.plan import Plan
@@ -58,6 +58,7 @@ class Inputs:
     Args:
         ancient: Snakemake's function.
         forced: returns the rules and files that the command line has made again, None for all.
+        force: has the planned jobs of a rule run though their outputs are there.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Inputs:
         shared: Shared,
         ancient: Callable[[Files], Any] = list,
         forced: Callable[[], set[str] | None] = set,
+        force: Callable[[str], None] = lambda rule: None,
     ) -> None:
-        self.plans, self.shared, self.ancient, self.forced = plans, shared, ancient, forced
+        self.plans, self.shared, self.ancient, self.forced, self.force = plans, shared, ancient, forced, force
 
     def start(self, w: Any) -> dict[str, Any]:
         plan = self.plans[w.run]
@@ -113,12 +115,12 @@ class Inputs:
         ends = [part[-1] for part in plan.segments]
         place = ends.index(last) if last in ends else 0
         before = [plan.run.segment(ends[place - 1]).as_posix()] if place else self._start(plan)
-        # Newer than the segment's record where files were removed since: rewound, or by hand.
-        item = plan.run.iteration(last)
-        changed = [path.as_posix() for path in (item.path, item.metrics.parent) if last in ends and path.is_dir()]
+        if last in ends and plan.run.segment(last).exists():
+            # Its iterations or its checkpoint have been removed since. No file need be newer than the record.
+            self.force("iterate")
         evaluated = self.ancient(evaluations(plan, plan.evaluations))
         data = self._sampling(plan, paths.prompt_paths(plan.config))
-        return {"before": before, "changed": changed, "evaluated": evaluated, **data}
+        return {"before": before, "evaluated": evaluated, **data}
 
     def finished(self, w: Any) -> Files:
         return finished(self.plans[w.run])
@@ -171,8 +173,8 @@ class Inputs:
     def _in_shards(self, w: Any) -> tuple[Plan, int]:
         """As `_by_stage`; EarlError where the iteration was made in another number of shards, too."""
         plan, index = self._by_stage(w)
-        metrics = plan.run.iteration(index).metrics
-        shards = len(objects.read(metrics)["inputs"]["rollouts"]) if metrics.is_file() else 0
+        is_there = plan.run.iteration(index).metrics.is_file()
+        shards = len(state.read_metrics(plan.run, index)["inputs"]["rollouts"]) if is_there else 0
         if shards not in (0, plan.config.rollout_shards):
             raise EarlError(f"{plan.key}: iteration {index} was made in other shards; set rollout_shards={shards}")
         return plan, index

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -95,9 +96,34 @@ def hold(
         made = partial(os.path.exists, shared.file_of(path))
         locks.append(processes.lock_unless(made, path.parent / f".{path.name}.lock", path.as_posix()))
     locks += [processes.lock(state.lock_file(plan.run)) for plan in plans.values()]
-    is_outdated = any(state.newest_complete(plan.run) != plan.newest for plan in plans.values())
+    have_waited = [_wait_for_writers(plan) for plan in plans.values()]
+    is_outdated = any(have_waited) or any(state.newest_complete(plan.run) != plan.newest for plan in plans.values())
     if is_outdated or shared.missing(outputs) != missing:
         os.execv(sys.executable, sys.orig_argv)
     for plan in plans.values():
         freeze.write(plan.config, plan.run.config, accept_changes=settings.accept_changes)
     return locks
+
+
+def _wait_for_writers(plan: Plan) -> bool:
+    """Wait for jobs that an earlier workflow has left and this plan does not have; return whether there were any.
+
+    Those that it has are found by the executor: by segment the segment that comes first, by stage all stages.
+    """
+    path = state.writing_lock(plan.run)
+    mine = state.segment_name(plan.segments[0][-1]) if plan.segments else state.STAGE
+    is_told = False
+    while processes.try_lock(path) is None:
+        holder = processes.holder_of(path)
+        if f"({mine} on " in holder:
+            return is_told
+        if not is_told:
+            print(
+                f"{plan.key}: waiting for process {holder} of an earlier workflow, which this plan does not have; "
+                "the plan is made again when it ends, or is cancelled",
+                file=sys.stderr,
+                flush=True,
+            )
+            is_told = True
+        time.sleep(0.5)
+    return is_told

@@ -450,6 +450,75 @@ def test_a_trained_run_is_not_linked_to_another_policy(run, tmp_path):
     assert run.iteration(0).policy.resolve() == tmp_path / "model"
 
 
+def test_a_run_without_its_record_is_not_linked_to_another_policy_either(run, tmp_path):
+    state.start_record(run.iteration(0)).unlink()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"another": 1}')
+    with pytest.raises(EarlError, match=r"was trained from .* \(see .*000001/train/metrics.json\)"):
+        state.start(run, tmp_path / "other")
+    state.start(run, tmp_path / "model")
+    # Once it is rewound, and the record is gone, it may start from another one.
+    state.rewind(run, 1)
+    state.start_record(run.iteration(0)).unlink()
+    state.start(run, tmp_path / "other")
+
+
+@pytest.mark.parametrize("by_segment", [True, False])
+def test_a_policy_that_is_not_the_one_on_record_is_refused_by_the_plan(run, tmp_path, by_segment):
+    longer = make_config(tmp_path, num_iterations=9)
+    policy = run.iteration(6).policy
+    (policy / "weights").write_text("of another run")
+    manifest.seal(policy)
+    complaint = r"000006/policy: is policy \w+, but .*000006/train/metrics.json says \w+; remove .* earl restore --run"
+    with pytest.raises(EarlError, match=complaint):
+        plan.plan(longer, by_segment)
+    shutil.rmtree(policy)
+    # An unsealed one is compared where it is read; a sealed one, which costs nothing, at once.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"another": 1}')
+    run.iteration(0).policy.unlink()
+    run.iteration(0).policy.symlink_to(tmp_path / "other")
+    assert plan.plan(longer, by_segment).newest == 6
+    manifest.seal(tmp_path / "other")
+    with pytest.raises(EarlError, match=r"000000/policy: is policy .*start.json says .*earl start --run"):
+        plan.plan(longer, by_segment)
+    assert problems(run)[0][0] == "iterations/000000/policy"
+
+
+def test_a_record_of_the_start_that_the_first_iteration_contradicts_is_refused(run, tmp_path):
+    record = state.start_record(run.iteration(0))
+    state.check_policy(run, 0, json.loads(record.read_text())["policy_digest"])
+    (tmp_path / "model" / "weights").write_text("of another model")
+    manifest.seal(tmp_path / "model")
+    digest = manifest.digest_folder(tmp_path / "model")
+    record.write_text(json.dumps({"policy": "model", "policy_digest": digest}))
+    with pytest.raises(EarlError, match=r"but .*000001/train/metrics.json says"):
+        state.check_start(run)
+
+
+@pytest.mark.parametrize("content", ["", '{"inputs": {"ro', "{}", "[]", '{"policy_digest": "0", "inputs": {}}'])
+def test_damaged_metrics_are_refused_with_what_to_do(run, tmp_path, content):
+    (run.iteration(6).policy / "manifest.json").unlink()
+    run.iteration(6).metrics.write_text(content)
+    longer = make_config(tmp_path, num_iterations=9)
+    complaint = rf"000006/train/metrics.json: .*earl rewind --run {run.path} --iteration 6"
+    for ask in (lambda: plan.plan(longer), lambda: plan.plan(longer, False), lambda: state.read_metrics(run, 6)):
+        with pytest.raises(EarlError, match=complaint):
+            ask()
+    assert state.rewind(run, 6) == [6]
+
+
+def test_metrics_that_are_missing_before_the_newest_are_named_with_what_makes_them(run, tmp_path):
+    shutil.rmtree(run.iteration(3).path / "train")
+    said = plan.plan(make_config(tmp_path, num_iterations=9)).text()
+    assert f"iteration 3 has no metrics: ask for {run.iteration(3).metrics}" in said
+    assert [problem for file, problem in problems(run) if file.endswith("000003/train/metrics.json")] == [
+        f"is missing; have it made again: ask the workflow for {run.iteration(3).metrics}"
+    ]
+    assert state.rewind(run, 3) == [4, 5, 6]
+    assert "no metrics" not in plan.plan(make_config(tmp_path, num_iterations=9)).text()
+
+
 def test_status_names_a_checkpoint_that_is_not_whole(run):
     (run.iteration(3).policy / "weights").write_text("cut")
     assert re.search(r"problem .*000003/policy/weights: has 3 bytes", state.status(run, 6).text())
@@ -540,6 +609,19 @@ def test_stages_write_side_by_side_and_a_segment_alone(tmp_path):
         assert processes.try_lock(run.path / ".writing.lock") is None
     with state.writing(run, alone=True):
         assert processes.try_lock(run.path / ".writing.lock", shared=True) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["rewind", "--iteration", "5"], ["prune"]])
+def test_nothing_is_removed_below_a_job_that_writes(run, command):
+    environment = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
+    earl = [sys.executable, "-m", "earl", *command, "--run", str(run.path)]
+    with state.writing(run, alone=False):
+        ended = subprocess.run(earl, env=environment, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert (state.newest_complete(run), state.has_checkpoint(run.iteration(1))) == (6, True)
+    assert f"process {os.getpid()} (stage on " in ended.stderr
+    assert subprocess.run(earl, env=environment, capture_output=True, text=True).returncode == 0
 
 
 def test_what_lies_outside_of_the_run_may_always_be_written(tmp_path):

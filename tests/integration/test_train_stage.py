@@ -15,6 +15,7 @@ from earl.files import manifest, tables
 from earl.files.layout import Run
 from earl.learner import logprobs
 from earl.messages.errors import EarlError
+from earl.run import state
 from earl.stages import restore, train
 from tests.support.train_files import GROUPS, SAMPLES, SHAPE, made_of, train_iterations, write_inputs, write_scores
 
@@ -411,6 +412,39 @@ def test_restore_refuses_what_another_configuration_trained_before_it_trains(new
     path.write_text(path.read_text().replace(freeze.config_digest(config), freeze.config_digest(now)))
     with pytest.raises(EarlError, match=r"000002/train/metrics\.json: iteration 2 was trained with another"):
         restore.run(run.path, 2)
+    assert not (run.path / "restore.partial").exists()
+
+
+def test_a_policy_that_is_not_the_one_on_record_is_not_trained(new_run, vocabulary):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    state.start_record(run.iteration(0)).write_text(json.dumps({"policy_digest": "f" * 64}))
+    with pytest.raises(EarlError, match=r"000000/policy: is policy .*start\.json says f{12}; link that one again"):
+        train.run(config, run.path, 1)
+    recorded = run.iteration(1).metrics.read_text()
+    run.iteration(1).metrics.write_text(recorded.replace(json.loads(recorded)["policy_digest"], "f" * 64))
+    files = made_of(run, 2)
+    with pytest.raises(EarlError, match=r"000001/policy: is policy .*metrics\.json says f{12}; remove .*earl restore"):
+        train.run(config, run.path, 2)
+    assert made_of(run, 2) == files
+
+
+def test_two_iterations_are_restored_at_once(new_run, vocabulary, monkeypatch):
+    config, run = new_run()
+    train_iterations(config, run, vocabulary, 2)
+    expected = {i: made_of(run, i) for i in (1, 2)}
+    drop(run, 1, 2)
+    (run.path / "restore.partial" / "000001" / "left").mkdir(parents=True)
+
+    def after_another(source, target):
+        monkeypatch.setattr(restore, "_put_in_place", put)
+        restore.run(run.path, 1)
+        put(source, target)
+
+    put = restore._put_in_place
+    monkeypatch.setattr(restore, "_put_in_place", after_another)
+    restore.run(run.path, 2)
+    assert {i: made_of(run, i) for i in (1, 2)} == expected
     assert not (run.path / "restore.partial").exists()
 
 

@@ -201,6 +201,33 @@ class TestFiles:
         assert done.kinds().count("train") == 2
         assert contents(run) == before
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "gone", ["the last", "all", "its checkpoint", "touched", "touched all"], ids=lambda text: text.replace(" ", "-")
+    )
+    def test_a_segment_that_is_planned_runs_though_it_has_a_record(self, done, gone):
+        run = done.folder("segment")
+        before = contents(run)
+        if gone.startswith("touched"):
+            state.rewind(run, 2 if gone == "touched" else 1)
+            done.run("segment.jsonnet", "--touch")
+        elif gone == "its checkpoint":
+            (run.iteration(3).policy / "manifest.json").unlink()
+            run.evaluation("held_out", 3).summary.unlink()
+        else:
+            for index in (3,) if gone == "the last" else (1, 2, 3):
+                shutil.rmtree(run.iteration(index).path)
+        assert job_counts(done.run("segment.jsonnet", "-n"))["iterate"] == 1
+        done.run("segment.jsonnet")
+        assert done.kinds().count("iterate") == 1
+        assert contents(run) == before
+        assert "Nothing to be done" in done.run("segment.jsonnet")
+
+    def test_a_segment_that_has_a_record_does_not_run_for_a_file_that_needs_none(self, done):
+        shutil.rmtree(done.folder("segment").iteration(3).path)
+        done.run("segment.jsonnet", "runs/segment/iterations/000001/policy/manifest.json")
+        assert done.kinds() == ["restore"]
+
     def test_a_run_without_iterations_evaluates_a_policy_on_data_sets_of_their_own(self, place):
         raw = {"source": "parquet", "path": "held_out.parquet"}
         own = {"prompts": None, "paths_file": ["stage:tokenise/other"], "samples_per_prompt": 2}
@@ -274,6 +301,36 @@ class TestInterruptions:
         output, _ = second.communicate(timeout=60)
         assert second.returncode == 0, output
         assert "iterate" not in done.kinds()
+
+
+    @pytest.mark.parametrize(
+        ("granularity", "left", "what"),
+        [("stage", True, "segment 000003"), ("segment", True, "segment 000002"), ("segment", False, "stage")],
+    )
+    def test_a_job_that_the_plan_does_not_have_is_waited_for(self, done, granularity, left, what):
+        """An earlier workflow was killed, and its job on a cluster goes on."""
+        run = done.folder("segment")
+        metrics = run.iteration(3).metrics.rename(done.path / "metrics.json")
+        (done.path / "log.txt").unlink()
+        with state.writing(run, alone=left, what=what):
+            started = done.start("segment.jsonnet", granularity=granularity)
+            said = ""
+            while "waiting for process" not in said:
+                said = started.stdout.readline()
+                assert said, "the workflow ended"
+            metrics.rename(run.iteration(3).metrics)
+        assert f"runs/segment: waiting for process {os.getpid()} ({what} on " in said
+        output, _ = started.communicate(timeout=60)
+        assert started.returncode == 0, output
+        assert not {"iterate", "train"} & set(done.kinds())
+
+    def test_a_job_that_the_plan_has_is_not_waited_for(self, done):
+        run = done.folder("segment")
+        state.rewind(run, 3)
+        with state.writing(run, alone=True, what=state.segment_name(3)):
+            output = done.run("segment.jsonnet", "--until", "iterate")
+        assert "waiting" not in output
+        assert done.kinds()[:2] == ["iterate", "train"]
 
 
 class TestShared:

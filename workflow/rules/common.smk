@@ -28,5 +28,10 @@ def forced():
     return None if asked.forceall else named
 
 
+def force(rule):
+    """Have all jobs of a rule in the plan run, as --forcerun does; for input functions."""
+    workflow.dag.forcerules.add(workflow.get_rule(rule))
+
+
 def config_of(w):
     return PLANS[w.run].config
