@@ -402,6 +402,9 @@ def config(**fields: Any) -> Config:
     return load.changed(Config.model_validate(base), fields)
 
 
+ASKED = {"judge": "openai", "reward_function_api_base": "http://judge:1"}
+
+
 class TestStage:
     def test_it_is_shared_and_depends_on_the_catalogue(self) -> None:
         made = config()
@@ -434,7 +437,7 @@ class TestStage:
 
     @pytest.mark.slow
     def test_a_run_fetches_once_for_all_that_read_it(self, workplace: Workplace) -> None:
-        fields = {"train_paths_file": ["stage:fetch/omniedit", "stage:fetch/ss2"], "num_iterations": 1}
+        fields = {"train_paths_file": ["stage:fetch/omniedit", "stage:fetch/ss2"], "num_iterations": 1, **ASKED}
         both = [workplace.experiment(name, **fields, kl_coeff=kl) for name, kl in (("a", 0.1), ("b", 0.2))]
         workplace.run(",".join(both))
         fetched = [words for words in map(str.split, workplace.stages()) if words[0] == "data"]
