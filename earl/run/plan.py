@@ -133,8 +133,9 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
     """Return what is left to do of a run.
 
     Raises:
-        EarlError: the starting policy is gone but needed, a policy is not the one on record, what is trained again has scores that do not hold what the
-            reward is made of, or a segment cannot do what the configuration asks for, or continue from its checkpoint.
+        EarlError: the starting policy is gone but needed, a policy is not the one on record, what is trained again has
+            scores that do not hold what the reward is made of, or a segment cannot do what the configuration asks for,
+            or continue from its checkpoint.
     """
     run = Run(folder(config))
     newest = state.newest_complete(run)
