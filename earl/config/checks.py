@@ -33,6 +33,13 @@ def check_exact(number: Any) -> Any:
     return number
 
 
+def check_path(path: str) -> str:
+    """Refuse a path that begins with a tilde: only a shell expands it, and a folder of that name would be made."""
+    if path.startswith("~"):
+        raise PydanticCustomError("tilde", "begins with ~, which only a shell expands; write the home folder in full")
+    return path
+
+
 def wrong(field: str, message: str) -> PydanticCustomError:
     """An error of several fields together, filed under the first of them."""
     return PydanticCustomError("cross_field", "{message}", {"field": field, "message": message})

@@ -31,7 +31,7 @@ Integer = Annotated[int, BeforeValidator(checks.check_exact)]
 """A whole number that Jsonnet keeps as it was written."""
 Positive = Annotated[Integer, Field(ge=1)]
 Coefficient = Annotated[float, Field(gt=0)]
-Path = Annotated[str, Field(min_length=1)]
+Path = Annotated[str, Field(min_length=1), AfterValidator(checks.check_path)]
 RewardComponent = Literal[
     "semantic_consistency",
     "perceptual_quality",

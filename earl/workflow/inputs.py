@@ -98,6 +98,9 @@ class Inputs:
 
     def evaluate(self, w: Any) -> dict[str, Any]:
         plan, index = self._by_stage(w)
+        if w.evaluation not in plan.config.evaluations:
+            there = ", ".join(plan.config.evaluations) or "none"
+            raise EarlError(f"{plan.key}: there is no evaluation {w.evaluation}; there are: {there}")
         made = plan.run.evaluation(w.evaluation, index).rollouts
         policy = self._checkpoint(plan, index, "evaluate_generate", [made], ["policy"])
         return {"policy": policy, **self._sampling(plan, paths.evaluation_data(plan.config, w.evaluation).references)}
@@ -113,6 +116,10 @@ class Inputs:
     def iterate(self, w: Any) -> dict[str, Any]:
         plan, last = self.plans[w.run], int(w.step)
         ends = [part[-1] for part in plan.segments]
+        if last not in ends and last > plan.newest:
+            planned = f"the next ones end with {', '.join(map(str, ends[:3]))}" if ends else "none is planned"
+            remedy = "ask for one of these" if ends else "set granularity=segment, or raise num_iterations"
+            raise EarlError(f"{plan.key}: no segment ends with iteration {last}; {planned}; {remedy}")
         place = ends.index(last) if last in ends else 0
         before = [plan.run.segment(ends[place - 1]).as_posix()] if place else self._start(plan)
         if last in ends and plan.run.segment(last).exists():

@@ -223,12 +223,11 @@ def test_shards_scored_by_different_rubrics_are_refused(new_run, vocabulary):
         train.run(config, run.path, 1)
 
 
-def test_rollouts_of_another_policy_are_refused(new_run, vocabulary, tmp_path):
+def test_rollouts_of_another_policy_are_refused(new_run, vocabulary):
     config, run = new_run()
     train_iterations(config, run, vocabulary, 1)
     write_inputs(run, 2, vocabulary)
-    run.iteration(1).policy.rename(tmp_path / "aside")
-    shutil.copytree(run.iteration(0).policy, run.iteration(1).policy)
+    shutil.copy(run.iteration(1).rollouts(0), run.iteration(2).rollouts(0))
     with pytest.raises(EarlError, match=r"rollouts/0000\.parquet: policy_digest"):
         train.run(config, run.path, 2)
 

@@ -302,7 +302,6 @@ class TestInterruptions:
         assert second.returncode == 0, output
         assert "iterate" not in done.kinds()
 
-
     @pytest.mark.parametrize(
         ("granularity", "left", "what"),
         [("stage", True, "segment 000003"), ("segment", True, "segment 000002"), ("segment", False, "stage")],

@@ -219,6 +219,13 @@ def test_from_raw_data_to_rl_and_the_table_in_one_plan(tmp_path: Path, variables
     assert planned[100] == planned[1900] == ["validation"]
 
 
+@pytest.mark.parametrize("field", ["base_exp_dir", "model_path", "train_paths_file"])
+def test_a_tilde_which_nobody_expands_is_refused(field: str) -> None:
+    value = ["~/x"] if field.endswith("_file") else "~/x"
+    with pytest.raises(ValueError, match="begins with ~, which only a shell expands; write the home folder in full"):
+        Config.model_validate(MINIMAL | {field: value})
+
+
 def test_demo_needs_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)

@@ -182,6 +182,14 @@ class TestInputs:
         with pytest.raises(EarlError, match="was made in other shards; set rollout_shards=1"):
             asked(made(rollout_shards=2)).train(wildcards(1))
         assert asked(made()).restore(wildcards(1)) == []
+        for plan, complaint in (
+            (made(num_iterations=9, segment_length=4), "the next ones end with 4, 8, 9; ask for one of these"),
+            (made(by_segment=False), "none is planned; set granularity=segment, or raise num_iterations"),
+        ):
+            with pytest.raises(EarlError, match=f"runs/a: no segment ends with iteration 99; {complaint}"):
+                asked(plan).iterate(wildcards(99))
+        with pytest.raises(EarlError, match="there is no evaluation nope; there are: held_out"):
+            asked(made(**EVERY_SECOND)).evaluate(wildcards(1, evaluation="nope"))
 
 
 @pytest.mark.parametrize(
