@@ -82,13 +82,8 @@ def prune(
 
     folder = Run(run)
     retention = state.Retention.of(read(folder.config))
-<<<<<<< HEAD
-    # After one iteration of a chain, its next stages may be at work already; a whole run is cleared alone. In a
-    # workflow it waits for stages of files that were asked for besides.
-=======
     # After one iteration, stages of the next may be at work already; a whole run is cleared alone. In a workflow this
     # waits for stages of files that were asked for besides.
->>>>>>> wtR
     patience = float("inf") if processes.in_workflow() else 10.0
     alone = state.writing(folder, alone=True, what="prune", patience=patience) if after is None else nullcontext()
     with state.exclusive(folder), alone:

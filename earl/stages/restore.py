@@ -31,13 +31,8 @@ log = logging.getLogger(__name__)
 def run(run_path: Path, iteration: int) -> None:
     """Put `policy/` and `trainer/` of `iteration` back in place.
 
-<<<<<<< HEAD
-    The replay happens in a folder of its own below `<run>/restore.partial`, removed afterwards whatever happens;
-    nothing else in the run changes until the replayed policy has been found equal to the recorded one.
-=======
     The replay happens in a folder of its own below `<run>/restore.partial`, which is removed afterwards whatever
     happens; nothing else in the run changes until the replayed policy has been found equal to the recorded one.
->>>>>>> wtR
 
     Raises:
         EarlError: no earlier checkpoint is left, an iteration was trained with another configuration, stored inputs are

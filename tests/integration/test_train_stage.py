@@ -225,9 +225,11 @@ def test_shards_scored_by_different_rubrics_are_refused(new_run, vocabulary):
 
 def test_rollouts_of_another_policy_are_refused(new_run, vocabulary):
     config, run = new_run()
-    train_iterations(config, run, vocabulary, 1)
-    write_inputs(run, 2, vocabulary)
-    shutil.copy(run.iteration(1).rollouts(0), run.iteration(2).rollouts(0))
+    faster, other = new_run("other", learning_rate=10 * config.learning_rate)
+    for settings, each in ((config, run), (faster, other)):
+        train_iterations(settings, each, vocabulary, 1)
+        write_inputs(each, 2, vocabulary)
+    shutil.copy(other.iteration(2).rollouts(0), run.iteration(2).rollouts(0))
     with pytest.raises(EarlError, match=r"rollouts/0000\.parquet: policy_digest"):
         train.run(config, run.path, 2)
 
