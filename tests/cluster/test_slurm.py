@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from earl.config import load
 from earl.execution import processes
 from earl.files import manifest
 from earl.files.layout import Run
 from earl.run import state
-from tests.support.demo import SHORT
+from tests.support import bare_loop
+from tests.support.demo import DEMO, SHORT
 from tests.support.slurm_cluster import Cluster
 from tests.support.workplace import ROOT, Workplace, wait_until
 
@@ -180,6 +182,13 @@ def test_a_cancelled_stage_is_tried_again(place, undisturbed):
     place.release()
     place.finish(started)
     place.check(undisturbed, again=("train",))
+
+
+@pytest.fixture(scope="module")
+def one_process_demo(tmp_path_factory):
+    """The short demo, made in one process."""
+    base = tmp_path_factory.mktemp("one-process")
+    return bare_loop.run_all(load.load(DEMO, SHORT | {"base_exp_dir": str(base), "run_name": "demo"}).config)
 
 
 @pytest.mark.parametrize(
