@@ -43,7 +43,7 @@ def run(run_path: Path, iteration: int) -> None:
     if not target.metrics.is_file():
         raise EarlError(f"{target.metrics}: is missing, so there is no iteration {iteration} to restore")
     # Another one of the same iteration would remove what this one writes.
-    with processes.lock(target.path / ".restore.lock"):
+    with processes.lock(files.path / f".restore-{target.path.name}.lock"):
         _restore(files, target)
 
 
