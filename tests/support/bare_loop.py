@@ -4,9 +4,10 @@ The oracle of byte-equality tests, and what benchmarks measure the workflow and 
 from its folder anew, as a stage would.
 """
 
+import argparse
 from pathlib import Path
 
-from earl.config import freeze, paths
+from earl.config import freeze, load, paths
 from earl.config.schema import Config
 from earl.files import hub_names
 from earl.files.layout import Run
@@ -83,3 +84,11 @@ def run_all(config: Config) -> Run:
             run_iteration(config, run, index)
         evaluate(config, run, index)
     return run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    arguments = parser.parse_args()
+    print(run_all(load.load(arguments.experiment, load.parse_overrides(arguments.set)).config).path)
