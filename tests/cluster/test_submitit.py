@@ -143,7 +143,7 @@ def test_a_preempted_job_is_queued_again_and_waited_for(bench, slurm):
 
 
 def test_a_job_is_warned_of_its_time_limit_and_continues_as_the_same_job(bench):
-    driver, [[job, *_]] = bench.start(runtime=1, warn_seconds=50), bench.begun()
+    driver, [[job, *_]] = bench.start(runtime=1, warn_seconds=20), bench.begun()
     assert bench.begun(2)[1][0] == job
     bench.hurry()
     bench.ended(driver)
@@ -151,7 +151,7 @@ def test_a_job_is_warned_of_its_time_limit_and_continues_as_the_same_job(bench):
 
 
 def test_a_job_at_its_last_time_limit_fails(bench):
-    bench.ended(bench.start(runtime=1, warn_seconds=50, timeouts=0), status=1)
+    bench.ended(bench.start(runtime=1, warn_seconds=20, timeouts=0), status=1)
     assert "timed-out too many times" in bench.said()
     assert bench.words() == ["begin"]
 

@@ -55,14 +55,15 @@ def config(tmp_path_factory):
     path = folder / "benchmarks.jsonnet"
     demo, shipped = (json.dumps(str(ROOT / "config" / name)) for name in ("demo.jsonnet", "benchmarks.jsonnet"))
     kept = ("tokenizer_path", "vision_tokenizer_path", "image_area", "max_response_tokens", "model_context_size")
-    kept += ("engine", "engine_batch_size", "judge", "device", "dtype", "cpu_threads")
+    kept += ("engine", "engine_batch_size", "device", "dtype", "cpu_threads")
     own = ", ".join(f"{name}: demo.{name}" for name in kept)
     path.write_text(f"local demo = import {demo}; (import {shipped}) + {{ {own} }}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APP__POLICY", "package:shapes/base_policy")
         patch.setenv("APP__BASE_EXP_DIR", str(folder / "runs"))
         patch.setenv("APP__RUN_NAME", "base")
-        changes = {"sampling.samples_per_prompt": SAMPLES, "reward_function_api_base": None, "engine_batch_size": 12}
+        patch.setenv("APP__REWARD_FUNCTION_API_BASE", VARIABLES["APP__REWARD_FUNCTION_API_BASE"])
+        changes = {"sampling.samples_per_prompt": SAMPLES, "engine_batch_size": 12}
         changes |= {"benchmarks_dir": str(folder / "raw")}
         # The files are smaller than what the paper draws of them.
         changes |= {f"raw_datasets.benchmark_{name}.subset.rows": 4 for name in ("emuedit", "i2ebench")}
