@@ -4,7 +4,7 @@
 
 | way | |
 |---|---|
-| bare-loop | calls the stage functions in turn, without workflow and checks: tests/support/bare_loop.py |
+| bare-loop | calls the stage functions in turn, models in memory, without workflow: tests/support/bare_loop.py |
 | segment | Snakemake, one job: `earl iterate` |
 | stage | Snakemake, a cold process for each stage |
 | slurm-segment | Snakemake, executor `submitit`: one Slurm job |
@@ -49,7 +49,7 @@ def command(way: str, experiment: str, values: dict[str, object]) -> list[str]:
     """Return the command of one way."""
     if way == "bare-loop":
         chosen = [word for setting in settings(values) for word in ("--set", setting)]
-        return [sys.executable, "-m", "tests.support.bare_loop", experiment, *chosen]
+        return [sys.executable, "-m", "tests.support.bare_loop", "--in-memory", experiment, *chosen]
     granularity = way.removeprefix("slurm-")
     words = [sys.executable, "-m", "snakemake"]
     if way.startswith("slurm-"):

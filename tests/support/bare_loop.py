@@ -1,7 +1,7 @@
 """A run as a bare loop over the stage functions, in one process: what the workflow's jobs do, over the same files.
 
 The oracle of byte-equality tests, and what benchmarks measure the workflow and segments against. Each policy is loaded
-from its folder anew, as a stage would.
+from its folder anew, as a stage would; `run_in_memory` keeps models as a segment does.
 """
 
 import argparse
@@ -9,9 +9,10 @@ from pathlib import Path
 
 from earl.config import freeze, load, paths
 from earl.config.schema import Config
+from earl.execution import ranks, runtime
 from earl.files import hub_names
 from earl.files.layout import Run
-from earl.run import preflight, state
+from earl.run import preflight, segments, state
 
 
 def make_shared(config: Config) -> None:
@@ -86,9 +87,31 @@ def run_all(config: Config) -> Run:
     return run
 
 
+def run_in_memory(config: Config) -> Run:
+    """Run the iterations of an experiment without evaluations, with models that stay in memory; return its files."""
+    from earl import judges
+    from earl.stages import generate, score, train
+
+    run, team, judge = start(config), ranks.alone(runtime.prepare(config)), judges.get(config)
+    learner = train.load(config, run, 0, team)
+    sampler = generate.Sampler.load(config, run.iteration(0).policy)
+    for index in range(1, config.num_iterations + 1):
+        files = run.iteration(index)
+        for shard in range(config.rollout_shards):
+            generate.run(config, index, shard, sampler, files.rollouts(shard))
+            score.run(config, files.rollouts(shard), files.scores(shard), judge)
+        train.step(
+            config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations)
+        )
+        sampler.update(learner.weights(runtime.dtype(config)), learner.policy_digest)
+    return run
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--in-memory", action="store_true", help="keep the models in memory; no evaluations")
     arguments = parser.parse_args()
-    print(run_all(load.load(arguments.experiment, load.parse_overrides(arguments.set)).config).path)
+    loop = run_in_memory if arguments.in_memory else run_all
+    print(loop(load.load(arguments.experiment, load.parse_overrides(arguments.set)).config).path)
