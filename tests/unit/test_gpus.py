@@ -11,6 +11,7 @@ from earl.cli import stages
 from earl.config.schema import Config
 from earl.execution import gpus
 from earl.messages.errors import EarlError
+from tests.support.programs import program
 
 CLAIM = """
 import os, sys
@@ -87,8 +88,9 @@ def alone(tmp_path, monkeypatch):
     """This process, with no GPU claimed; returns the folder for stand-ins of programs."""
     monkeypatch.setattr(gpus, "_held", [])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "locks"))
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is put back, whatever a claim sets
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -97,17 +99,86 @@ def alone(tmp_path, monkeypatch):
     return programs
 
 
-def test_parts_of_a_gpu_are_not_gpus(alone):
-    listed = "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-b)\nGPU 1: NVIDIA H100 (UUID: GPU-c)"
-    (alone / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
-    (alone / "nvidia-smi").chmod(0o755)
-    with pytest.raises(EarlError, match="needs 3 GPUs, but 2 are visible"):
+LISTED = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a)
+  MIG 1g.10gb     Device  0: (UUID: MIG-b)
+  MIG 2g.20gb     Device  1: (UUID: MIG-GPU-a/1/0)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-d1)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-e1)
+"""
+
+
+@pytest.fixture
+def listed(alone):
+    """A machine with two whole GPUs and one that is divided."""
+    program(alone, "nvidia-smi", f"/bin/cat <<'END'\n{LISTED}END")
+    return alone
+
+
+def test_mig_devices_are_gpus_of_their_own(listed, monkeypatch):
+    assert [gpu.name for gpu in gpus.visible()] == ["MIG-b", "MIG-GPU-a/1/0", "GPU-d1", "GPU-e1"]
+    taken = []
+    for _ in range(4):
+        gpus.claim(1)
+        taken.append(os.environ.pop("CUDA_VISIBLE_DEVICES"))
+    assert taken == ["GPU-d1", "GPU-e1", "MIG-b", "MIG-GPU-a/1/0"], "whole ones first, and none twice"
+
+
+def test_a_stage_of_several_gpus_takes_whole_ones(listed):
+    with pytest.raises(EarlError, match="needs 3 GPUs, but 2 are visible here, beside 2 MIG devices, of which"):
         gpus.claim(3)
     gpus.claim(2)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-d1,GPU-e1"
 
 
-@pytest.mark.parametrize("visible", [None, "", "-1", "-1,0"])
+@pytest.mark.parametrize(
+    ("visible", "uuids"),
+    [
+        ("2,1", {"2": "GPU-e1", "1": "GPU-d1"}),
+        ("0,2", {"MIG-b": "MIG-b", "MIG-GPU-a/1/0": "MIG-GPU-a/1/0", "2": "GPU-e1"}),
+        ("GPU-e", {"GPU-e": "GPU-e1"}),
+        ("MIG-b", {"MIG-b": "MIG-b"}),
+        ("7", {"7": "7"}),
+        ("1, 2", {"1": "GPU-d1", "2": "GPU-e1"}),
+        ("1,NoDevFiles,2", {"1": "GPU-d1"}),
+    ],
+)
+def test_the_environment_names_gpus_in_several_ways(listed, monkeypatch, visible, uuids):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert {gpu.name: gpu.uuid for gpu in gpus.visible()} == uuids
+
+
+def test_one_gpu_under_two_names_is_claimed_once(listed, machine):
+    machine.env["PATH"] = os.environ["PATH"]
+    first = machine.claim(1, CUDA_VISIBLE_DEVICES="1")
+    assert got(first) == "1"
+    second = machine.claim(1, CUDA_VISIBLE_DEVICES="GPU-d1,GPU-e1")
+    assert got(second) == "GPU-e1"
+    for each in (first, second):
+        each.communicate()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_GPUS": "h100:0"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-b", "SLURM_GPUS": "1"}, "CUDA_VISIBLE_DEVICES=MIG-b"),
+        ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0"),
+        ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2"),
+        ({"SLURM_GPUS_PER_NODE": "h100:8"}, "SLURM_GPUS_PER_NODE=h100:8"),
+    ],
+)
+def test_the_environment_says_whether_a_job_was_given_gpus(alone, monkeypatch, given, said):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert gpus.asked_for() == said
+
+
+@pytest.mark.parametrize("visible", [None, "", "-1", "-1,0", "NoDevFiles"])
 def test_without_gpus_nothing_is_claimed(alone, monkeypatch, visible):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
