@@ -23,7 +23,7 @@ import torch
 
 from earl.emu3 import checkpoint, grid, sequence
 from earl.emu3.vocabulary import Vocabulary
-from earl.engines import Request, SamplingParams, vllm_engine
+from earl.engines import Request, SamplingParams, vllm_engine, vllm_process
 from earl.execution.ranks import alone
 from earl.learner import batches, grpo, logprobs
 from earl.learner.settings import Settings
@@ -73,7 +73,7 @@ def run(llm: Any, policy: Path, variant: str, batch: int) -> tuple[float, float]
         for seed in range(batch)
     ]
     Switch.active, Switch.seconds = variant, 0.0
-    with vllm_engine.vllm_torch("cpu"):
+    with vllm_process.vllm_torch("cpu"):
         start = time.process_time()
         outputs = llm.generate(requests, params, use_tqdm=False)
         seconds = time.process_time() - start
