@@ -24,7 +24,9 @@ class Case:
     """Episodes of one prompt."""
     prompt: int
     completion: int
-    visual_range: tuple[int, int]
+    top_k: int
+    top_p: float
+    """Of the support that log-probs are normalised over; -1 and 1: they leave out nothing."""
     bfloat16: bool
     packed: bool
     checkpointing: bool

@@ -96,7 +96,9 @@ def of_type(kind: str, gigabytes: float | None = None) -> Gpu | None:
 
 
 def _unknown(kind: str) -> str:
-    return f"is no type of GPU that is known here; {names.hint(kind, DATA_SHEETS, 'there are ' + ', '.join(DATA_SHEETS))}"
+    return (
+        f"is no type of GPU that is known here; {names.hint(kind, DATA_SHEETS, 'there are ' + ', '.join(DATA_SHEETS))}"
+    )
 
 
 Resources = Callable[[str], Mapping[str, Any]]
@@ -136,7 +138,9 @@ def of_profile(profile: str) -> Resources:
     places = [folder / name for folder in (Path(profile), Path("profiles") / profile) for name in ("config.yaml",)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise EarlError(f"--profile {profile}: there is no {' and no '.join(map(str, places))}; name a profile's folder")
+        raise EarlError(
+            f"--profile {profile}: there is no {' and no '.join(map(str, places))}; name a profile's folder"
+        )
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return of_settings(_mapping(said.get("default-resources")), _by_rule(said.get("set-resources")))

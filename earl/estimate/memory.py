@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from earl.estimate import models
 from earl.estimate.cases import Bytes, Case, VisionCase, simulate
 from earl.files import objects
 
@@ -34,8 +35,6 @@ SAMPLING_BYTES = 32
 """Bytes an id that the torch engine's sampler takes of each row: logits, log-probs, cumulative sums in float64."""
 MAX_SEQUENCES = 256
 """Samples that vLLM computes at the same time."""
-VISUAL = (151854, 151854 + 32768)
-"""Emu3's visual ids: the ids a step's completions have, in the simulation."""
 LAYERS = (3, 5)
 """Layers that are simulated. From the third on each adds as much as the one before it."""
 JUDGES = {
@@ -127,7 +126,7 @@ def _case(
     reference: bool | None,
 ) -> Case:
     fields = text.to_dict() | {"num_hidden_layers": layers}
-    first = min(VISUAL[0], text.vocab_size - 1)
+    truncated = config.resolved_logprob_support == "sampled"
     return Case(
         text=json.dumps(fields, default=str, sort_keys=True),
         ranks=ranks,
@@ -136,7 +135,8 @@ def _case(
         group=config.generations_per_sample,
         prompt=prompt,
         completion=completion,
-        visual_range=(first, text.vocab_size),
+        top_k=config.top_k if truncated else -1,
+        top_p=config.top_p if truncated else 1.0,
         bfloat16=config.dtype == "bfloat16",
         packed=config.packing == "groups",
         checkpointing=config.gradient_checkpointing,
@@ -166,10 +166,10 @@ def engine(
 
     Args:
         gpu_bytes: memory of the GPU, of which vLLM takes a share.
-        prompt_tokens, completion_tokens: of an episode; None: those of `tokens`.
+        prompt_tokens, completion_tokens: of an episode; None: those of `models.lengths`.
     """
-    prompt, completion = tokens(config)
-    prompt, completion = prompt_tokens or prompt, completion_tokens or completion
+    usual = models.lengths(config)
+    prompt, completion = prompt_tokens or usual.prompt, completion_tokens or usual.completion
     value = 2 if config.dtype == "bfloat16" else 4
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * value
@@ -252,15 +252,3 @@ def _weights_of(fields: str) -> int:
     with torch.device("meta"):
         policy = Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))
     return sum(weight.numel() for weight in policy.parameters())
-
-
-def tokens(config: "Config") -> tuple[int, int]:
-    """Return how many tokens a prompt and a completion have with square images of `image_area`.
-
-    A prompt is an image and some words. A completion is an image, or, where it may reason, as long as it may become.
-    """
-    side = math.isqrt(config.image_area) // 8
-    image = side * side + side + 9
-    starts_with_image = config.assistant_prefill.startswith("<|image start|>")
-    longest = min(config.max_response_tokens, config.model_context_size - image)
-    return image + 35, min(image, longest) if starts_with_image and config.emu3_use_logit_processor else longest

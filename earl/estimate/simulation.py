@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -29,14 +30,14 @@ from earl.emu3 import vision
 from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAE, Emu3VQVAEConfig
 from earl.estimate.cases import Bytes, Case, VisionCase
 from earl.execution.ranks import Ranks
-from earl.learner import batches, grpo, logprobs, sharding, trainer_state
+from earl.learner import batches, grpo, head, logprobs, sharding, trainer_state
 from earl.learner.batches import Episode, MicroBatch
 from earl.learner.settings import Settings
 
 MICRO_BATCHES = 2
 """In a step: the second one finds the gradients of the first."""
-WORTH_A_LOOK = 1_000_000
-"""Elements of a new tensor at which the bytes are counted anew: smaller ones make no peak."""
+WORTH_A_LOOK = 0.0001
+"""Bytes of a new tensor, as a share of the peak so far, at which all are counted anew."""
 
 
 def run(case: Case | VisionCase) -> Bytes:
@@ -60,10 +61,10 @@ def _vision(case: VisionCase) -> Bytes:
         weights = count.hold(tokenizer.parameters(), tokenizer.buffers())
         grids, pixels = torch.zeros(size, tokens, tokens, dtype=torch.long), torch.zeros(size, 3, case.side, case.side)
         with count:
-            count.phase = "decode"
-            vision._first_frames(tokenizer, grids)
-            count.phase = "encode"
-            tokenizer.encode(pixels, image_sizes=torch.tensor([[case.side, case.side]] * size))
+            with count.phase("decode"):
+                vision.first_frames(tokenizer, grids)
+            with count.phase("encode"):
+                vision.tokens_of(tokenizer, pixels)
     return Bytes({"weights": weights}, dict(count.peaks))
 
 
@@ -71,7 +72,7 @@ def _step_of(case: Case) -> Bytes:
     text = Emu3TextConfig.from_dict(json.loads(case.text))
     text.tie_word_embeddings = False
     team = Ranks(0, case.ranks, torch.device("cpu"), splits_alone=case.splits)
-    settings = _settings(case)
+    settings = _settings(case, text)
     episodes = list(_episodes(case))
     collated = batches.collate(episodes, settings, team.device)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -102,19 +103,18 @@ def _step(
     """As `grpo.train_iteration` does it."""
     optimizer.zero_grad(set_to_none=True)
     for _ in range(MICRO_BATCHES):
-        count.phase = "forward"
-        logp, entropy, kept = grpo.completion_logprobs(policy, batch, settings)
+        with count.phase("forward"):
+            logp, entropy, kept = grpo.completion_logprobs(policy, batch, settings)
         reference_logp = None
         if reference is not None:
-            count.phase = "reference"
-            with torch.no_grad():
+            with count.phase("reference"), torch.no_grad():
                 reference_logp, _, _ = grpo.completion_logprobs(reference, batch, settings, kept)
         loss = grpo.batch_loss(logp, reference_logp, batch, len(batch.targets), settings)
-        count.phase = "backward"
-        loss.backward()
+        with count.phase("backward"):
+            loss.backward()
         del logp, entropy, kept, reference_logp, loss
-    count.phase = "step"
-    grpo.optimizer_step(policy, optimizer, grpo.Totals(tokens=1), grpo.MAX_GRADIENT_NORM)
+    with count.phase("step"):
+        grpo.optimizer_step(policy, optimizer, grpo.Totals(tokens=1), grpo.MAX_GRADIENT_NORM)
 
 
 def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode, frozen: bool) -> Emu3ForCausalLM:
@@ -131,19 +131,24 @@ def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode, 
         return sharding.allocate(model, team, offload).eval()
 
 
-def _settings(case: Case) -> Settings:
+def _settings(case: Case, text: Emu3TextConfig) -> Settings:
     return Settings(
         kl_coeff=1.0 if case.reference else 0.0,
         temperature=1.0,
         micro_batch=case.episodes,
-        visual_range=case.visual_range,
-        # The head goes through its ids in blocks; how many there are makes no difference to what one takes.
-        support=logprobs.Support((case.visual_range,)),
+        visual_range=(0, text.vocab_size),
+        support=_support(case, text.vocab_size),
         counted="all",
         bfloat16=case.bfloat16,
         packed=case.packed,
         gradient_checkpointing=case.checkpointing,
     )
+
+
+def _support(case: Case, ids: int) -> logprobs.Support:
+    """The head goes through its ids in blocks, and takes as much for one as for many; what is kept is a bit an id."""
+    whole = logprobs.Support(((0, ids),), case.top_k, case.top_p)
+    return whole if whole.truncated else logprobs.Support(((0, min(ids, head.IDS)),))
 
 
 def _episodes(case: Case) -> Iterator[Episode]:
@@ -154,7 +159,7 @@ def _episodes(case: Case) -> Iterator[Episode]:
             f"{index:06d}",
             f"{group:06d}",
             np.full(case.prompt, group, dtype=np.int64),
-            np.full(case.completion, case.visual_range[0], dtype=np.int64),
+            np.full(case.completion, 0, dtype=np.int64),
             np.zeros(case.completion, dtype=bool),
             np.zeros(case.completion, dtype=np.float32),
             1.0,
@@ -170,15 +175,23 @@ class Count(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, and keeps the most that there are in each phase.
 
     Attributes:
-        phase: the phase that is under way.
         peaks: bytes by phase.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.phase = ""
+        self._phase = ""
         self.peaks: dict[str, int] = defaultdict(int)
         self._alive: dict[int, weakref.ref] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what there is in the block as that of a phase."""
+        self._phase = name
+        self._look()
+        yield
+        self._look()
+        self._phase = ""
 
     def hold(self, *groups: Iterable[Any]) -> int:
         """Count tensors that are there already; return the bytes of those that are new."""
@@ -201,14 +214,17 @@ class Count(TorchDispatchMode):
         if function in ANSWERS:
             return ANSWERS[function](args[0])
         found = function(*args, **(kwargs or {}))
-        large = False
+        new = 0
         for tensor in tree_iter(found):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor)
-                large |= tensor.numel() >= WORTH_A_LOOK
-        if large:
-            self.peaks[self.phase] = max(self.peaks[self.phase], self._total())
+                new += tensor.nbytes
+        if self._phase and new > WORTH_A_LOOK * self.peaks[self._phase]:
+            self._look()
         return found
+
+    def _look(self) -> None:
+        self.peaks[self._phase] = max(self.peaks[self._phase], self._total())
 
 
 def _everywhere(mask: torch.Tensor) -> torch.Tensor:
