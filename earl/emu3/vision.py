@@ -59,7 +59,7 @@ def encode(vision_tokenizer: "Emu3VQVAE", images: Sequence[np.ndarray]) -> list[
     with torch.inference_mode():
         for indices, batch in _batches(images, vision_tokenizer.spatial_scale_factor):
             pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            found = _tokens(vision_tokenizer, pixels)
+            found = tokens_of(vision_tokenizer, pixels)
             for index, grid in zip(indices, found, strict=False):
                 tokens[index] = grid.cpu().numpy()
     return tokens
@@ -73,7 +73,7 @@ def decode(vision_tokenizer: "Emu3VQVAE", tokens: Sequence[np.ndarray]) -> list[
     images: list[np.ndarray] = [None] * len(tokens)
     with torch.inference_mode():
         for indices, batch in _batches(tokens):
-            pixels = _first_frames(vision_tokenizer, torch.from_numpy(batch).to(device))
+            pixels = first_frames(vision_tokenizer, torch.from_numpy(batch).to(device))
             pixels = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
             pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
             for index, image in zip(indices, pixels, strict=False):
@@ -81,7 +81,7 @@ def decode(vision_tokenizer: "Emu3VQVAE", tokens: Sequence[np.ndarray]) -> list[
     return images
 
 
-def _tokens(vision_tokenizer: "Emu3VQVAE", pixels: "torch.Tensor") -> "torch.Tensor":
+def tokens_of(vision_tokenizer: "Emu3VQVAE", pixels: "torch.Tensor") -> "torch.Tensor":
     """Return codebook indices [N, H, W] of images [N, 3, h, w] in -1..1.
 
     An image is repeated in front of the first layer that mixes frames.
@@ -96,7 +96,7 @@ def _tokens(vision_tokenizer: "Emu3VQVAE", pixels: "torch.Tensor") -> "torch.Ten
     return vision_tokenizer.quantize(codes.permute(0, 2, 1, 3, 4))[:, 0]
 
 
-def _first_frames(vision_tokenizer: "Emu3VQVAE", tokens: "torch.Tensor") -> "torch.Tensor":
+def first_frames(vision_tokenizer: "Emu3VQVAE", tokens: "torch.Tensor") -> "torch.Tensor":
     """Return images [N, 3, h, w], in -1..1 but for overshoot, of grids [N, H, W].
 
     All frames but the first are dropped behind the last layer that mixes them.

@@ -40,7 +40,7 @@ def test_decoding_equals_the_first_frame_of_the_library(tokenizer):
     tokens = torch.from_numpy(np.stack(grids(3)))
     expected = tokenizer.decode(tokens)
     assert expected.std() > 0.1
-    assert (vision._first_frames(tokenizer, tokens) - expected).abs().max() <= 1e-5
+    assert (vision.first_frames(tokenizer, tokens) - expected).abs().max() <= 1e-5
     rounded = ((expected + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
     found = np.stack(vision.decode(tokenizer, grids(3))).astype(float)
     assert np.abs(found - rounded).max() <= 0.5 + 1e-2
@@ -53,7 +53,7 @@ def test_encoding_equals_that_of_the_library(tokenizer):
     latents = []
     with tokenizer.quant_conv.register_forward_hook(lambda module, inputs, output: latents.append(output)):
         expected = tokenizer.encode(scaled, image_sizes=torch.tensor([[2 * SIDE, 2 * SIDE]] * 3)).image_tokens
-        found = vision._tokens(tokenizer, scaled)
+        found = vision.tokens_of(tokenizer, scaled)
     assert latents[0].shape == latents[1].shape
     assert latents[0].std() > 0.1
     assert (latents[0] - latents[1]).abs().max() <= 1e-5
