@@ -1,6 +1,7 @@
 """Commands about the machines that stages run on."""
 
 import dataclasses
+import enum
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from earl.config.schema import Config
 
 app = typer.Typer()
+
+
+class Granularity(enum.StrEnum):
+    segment = enum.auto()
+    stage = enum.auto()
 
 
 @app.command()
@@ -29,6 +35,9 @@ def doctor(
     minimum_free: Annotated[
         float | None, typer.Option(min=0, help="GiB of disk that are to be free; else what the configuration needs.")
     ] = None,
+    granularity: Annotated[
+        Granularity, typer.Option(help="How the experiment is to run; see `snakemake --config granularity=`.")
+    ] = Granularity.segment,
     processes: Annotated[
         int, typer.Option(min=1, help="Check as so many ranks, spread over the nodes of the Slurm job this runs in.")
     ] = 1,
@@ -40,7 +49,12 @@ def doctor(
 
     if processes > 1 and not ranks.is_launched():
         raise typer.Exit(launch.launch(None, sys.argv[1:], processes))
-    asked = wanted.of(None if config is None else _read(config), path, gpus, judge)
+    if config is None:
+        asked = wanted.Wanted(path or Path("runs"), gpus, judge)
+    else:
+        from earl.doctor import needs
+
+        asked = needs.of(_read(config), path, gpus, judge, granularity == Granularity.segment)
     if minimum_free is not None:
         asked = dataclasses.replace(asked, disk=wanted.Needs(int(minimum_free * 2**30)))
     found = checks.examine(asked)

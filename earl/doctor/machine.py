@@ -30,16 +30,26 @@ def gpus(wanted: Wanted) -> tuple[bool | None, str]:
         least = int(given is not None) if wanted.gpus is None else wanted.gpus
         told = f"; {runtime.refusal('auto')}" if given and least else ""
         return (False if least else None), f"none visible of {least} asked for{told}"
-    details, is_right = [], wanted.gpus is None or count >= wanted.gpus
+    details, sizes, is_right = [], {}, wanted.gpus is None or count >= wanted.gpus
     for index in range(count):
-        ones = torch.ones(512, 512, device=f"cuda:{index}")
-        is_right &= bool((ones @ ones == 512).all())
+        is_right &= multiplies(f"cuda:{index}")
         free, total = torch.cuda.mem_get_info(index)
-        lack = wanted.gpu_memory.lack(total)
-        is_right &= not lack
-        details.append(f"{torch.cuda.get_device_name(index)} {free / 1e9:.0f}/{total / 1e9:.0f} GB free{lack}")
+        name = torch.cuda.get_device_name(index)
+        sizes[name] = total
+        details.append(f"{name} {free / 1e9:.0f}/{total / 1e9:.0f} GB free")
     few = f" of {wanted.gpus} asked for" if wanted.gpus is not None and count < wanted.gpus else ""
-    return is_right, f"{count}{few}: {'; '.join(details)}"
+    # The ranks of a node see the same ones.
+    smallest = min(sizes, key=lambda name: sizes[name])
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    misfits = list(wanted.fits(smallest, sizes[smallest], count)) if first else []
+    return is_right and not misfits, "; ".join([f"{count}{few}: {', '.join(details)}", *misfits])
+
+
+def multiplies(device: str) -> bool:
+    import torch
+
+    ones = torch.ones(512, 512, device=device)
+    return bool((ones @ ones == 512).all())
 
 
 def memory(wanted: Wanted) -> tuple[bool | None, str]:
@@ -59,19 +69,21 @@ def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
     for line in own.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            top, limit, usage = root, "memory.max", "memory.current"
+            top, limit, usage, cached = root, "memory.max", "memory.current", r"^(?:in)?active_file (\d+)$"
         elif "memory" in controllers.split(","):
             top, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = r"^total_(?:in)?active_file (\d+)$"
         else:
             continue
         group = top / path.lstrip("/")
         for folder in (group, *group.parents[: len(group.relative_to(top).parts)]):
             try:
-                most, used = ((folder / name).read_text(encoding="utf-8").strip() for name in (limit, usage))
+                most, used, held = ((folder / name).read_text().strip() for name in (limit, usage, "memory.stat"))
             except OSError:  # the group above all others has none, and a container may not see its own
                 continue
             if most != "max":
-                yield max(0, int(most) - int(used))
+                # Files in memory make room for others.
+                yield int(most) - int(used) + sum(map(int, re.findall(cached, held, re.MULTILINE)))
 
 
 def shared_memory(wanted: Wanted) -> tuple[bool | None, str]:

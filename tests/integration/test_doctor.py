@@ -22,7 +22,16 @@ CHECKS = 10
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
     """What the job of this test was given does not matter."""
-    names = ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "MASTER_ADDR", network.GLOO, network.NCCL, gpus.VISIBLE]
+    names = [
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "RANK",
+        "MASTER_ADDR",
+        network.GLOO,
+        network.NCCL,
+        gpus.VISIBLE,
+    ]
     for name in (*names, *gpus.SLURM_LISTS, *gpus.SLURM_COUNTS):
         monkeypatch.delenv(name, raising=False)
 
@@ -70,28 +79,68 @@ def test_gpus_that_the_job_was_given_are_missed(tmp_path, monkeypatch):
     assert machine.gpus(Wanted(tmp_path, gpus=0))[0] is None
 
 
-def group(folder: Path, limit: tuple[str, str], usage: tuple[str, int]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / limit[0]).write_text(f"{limit[1]}\n")
-    (folder / usage[0]).write_text(f"{usage[1]}\n")
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Of 80 and of 40 GB; the product on the second is wrong where the test says so."""
+    sizes = {0: 80e9, 1: 40e9}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (1e9, sizes[index]))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"H{sizes[index] / 1e9:.0f}")
+    monkeypatch.setattr(machine, "multiplies", lambda device: True)
+    return monkeypatch
 
 
-@pytest.mark.parametrize(("version", "left"), [(1, [500, 2900, 4000]), (2, [500, 2900])])
-def test_memory_ends_where_a_control_group_does(tmp_path, version, left):
-    """A job of 1,000 bytes that uses 500, in a group of 4,000 that uses 1,100, in one without a limit, or of 6,000."""
-    root, own = tmp_path / "cgroup", tmp_path / "own"
-    if version == 1:
-        own.write_text("9:cpu:/\n4:memory:/slurm/job_1\n0::/\n")
-        top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        group(top, (names[0], "6000"), (names[1], 2000))
-    else:
-        own.write_text("0::/slurm/job_1\n")
-        top, names = root, ("memory.max", "memory.current")
-    group(top / "slurm", (names[0], "4000"), (names[1], 1100))
-    group(top / "slurm" / "job_1", (names[0], "1000"), (names[1], 500))
-    assert list(machine._left_in_groups(root, own)) == left
-    (top / "slurm" / "job_1" / names[0]).write_text("max\n" if version == 2 else "9223372036854771712\n")
-    assert min(machine._left_in_groups(root, own)) == 2900
+def test_every_gpu_is_looked_at_and_stages_have_to_fit_on_the_smallest(two_gpus, tmp_path):
+    asked = []
+
+    def fits(name: str, size: int, count: int) -> list[str]:
+        asked.append((name, size, count))
+        return ["iterate: train_processes = 1: needs more"] * (size < 80e9)
+
+    assert machine.gpus(Wanted(tmp_path)) == (True, "2: H80 1/80 GB free, H40 1/40 GB free")
+    passed, told = machine.gpus(Wanted(tmp_path, gpus=4, fits=fits))
+    assert passed is False
+    assert told.startswith("2 of 4 asked for: H80")
+    assert told.endswith("; iterate: train_processes = 1: needs more")
+    assert asked == [("H40", 40e9, 2)]
+    assert machine.gpus(Wanted(tmp_path, fits=fits))[0] is False
+    two_gpus.setenv("LOCAL_RANK", "1")
+    assert machine.gpus(Wanted(tmp_path, fits=fits))[0] is True, "the first rank of a node says it"
+    two_gpus.setattr(machine, "multiplies", lambda device: device == "cuda:0")
+    assert machine.gpus(Wanted(tmp_path))[0] is False
+
+
+VERSIONS = {
+    1: ("9:cpu:/\n4:memory:/slurm/job_1\n0::/\n", "memory", "limit_in_bytes", "usage_in_bytes", "total_"),
+    2: ("0::/slurm/job_1\n", "", "max", "current", ""),
+}
+"""Of control groups: what a process reads of its own, their folder, and names."""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_ends_where_a_control_group_does(tmp_path, version):
+    """A job of 1,000 bytes that uses 500, of which 150 hold files, in a group of 4,000 that uses 1,100."""
+    said, controller, limit, usage, prefix = VERSIONS[version]
+    top = tmp_path / "cgroup" / controller
+
+    def group(path: str, most: str, used: int, files: tuple[int, int] = (0, 0)) -> None:
+        (top / path).mkdir(parents=True, exist_ok=True)
+        (top / path / f"memory.{limit}").write_text(f"{most}\n")
+        (top / path / f"memory.{usage}").write_text(f"{used}\n")
+        active, inactive = files
+        stat = f"anon 7\n{prefix}active_file {active}\n{prefix}inactive_file {inactive}\nother_active_file 9\n"
+        (top / path / "memory.stat").write_text(stat)
+
+    def left() -> list[int]:
+        return list(machine._left_in_groups(tmp_path / "cgroup", tmp_path / "own"))
+
+    (tmp_path / "own").write_text(said)
+    group("slurm", "4000", 1100)
+    group("slurm/job_1", "1000", 500, (100, 50))
+    assert left() == [650, 2900]
+    group("slurm/job_1", "max" if version == 2 else "9223372036854771712", 500)
+    assert min(left()) == 2900
 
 
 def test_little_shared_memory_fails_where_gpus_work_together(tmp_path, monkeypatch):

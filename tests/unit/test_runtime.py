@@ -8,7 +8,6 @@ import textwrap
 import pytest
 import torch
 
-from earl.engines import vllm_process
 from earl.engines.torch_engine import TorchEngine
 from earl.execution import gpus, ranks, runtime
 from earl.judges import server
@@ -94,31 +93,6 @@ def test_planning_for_a_cpu_imports_no_torch():
 def test_the_torch_engine_takes_a_gpu_without_a_number():
     engine = TorchEngine(torch.device("cuda"), torch.float32, batch_size=8, context=512, constrained=True)
     assert engine.device == torch.device("cuda")
-
-
-@pytest.fixture
-def vllm_environment(monkeypatch):
-    """Return vLLM's variables after `prepare_process`, on top of those that were set before."""
-    names = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_USE_V2_MODEL_RUNNER")
-    names += ("VLLM_WORKER_MULTIPROC_METHOD",)
-
-    def prepared(device, **before):
-        for name in names:
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)
-        for name, value in before.items():
-            monkeypatch.setenv(name, value)
-        vllm_process.prepare_process(device)
-        return {name.removeprefix("VLLM_"): os.environ[name] for name in names}
-
-    return prepared
-
-
-def test_vllm_starts_its_workers_anew_and_shows_its_warnings(vllm_environment):
-    found = vllm_environment("cuda")
-    assert (found["WORKER_MULTIPROC_METHOD"], found["LOGGING_LEVEL"]) == ("spawn", "WARNING")
-    assert found["USE_V2_MODEL_RUNNER"] == "1"
-    assert vllm_environment("cpu", VLLM_LOGGING_LEVEL="DEBUG")["LOGGING_LEVEL"] == "DEBUG"
 
 
 @pytest.mark.parametrize(
