@@ -40,12 +40,17 @@ def _batches(items: Sequence[np.ndarray], scale: int = 1) -> list[tuple[list[int
         by_shape.setdefault(item.shape, []).append(index)
     batches = []
     for (height, width, *_), indices in by_shape.items():
-        size = max(1, min(BATCH, TOKENS * scale**2 // (height * width)))
+        size = batch_size(height * width // scale**2)
         for start in range(0, len(indices), size):
             part = indices[start : start + size]
             filled = part + [part[-1]] * (size - len(part))
             batches.append((part, np.stack([items[index] for index in filled])))
     return batches
+
+
+def batch_size(tokens: int) -> int:
+    """Return the images in a batch of those that have this many visual tokens."""
+    return max(1, min(BATCH, TOKENS // tokens))
 
 
 def encode(vision_tokenizer: "Emu3VQVAE", images: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from earl.messages import names
 from earl.messages.errors import EarlError
 
@@ -96,9 +98,8 @@ def of_type(kind: str, gigabytes: float | None = None) -> Gpu | None:
 
 
 def _unknown(kind: str) -> str:
-    return (
-        f"is no type of GPU that is known here; {names.hint(kind, DATA_SHEETS, 'there are ' + ', '.join(DATA_SHEETS))}"
-    )
+    known = names.hint(kind, DATA_SHEETS, f"there are {', '.join(DATA_SHEETS)}")
+    return f"is no type of GPU that is known here; {known}"
 
 
 Resources = Callable[[str], Mapping[str, Any]]
@@ -127,30 +128,37 @@ def asked(resources: Mapping[str, Any]) -> Asked:
     return Asked(found, int(count) if count.isdigit() else None, int(resources.get("nodes") or 1))
 
 
-def of_profile(profile: str) -> Resources:
-    """Return what a Snakemake profile says: its name below `profiles/`, or its folder.
+def of_profiles(*profiles: str) -> Resources:
+    """Return what Snakemake profiles say, the later ones in the place of the earlier.
+
+    Args:
+        profiles: names below `profiles/`, or folders.
 
     Raises:
-        EarlError: there is none, or it cannot be read.
+        EarlError: there is none of this name, or it cannot be read.
     """
-    import yaml
+    default: dict[str, Any] = {}
+    by_rule: dict[str, dict[str, Any]] = {}
+    for profile in profiles:
+        path = _profile_file(profile)
+        try:
+            said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            default |= _mapping(said.get("default-resources"))
+            for rule, resources in _by_rule(said.get("set-resources")).items():
+                by_rule.setdefault(rule, {}).update(resources)
+        except (yaml.YAMLError, ValueError, AttributeError) as error:
+            raise EarlError(
+                f"{path}: cannot be read ({error}); see the page on profiles in Snakemake's docs"
+            ) from error
+    return lambda rule: {**default, **by_rule.get(rule, {})}
 
-    places = [folder / name for folder in (Path(profile), Path("profiles") / profile) for name in ("config.yaml",)]
+
+def _profile_file(profile: str) -> Path:
+    places = [folder / "config.yaml" for folder in (Path(profile), Path("profiles") / profile)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise EarlError(
-            f"--profile {profile}: there is no {' and no '.join(map(str, places))}; name a profile's folder"
-        )
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return of_settings(_mapping(said.get("default-resources")), _by_rule(said.get("set-resources")))
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise EarlError(f"{path}: cannot be read ({error}); see the documentation of Snakemake's profiles") from error
-
-
-def of_settings(default: Mapping[str, Any], by_rule: Mapping[str, Mapping[str, Any]]) -> Resources:
-    """Return the resources of rules: the default ones, and in their place those that are set for a rule."""
-    return lambda rule: {**default, **by_rule.get(rule, {})}
+        raise EarlError(f"--profile {profile}: there is neither {places[0]} nor {places[1]}; name a profile's folder")
+    return path
 
 
 def _mapping(said: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from earl.estimate import models
 from earl.estimate.cases import Bytes, Case, VisionCase, simulate
@@ -101,12 +101,10 @@ def learner(
         reference: whether there is a frozen reference; None: as `kl_coeff` says.
 
     Raises:
-        EarlError: the simulation failed.
+        NotSimulated: see `cases.simulate`.
     """
-    few, more = simulate(
-        [_case(config, text, count, ranks, prompt_tokens, completion_tokens, reference) for count in LAYERS]
-    )
-    found = _extrapolated(few, more, text.num_hidden_layers)
+    few, more = simulate(learner_cases(config, text, ranks, prompt_tokens, completion_tokens, reference))
+    found = extrapolated(few, more, text.num_hidden_layers)
     rest = found.at_rest
     gradients = rest["weights"]
     at_rest, peak = sum(rest.values()), max(found.peaks.values())
@@ -116,36 +114,42 @@ def learner(
     return Memory(parts, at_rest, peak)
 
 
-def _case(
+def learner_cases(
     config: "Config",
     text: "Emu3TextConfig",
-    layers: int,
     ranks: int,
-    prompt: int,
-    completion: int,
-    reference: bool | None,
-) -> Case:
-    fields = text.to_dict() | {"num_hidden_layers": layers}
+    prompt_tokens: int,
+    completion_tokens: int,
+    reference: bool | None = None,
+) -> list[Case]:
+    """Return what `learner` simulates: the step with few layers, and with some more."""
     truncated = config.resolved_logprob_support == "sampled"
-    return Case(
-        text=json.dumps(fields, default=str, sort_keys=True),
-        ranks=ranks,
-        splits=ranks > 1 or config.dtype == "bfloat16" or config.reference_offload,
-        episodes=config.per_device_batch_size,
-        group=config.generations_per_sample,
-        prompt=prompt,
-        completion=completion,
-        top_k=config.top_k if truncated else -1,
-        top_p=config.top_p if truncated else 1.0,
-        bfloat16=config.dtype == "bfloat16",
-        packed=config.packing == "groups",
-        checkpointing=config.gradient_checkpointing,
-        reference=config.kl_coeff > 0 if reference is None else reference,
-        offload=config.reference_offload,
-    )
+    return [
+        Case(
+            text=_json(text.to_dict() | {"num_hidden_layers": layers}),
+            ranks=ranks,
+            splits=ranks > 1 or config.dtype == "bfloat16" or config.reference_offload,
+            episodes=config.per_device_batch_size,
+            group=config.generations_per_sample,
+            prompt=prompt_tokens,
+            completion=completion_tokens,
+            top_k=config.top_k if truncated else -1,
+            top_p=config.top_p if truncated else 1.0,
+            bfloat16=config.dtype == "bfloat16",
+            packed=config.packing == "groups",
+            checkpointing=config.gradient_checkpointing,
+            reference=config.kl_coeff > 0 if reference is None else reference,
+            offload=config.reference_offload,
+        )
+        for layers in LAYERS
+    ]
 
 
-def _extrapolated(few: Bytes, more: Bytes, layers: int) -> Bytes:
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, default=str, sort_keys=True)
+
+
+def extrapolated(few: Bytes, more: Bytes, layers: int) -> Bytes:
     """What `layers` layers take, by what `LAYERS` take; each phase by itself, since another one may be the highest."""
     share = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
 
@@ -199,12 +203,17 @@ def vision(config: "Config", vision_config: "Emu3VQVAEConfig", side: int) -> Mem
         side: pixels of an image's side.
 
     Raises:
-        EarlError: the simulation failed.
+        NotSimulated: see `cases.simulate`.
     """
-    [found] = simulate([VisionCase(json.dumps(vision_config.to_dict(), default=str, sort_keys=True), side)])
+    [found] = simulate([vision_case(vision_config, side)])
     weights, peak = found.at_rest["weights"], max(found.peaks.values())
     overhead = CONTEXT + int(FRAGMENTATION * (peak - weights))
     return Memory({"vision": weights, "activations": peak - weights, "overhead": overhead}, weights, peak)
+
+
+def vision_case(vision_config: "Emu3VQVAEConfig", side: int) -> VisionCase:
+    """Return what `vision` simulates."""
+    return VisionCase(_json(vision_config.to_dict()), side)
 
 
 def judge(config: "Config", gpu_bytes: int) -> EngineMemory | None:
@@ -240,7 +249,7 @@ def _known_judge(model: str) -> tuple[float, int] | None:
 
 def weights_of(text: "Emu3TextConfig") -> int:
     """Return how many weights a policy has."""
-    return _weights_of(json.dumps(text.to_dict(), default=str, sort_keys=True))
+    return _weights_of(_json(text.to_dict()))
 
 
 @functools.cache

@@ -14,14 +14,14 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -46,7 +46,7 @@ def run(case: Case | VisionCase) -> Bytes:
         return _vision(case)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.ranks)
     try:
-        return _step_of(case)
+        return step(case, FakeTensorMode(allow_non_fake_inputs=True))
     finally:
         dist.destroy_process_group()
 
@@ -54,7 +54,7 @@ def run(case: Case | VisionCase) -> Bytes:
 def _vision(case: VisionCase) -> Bytes:
     """As `earl.emu3.vision` does it with a batch."""
     tokens = case.side // vision.SPATIAL_FACTOR
-    size = max(1, min(vision.BATCH, vision.TOKENS // tokens**2))
+    size = vision.batch_size(tokens**2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tokenizer = Emu3VQVAE(Emu3VQVAEConfig.from_dict(json.loads(case.vision))).eval()
         count = Count()
@@ -68,25 +68,25 @@ def _vision(case: VisionCase) -> Bytes:
     return Bytes({"weights": weights}, dict(count.peaks))
 
 
-def _step_of(case: Case) -> Bytes:
+def step(case: Case, fake: FakeTensorMode | None) -> Bytes:
+    """Return what a rank holds in a step, in the process group that is open; without `fake`, do the step in earnest."""
     text = Emu3TextConfig.from_dict(json.loads(case.text))
     text.tie_word_embeddings = False
     team = Ranks(0, case.ranks, torch.device("cpu"), splits_alone=case.splits)
     settings = _settings(case, text)
-    episodes = list(_episodes(case))
-    collated = batches.collate(episodes, settings, team.device)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    batch = batches.collate(list(_episodes(case)), settings, team.device)
     policy = _model(text, team, case, fake, frozen=False)
     reference = _model(text, team, case, fake, frozen=True) if case.reference else None
-    with fake:
-        batch = _as_fake(collated, fake)
+    with fake or nullcontext():
+        batch = _as_fake(batch, fake) if fake else batch
         optimizer = grpo.new_optimizer(policy, 1e-6)
         trainer_state.put_zeros(policy, optimizer, 0)
         count = Count()
         at_rest = {"weights": count.hold(policy.parameters(), policy.buffers())}
         at_rest["moments"] = count.hold(*(state.values() for state in optimizer.state.values()))
-        held = [] if case.offload or not reference else [reference.parameters(), reference.buffers()]
-        at_rest["reference"] = count.hold(*held)
+        if case.offload and reference:  # in main memory, which here is the same device
+            count.leave_out(reference.parameters())
+        at_rest["reference"] = count.hold(reference.parameters(), reference.buffers()) if reference else 0
         with count, grpo.ready_to_learn(policy, settings):
             _step(policy, reference, optimizer, batch, settings, count)
     return Bytes(at_rest, dict(count.peaks))
@@ -117,18 +117,21 @@ def _step(
         grpo.optimizer_step(policy, optimizer, grpo.Totals(tokens=1), grpo.MAX_GRADIENT_NORM)
 
 
-def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode, frozen: bool) -> Emu3ForCausalLM:
-    """As `sharding.load` makes it, without a folder to read."""
-    if not team.splits:
+def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode | None, frozen: bool) -> Emu3ForCausalLM:
+    """As `sharding.load` makes it, with zeros in the place of a folder's weights."""
+    offload = frozen and case.offload
+    # Before fake tensors: the ranks are arranged by their numbers, which such tensors do not have.
+    if team.splits:
+        model = sharding.empty(text, team, case.bfloat16, frozen, offload)
+    else:
         with torch.device("meta"):
             model = Emu3ForCausalLM(text).float().requires_grad_(not frozen)
-        with fake:
-            return model.to_empty(device=team.device).eval()
-    offload = frozen and case.offload
-    # The ranks are arranged by their numbers, and a fake tensor has none.
-    model = sharding.empty(text, team, case.bfloat16, frozen, offload)
-    with fake:
-        return sharding.allocate(model, team, offload).eval()
+    with fake or nullcontext():
+        sharding.allocate(model, team, offload)
+    with fake or nullcontext(), torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    return model.eval()
 
 
 def _settings(case: Case, text: Emu3TextConfig) -> Settings:
@@ -183,6 +186,7 @@ class Count(TorchDispatchMode):
         self._phase = ""
         self.peaks: dict[str, int] = defaultdict(int)
         self._alive: dict[int, weakref.ref] = {}
+        self._left_out: set[int] = set()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -193,6 +197,10 @@ class Count(TorchDispatchMode):
         self._look()
         self._phase = ""
 
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Never count these tensors, which live as long as this object is used."""
+        self._left_out |= {id(_storage(tensor)) for tensor in tensors}
+
     def hold(self, *groups: Iterable[Any]) -> int:
         """Count tensors that are there already; return the bytes of those that are new."""
         before = self._total()
@@ -201,9 +209,9 @@ class Count(TorchDispatchMode):
         return self._total() - before
 
     def _add(self, tensor: torch.Tensor) -> None:
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        storage = _storage(tensor)
         key = id(storage)
-        if key not in self._alive:
+        if key not in self._alive and key not in self._left_out:
             self._alive[key] = weakref.ref(storage, lambda _: self._alive.pop(key, None))
 
     def _total(self) -> int:
@@ -211,7 +219,7 @@ class Count(TorchDispatchMode):
         return sum(storage.nbytes() for storage in storages)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in ANSWERS:
+        if function in ANSWERS and isinstance(args[0], FakeTensor):
             return ANSWERS[function](args[0])
         found = function(*args, **(kwargs or {}))
         new = 0
@@ -225,6 +233,10 @@ class Count(TorchDispatchMode):
 
     def _look(self) -> None:
         self.peaks[self._phase] = max(self.peaks[self._phase], self._total())
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
 
 
 def _everywhere(mask: torch.Tensor) -> torch.Tensor:
