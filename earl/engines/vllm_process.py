@@ -29,7 +29,14 @@ def prepare_process(device: str) -> None:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(device == "cuda")))
     # Workers that are forked from a process that has asked torch for its GPUs cannot use them.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if device == "cpu":
+        quiet("vllm.v1.worker.cpu_worker")  # It warns, several times, that threads are bound.
     torch_extensions.work_around()
+
+
+def quiet(module: str) -> None:
+    """Show errors alone of a module of vLLM whose warnings say what is meant to be."""
+    logging.getLogger(module).setLevel(logging.ERROR)
 
 
 def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:
