@@ -211,6 +211,12 @@ def _truncates(config: "Config") -> bool:
 
 
 def _check_learner(config: "Config") -> None:
+    for field, unfit in (("dtype", "float32"), ("device", "cpu")):
+        if config.attention == "flash" and getattr(config, field) == unfit:
+            raise wrong(
+                "attention",
+                f"is `flash`, which computes in bfloat16 on a GPU, but {field} is `{unfit}`; set it to `auto`",
+            )
     if config.policy_dtype == "bfloat16" and config.dtype != "bfloat16":
         raise wrong(
             "policy_dtype",

@@ -444,8 +444,8 @@ class Config(_Section):
     )
     attention: Literal["auto", "sdpa", "flash"] = _free(
         "auto",
-        "Kernel of the learner's attention: torch's own, or the package flash-attn on a GPU in bfloat16, which `auto` "
-        "takes where it is installed.",
+        "Kernel of the learner's attention: torch's own, or the package flash-attn 2 on a GPU in bfloat16, which "
+        "`auto` takes where it can be imported.",
     )
     compile: bool = _free(False, "Compile norms and MLPs of the learner's layers (torch.compile); needs a compiler.")
     policy_dtype: Literal["float32", "bfloat16"] = _fixed(

