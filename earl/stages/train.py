@@ -5,6 +5,7 @@ iterations loads the learner once and calls `step` for each; the files are the s
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 
 from earl import code_version
 from earl.config.freeze import config_digest
-from earl.emu3 import saving
+from earl.emu3 import adapter, saving
 from earl.emu3.checkpoint import check_files
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
@@ -42,11 +43,13 @@ class Learner:
     """The policy in training and what trains it, as of an iteration; `step` takes it to the next one.
 
     Attributes:
-        reference: the frozen starting policy, and its digest; None where no KL term is wanted.
+        reference: the frozen starting policy, and its digest; None where no KL term is wanted. Where an adapter is
+            trained it is `policy` itself, see `earl.learner.grpo`.
         iteration: the last one that was trained; 0: the starting policy.
         optimizer_steps: done since the run began.
         policy_digest: of the folder that the policy has or would have.
-        companions: the folder's files that training does not change, by name: the tokenizer's.
+        companions: the folder's files that training does not change, by name: the tokenizer's, and of an adapter its
+            settings and what its base is.
     """
 
     policy: "Emu3ForCausalLM"
@@ -60,7 +63,9 @@ class Learner:
     companions: dict[str, bytes]
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the policy's weights by name, whole and on the device; all ranks of the team do so together."""
+        """Yield the policy's weights, of an adapter those alone, by name, whole and on the device; all ranks of the
+        team do so together.
+        """
         return saving.whole_weights(self.policy, dtype)
 
 
@@ -114,7 +119,8 @@ def load(config: "Config", files: Run, index: int, team: Ranks) -> Learner:
     state.check_policy(files, index, digest)
     binding = {"iteration": index, "policy_digest": digest, "config_digest": config_digest(config)}
     trained = trainer_state.check(iteration.trainer, **binding) if index else None
-    policy = sharding.load(iteration.policy, team, config.dtype == "bfloat16")
+    companions = saving.companions(iteration.policy) | _adapter_files(config, files, index, digest, team)
+    policy = _policy(config, iteration.policy, team)
     optimizer = grpo.new_optimizer(policy, config.learning_rate)
     if trained is None:
         log.info("trainer: iteration 1 starts with a fresh optimizer from %s", iteration.policy)
@@ -125,13 +131,42 @@ def load(config: "Config", files: Run, index: int, team: Ranks) -> Learner:
     return Learner(
         policy,
         optimizer,
-        *_reference(config, files.iteration(0).policy, team),
+        *_reference(config, policy, files.iteration(0).policy, team),
         iteration=index,
         optimizer_steps=trained.optimizer_steps if trained else 0,
         policy_digest=digest,
         vocabulary=Vocabulary.from_folder(iteration.policy),
-        companions=saving.companions(iteration.policy),
+        companions=companions,
     )
+
+
+def _policy(config: "Config", folder: Path, team: Ranks) -> "Emu3ForCausalLM":
+    bfloat16 = config.dtype == "bfloat16"
+    if config.lora is None:
+        return sharding.load(folder, team, bfloat16)
+    return sharding.load_with_adapter(folder, config.lora.settings, config.random_seed, team, bfloat16)
+
+
+def _adapter_files(config: "Config", files: Run, index: int, digest: str, team: Ranks) -> dict[str, bytes]:
+    """Return the files that the folder of an adapter has; none where all weights are trained.
+
+    Raises:
+        EarlError: the folder of the iteration has others, so it was trained with other settings or on another base.
+    """
+    start, folder = files.iteration(0).policy, files.iteration(index).policy
+    adapter.check_full(start)
+    wanted: dict[str, bytes] = {}
+    if config.lora is not None:
+        base = os.path.relpath(start, folder) if index else os.path.relpath(start, files.iteration(1).policy)
+        wanted = adapter.files(config.lora.settings, base, _digest(start, team) if index else digest)
+    found = {name: (folder / name).read_bytes() for name in (adapter.CONFIG, adapter.BASE) if (folder / name).is_file()}
+    if index and found != wanted:
+        raise EarlError(
+            f"{folder}: was trained with another value of the field lora, or on another starting policy, and cannot be "
+            f"trained on with this one; go back to the old value, or train from the start again: earl rewind --run "
+            f"{files.path} --iteration 1"
+        )
+    return wanted
 
 
 def _digest(policy: Path, team: Ranks) -> str:
@@ -139,12 +174,16 @@ def _digest(policy: Path, team: Ranks) -> str:
     return team.of_first(manifest.digest_folder(check_files(policy)) if team.first else "")
 
 
-def _reference(config: "Config", folder: Path, team: Ranks) -> "tuple[Emu3ForCausalLM, str] | tuple[None, None]":
+def _reference(
+    config: "Config", policy: "Emu3ForCausalLM", folder: Path, team: Ranks
+) -> "tuple[Emu3ForCausalLM, str] | tuple[None, None]":
     """Weights and digest of the frozen starting policy; where no KL term is wanted it is not loaded."""
     if config.kl_coeff == 0:
         return None, None
     bfloat16, offload = config.dtype == "bfloat16", config.reference_offload
     digest = _digest(folder, team)
+    if config.lora is not None:
+        return policy, digest
     return sharding.load(folder, team, bfloat16, frozen=True, offload=offload), digest
 
 
