@@ -162,9 +162,14 @@ def test_a_judge_that_fails_leaves_all_earlier_work(tmp_path, by_stage, monkeypa
         bare_loop.run_iteration(config, other, index)
         bare_loop.evaluate(config, other, index)
     assert_same(other, by_stage, checkpoints=(2, 3, 4))
-    # As a segment from here: nothing that is there is written anew.
+    # As a segment from here: nothing that is there is written anew. Stopped again, it keeps what it caught up with.
+    monkeypatch.setattr("earl.judges.get", lambda config: FailingJudge(0))
+    with pytest.raises(EarlError, match="does not answer"):
+        iterate.run(config, run.path, LAST)
+    monkeypatch.undo()
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 2)
     record = iterate.run(config, run.path, LAST)
-    assert (record["trained"], record["trained_again"]) == ([3, 4], [1, 2])
+    assert (record["trained"], record["trained_again"]) == ([3, 4], [])
     assert before.items() <= facts(run).items()
     assert_same(run, by_stage, checkpoints=(4,))
 
