@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earl.emu3 import checkpoint, tiktoken_files
+from earl.emu3.saving import config_text
 from earl.emu3.vocabulary import write_tokenizer
 from earl.files import atomic, manifest, remedies, tensors
 from earl.files.hub_names import Conversion
@@ -135,7 +136,7 @@ def vision_weight(name: str, weight: "torch.Tensor") -> tuple[str, "torch.Tensor
 
 def _write_policy(source: Path, tokenizer_from: Path, out: Path) -> None:
     config = checkpoint.text_config(source)
-    config.save_pretrained(out)
+    (out / "config.json").write_text(config_text(config, config.dtype), encoding="utf-8")
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
     write_tokenizer(_tokenizer(tokenizer_from), out, config.max_position_embeddings)
