@@ -81,8 +81,8 @@ def save_policy(
 def config_text(config: "Emu3TextConfig", dtype: "torch.dtype | None") -> str:
     """Return `config.json` of a policy with weights of `dtype`; None: the configuration does not say.
 
-    transformers' auto classes find Emu3's text model only through `model_type` emu3, whose section `text_config` describes
-    it. Folders written earlier have the fields of that section at the top level; `checkpoint.text_config` reads both.
+    transformers' auto classes find Emu3's text model only through `model_type` emu3, whose section `text_config`
+    describes it. Earlier folders have the fields of that section at the top level; `checkpoint.text_config` reads both.
     """
     text = copy.deepcopy(config)
     text.dtype = dtype
