@@ -57,8 +57,9 @@ def text_config(folder: Path | str) -> "Emu3TextConfig":
 
     fields = config_fields(Path(folder))
     fields = dict(fields.get("text_config", fields))
-    # Where the code of a repository lies, which nothing here may run.
-    fields.pop("auto_map", None)
+    # Where the code of a repository lies, which nothing here may run, and which files transformers is to read.
+    for foreign in ("auto_map", "transformers_weights"):
+        fields.pop(foreign, None)
     config = Emu3TextConfig.from_dict(fields)
     config.architectures = ["Emu3ForCausalLM"]
     return config

@@ -21,7 +21,7 @@ from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Emu3ForCausalLM
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
@@ -87,6 +87,22 @@ def save_policy(
     return team.of_first(manifest.seal(folder, entries) if team.first else "")
 
 
+def config_text(config: "Emu3TextConfig", dtype: "torch.dtype | None") -> str:
+    """Return `config.json` of a policy with weights of `dtype`; None: the configuration does not say.
+
+    transformers' auto classes find Emu3's text model only through `model_type` emu3, whose section `text_config`
+    describes it. Earlier folders have the fields of that section at the top level; `checkpoint.text_config` reads both.
+    """
+    text = copy.deepcopy(config)
+    text.dtype = dtype
+    fields = json.loads(text.to_json_string())
+    common = {name: fields[name] for name in ("dtype", "transformers_version") if name in fields}
+    for name in ("architectures", "transformers_version"):
+        fields.pop(name, None)
+    whole = {"architectures": ["Emu3ForCausalLM"], "model_type": "emu3", "text_config": fields} | common
+    return json.dumps(whole, indent=2, sort_keys=True) + "\n"
+
+
 def whole_weights(model: "Emu3ForCausalLM", dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
     """Yield the weights one by one, by name, whole and on their device, as `dtype` or as they are.
 
@@ -121,10 +137,7 @@ def _texts(
     model: "Emu3ForCausalLM", files: Mapping[str, list[str]], sizes: Mapping[str, int], dtype: "torch.dtype"
 ) -> dict[str, bytes]:
     """Return the configuration and, of several files of weights, their index."""
-    config = copy.deepcopy(model.config)
-    config.architectures = ["Emu3ForCausalLM"]
-    config.dtype = dtype
-    texts = {"config.json": config.to_json_string()}
+    texts = {"config.json": config_text(model.config, dtype)}
     if len(files) > 1:
         total = sum(sizes.values())
         places = {name: file for file, names in files.items() for name in names}
