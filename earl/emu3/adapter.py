@@ -87,8 +87,8 @@ def check_full(folder: Path | str) -> None:
     """
     if is_adapter(folder):
         raise EarlError(
-            f"{folder}: is a LoRA adapter, and what starts from a policy needs its full weights; write them by `earl "
-            f"export --policy {folder} --merge --to FOLDER`, and name that folder"
+            f"{folder}: is a LoRA adapter, and what starts from a policy needs full weights; write them by "
+            f"`earl export --policy {folder} --config EXPERIMENT --to FOLDER`, and name that folder"
         )
 
 
@@ -126,8 +126,8 @@ def base_of(folder: Path | str) -> Path:
     base = folder / record(folder)["path"]
     if not base.is_dir():
         raise EarlError(
-            f"{folder / BASE}: names the base {base}, where no folder is; put the base there. To move the policy of an "
-            "iteration away from its run, merge it with its base: earl export --merge"
+            f"{folder / BASE}: names the base {base}, where no folder is; put the base there. To take the policy of an "
+            "iteration out of its run, write adapter and base as one: earl export --run RUN --iteration N --to FOLDER"
         )
     check_full(base)
     if (base / manifest.NAME).is_file():

@@ -42,21 +42,19 @@ def merged(model: "Emu3ForCausalLM", lora: adapter.Lora) -> "dict[str, torch.Ten
 def merged_weights(folder: Path | str) -> "Iterator[tuple[str, torch.Tensor]]":
     """Yield the full weights of a policy folder by their names in `Emu3ForCausalLM`, one after the other.
 
-    Of an adapter they are those of the sum with its base, rounded to the type of the base's files: in bfloat16, what is
-    small beside a weight is lost. Of any other folder they come as they are.
+    They come as they are stored, but for those that an adapter adds to, which are float32: rounded to bfloat16, they
+    would lose what is small beside them. Who reads within `checkpoint.reading_policy` finds damage.
 
     Raises:
-        EarlError: see `checkpoint.check_policy`, once the weights have been read.
+        EarlError: there are no safetensors, or a file or the base is missing, damaged or another one.
     """
-    with checkpoint.reading_policy(folder):
-        lora = adapter.settings(folder)
-        parts = {name: weight for _, name, weight in checkpoint.weights(folder)} if lora else {}
-        for _, stored, weight in checkpoint.weights(adapter.base_of(folder)):
-            name = checkpoint.text_weight_name(stored)
-            if name is None:
-                continue
+    lora = adapter.settings(folder)
+    parts = {name: weight for _, name, weight in checkpoint.weights(folder)} if lora else {}
+    for _, stored, weight in checkpoint.weights(adapter.base_of(folder)):
+        name = checkpoint.text_weight_name(stored)
+        if name is not None:
             found = _merged({name: weight}, parts, lora)[name] if lora else weight
-            yield name, found.full_tensor().to(weight.dtype) if isinstance(found, Merged) else found
+            yield name, found.full_tensor() if isinstance(found, Merged) else found
 
 
 def _merged(

@@ -145,7 +145,7 @@ def test_full_weights_are_not_gone_on_with_by_an_adapter(new_run, vocabulary):
 
 def test_an_adapter_is_no_starting_policy(policy_folder, tmp_path):
     folder = adapters.write(tmp_path / "adapter", policy_folder, adapters.strong(policy_folder))
-    complaint = r"adapter: is a LoRA adapter, and what starts from a policy needs its full weights; .* --merge"
+    complaint = r"adapter: is a LoRA adapter, and what starts from a policy needs full weights; .*earl export --policy"
     with pytest.raises(EarlError, match=complaint):
         state.start(Run(tmp_path / "run"), folder)
     with pytest.raises(EarlError, match=f"field model_path is .*{complaint}"):

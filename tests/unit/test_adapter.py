@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from earl.emu3 import adapter, checkpoint, merge, saving
+import earl
+from earl.emu3 import adapter, checkpoint, export, merge, saving, sequence
 from earl.emu3.adapter import TARGETS, Lora
 from earl.engines import Request, SamplingParams
 from earl.engines.torch_engine import TorchEngine
@@ -117,8 +119,17 @@ def test_a_merged_policy_computes_what_adapter_and_base_do(strong, written, tmp_
         changed = adapter.weight_name(name, "A") in adapter.weights(strong)
         assert torch.equal(weight, base[name]) == (not changed), name
         assert torch.equal(named[name], weight), name
+        assert named[name].dtype == torch.float32 or not changed
     full = dict(merge.merged_weights(policy_folder))
     assert all(torch.equal(full[name], weight) for name, weight in base.items())
+
+
+def test_an_exported_adapter_is_the_sum(strong, written, tmp_path):
+    vision = Path(earl.__file__).parent / "shapes" / "vision_tokenizer"
+    export.write(written, vision, tmp_path / "exported", export.Use(4096, ""), causal_lm=False)
+    found = checkpoint.load_policy(tmp_path / "exported", torch.float32, "cpu")
+    assert logits(found).sub(logits(strong)).abs().max() < 1e-3
+    assert not adapter.is_adapter(tmp_path / "exported")
 
 
 # Its folder
@@ -218,8 +229,6 @@ def engine():
 
 @pytest.fixture
 def request_(vocabulary):
-    from earl.emu3 import sequence
-
     prompt = sequence.prompt_ids(np.zeros((3, 3), int), "x", "<|image start|>", vocabulary)
     return Request(prompt, (3, 3), [1, 2, 3, 4])
 
