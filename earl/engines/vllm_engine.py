@@ -138,7 +138,7 @@ class VllmEngine:
             elif lora is not None:
                 import torch
 
-                self._write_adapter({name: torch.zeros(size) for name, size in self._shapes.items()}, lora)
+                self._write_adapter(((name, torch.zeros(size)) for name, size in self._shapes.items()), lora)
         self._shape, self._digest = shape, digest
 
     def update(self, weights: "Iterable[tuple[str, torch.Tensor]]", digest: str) -> None:
@@ -153,7 +153,7 @@ class VllmEngine:
             if self._lora is None:
                 self._replace(weights_iterator=checked(weights, self._shapes))
             else:
-                self._write_adapter(dict(checked(weights, self._shapes)), self._lora)
+                self._write_adapter(checked(weights, self._shapes), self._lora)
         self._digest = digest
 
     def sleep(self) -> None:
@@ -233,13 +233,13 @@ class VllmEngine:
         with self._closing_on_errors():
             self.llm.collective_rpc("reload_weights", kwargs=source)
 
-    def _write_adapter(self, weights: "dict[str, torch.Tensor]", lora: adapter.Lora) -> None:
+    def _write_adapter(self, weights: "Iterable[tuple[str, torch.Tensor]]", lora: adapter.Lora) -> None:
         """Sample with the adapter of these weights, which vLLM reads from a folder."""
         written = tempfile.TemporaryDirectory(prefix="earl-lora-")
         with self._closing_on_errors():
             folder = Path(written.name)
             (folder / adapter.CONFIG).write_bytes(adapter.files(lora, "", "")[adapter.CONFIG])
-            tensors.write(folder / adapter.WEIGHTS, weights, {"format": "pt"})
+            tensors.write(folder / adapter.WEIGHTS, dict(weights), {"format": "pt"})
             self._take_adapter(folder)
         self._adapter_folder = written
 
