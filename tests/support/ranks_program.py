@@ -32,7 +32,7 @@ CASES = {
     "text only": {"micro_batch": 2, "counted": "text", "normalization": "sequences"},
     "bfloat16": {"micro_batch": 3, "bfloat16": True},
     "adapter, two steps, recomputed": {"micro_batch": 2, "optimizer_steps": 2, "gradient_checkpointing": True},
-    "adapter, bfloat16": {"micro_batch": 3, "optimizer_steps": 2, "bfloat16": True, "packed": True},
+    "adapter, bfloat16": {"micro_batch": 3, "bfloat16": True, "packed": True},
 }
 BY_BLOCKS = ("packed, micro-batch 3", "bfloat16", "adapter, bfloat16")
 """Cases whose logits are computed in several blocks."""
