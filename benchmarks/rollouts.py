@@ -77,7 +77,7 @@ def run(llm: Any, policy: Path, variant: str, batch: int) -> tuple[float, float]
 
 def compare_speeds(policy: Path, rounds: int) -> None:
     settings = vllm_engine.Settings("cpu", "float32", context=256)
-    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy))
+    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy), settings.lora)
     options["logits_processors"] = ["benchmarks.rollouts_processors:Switch"]
     from vllm import LLM
 

@@ -223,6 +223,12 @@ def _check_learner(config: "Config") -> None:
             f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
             "computes with; set both to `bfloat16`",
         )
+    if config.lora is not None and config.reference_offload:
+        raise wrong(
+            "reference_offload",
+            "is true, but with lora the reference is the policy without its adapter, and there is no second copy to "
+            "keep elsewhere; set it to false",
+        )
 
 
 def _check_segment(config: "Config") -> None:

@@ -7,10 +7,25 @@ torch_extensions.work_around()
 from transformers import (  # noqa: E402
     Emu3Config,
     Emu3ForCausalLM,
+    Emu3ImageProcessor,
+    Emu3Processor,
     Emu3TextConfig,
     Emu3VQVAE,
     Emu3VQVAEConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
     StaticCache,
 )
 
-__all__ = ["Emu3Config", "Emu3ForCausalLM", "Emu3TextConfig", "Emu3VQVAE", "Emu3VQVAEConfig", "StaticCache"]
+__all__ = [
+    "Emu3Config",
+    "Emu3ForCausalLM",
+    "Emu3ImageProcessor",
+    "Emu3Processor",
+    "Emu3TextConfig",
+    "Emu3VQVAE",
+    "Emu3VQVAEConfig",
+    "GenerationConfig",
+    "PreTrainedTokenizerFast",
+    "StaticCache",
+]

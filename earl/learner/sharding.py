@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from earl.emu3 import checkpoint
+from earl.emu3 import adapter, checkpoint
 from earl.execution.ranks import Ranks
 from earl.messages.errors import EarlError
 
@@ -47,13 +47,54 @@ def load(
     if not team.splits:
         return checkpoint.load_policy(folder, dtype, team.device).requires_grad_(not frozen)
     model = _empty(folder, dtype).requires_grad_(not frozen)
+    _split_and_read(model, folder, team, bfloat16, frozen, offload)
+    return model
+
+
+def load_with_adapter(folder: Path, lora: adapter.Lora, seed: int, team: Ranks, bfloat16: bool) -> "Emu3ForCausalLM":
+    """Return the policy of a folder in evaluation mode, split where `team` says so, with an adapter to be trained.
+
+    The folder holds the adapter, or full weights, to which a new one is added. The adapter is float32; its frozen base
+    is too, or bfloat16 where that is what it computes in.
+
+    Args:
+        seed: of a new adapter.
+
+    Raises:
+        EarlError: see `checkpoint.check_policy`.
+    """
+    if team.splits:
+        base = adapter.base_of(folder)
+        model = _empty(base, torch.bfloat16 if bfloat16 else torch.float32)
+        adapter.add(model, lora, torch.float32)
+        _split_and_read(model, base, team, bfloat16)
+        if adapter.is_adapter(folder):
+            checkpoint.read_adapter(folder, model)
+    else:
+        model = checkpoint.load_policy(folder, torch.float32, team.device, lora)
+    if not adapter.is_adapter(folder):
+        adapter.fill(model, adapter.drawn(model, seed))
+    return model
+
+
+def trained(model: "torch.nn.Module") -> dict[str, torch.nn.Parameter]:
+    """Return the weights that are trained, by name: all of them, or those of an adapter."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _split_and_read(
+    model: "Emu3ForCausalLM", folder: Path, team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False
+) -> None:
+    """Split an empty model and fill it, but for an adapter, which is 0, from a folder of full weights."""
     split(model, team, bfloat16, frozen, offload)
     model.to_empty(device="cpu" if offload else team.device)
     # Its buffers are no weights: they are computed where the module is made.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(team.device)
     with torch.no_grad():
-        checkpoint.read_weights(folder, dict(model.named_parameters()), team)
-    return model.eval()
+        checkpoint.read_weights(folder, adapter.base_weights(model), team)
+        for weight in adapter.weights(model).values():
+            weight.zero_()
+    model.eval()
 
 
 def _empty(folder: Path, dtype: torch.dtype) -> "Emu3ForCausalLM":

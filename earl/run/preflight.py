@@ -15,7 +15,7 @@ from earl.config.schema import Config
 from earl.data import catalogue, datalist, mixing, row_files
 from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
-from earl.emu3 import checkpoint
+from earl.emu3 import adapter, checkpoint
 from earl.emu3.vision import SPATIAL_FACTOR
 from earl.files import hub_names, listing, manifest, objects
 from earl.judges import rubric
@@ -247,6 +247,7 @@ def _codes(field: str, folder: Path) -> int:
     """Return how many visual tokens a policy or a vision tokenizer knows; EarlError where it is none."""
     if field == "vision_tokenizer_path":
         return checkpoint.check_vision_tokenizer(folder)
+    adapter.check_full(folder)
     return checkpoint.check_identity(folder).num_visual
 
 
