@@ -20,7 +20,6 @@ SEED, KILLS = 20261126, {"segment": 2, "stage": 1}
 """Kills at random moments, beside the one while the policy is fine-tuned."""
 SETTINGS = SHORT | {
     "run_name": "killed",
-    "rollout_shards": 2,
     # The last two checkpoints stay by stage, and so they do by segment.
     "segment_checkpoint_every_n_iterations": 1,
     "evaluations": {"heldout": {"prompts": 2, "every_n_iterations": 2}},
@@ -43,7 +42,7 @@ def events() -> list[str]:
     found = ["shared/raw/*.parquet", "shared/tokenised/*/manifest.json", TUNING, "killed/iterations/000000/start.json"]
     for index in range(1, SETTINGS["num_iterations"] + 1):
         files = f"killed/iterations/{index:06d}"
-        found += [f"{files}/{name}" for name in ("rollouts/0000.parquet", "scores/0001.parquet", "train/metrics.json")]
+        found += [f"{files}/{name}" for name in ("rollouts/0000.parquet", "scores/0000.parquet", "train/metrics.json")]
     return found
 
 
