@@ -3,6 +3,7 @@
 Stages are imported when they are called, so that ``--help`` answers at once.
 """
 
+import atexit
 import errno
 import os
 import sys
@@ -54,7 +55,18 @@ def call(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Run the command line in this process."""
+    """Run the command line in this process.
+
+    What libraries have registered for the end of the process still runs, and its threads are waited for. Taking Python
+    itself down after that would cost a process with torch and transformers more than half a second, and is left out.
+    """
+    status: int | None = None
+
+    def end() -> None:
+        if status is not None:
+            processes.end_at_once(status)
+
+    atexit.register(end)  # the first to be registered is the last to be called
     console.set_up()
     processes.name_user()
     processes.end_with_workflow()
