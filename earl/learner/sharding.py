@@ -21,7 +21,7 @@ from earl.execution.ranks import Ranks
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
-    from transformers import Emu3ForCausalLM
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 Result = TypeVar("Result")
 
@@ -41,27 +41,36 @@ def load(
     """
     if not team.splits:
         return checkpoint.load_policy(folder, torch.float32, team.device).requires_grad_(not frozen)
-    model = _empty(folder).requires_grad_(not frozen)
-    split(model, team, bfloat16, frozen, offload)
-    model.to_empty(device="cpu" if offload else team.device)
-    # Its buffers are no weights: they are computed where the module is made.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(team.device)
-    with torch.no_grad():
-        checkpoint.read_weights(folder, dict(model.named_parameters()), team)
-    return model.eval()
-
-
-def _empty(folder: Path) -> "Emu3ForCausalLM":
-    from earl.emu3.models import Emu3ForCausalLM
-
     config = checkpoint.text_config(folder)
     if config.tie_word_embeddings:
         raise EarlError(
             f"{folder}: embedding and head share their weight (tie_word_embeddings), which cannot be split; "
             "train in one process, with dtype float32, train_processes 1 and reference_offload false"
         )
+    model = allocate(empty(config, team, bfloat16, frozen, offload), team, offload)
+    with torch.no_grad():
+        checkpoint.read_weights(folder, dict(model.named_parameters()), team)
+    return model.eval()
+
+
+def empty(
+    config: "Emu3TextConfig", team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False
+) -> "Emu3ForCausalLM":
+    """Return a model that is split over the ranks, and whose weights take no memory yet; `allocate` gives them some."""
+    from earl.emu3.models import Emu3ForCausalLM
+
     with torch.device("meta"):
-        return Emu3ForCausalLM(config).float()
+        model = Emu3ForCausalLM(config).float().requires_grad_(not frozen)
+    split(model, team, bfloat16, frozen, offload)
+    return model
+
+
+def allocate(model: "Emu3ForCausalLM", team: Ranks, offload: bool) -> "Emu3ForCausalLM":
+    """Give the weights of an empty model their memory, in which anything may stand; return the model."""
+    model.to_empty(device="cpu" if offload else team.device)
+    # Its buffers are no weights: they are computed where the module is made.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(team.device)
+    return model
 
 
 def split(model: "Emu3ForCausalLM", team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False) -> None:
