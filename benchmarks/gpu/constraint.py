@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ from earl.emu3 import grid
 from earl.engines import SamplingParams, torch_engine
 
 if TYPE_CHECKING:
+    from transformers import Emu3TextConfig
+
     from earl.engines.vllm_constraint import GridConstraintV2
 
 INTERFACES = {
@@ -59,7 +63,8 @@ def _vllm(context: Context, rows: int) -> None:
     with _no_waiting(context):
         found()
     seconds = context.seconds(found, 20)
-    context.measure(f"vLLM's constraint at {rows} rows", 1000 * seconds, "ms", Range(high=0.6), "the host waits for nothing")
+    name = f"vLLM's constraint at {rows} rows"
+    context.measure(name, 1000 * seconds, "ms", Range(high=0.6), "the host waits for nothing")
 
 
 def _stand_in() -> None:
@@ -68,12 +73,12 @@ def _stand_in() -> None:
         package = ""
         for part in name.split("."):
             package = f"{package}.{part}" if package else part
-            sys.modules.setdefault(package, ModuleType(package))
+            sys.modules[package] = sys.modules.get(package) or ModuleType(package)
         for each in classes:
             setattr(sys.modules[name], each, type(each, (), {"UNIDIRECTIONAL": None}))
 
 
-def _processor(module: ModuleType, config, device: torch.device, rows: int) -> "GridConstraintV2":
+def _processor(module: ModuleType, config: "Emu3TextConfig", device: torch.device, rows: int) -> "GridConstraintV2":
     ids = models.vocabulary(config)
     requests = SimpleNamespace(
         device=device,
@@ -91,7 +96,10 @@ def _processor(module: ModuleType, config, device: torch.device, rows: int) -> "
         module.Vocabulary = original
 
 
-def _apply(processor: "GridConstraintV2", positions: torch.Tensor, vocabulary: int, token: int):
+def _apply(
+    processor: "GridConstraintV2", positions: torch.Tensor, vocabulary: int, token: int
+) -> Callable[[], torch.Tensor]:
+    """Return a call of the constraint on logits of all rows."""
     device, rows = processor.grids.device, len(positions)
     batch = SimpleNamespace(
         expanded_idx_mapping=torch.arange(rows, device=device),
@@ -102,19 +110,17 @@ def _apply(processor: "GridConstraintV2", positions: torch.Tensor, vocabulary: i
     return lambda: processor.apply(logits, batch)
 
 
-class _no_waiting:  # noqa: N801 - reads as a statement
+@contextmanager
+def _no_waiting(context: Context) -> Iterator[None]:
     """Within the block, an operation that makes the host wait for the device raises an error."""
-
-    def __init__(self, context: Context) -> None:
-        self.on_gpu = context.device.type == "cuda"
-
-    def __enter__(self) -> None:
-        if self.on_gpu:
-            torch.cuda.set_sync_debug_mode("error")
-
-    def __exit__(self, *_: object) -> None:
-        if self.on_gpu:
-            torch.cuda.set_sync_debug_mode("default")
+    if context.device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _arrives_without_waiting(context: Context, processor: "GridConstraintV2", extra_args: dict, rows: int) -> None:

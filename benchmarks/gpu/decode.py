@@ -5,7 +5,8 @@ import torch
 from benchmarks.gpu import engine, models
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import Range
-from earl.engines import SamplingParams
+from earl.engines import Request, SamplingParams
+from earl.engines.torch_engine import TorchEngine
 
 STEPS = 48
 """Tokens after the first."""
@@ -20,7 +21,7 @@ def run(context: Context) -> None:
             _rate(context, engine.around(model, rows), models.requests(config, rows // SAMPLES, SAMPLES, context.small))
 
 
-def _rate(context: Context, sampler, requests: list) -> None:
+def _rate(context: Context, sampler: TorchEngine, requests: list[Request]) -> None:
     rows, completion = sampler.batch_size, models.lengths(context.small)[1]
 
     def sample(tokens: int) -> None:
@@ -33,5 +34,6 @@ def _rate(context: Context, sampler, requests: list) -> None:
     context.measure(f"{rows} rows: prompts", first, "s", note="and the first token")
     context.measure(f"{rows} rows: a token of each", 1000 * step, "ms", Range(high=60 if rows <= 32 else 90))
     whole = first + completion * step
-    context.measure(f"{rows} rows: rate", rows * completion / whole, "tokens/s", note=f"{whole:.0f} s for {completion} each")
+    note = f"{whole:.0f} s for {completion} each"
+    context.measure(f"{rows} rows: rate", rows * completion / whole, "tokens/s", note=note)
     context.measure(f"{rows} rows: peak memory", context.peak(), "GB")

@@ -1,4 +1,4 @@
-"""The machine: GPU, driver, memory, divisions, shared memory, and whether products and copies run at the card's speed."""
+"""The machine: GPU, driver, memory, MIG, /dev/shm, and whether products and copies run at the card's speed."""
 
 import os
 import platform
@@ -88,12 +88,14 @@ def _gpu(context: Context) -> None:
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     capability = torch.cuda.get_device_capability(device)
-    context.note("GPU", f"{properties.name}, {torch.cuda.device_count()} visible, {properties.multi_processor_count} SMs")
-    context.require("capability", capability >= (8, 0), f"{capability[0]}.{capability[1]}", "at least 8.0, for bfloat16")
+    count, processors = torch.cuda.device_count(), properties.multi_processor_count
+    context.note("GPU", f"{properties.name}, {count} visible, {processors} multiprocessors")
+    found = ".".join(map(str, capability))
+    context.require("compute capability", capability >= (8, 0), found, "at least 8.0, for bfloat16")
     context.note("libraries", f"cuDNN {torch.backends.cudnn.version()}, NCCL {_nccl()}")
     context.measure("memory of the GPU", total / 1e9, "GB", note=f"{total / 2**30:.1f} GiB")
     context.measure("free at the start", 100 * free / total, "%", Range(low=97), "others use the rest")
-    context.note("nvidia-smi", f"{QUERY}: {_smi('--query-gpu=' + QUERY, '--format=csv,noheader')}")
+    context.note("nvidia-smi", f"{QUERY}: {_smi(f'--query-gpu={QUERY}', '--format=csv,noheader')}")
     divided = [line.strip() for line in _smi("--list-gpus").splitlines() if line.strip().startswith("MIG")]
     context.note("MIG", f"{len(divided)} devices: {'; '.join(divided)}" if divided else "not divided")
 
@@ -109,7 +111,7 @@ def _smi(*arguments: str) -> str:
         done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         return f"no answer ({type(error).__name__})"
-    return " / ".join(filter(None, (done.stdout + done.stderr).strip().splitlines())) if len(arguments) > 1 else done.stdout
+    return (done.stdout or done.stderr).strip()
 
 
 def _product(context: Context) -> None:

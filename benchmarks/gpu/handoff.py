@@ -1,4 +1,4 @@
-"""From the learner's GPU to files and back: the rates that a checkpoint, and stages that hand weights over by file, live on."""
+"""From the learner's GPU to files and back: the rates by which checkpoints, and stages by file, hand weights over."""
 
 import hashlib
 import os
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,14 +68,15 @@ def _policy(context: Context, name: str, parent: Path) -> None:
     model = models.policy(config, context.device, torch.bfloat16)
     with tempfile.TemporaryDirectory(prefix="earl-gpu-check-", dir=parent) as temporary:
         folder = Path(temporary)
-        rate = size / 1e9 / context.seconds(lambda: saving.save_policy(model, folder, {}), 1, warm=False)
+        rate = size / 1e9 / context.seconds(partial(saving.save_policy, model, folder, {}), 1, warm=False)
         context.measure(f"{name}: written, hashed and sealed", rate, "GB/s", Range(low=1))
-        rate = size / 1e9 / context.seconds(lambda: saving.save_policy(model, None, {}), 1, warm=False)
+        rate = size / 1e9 / context.seconds(partial(saving.save_policy, model, None, {}), 1, warm=False)
         context.measure(f"{name}: hashed alone, from the GPU", rate, "GB/s", Range(low=1))
         del model
         files = sorted(folder.glob("*.safetensors"))
         loaded = context.seconds(lambda: [load_file(path, str(context.device)) for path in files], 1, warm=False)
-        context.measure(f"{name}: safetensors to the device", size / 1e9 / loaded, "GB/s", Range(low=1), "cached by the system")
+        rate = size / 1e9 / loaded
+        context.measure(f"{name}: safetensors to the device", rate, "GB/s", Range(low=1), "cached by the system")
         if parent == context.path.parent:
             return
         largest = max(files, key=lambda path: path.stat().st_size)

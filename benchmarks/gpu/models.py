@@ -33,7 +33,7 @@ def text_config(small: bool, layers: int) -> Emu3TextConfig:
 def vocabulary(config: Emu3TextConfig) -> Vocabulary:
     """The ids of the published vocabulary, or of a small one, by role; it cannot encode text."""
     if config.vocab_size < 1000:
-        roles = dict(zip(("pad", "bos", "eos", "boi", "img", "eoi", "eol", "eof"), (3, 1, 2, 4, 5, 6, 7, 8), strict=True))
+        roles = {"pad": 3, "bos": 1, "eos": 2, "boi": 4, "img": 5, "eoi": 6, "eol": 7, "eof": 8}
         return Vocabulary(text=None, first_visual=88, num_visual=512, **roles)
     return Vocabulary(
         text=None,
@@ -54,14 +54,14 @@ def policy(config: Emu3TextConfig, device: torch.device, dtype: torch.dtype) -> 
     """A policy on a device, in evaluation mode."""
     with torch.device("meta"):
         model = Emu3ForCausalLM(config).to(dtype)
-    return filled(model, device)
-
-
-def filled(model: Emu3ForCausalLM, device: torch.device) -> Emu3ForCausalLM:
-    """Give a model without memory, which may be split over ranks, random weights on a device."""
     model.to_empty(device=device)
     # Buffers are computed where the module is made.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return filled(model)
+
+
+def filled(model: Emu3ForCausalLM) -> Emu3ForCausalLM:
+    """Give a model, which may be split over ranks, random weights, and put it into evaluation mode."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             own = weight.to_local() if hasattr(weight, "to_local") else weight

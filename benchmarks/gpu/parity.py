@@ -1,4 +1,4 @@
-"""Sampler and learner in bfloat16 at the published size: the torch engine, token by token, and the learner's one pass."""
+"""Sampler and learner in bfloat16 at the published size: the torch engine token by token, the learner in one pass."""
 
 import numpy as np
 import torch

@@ -33,7 +33,9 @@ def run(context: Context) -> None:
             first, again = operation(), operation()
             context.synchronize()
             equal = torch.equal(first, again)
-            context.require(f"deterministic {name}", equal, "equal bits" if equal else "other bits", "equal bits, twice")
+            context.require(
+                f"deterministic {name}", equal, "equal bits" if equal else "other bits", "equal bits, twice"
+            )
     with context.attempt("bfloat16 product summed to float32"):
         _wide_product(context)
     with context.attempt("TF32"):
@@ -49,7 +51,7 @@ def _processes(context: Context) -> None:
         ("fork after is_available()", "torch.cuda.is_available()", "fork", {}, False),
         ("fork after is_available() by NVML", "torch.cuda.is_available()", "fork", {NVML: "1"}, True),
         ("fork after CUDA was used", "torch.zeros(1, device='cuda')", "fork", {NVML: "1"}, False),
-        ("spawn after CUDA was used", "torch.zeros(1, device='cuda') if __name__ == '__main__' else 0", "spawn", {}, True),
+        ("spawn after CUDA was used", "if __name__ == '__main__': torch.zeros(1, device='cuda')", "spawn", {}, True),
     ):
         with context.attempt(name):
             status = _status(context, FORKED.format(before=before, method=method), environment)

@@ -117,7 +117,8 @@ def _compare_learners(context: Context, own: list[batches.Episode], vocabulary: 
         )
         context.require(f"learner, {name}: repeats itself", digest == again, digest[:12], "equal weights after a step")
         gap = found["logprob_mismatch_mean"]
-        context.require(f"learner, {name}: log-probs from the CPU sampler's", gap < PARITY, f"{gap:.1e} nats", f"< {PARITY}")
+        text = f"{gap:.1e} nats from the CPU sampler's"
+        context.require(f"learner, {name}: log-probs", gap < PARITY, text, f"< {PARITY} nats")
         for metric in ("loss", "gradient_norm", "entropy"):
             near = abs(found[metric] - cpu[metric]) <= 1e-3 * abs(cpu[metric]) + 1e-5
             text = f"{found[metric]:.6g}, the CPU's {cpu[metric]:.6g}"

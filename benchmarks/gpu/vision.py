@@ -1,4 +1,7 @@
-"""The published vision tokenizer, with random weights: seconds and memory of decoding and encoding, and the CPU's answer."""
+"""The published vision tokenizer, with random weights: seconds, memory, and the CPU's answer."""
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,8 +14,6 @@ from earl.emu3.models import Emu3VQVAE, Emu3VQVAEConfig
 IMAGES = 16
 SIDES = (256, 512)
 """Pixels."""
-TOKENS_TF32 = 0.02
-"""Share of tokens, or of pixels by more than one of 256 steps, that may differ from a CPU's: convolutions use TF32."""
 
 
 def run(context: Context) -> None:
@@ -26,12 +27,12 @@ def run(context: Context) -> None:
         images = list(rng.integers(0, 256, (IMAGES, side, side, 3), dtype=np.uint8))
         for name, function, items in (("decode", vision.decode, grids), ("encode", vision.encode, images)):
             with context.attempt(f"{name} {side} px"):
-                _measure(context, f"{name} {IMAGES} of {side} x {side} pixels", lambda: function(model, items))
+                _measure(context, f"{name} {IMAGES} of {side} x {side} pixels", partial(function, model, items))
     with context.attempt("against the CPU"):
         _against_cpu(context, model)
 
 
-def _measure(context: Context, name: str, function) -> None:
+def _measure(context: Context, name: str, function: Callable[[], object]) -> None:
     context.release()
     seconds = context.seconds(function, 1)
     context.measure(f"{name}: seconds", seconds, "s", note=f"{seconds / IMAGES:.3g} s an image")
