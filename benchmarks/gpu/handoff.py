@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.gpu import models
-from benchmarks.gpu.context import CPU_THREADS, Context, SkipSection
+from benchmarks.gpu.context import Context, SkipSection
 from benchmarks.gpu.results import Range
 from earl.emu3 import saving
 from earl.files import manifest, tensors
@@ -51,7 +51,7 @@ def _to_host(context: Context, source: torch.Tensor) -> None:
 def _finite(context: Context, source: torch.Tensor) -> None:
     """Whether all weights are finite is asked before they are written and after they were read."""
     host = source.cpu()
-    for name, tensor, low in (("the GPU", source, 500), (f"{CPU_THREADS} CPU threads", host, 1)):
+    for name, tensor, low in (("the device", source, 500), (f"{torch.get_num_threads()} CPU threads", host, 1)):
         part = tensor if tensor is source else tensor[: len(tensor) // 4]
         rate = _rate(context, part.nbytes, lambda part=part: tensors.is_finite(part), 2)
         context.measure(f"finite, by extremes, on {name}", rate, "GB/s", Range(low=low))

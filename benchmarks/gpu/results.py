@@ -64,14 +64,13 @@ def append(path: Path, result: Result) -> None:
 
 
 class Reader:
-    """Reads what is added to a results file from now on."""
+    """Reads a results file to which lines are added."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.position = path.stat().st_size if path.is_file() else 0
+        self.path, self.position = path, 0
 
     def new(self) -> list[Result]:
-        """Return the results whose lines were completed since the last call."""
+        """Return the results whose lines were completed since the last call, at the first all of them."""
         if not self.path.is_file():
             return []
         with open(self.path, "rb") as stream:

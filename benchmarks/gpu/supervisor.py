@@ -64,6 +64,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     path = out.resolve() / RESULTS
     reader, end, stopped = results.Reader(path), clock() + seconds, ""
+    reader.new()  # those of earlier calls
     for section in sections:
         limit = min(section.seconds, end - clock())
         if stopped or limit < min(SHORTEST, section.seconds):

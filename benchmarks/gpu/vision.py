@@ -10,6 +10,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import Range
 from earl.emu3 import vision
 from earl.emu3.models import Emu3VQVAE, Emu3VQVAEConfig
+from earl.estimate import memory
 
 IMAGES = 16
 SIDES = (256, 512)
@@ -23,20 +24,24 @@ def run(context: Context) -> None:
         model = Emu3VQVAE(config).eval()
     rng = np.random.default_rng(0)
     for side in (32,) if context.small else SIDES:
+        expected = memory.vision(None, config, side).peak / 1e9
         grids = list(rng.integers(0, config.codebook_size, (IMAGES, side // 8, side // 8)))
         images = list(rng.integers(0, 256, (IMAGES, side, side, 3), dtype=np.uint8))
         for name, function, items in (("decode", vision.decode, grids), ("encode", vision.encode, images)):
             with context.attempt(f"{name} {side} px"):
-                _measure(context, f"{name} {IMAGES} of {side} x {side} pixels", partial(function, model, items))
+                _measure(
+                    context, f"{name} {IMAGES} of {side} x {side} pixels", partial(function, model, items), expected
+                )
     with context.attempt("against the CPU"):
         _against_cpu(context, model)
 
 
-def _measure(context: Context, name: str, function: Callable[[], object]) -> None:
+def _measure(context: Context, name: str, function: Callable[[], object], most: float) -> None:
+    """Measure a call; `most`: the GB that the estimate has for decoding and encoding, whichever takes more."""
     context.release()
     seconds = context.seconds(function, 1)
     context.measure(f"{name}: seconds", seconds, "s", note=f"{seconds / IMAGES:.3g} s an image")
-    context.measure(f"{name}: peak memory", context.peak(), "GB")
+    context.measure(f"{name}: peak memory", context.peak(), "GB", Range(high=1.1 * most), f"{most:.1f} by the estimate")
 
 
 def _against_cpu(context: Context, model: Emu3VQVAE) -> None:

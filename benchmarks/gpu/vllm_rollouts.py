@@ -33,7 +33,7 @@ def run(context: Context) -> None:
     settings = vllm_engine.Settings(context.kind, dtype, context=256, memory_share=0.05 if context.small else 0.3)
     engine = vllm_engine.VllmEngine(settings)
     vocabulary = Vocabulary.from_folder(tiny.FOLDER)
-    requests = tiny.requests(vocabulary)
+    requests = tiny.requests(vocabulary, 4)
     _timed(context, "start", lambda: engine.load(tiny.FOLDER), Range(high=90))
     first = _timed(context, "first samples", lambda: engine.generate(requests, PARAMS))
     second = _timed(context, "samples again", lambda: engine.generate(requests, PARAMS))
