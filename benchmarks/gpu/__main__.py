@@ -9,7 +9,7 @@ from benchmarks.gpu.results import FAILED, Result
 from benchmarks.gpu.supervisor import Section
 
 SECTIONS = (
-    Section("environment", "benchmarks.gpu.environment:run", 60),
+    Section("environment", "benchmarks.gpu.environment:run", 120),
     Section("requirements", "benchmarks.gpu.requirements:run", 90),
     Section("tiny", "benchmarks.gpu.tiny:run", 90),
     Section("constraint", "benchmarks.gpu.constraint:run", 60),

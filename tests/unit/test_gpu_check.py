@@ -1,11 +1,13 @@
 """The GPU check's frame: sections that hang, crash or raise leave the others, and what they said, as they were."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import results, supervisor
+from benchmarks.gpu import environment, results, supervisor
 from benchmarks.gpu.results import Range, Result
 from benchmarks.gpu.supervisor import Section
 from earl.execution import processes
@@ -94,3 +96,26 @@ def test_a_range_says_what_it_holds(expected, value, holds, text):
 def test_a_table_cell_stays_one_cell():
     row = results.table([Result("a", "b|c", "", "two\nlines", "ok")]).splitlines()[-1]
     assert row == "| a | b\\|c |  | two lines | ok |"
+
+
+def test_the_supervisor_imports_nothing_that_may_be_broken():
+    program = "import sys, benchmarks.gpu.__main__; print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=supervisor.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GH200 480GB", 989),
+        ("Tesla V100", None),
+    ],
+)
+def test_a_card_is_known_by_its_name(name, teraflops):
+    assert environment.specification(name) == teraflops
