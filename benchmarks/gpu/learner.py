@@ -89,6 +89,8 @@ def _fitting(context: Context, case: Case) -> tuple[Emu3TextConfig, memory.Memor
         packing="groups" if case.packed else "none",
         gradient_checkpointing=case.checkpointing,
         kl_coeff=KL,
+        resolved_logprob_support="split_vocab",
+        lora=None,
     )
     room = 1e12 if context.small else (1 - SPARE) * torch.cuda.mem_get_info(context.device)[0]
     for layers in (2,) if context.small else range(LAYERS, 0, -1):
