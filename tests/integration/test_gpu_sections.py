@@ -1,6 +1,7 @@
 """Every section of the GPU check once, shrunk, on a CPU, with only what torch and transformers bring."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,20 @@ def test_a_section_that_there_is_not_is_refused(tmp_path):
     done, _ = check(tmp_path, "--only", "learner,speed")
     assert done.returncode == 2
     assert "there is no section 'speed'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ([], "--minutes 10 --device cuda --out runs/gpu-check"),
+        (["ONLY=learner,tiny", "MINUTES=4"], "--only learner,tiny --minutes 4 --device cuda --out runs/gpu-check"),
+        (["DEVICE=cpu", "RUNS=/scratch"], "--minutes 10 --device cpu --out /scratch/gpu-check"),
+    ],
+)
+def test_make_passes_on_what_it_is_given(tmp_path, given, asked):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "--dry-run", "gpu", f"PYTHON={sys.executable}", *given]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    _, _, options = done.stdout.replace("\\\n", " ").partition(" -m benchmarks.gpu ")
+    assert options.split() == asked.split()

@@ -47,7 +47,7 @@ def refusal(done: subprocess.CompletedProcess) -> str:
     return line
 
 
-@pytest.mark.parametrize("target", ["demo", "matrix", "gpu", "test", "lint", "venv"])
+@pytest.mark.parametrize("target", ["demo", "matrix", "test", "lint", "venv"])
 @pytest.mark.parametrize("version", [(3, 10, 13), (2, 7, 18)])
 def test_an_old_python_is_refused_in_one_line(checkout, tmp_path, target, version) -> None:
     old = python(tmp_path / "bin" / "python-old", version)
@@ -100,18 +100,3 @@ def test_a_new_environment_is_made_once(checkout, tmp_path) -> None:
     first, *rest = (tmp_path / "asked").read_text().splitlines()
     assert first == "python-new -m venv .venv"
     assert sum("pip install" in line for line in rest) == len(rest) == 1
-
-
-@pytest.mark.parametrize(
-    ("given", "asked"),
-    [
-        ([], "--minutes 10 --device cuda --out runs/gpu-check"),
-        (["ONLY=learner,tiny", "MINUTES=4"], "--only learner,tiny --minutes 4 --device cuda --out runs/gpu-check"),
-        (["DEVICE=cpu", "RUNS=/scratch"], "--minutes 10 --device cpu --out /scratch/gpu-check"),
-    ],
-)
-def test_the_check_of_a_gpu_is_asked_for_what_was_given(checkout, given, asked) -> None:
-    python(checkout / ".venv" / "bin" / "python", (3, 12, 1))
-    (checkout / ".venv" / "pyvenv.cfg").touch()
-    assert make(checkout, "gpu", *given).returncode == 0
-    assert (checkout / ".venv" / "asked").read_text().splitlines()[-1] == f"python -m benchmarks.gpu {asked}"
