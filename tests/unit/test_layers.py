@@ -17,6 +17,7 @@ LAYERS = (
     ("engines",),
     ("judges", "learner"),
     ("run",),
+    ("estimate",),
     ("report",),
     ("stages",),
     ("tracking",),
