@@ -41,9 +41,9 @@ def _vllm(context: Context, rows: int) -> None:
         _stand_in()
         context.note("vLLM", "is not installed; its interfaces' empty classes stand in for them")
     else:
-        from earl.engines import vllm_engine
+        from earl.engines import vllm_process
 
-        vllm_engine.prepare_process(context.kind)
+        vllm_process.prepare_process(context.kind)
     from earl.engines import vllm_constraint
 
     device, config = context.device, models.text_config(context.small, 1)

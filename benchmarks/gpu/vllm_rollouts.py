@@ -26,10 +26,10 @@ PARAMS = SamplingParams(temperature=1.0, max_tokens=96)
 def run(context: Context) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise SkipSection("vllm is not installed here")
-    from earl.engines import vllm_engine
+    from earl.engines import vllm_engine, vllm_process
 
     dtype = "float32" if context.small else "bfloat16"
-    vllm_engine.check_device(context.device, 1, "vllm_tensor_parallel_size")
+    vllm_process.check_device(context.device, 1, "vllm_tensor_parallel_size")
     settings = vllm_engine.Settings(context.kind, dtype, context=256, memory_share=0.05 if context.small else 0.3)
     engine = vllm_engine.VllmEngine(settings)
     vocabulary = Vocabulary.from_folder(tiny.FOLDER)

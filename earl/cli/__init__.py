@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from earl.cli import config, convert, data, export, judge, node, run, shapes, stages
+from earl.cli import config, convert, data, export, judge, node, plan, run, shapes, stages
 from earl.execution import processes
 from earl.messages import console
 from earl.messages.errors import EarlError
@@ -29,7 +29,7 @@ app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 app.add_typer(shapes.app, name="shapes")
-for group in (stages, run, export, node):
+for group in (stages, run, plan, export, node):
     app.add_typer(group.app)
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -170,7 +170,7 @@ def claim_gpus(config: "Config", stage: str) -> None:
         EarlError: see `gpus.claim`.
     """
     from earl.execution import gpus, ranks
-    from earl.workflow import resources
+    from earl.run import resources
 
     if not ranks.is_launched() and os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
         gpus.claim(resources.gpus(config, stage))
@@ -183,7 +183,7 @@ def leave_to_ranks(config: "Config", stage: str, *options: object) -> None:
         EarlError: see `launch.launch` and `gpus.claim`.
     """
     from earl.execution import launch, ranks
-    from earl.workflow import resources
+    from earl.run import resources
 
     claim_gpus(config, stage)
     size = resources.ranks(config, stage)

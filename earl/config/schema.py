@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from earl.config import checks, references
+from earl.config import checks, defaults, references
 from earl.emu3 import adapter
 from earl.files import hub_names
 
@@ -562,7 +562,11 @@ class Config(_Section):
         le=1,
     )
     vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
-    device: Literal["auto", "cpu", "cuda"] = _free("auto", "Where models run; `auto` takes a GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = _free(
+        "auto",
+        "Where models run. `auto` takes a GPU where there is one, and is an error in a job that was given GPUs and "
+        "cannot use them.",
+    )
     dtype: Literal["float32", "bfloat16"] = _fixed("bfloat16", "Type that models compute in.")
     cpu_threads: Positive = _fixed(
         2, "Threads of each stage; fixed, since sums over another number of threads differ in the last bits."
@@ -621,7 +625,11 @@ class Config(_Section):
     judge_structured_output: bool = _fixed(
         True, "Hold answers to a JSON schema; false for a server that knows none, whose answers are read tolerantly."
     )
-    judge_concurrency: Positive = _free(64, "Questions that are under way at once, for the judge `openai`.")
+    judge_concurrency: Positive = _free(
+        256,
+        "Questions that are under way at once, of each process and for the judge `openai`; fewer where the server is "
+        "overloaded.",
+    )
     judge_timeout_seconds: float = _free(120.0, "Seconds that a server may take for one question.", gt=0)
     judge_retry_seconds: float = _free(
         300.0,
@@ -630,9 +638,19 @@ class Config(_Section):
         gt=0,
     )
     judge_startup_seconds: float = _free(1800.0, "Seconds to wait for a server to come up.", gt=0)
-    judge_tensor_parallel_size: Positive = _free(1, "GPUs that the judge `vllm` is split over.")
+    judge_tensor_parallel_size: Positive = _free(
+        defaults.judge_gpus,
+        "GPUs that the judge `vllm` is split over; by default 1, 2, 4 or 8, so that the weights of a model with that "
+        "number in its name, such as 72B, take at most half of an 80 GB GPU.",
+    )
     judge_context_size: Positive = _free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")
-    judge_gpu_memory_utilization: float = _free(0.9, "Share of GPU memory that the judge `vllm` takes.", gt=0, le=1)
+    judge_gpu_memory_utilization: float = _free(
+        0.9,
+        "Share of the memory of each of its GPUs that the judge `vllm` takes. It has them to itself: lower this where "
+        "processes that are not EARL's use them, too.",
+        gt=0,
+        le=1,
+    )
     judge_cache: bool = _free(
         True, "Keep answers in <base_exp_dir>/shared/judgements.sqlite, so that what is identical is asked once."
     )

@@ -24,7 +24,9 @@ class Case:
     """Episodes of one prompt."""
     prompt: int
     completion: int
-    visual_range: tuple[int, int]
+    top_k: int
+    top_p: float
+    """Of the support that log-probs are normalised over; -1 and 1: they leave out nothing."""
     bfloat16: bool
     packed: bool
     checkpointing: bool
@@ -51,6 +53,11 @@ class Bytes:
 
 Question = Case | VisionCase
 
+
+class NotSimulated(EarlError):
+    """The simulation failed."""
+
+
 _known: dict[Question, Bytes] = {}
 
 
@@ -58,7 +65,7 @@ def simulate(cases: Sequence[Question]) -> list[Bytes]:
     """Return what a rank holds in each case; some seconds of a process of its own for those that are new.
 
     Raises:
-        EarlError: the simulation failed, with what it said.
+        NotSimulated: with what the simulation said.
     """
     new = [case for case in dict.fromkeys(cases) if case not in _known]
     if new:
@@ -66,6 +73,6 @@ def simulate(cases: Sequence[Question]) -> list[Bytes]:
         command = [sys.executable, "-m", "earl.estimate.simulation"]
         done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise EarlError(f"the memory of the learner could not be simulated: {done.stderr.strip()[-2000:]}")
+            raise NotSimulated(f"what a GPU holds could not be simulated: {done.stderr.strip()[-2000:]}")
         _known.update(zip(new, (Bytes(**found) for found in json.loads(done.stdout)), strict=True))
     return [_known[case] for case in cases]

@@ -10,8 +10,9 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from earl.estimate import models
 from earl.estimate.cases import Bytes, Case, VisionCase, simulate
 from earl.files import objects
 
@@ -34,8 +35,6 @@ SAMPLING_BYTES = 32
 """Bytes an id that the torch engine's sampler takes of each row: logits, log-probs, cumulative sums in float64."""
 MAX_SEQUENCES = 256
 """Samples that vLLM computes at the same time."""
-VISUAL = (151854, 151854 + 32768)
-"""Emu3's visual ids: the ids a step's completions have, in the simulation."""
 LAYERS = (3, 5)
 """Layers that are simulated. From the third on each adds as much as the one before it."""
 JUDGES = {
@@ -102,12 +101,10 @@ def learner(
         reference: whether there is a frozen reference; None: as `kl_coeff` says.
 
     Raises:
-        EarlError: the simulation failed.
+        NotSimulated: see `cases.simulate`.
     """
-    few, more = simulate(
-        [_case(config, text, count, ranks, prompt_tokens, completion_tokens, reference) for count in LAYERS]
-    )
-    found = _extrapolated(few, more, text.num_hidden_layers)
+    few, more = simulate(learner_cases(config, text, ranks, prompt_tokens, completion_tokens, reference))
+    found = extrapolated(few, more, text.num_hidden_layers)
     rest = found.at_rest
     gradients = rest["weights"]
     at_rest, peak = sum(rest.values()), max(found.peaks.values())
@@ -117,35 +114,42 @@ def learner(
     return Memory(parts, at_rest, peak)
 
 
-def _case(
+def learner_cases(
     config: "Config",
     text: "Emu3TextConfig",
-    layers: int,
     ranks: int,
-    prompt: int,
-    completion: int,
-    reference: bool | None,
-) -> Case:
-    fields = text.to_dict() | {"num_hidden_layers": layers}
-    first = min(VISUAL[0], text.vocab_size - 1)
-    return Case(
-        text=json.dumps(fields, default=str, sort_keys=True),
-        ranks=ranks,
-        splits=ranks > 1 or config.dtype == "bfloat16" or config.reference_offload,
-        episodes=config.per_device_batch_size,
-        group=config.generations_per_sample,
-        prompt=prompt,
-        completion=completion,
-        visual_range=(first, text.vocab_size),
-        bfloat16=config.dtype == "bfloat16",
-        packed=config.packing == "groups",
-        checkpointing=config.gradient_checkpointing,
-        reference=config.kl_coeff > 0 if reference is None else reference,
-        offload=config.reference_offload,
-    )
+    prompt_tokens: int,
+    completion_tokens: int,
+    reference: bool | None = None,
+) -> list[Case]:
+    """Return what `learner` simulates: the step with few layers, and with some more."""
+    truncated = config.resolved_logprob_support == "sampled"
+    return [
+        Case(
+            text=_json(text.to_dict() | {"num_hidden_layers": layers}),
+            ranks=ranks,
+            splits=ranks > 1 or config.dtype == "bfloat16" or config.reference_offload,
+            episodes=config.per_device_batch_size,
+            group=config.generations_per_sample,
+            prompt=prompt_tokens,
+            completion=completion_tokens,
+            top_k=config.top_k if truncated else -1,
+            top_p=config.top_p if truncated else 1.0,
+            bfloat16=config.dtype == "bfloat16",
+            packed=config.packing == "groups",
+            checkpointing=config.gradient_checkpointing,
+            reference=config.kl_coeff > 0 if reference is None else reference,
+            offload=config.reference_offload,
+        )
+        for layers in LAYERS
+    ]
 
 
-def _extrapolated(few: Bytes, more: Bytes, layers: int) -> Bytes:
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, default=str, sort_keys=True)
+
+
+def extrapolated(few: Bytes, more: Bytes, layers: int) -> Bytes:
     """What `layers` layers take, by what `LAYERS` take; each phase by itself, since another one may be the highest."""
     share = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
 
@@ -166,10 +170,10 @@ def engine(
 
     Args:
         gpu_bytes: memory of the GPU, of which vLLM takes a share.
-        prompt_tokens, completion_tokens: of an episode; None: those of `tokens`.
+        prompt_tokens, completion_tokens: of an episode; None: those of `models.lengths`.
     """
-    prompt, completion = tokens(config)
-    prompt, completion = prompt_tokens or prompt, completion_tokens or completion
+    usual = models.lengths(config)
+    prompt, completion = prompt_tokens or usual.prompt, completion_tokens or usual.completion
     value = 2 if config.dtype == "bfloat16" else 4
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * value
@@ -199,12 +203,17 @@ def vision(config: "Config", vision_config: "Emu3VQVAEConfig", side: int) -> Mem
         side: pixels of an image's side.
 
     Raises:
-        EarlError: the simulation failed.
+        NotSimulated: see `cases.simulate`.
     """
-    [found] = simulate([VisionCase(json.dumps(vision_config.to_dict(), default=str, sort_keys=True), side)])
+    [found] = simulate([vision_case(vision_config, side)])
     weights, peak = found.at_rest["weights"], max(found.peaks.values())
     overhead = CONTEXT + int(FRAGMENTATION * (peak - weights))
     return Memory({"vision": weights, "activations": peak - weights, "overhead": overhead}, weights, peak)
+
+
+def vision_case(vision_config: "Emu3VQVAEConfig", side: int) -> VisionCase:
+    """Return what `vision` simulates."""
+    return VisionCase(_json(vision_config.to_dict()), side)
 
 
 def judge(config: "Config", gpu_bytes: int) -> EngineMemory | None:
@@ -240,7 +249,7 @@ def _known_judge(model: str) -> tuple[float, int] | None:
 
 def weights_of(text: "Emu3TextConfig") -> int:
     """Return how many weights a policy has."""
-    return _weights_of(json.dumps(text.to_dict(), default=str, sort_keys=True))
+    return _weights_of(_json(text.to_dict()))
 
 
 @functools.cache
@@ -252,15 +261,3 @@ def _weights_of(fields: str) -> int:
     with torch.device("meta"):
         policy = Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))
     return sum(weight.numel() for weight in policy.parameters())
-
-
-def tokens(config: "Config") -> tuple[int, int]:
-    """Return how many tokens a prompt and a completion have with square images of `image_area`.
-
-    A prompt is an image and some words. A completion is an image, or, where it may reason, as long as it may become.
-    """
-    side = math.isqrt(config.image_area) // 8
-    image = side * side + side + 9
-    starts_with_image = config.assistant_prefill.startswith("<|image start|>")
-    longest = min(config.max_response_tokens, config.model_context_size - image)
-    return image + 35, min(image, longest) if starts_with_image and config.emu3_use_logit_processor else longest

@@ -14,13 +14,14 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -29,14 +30,14 @@ from earl.emu3 import vision
 from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAE, Emu3VQVAEConfig
 from earl.estimate.cases import Bytes, Case, VisionCase
 from earl.execution.ranks import Ranks
-from earl.learner import batches, grpo, logprobs, sharding, trainer_state
+from earl.learner import batches, grpo, head, logprobs, sharding, trainer_state
 from earl.learner.batches import Episode, MicroBatch
 from earl.learner.settings import Settings
 
 MICRO_BATCHES = 2
 """In a step: the second one finds the gradients of the first."""
-WORTH_A_LOOK = 1_000_000
-"""Elements of a new tensor at which the bytes are counted anew: smaller ones make no peak."""
+WORTH_A_LOOK = 0.0001
+"""Bytes of a new tensor, as a share of the peak so far, at which all are counted anew."""
 
 
 def run(case: Case | VisionCase) -> Bytes:
@@ -45,7 +46,7 @@ def run(case: Case | VisionCase) -> Bytes:
         return _vision(case)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.ranks)
     try:
-        return _step_of(case)
+        return step(case, FakeTensorMode(allow_non_fake_inputs=True))
     finally:
         dist.destroy_process_group()
 
@@ -53,39 +54,39 @@ def run(case: Case | VisionCase) -> Bytes:
 def _vision(case: VisionCase) -> Bytes:
     """As `earl.emu3.vision` does it with a batch."""
     tokens = case.side // vision.SPATIAL_FACTOR
-    size = max(1, min(vision.BATCH, vision.TOKENS // tokens**2))
+    size = vision.batch_size(tokens**2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tokenizer = Emu3VQVAE(Emu3VQVAEConfig.from_dict(json.loads(case.vision))).eval()
         count = Count()
         weights = count.hold(tokenizer.parameters(), tokenizer.buffers())
         grids, pixels = torch.zeros(size, tokens, tokens, dtype=torch.long), torch.zeros(size, 3, case.side, case.side)
         with count:
-            count.phase = "decode"
-            vision._first_frames(tokenizer, grids)
-            count.phase = "encode"
-            tokenizer.encode(pixels, image_sizes=torch.tensor([[case.side, case.side]] * size))
+            with count.phase("decode"):
+                vision.first_frames(tokenizer, grids)
+            with count.phase("encode"):
+                vision.tokens_of(tokenizer, pixels)
     return Bytes({"weights": weights}, dict(count.peaks))
 
 
-def _step_of(case: Case) -> Bytes:
+def step(case: Case, fake: FakeTensorMode | None) -> Bytes:
+    """Return what a rank holds in a step, in the process group that is open; without `fake`, do the step in earnest."""
     text = Emu3TextConfig.from_dict(json.loads(case.text))
     text.tie_word_embeddings = False
     team = Ranks(0, case.ranks, torch.device("cpu"), splits_alone=case.splits)
-    settings = _settings(case)
-    episodes = list(_episodes(case))
-    collated = batches.collate(episodes, settings, team.device)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    settings = _settings(case, text)
+    batch = batches.collate(list(_episodes(case)), settings, team.device)
     policy = _model(text, team, case, fake, frozen=False)
     reference = _model(text, team, case, fake, frozen=True) if case.reference else None
-    with fake:
-        batch = _as_fake(collated, fake)
+    with fake or nullcontext():
+        batch = _as_fake(batch, fake) if fake else batch
         optimizer = grpo.new_optimizer(policy, 1e-6)
         trainer_state.put_zeros(policy, optimizer, 0)
         count = Count()
         at_rest = {"weights": count.hold(policy.parameters(), policy.buffers())}
         at_rest["moments"] = count.hold(*(state.values() for state in optimizer.state.values()))
-        held = [] if case.offload or not reference else [reference.parameters(), reference.buffers()]
-        at_rest["reference"] = count.hold(*held)
+        if case.offload and reference:  # in main memory, which here is the same device
+            count.leave_out(reference.parameters())
+        at_rest["reference"] = count.hold(reference.parameters(), reference.buffers()) if reference else 0
         with count, grpo.ready_to_learn(policy, settings):
             _step(policy, reference, optimizer, batch, settings, count)
     return Bytes(at_rest, dict(count.peaks))
@@ -102,48 +103,55 @@ def _step(
     """As `grpo.train_iteration` does it."""
     optimizer.zero_grad(set_to_none=True)
     for _ in range(MICRO_BATCHES):
-        count.phase = "forward"
-        logp, entropy, kept = grpo.completion_logprobs(policy, batch, settings)
+        with count.phase("forward"):
+            logp, entropy, kept = grpo.completion_logprobs(policy, batch, settings)
         reference_logp = None
         if reference is not None:
-            count.phase = "reference"
-            with torch.no_grad():
+            with count.phase("reference"), torch.no_grad():
                 reference_logp, _, _ = grpo.completion_logprobs(reference, batch, settings, kept)
         loss = grpo.batch_loss(logp, reference_logp, batch, len(batch.targets), settings)
-        count.phase = "backward"
-        loss.backward()
+        with count.phase("backward"):
+            loss.backward()
         del logp, entropy, kept, reference_logp, loss
-    count.phase = "step"
-    grpo.optimizer_step(policy, optimizer, grpo.Totals(tokens=1), grpo.MAX_GRADIENT_NORM)
+    with count.phase("step"):
+        grpo.optimizer_step(policy, optimizer, grpo.Totals(tokens=1), grpo.MAX_GRADIENT_NORM)
 
 
-def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode, frozen: bool) -> Emu3ForCausalLM:
-    """As `sharding.load` makes it, without a folder to read."""
-    if not team.splits:
+def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode | None, frozen: bool) -> Emu3ForCausalLM:
+    """As `sharding.load` makes it, with zeros in the place of a folder's weights."""
+    offload = frozen and case.offload
+    # Before fake tensors: the ranks are arranged by their numbers, which such tensors do not have.
+    if team.splits:
+        model = sharding.empty(text, team, case.bfloat16, frozen, offload)
+    else:
         with torch.device("meta"):
             model = Emu3ForCausalLM(text).float().requires_grad_(not frozen)
-        with fake:
-            return model.to_empty(device=team.device).eval()
-    offload = frozen and case.offload
-    # The ranks are arranged by their numbers, and a fake tensor has none.
-    model = sharding.empty(text, team, case.bfloat16, frozen, offload)
-    with fake:
-        return sharding.allocate(model, team, offload).eval()
+    with fake or nullcontext():
+        sharding.allocate(model, team, offload)
+    with fake or nullcontext(), torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    return model.eval()
 
 
-def _settings(case: Case) -> Settings:
+def _settings(case: Case, text: Emu3TextConfig) -> Settings:
     return Settings(
         kl_coeff=1.0 if case.reference else 0.0,
         temperature=1.0,
         micro_batch=case.episodes,
-        visual_range=case.visual_range,
-        # The head goes through its ids in blocks; how many there are makes no difference to what one takes.
-        support=logprobs.Support((case.visual_range,)),
+        visual_range=(0, text.vocab_size),
+        support=_support(case, text.vocab_size),
         counted="all",
         bfloat16=case.bfloat16,
         packed=case.packed,
         gradient_checkpointing=case.checkpointing,
     )
+
+
+def _support(case: Case, ids: int) -> logprobs.Support:
+    """The head goes through its ids in blocks, and takes as much for one as for many; what is kept is a bit an id."""
+    whole = logprobs.Support(((0, ids),), case.top_k, case.top_p)
+    return whole if whole.truncated else logprobs.Support(((0, min(ids, head.IDS)),))
 
 
 def _episodes(case: Case) -> Iterator[Episode]:
@@ -154,7 +162,7 @@ def _episodes(case: Case) -> Iterator[Episode]:
             f"{index:06d}",
             f"{group:06d}",
             np.full(case.prompt, group, dtype=np.int64),
-            np.full(case.completion, case.visual_range[0], dtype=np.int64),
+            np.full(case.completion, 0, dtype=np.int64),
             np.zeros(case.completion, dtype=bool),
             np.zeros(case.completion, dtype=np.float32),
             1.0,
@@ -170,15 +178,28 @@ class Count(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, and keeps the most that there are in each phase.
 
     Attributes:
-        phase: the phase that is under way.
         peaks: bytes by phase.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.phase = ""
+        self._phase = ""
         self.peaks: dict[str, int] = defaultdict(int)
         self._alive: dict[int, weakref.ref] = {}
+        self._left_out: set[int] = set()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what there is in the block as that of a phase."""
+        self._phase = name
+        self._look()
+        yield
+        self._look()
+        self._phase = ""
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Never count these tensors, which live as long as this object is used."""
+        self._left_out |= {id(_storage(tensor)) for tensor in tensors}
 
     def hold(self, *groups: Iterable[Any]) -> int:
         """Count tensors that are there already; return the bytes of those that are new."""
@@ -188,9 +209,9 @@ class Count(TorchDispatchMode):
         return self._total() - before
 
     def _add(self, tensor: torch.Tensor) -> None:
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        storage = _storage(tensor)
         key = id(storage)
-        if key not in self._alive:
+        if key not in self._alive and key not in self._left_out:
             self._alive[key] = weakref.ref(storage, lambda _: self._alive.pop(key, None))
 
     def _total(self) -> int:
@@ -198,17 +219,24 @@ class Count(TorchDispatchMode):
         return sum(storage.nbytes() for storage in storages)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in ANSWERS:
+        if function in ANSWERS and isinstance(args[0], FakeTensor):
             return ANSWERS[function](args[0])
         found = function(*args, **(kwargs or {}))
-        large = False
+        new = 0
         for tensor in tree_iter(found):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor)
-                large |= tensor.numel() >= WORTH_A_LOOK
-        if large:
-            self.peaks[self.phase] = max(self.peaks[self.phase], self._total())
+                new += tensor.nbytes
+        if self._phase and new > WORTH_A_LOOK * self.peaks[self._phase]:
+            self._look()
         return found
+
+    def _look(self) -> None:
+        self.peaks[self._phase] = max(self.peaks[self._phase], self._total())
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
 
 
 def _everywhere(mask: torch.Tensor) -> torch.Tensor:

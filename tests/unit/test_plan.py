@@ -12,9 +12,9 @@ from earl.config.schema import Config
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import plan as planning
-from earl.run import state
+from earl.run import resources, state
 from earl.run.plan import Plan
-from earl.workflow import inputs, resources
+from earl.workflow import inputs
 from earl.workflow.inputs import Inputs
 from earl.workflow.shared import Shared
 from tests.support.workplace import EXPERIMENT
