@@ -22,7 +22,7 @@ from earl.files import atomic, manifest
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report import comparison, curves
-from earl.run import replays, state
+from earl.run import claims, replays, state
 from earl.stages import rescore, train
 from earl.statistics import rewards
 
@@ -117,6 +117,7 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
     replays.check_scores(source, config, last=config.num_iterations, scores=scores)
     if target.config.is_file() and replays.record_of(target) is None:
         raise EarlError(f"{out}: holds a run that is no replay; give a folder of its own")
+    claims.claim(config, "train")
     target.path.mkdir(parents=True, exist_ok=True)
     with state.exclusive(target):
         replays.write(target, record)
