@@ -79,6 +79,16 @@ def check_schedule(tuning: "Sft") -> None:
             f"is {tuning.warmup_steps}, but there are {tuning.steps} steps, so the learning rate would not reach its "
             "peak; lower it",
         )
+    if (decay := tuning.decay_steps) is None:
+        return
+    if tuning.schedule == "constant":
+        raise wrong("decay_steps", f"is {decay}, but schedule is `constant`; leave it out")
+    if tuning.warmup_steps + decay > tuning.steps:
+        raise wrong(
+            "decay_steps",
+            f"is {decay}, but {tuning.warmup_steps} of {tuning.steps} steps warm up; lower it to "
+            f"{tuning.steps - tuning.warmup_steps}",
+        )
 
 
 def check_top_k(top_k: int) -> None:

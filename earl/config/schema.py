@@ -159,13 +159,21 @@ class RawDataset(_Section):
     tasks: list[str] | None = _fixed(
         None, "shapes: edit types to draw from; null draws from all of them.", min_length=1
     )
+    unchanged_fraction: float = _fixed(
+        0.0, "shapes: share of the pairs whose edited image is the original, as in data that an editor failed on.",
+        ge=0, le=1,
+    )
+    damaged_fraction: float = _fixed(
+        0.0, "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well.",
+        ge=0, le=1,
+    )
 
     @model_validator(mode="after")
     def _source_has_its_fields(self) -> Self:
         needed, foreign = (
             (("count", "seed"), ("path", "columns", "boxes", *ROW_FIELDS))
             if self.source == "shapes"
-            else (("path",), ("count", "seed", "tasks"))
+            else (("path",), ("count", "seed", "tasks", "unchanged_fraction", "damaged_fraction"))
         )
         for name in needed:
             if getattr(self, name) is None:
@@ -173,6 +181,8 @@ class RawDataset(_Section):
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
+        if (mistaken := self.unchanged_fraction + self.damaged_fraction) > 1:
+            raise checks.wrong("damaged_fraction", f"and unchanged_fraction are {mistaken:g} together, above 1; lower one")
         try:
             hub_names.data_files(self.path or "")
         except ValueError as error:
@@ -225,6 +235,9 @@ class Sft(_Section):
     schedule: Literal["constant", "linear", "cosine"] = _fixed(
         "cosine", "How the learning rate goes from its peak, after the warm-up, to its final value."
     )
+    decay_steps: Positive | None = _fixed(
+        None, "Last steps, over which `linear` and `cosine` fall; the rate stays at its peak before. null: all steps."
+    )
     warmup_steps: Integer = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
     weight_decay: float = _fixed(
         0.0, "Decoupled weight decay of AdamW, on matrices and embeddings; norms and biases have none.", ge=0
@@ -233,6 +246,12 @@ class Sft(_Section):
     adam_beta2: float = _fixed(0.999, "AdamW: decay of the mean squared gradient.", ge=0, lt=1)
     adam_epsilon: float = _fixed(1e-8, "AdamW: added to the root of the mean squared gradient.", gt=0)
     max_gradient_norm: float | None = _fixed(1.0, "Norm that gradients are clipped to; null: they are not.", gt=0)
+    instruction_loss_weight: float = _fixed(
+        0.0,
+        "Weight in the loss of the instruction's own tokens, beside 1 for those of reasoning and edited image. A model "
+        "that is to understand instructions from few pairs learns faster what their words mean.",
+        ge=0,
+    )
     reasoning: bool = _fixed(False, "Whether sequences hold the reasoning text before the edited image.")
     reasoning_keys: list[str] = _fixed(
         list,

@@ -118,6 +118,7 @@ class _Builder:
 
     def __init__(self, tuning: "Sft", datasets: list[Dataset], vocabulary: Vocabulary) -> None:
         self.reasoning, self.keys = tuning.reasoning, tuning.reasoning_keys
+        self.learns_instructions = tuning.instruction_loss_weight > 0
         self.datasets = datasets
         self.vocabulary = vocabulary
         self.missing: dict[tuple[str, str], str] = {}
@@ -139,8 +140,11 @@ class _Builder:
             )
         except EarlError as error:
             raise EarlError(f"{where}: {error}") from error
-        prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length])
-        return where, sft.Example(prompt, completion)
+        instruction = 0
+        if self.learns_instructions:
+            instruction = prompt_length - 1 - len(grammar.image_ids(example.original_tokens, self.vocabulary))
+        prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length - instruction])
+        return where, sft.Example(prompt, completion, instruction)
 
     def _reasoning(self, example: Example, where: str) -> list[tuple[str, str]]:
         if not example.reasoning:
@@ -258,6 +262,8 @@ def _settings(config: "Config", tuning: "Sft", device: torch.device) -> sft.Sett
         learning_rate=tuning.learning_rate,
         final_learning_rate=tuning.final_learning_rate,
         schedule=tuning.schedule,
+        decay_steps=tuning.decay_steps,
+        instruction_loss_weight=tuning.instruction_loss_weight,
         warmup_steps=tuning.warmup_steps,
         adamw=AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
         max_gradient_norm=tuning.max_gradient_norm,
