@@ -182,7 +182,7 @@ class RawDataset(_Section):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
         if (mistaken := self.unchanged_fraction + self.damaged_fraction) > 1:
-            raise checks.wrong("damaged_fraction", f"and unchanged_fraction are {mistaken:g} together, above 1; lower one")
+            raise checks.wrong("damaged_fraction", f"and unchanged_fraction make {mistaken:g}, above 1; lower one")
         try:
             hub_names.data_files(self.path or "")
         except ValueError as error:

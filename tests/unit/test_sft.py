@@ -279,7 +279,7 @@ def test_instructions_count_by_their_weight(batch, step):
     assert_same((half_loss, half), ((answers[0] + everything[0]) / 2, between))
     # By another path: all tokens count, and are divided by those of the answers alone.
     loss, gradient = step(batch)
-    factor = sum(map(lambda e: len(e.completion), batch)) / sum(len(e.completion) - 3 for e in batch)
+    factor = sum(len(e.completion) for e in batch) / sum(len(e.completion) - 3 for e in batch)
     assert_same(everything, (loss * factor, {name: grad * factor for name, grad in gradient.items()}))
 
 
