@@ -274,7 +274,7 @@ class Sft(_Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         checks.check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
-        checks.check_schedule(self)
+        checks.check_schedule(self, "schedule", "steps", "steps")
         if self.reasoning_keys and not self.reasoning:
             raise checks.wrong("reasoning_keys", "is set, but reasoning is false; set that to true or leave this out")
         if len(set(self.reasoning_keys)) < len(self.reasoning_keys):
@@ -376,7 +376,22 @@ class Config(_Section):
     )
 
     # Training
-    learning_rate: float = _fixed(3e-6, "Constant learning rate of AdamW.", gt=0)
+    learning_rate: float = _fixed(3e-6, "Learning rate of AdamW; its peak where it changes.", gt=0)
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = _fixed(
+        "constant",
+        "How the rate goes after its warm-up: `linear` and `cosine` fall to `final_learning_rate` by the end of "
+        "iteration `schedule_iterations`, and it stays there.",
+    )
+    final_learning_rate: float = _fixed(0.0, "Learning rate that `linear` and `cosine` fall to.", ge=0)
+    schedule_iterations: Positive | None = _fixed(
+        None, "Iterations that `linear` and `cosine` are spread over, whatever `num_iterations` is."
+    )
+    decay_iterations: Positive | None = _fixed(
+        None, "Last ones of `schedule_iterations`, over which the rate falls; null: all after the warm-up."
+    )
+    warmup_iterations: Integer = _fixed(
+        0, "Iterations over which the learning rate rises linearly to `learning_rate`.", ge=0
+    )
     num_iterations: Integer = _free(
         2000,
         "Iterations of the whole run; raising it continues a finished run. 0: no RL; data and fine-tunings are made, "

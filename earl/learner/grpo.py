@@ -158,6 +158,9 @@ def train_iteration(
     """
     team, clock = team or alone(policy.device), clock or Clock(policy.device)
     totals = Totals()
+    if settings.learning_rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate
     with ready_to_learn(policy, settings):
         for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
             optimizer.zero_grad(set_to_none=True)

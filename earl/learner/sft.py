@@ -25,6 +25,7 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest
 from earl.learner import batches, grpo, logprobs, objective, sharding, trainer_state
 from earl.learner.batches import Episode
+from earl.learner.schedule import Schedule
 from earl.learner.settings import AdamW
 from earl.learner.settings import Settings as StepSettings
 from earl.messages.errors import EarlError
@@ -52,8 +53,8 @@ class Settings:
     seed: int
     bfloat16: bool
     final_learning_rate: float = 0.0
-    schedule: str = "cosine"  # see learning_rate
-    decay_steps: int | None = None  # see learning_rate
+    schedule: str = "cosine"  # see schedule
+    decay_steps: int | None = None  # see schedule
     instruction_loss_weight: float = 0.0  # of the instruction's tokens in the loss, where examples name them
     adamw: AdamW = field(default_factory=AdamW)
     max_gradient_norm: float | None = grpo.MAX_GRADIENT_NORM  # None does not clip
@@ -242,21 +243,15 @@ def _weights(examples: Sequence[Example], part: batches.MicroBatch, of_instructi
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Rate of a step, counted from 0: a linear warm-up to the peak over `warmup_steps`, then the schedule.
-
-    With f the fraction of the last `decay_steps` steps (None: of all after the warm-up) that are done, final + (peak -
-    final) * share, where the share is 1 - f for "linear" and (1 + cos(pi f)) / 2 for "cosine"; the peak before, and for
-    "constant".
-    """
-    peak, final = settings.learning_rate, settings.final_learning_rate
-    if step < settings.warmup_steps:
-        return peak * (step + 1) / settings.warmup_steps
-    decay = settings.steps - settings.warmup_steps if settings.decay_steps is None else settings.decay_steps
-    if settings.schedule == "constant" or step < settings.steps - decay:
-        return peak
-    done = (step - (settings.steps - decay)) / decay
-    share = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return final + (peak - final) * share
+    """Rate of a step, counted from 0; see `Schedule`."""
+    return Schedule(
+        settings.learning_rate,
+        settings.steps,
+        settings.final_learning_rate,
+        settings.schedule,
+        settings.warmup_steps,
+        settings.decay_steps,
+    ).rate(step)
 
 
 def as_episodes(batch: Sequence[Example]) -> list[Episode]:

@@ -24,6 +24,7 @@ from earl.files import manifest, objects
 from earl.files.layout import Iteration, Run
 from earl.learner import attention, episodes, grpo, objective, performance, sharding, trainer_state
 from earl.learner.performance import Clock
+from earl.learner.schedule import Schedule
 from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
@@ -247,7 +248,7 @@ def _step(
         "warnings": warnings,
         **learned,
         "counted": batch.settings.counted,
-        "learning_rate": config.learning_rate,
+        "learning_rate": batch.settings.learning_rate,
         "optimizer_steps": learner.optimizer_steps,
         "left_out_prompts": batch.source.left_out,
         "rubrics_digest": batch.source.rubrics,
@@ -273,6 +274,7 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        learning_rate=_schedule(config).rate(iteration - 1),
         options=objective.Options(
             kl_estimator=config.kl_estimator,
             ratio=config.importance_ratio == "behavior",
@@ -289,6 +291,17 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
         packed=config.packing == "groups",
         attention=attention.choose(config.attention, team.device, config.dtype == "bfloat16"),
         gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _schedule(config: "Config") -> Schedule:
+    return Schedule(
+        config.learning_rate,
+        config.schedule_iterations,
+        config.final_learning_rate,
+        config.learning_rate_schedule,
+        config.warmup_iterations,
+        config.decay_iterations,
     )
 
 

@@ -19,6 +19,7 @@ from earl.emu3 import checkpoint
 from earl.execution import ranks
 from earl.files import manifest, tables
 from earl.learner import grpo, sft
+from earl.learner.schedule import Schedule
 from earl.learner.settings import AdamW
 from earl.messages.errors import EarlError
 from earl.stages import sft as stage
@@ -61,6 +62,13 @@ def test_rates_that_fall_late_by_hand(schedule, expected):
     settings = replace(SETTINGS, schedule=schedule, steps=6, warmup_steps=1, learning_rate=8, final_learning_rate=2)
     rates = [sft.learning_rate(step, replace(settings, decay_steps=3)) for step in range(6)]
     assert rates == pytest.approx(expected)
+
+
+def test_a_schedule_stays_at_its_end():
+    rate = Schedule(8.0, 4, 2.0, "linear").rate
+    assert [rate(step) for step in range(7)] == pytest.approx([8, 6.5, 5, 3.5, 2, 2, 2])
+    assert [Schedule(8.0).rate(step) for step in (0, 10**6)] == [8, 8]
+    assert [Schedule(8.0, 4, warmup=4, shape="cosine").rate(step) for step in range(5)] == [2, 4, 6, 8, 0]
 
 
 def test_the_published_schedule_is_that_of_transformers():
