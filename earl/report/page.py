@@ -226,6 +226,7 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
             [of("completion_length_mean", "mean"), of("completion_length_max", "longest", 1)],
         ),
         chart("Gradient norm", "before clipping at 1", [of("gradient_norm", "norm")], floor=0.0),
+        chart("Gradient signal", "cosine of the gradients of two halves of a step", [of("gradient_cosine", "cosine")]),
         chart(
             "Log-prob mismatch",
             "between learner and sampler, nats",
