@@ -253,6 +253,13 @@ class Sft(_Section):
         ge=0,
     )
     reasoning: bool = _fixed(False, "Whether sequences hold the reasoning text before the edited image.")
+    reasoning_fraction: float = _fixed(
+        1.0,
+        "reasoning: share of the examples whose sequences hold it; in the others the image comes at once, so that the "
+        "model can do both.",
+        gt=0,
+        le=1,
+    )
     reasoning_keys: list[str] = _fixed(
         list,
         "reasoning: keys of the examples' reasoning to train on, in this order; an example's missing keys are left "
@@ -277,6 +284,8 @@ class Sft(_Section):
         checks.check_schedule(self, "schedule", "steps", "steps")
         if self.reasoning_keys and not self.reasoning:
             raise checks.wrong("reasoning_keys", "is set, but reasoning is false; set that to true or leave this out")
+        if self.reasoning_fraction < 1 and not self.reasoning:
+            raise checks.wrong("reasoning_fraction", "is set, but reasoning is false; set that to true or drop this")
         if len(set(self.reasoning_keys)) < len(self.reasoning_keys):
             raise checks.wrong("reasoning_keys", "names a key twice; name each once")
         return self

@@ -185,6 +185,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(make):
         ({"schedule": "constant", "decay_steps": 4}, "decay_steps", "leave it out"),
         ({"steps": 16, "warmup_steps": 3, "decay_steps": 14}, "decay_steps", "lower it to 13"),
         ({"reasoning_keys": ["box"]}, "reasoning_keys", "reasoning is false"),
+        ({"reasoning_fraction": 0.5}, "reasoning_fraction", "reasoning is false"),
         ({"reasoning": True, "reasoning_keys": ["a", "a"]}, "reasoning_keys", "twice"),
     ):
         with pytest.raises(ValidationError, match=remedy) as found:
@@ -419,3 +420,15 @@ def test_a_sequence_whose_instruction_counts(make, data, vocabulary, weight):
         sequences = (np.concatenate([one.prompt, one.completion]) for one in (example, other))
         assert np.array_equal(*sequences)
         assert example.answer_tokens == len(other.completion)
+
+
+def test_some_examples_reason_and_others_do_not(make, data, vocabulary):
+    held_out, team = {"paths_file": [data("held", rows=60)], "examples": 60}, ranks.alone(torch.device("cpu"))
+    shares = {"never": {}, "some": {"reasoning": True, "reasoning_fraction": 0.3}, "always": {"reasoning": True}}
+    config = make(**{name: fields | {"validation": held_out} for name, fields in shares.items()})
+    never, some, always = (stage._held_out(config, name, vocabulary, team)[0] for name in shares)
+    chosen = [len(mixed) == len(reasoned) for mixed, reasoned in zip(some, always, strict=True)]
+    assert 8 <= sum(chosen) <= 28
+    for mixed, plain, reasoned, reasons in zip(some, never, always, chosen, strict=True):
+        assert np.array_equal(mixed.completion, (reasoned if reasons else plain).completion)
+        assert len(plain) < len(reasoned)
