@@ -181,8 +181,8 @@ def _check_objective(config: "Config") -> None:
     if ratio and correction == "truncate":
         raise wrong(
             "sampler_correction",
-            "is `truncate`, but importance_ratio is `behavior`, which corrects for the sampler already: tokens would "
-            "be weighed by the square of their ratio; turn one of the two off",
+            f"is `truncate`, but importance_ratio is `{config.importance_ratio}`, which corrects for the sampler "
+            "already: tokens would be weighed by the square of their ratio; turn one of the two off",
         )
     if config.kl_estimator == "weighted_k3" and config.kl_coeff > 0 and correction != "none":
         raise wrong(

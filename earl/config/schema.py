@@ -444,16 +444,20 @@ class Config(_Section):
     optimizer_steps_per_iteration: Positive = _fixed(
         1, "Mini-batches of whole groups that an iteration is cut into, one optimizer step on each."
     )
-    importance_ratio: Literal["none", "behavior"] = _fixed(
+    importance_ratio: Literal["none", "behavior", "sequence"] = _fixed(
         "none",
-        "`behavior`: PPO's surrogate, whose ratio is to the log-probs of the sampler; `none`: the policy gradient, as "
-        "if every episode came from the policy that takes the step.",
+        "`behavior`: PPO's surrogate, whose ratio is to the log-probs of the sampler, token by token; `sequence`: the "
+        "same with the geometric mean over each completion (GSPO, with loss_normalization `sequences`); `none`: the "
+        "policy gradient, as if every episode came from the policy that takes the step. CISPO is `none` with "
+        "sampler_correction `truncate`.",
     )
     clip_ratio_low: float | None = _fixed(
-        None, "importance_ratio: clips it at 1 - this (PPO: 0.2); null does not clip there.", gt=0, le=1
+        None, "importance_ratio: clips it at 1 - this (PPO: 0.2, GSPO: 3e-4); null does not clip there.", gt=0, le=1
     )
     clip_ratio_high: float | None = _fixed(
-        None, "importance_ratio: clips it at 1 + this (PPO: 0.2, DAPO: 0.28); null does not clip there.", gt=0
+        None,
+        "importance_ratio: clips it at 1 + this (PPO: 0.2, DAPO: 0.28, GSPO: 4e-4); null does not clip there.",
+        gt=0,
     )
     sampler_correction: Literal["none", "truncate", "filter"] = _fixed(
         "none",

@@ -290,8 +290,8 @@ def add_to(
         # Whatever the loss has, k3 is the better value: unbiased, and never negative.
         totals.kl += objective.kl_estimate(logp, reference_logp, "k3").double().sum().item()
     if options.ratio:
-        bounds = options.clip_low, options.clip_high
-        low, high = objective.clipped_tokens(logp, batch.behavior_logprobs, batch.advantages, *bounds)
+        ratio = objective.importance_ratio(logp, batch.behavior_logprobs, batch.sequences, options)
+        low, high = objective.clipped_tokens(ratio, batch.advantages, options.clip_low, options.clip_high)
         totals.clipped_low += int(low.sum())
         totals.clipped_high += int(high.sum())
     if options.correction != "none":

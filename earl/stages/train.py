@@ -277,7 +277,8 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
         learning_rate=_schedule(config).rate(iteration - 1),
         options=objective.Options(
             kl_estimator=config.kl_estimator,
-            ratio=config.importance_ratio == "behavior",
+            ratio=config.importance_ratio != "none",
+            of_sequences=config.importance_ratio == "sequence",
             clip_low=config.clip_ratio_low,
             clip_high=config.clip_ratio_high,
             correction=config.sampler_correction,
