@@ -34,7 +34,8 @@ LEARNER = (
     *("importance_ratio", "clip_ratio_low", "clip_ratio_high", "parity_tolerance", "reward_final_reward"),
     *("sampler_correction", "sampler_correction_low", "sampler_correction_high"),
     *("separate_language_and_vision_vocabs", "logprob_support", "advantage_components"),
-    *("zero_variance_groups", "lora"),
+    *("learning_rate_schedule", "final_learning_rate", "schedule_iterations"),
+    *("decay_iterations", "warmup_iterations", "zero_variance_groups", "lora"),
     *(
         "per_device_batch_size",
         "packing",

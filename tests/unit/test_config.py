@@ -98,6 +98,9 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
     assert load.load(tmp_path / "shown.jsonnet").config == first.config
 
 
+SHAPES = {"source": "shapes", "count": 1, "seed": 1}
+
+
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
@@ -112,6 +115,22 @@ def test_show_is_jsonnet_that_resolves_to_the_same(tmp_path: Path, monkeypatch: 
         ({"temperature": 0}, ["temperature is 0", "greater than 0"]),
         ({"top_p": 1.5}, ["top_p is 1.5", "less than or equal to 1"]),
         ({"top_k": 0}, ["top_k", "-1"]),
+        ({"learning_rate_schedule": "linear"}, ["schedule_iterations is null", "linear"]),
+        ({"schedule_iterations": 9}, ["schedule_iterations is 9", "leave it out"]),
+        ({"decay_iterations": 9}, ["decay_iterations is 9", "leave it out"]),
+        (
+            {"learning_rate_schedule": "cosine", "schedule_iterations": 9}
+            | {"decay_iterations": 8, "warmup_iterations": 2},
+            ["decay_iterations is 8", "lower it to 7"],
+        ),
+        (
+            {"raw_datasets": {"s": SHAPES | {"unchanged_fraction": 0.7, "damaged_fraction": 0.7}}},
+            ["damaged_fraction", "1.4", "lower one"],
+        ),
+        (
+            {"raw_datasets": {"s": {"source": "parquet", "path": "a.parquet", "damaged_fraction": 0.7}}},
+            ["damaged_fraction", "parquet", "leave it out"],
+        ),
         ({"run_name": "../other"}, ["run_name"]),
         ({"train_paths_file": []}, ["train_paths_file is empty"]),
         ({"coefficients": [1, 2]}, ["coefficients has 2 values for 1 data sets"]),
