@@ -611,8 +611,8 @@ class Config(_Section):
     vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
     device: Literal["auto", "cpu", "cuda"] = _free(
         "auto",
-        "Where models run. `auto` takes a GPU where there is one, and is an error in a job that was given GPUs and "
-        "cannot use them.",
+        "Where models run. `auto` takes a GPU where there is one, and is an error where there are some that torch does "
+        "not see.",
     )
     dtype: Literal["float32", "bfloat16"] = _fixed("bfloat16", "Type that models compute in.")
     cpu_threads: Positive = _fixed(

@@ -18,17 +18,16 @@ LEAST_SHARED = 2**30
 
 def gpus(wanted: Wanted) -> tuple[bool | None, str]:
     """Multiply matrices on every visible GPU."""
-    from earl.execution import gpus as environment
     from earl.execution import runtime
 
-    count, given = 0, environment.asked_for()
+    count, missed = 0, runtime.refusal("auto")
     if runtime.sees_gpu():
         import torch
 
         count = torch.cuda.device_count()
     if not count:
-        least = int(given is not None) if wanted.gpus is None else wanted.gpus
-        told = f"; {runtime.refusal('auto')}" if given and least else ""
+        least = int(missed is not None) if wanted.gpus is None else wanted.gpus
+        told = f"; device {missed}" if missed and least else ""
         return (False if least else None), f"none visible of {least} asked for{told}"
     details, sizes, is_right = [], {}, wanted.gpus is None or count >= wanted.gpus
     for index in range(count):
