@@ -38,7 +38,9 @@ PLACEHOLDERS = ("<image>", "<|extra_0|>", ROLES["eol"])
 """Tokens that may stand for an image in a prompt, best first: transformers' own, one that Emu3 leaves unused, and the
 end of a row. The processor repeats it once for each token of the image, the ends of rows included, and the model puts
 the image's embeddings there, so the last one, which every vocabulary has, is as right as the others."""
+# transformers' processor puts <bos> before a prompt whatever the template says, vLLM does not: there `bos` is given.
 CHAT_TEMPLATE = """\
+{%- if bos is defined and bos -%}BOS{%- endif -%}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}{{ message['content'] }}
 {%- else -%}
@@ -174,7 +176,8 @@ def _write_processor(policy: Path, vocabulary: Vocabulary, longest: int, use: Us
         max_pixels=use.image_area + margin,
         spatial_factor=SPATIAL_FACTOR,
     )
-    template = CHAT_TEMPLATE.replace("IMAGE", image).replace("PREFILL", use.constant_prefill)
+    template = CHAT_TEMPLATE.replace("BOS", ROLES["bos"]).replace("IMAGE", image)
+    template = template.replace("PREFILL", use.constant_prefill)
     Emu3Processor(images, tokenizer, chat_template=template).save_pretrained(out)
 
 
