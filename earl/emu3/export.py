@@ -132,7 +132,7 @@ def _config(
     return config | {
         "architectures": ["Emu3ForConditionalGeneration"],
         "tie_word_embeddings": text.tie_word_embeddings,
-        "vocabulary_map": names | {ROLES["eol"]: vocabulary.eol, "<image>": _id(vocabulary, _placeholder(vocabulary))},
+        "vocabulary_map": names | {ROLES["eol"]: vocabulary.eol, "<image>": _id(vocabulary, placeholder(vocabulary))},
         "vq_config": vision,
     }
 
@@ -142,7 +142,8 @@ def _vision_fields(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("architectures", "transformers_version")}
 
 
-def _placeholder(vocabulary: Vocabulary) -> str:
+def placeholder(vocabulary: Vocabulary) -> str:
+    """Return the token that stands for an image in a prompt."""
     return next(name for name in PLACEHOLDERS if _id(vocabulary, name) is not None)
 
 
@@ -153,7 +154,7 @@ def _id(vocabulary: Vocabulary, name: str) -> int | None:
 def _write_processor(policy: Path, vocabulary: Vocabulary, longest: int, use: Use, out: Path) -> None:
     from earl.emu3.models import Emu3ImageProcessor, Emu3Processor, PreTrainedTokenizerFast
 
-    image = _placeholder(vocabulary)
+    image = placeholder(vocabulary)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(policy / "tokenizer.json"),
         model_max_length=longest,

@@ -45,15 +45,27 @@ def of_run(run: Path, iteration: int | None, out: Path, options: Options = Optio
     _write(config, folder, out, f"{config.run_name}, iteration {index}", options)
 
 
-def of_folder(policy: Path, config_file: Path, out: Path, options: Options = Options()) -> None:
-    """Export any policy folder, for use as a configuration says: an experiment, or the frozen one of a run.
+def of_folder(policy: Path, config_file: Path | None, out: Path, options: Options = Options()) -> None:
+    """Export any policy folder, for use as a configuration says.
+
+    Args:
+        policy: The folder.
+        config_file: An experiment, or the frozen configuration of a run; None: of the run that the folder lies in.
+        out: The folder to write, sealed.
+        options: What is written.
 
     Raises:
-        EarlError: see `of_run`.
+        EarlError: there is no configuration; see also `of_run`.
     """
-    config = read(config_file) if config_file.suffix == ".json" else load(config_file).config
     remedies.check_policy_folder(policy)
-    _write(config, policy, out, policy.resolve().name, options)
+    config_file = config_file or Run(policy.absolute().parents[2]).config
+    if not config_file.is_file():
+        raise EarlError(
+            f"{policy}: give --config, the experiment that this policy was trained by: it says which vision tokenizer "
+            "belongs to it, the size of images, and how completions begin"
+        )
+    config = read(config_file) if config_file.suffix == ".json" else load(config_file).config
+    _write(config, policy, out, policy.absolute().name, options)
 
 
 def _write(config: "Config", policy: Path, out: Path, title: str, options: Options) -> None:
