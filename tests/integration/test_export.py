@@ -107,10 +107,14 @@ operators = runpy.run_path({str(ROOT / "earl" / "execution" / "torch_extensions.
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_loads_it(request_of, edit, tokens, tmp_path):
+def test_vllm_loads_it_and_reads_images_and_their_tokens_alike(request_of, edit, tokens, tmp_path):
     """By its own path for models of transformers."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     env = {"PYTHONPATH": str(tmp_path / "site"), "VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    found = run("exported_vllm_program.py", request_of, tmp_path, **env)
-    assert found["written"] == completion(tokens, edit.instruction, constrained=False)
+    vocabulary = Vocabulary.from_folder(policy.BASE_POLICY)
+    prompt = sequence.prompt_ids(tokens, edit.instruction, PREFILL, vocabulary)
+    found = run("exported_vllm_program.py", request_of | {"prompt": prompt}, tmp_path, **env)
+    hidden = [vocabulary.eol if token >= vocabulary.first_visual else token for token in prompt]
+    assert found["prompt"] == hidden
+    assert found["of_image"] == found["of_tokens"] == completion(tokens, edit.instruction, constrained=False)
