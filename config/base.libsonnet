@@ -42,7 +42,8 @@
   num_iterations: 2000,
   kl_coeff: 0.0003,
   temperature: 1.0,
-  per_device_batch_size: 8,
+  per_device_batch_size: 8,  // a group
+  packing: 'groups',
 
   episodes_per_iteration: 128,
   generations_per_sample: 8,

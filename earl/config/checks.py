@@ -211,11 +211,23 @@ def _truncates(config: "Config") -> bool:
 
 
 def _check_learner(config: "Config") -> None:
+    for field, unfit in (("dtype", "float32"), ("device", "cpu")):
+        if config.attention == "flash" and getattr(config, field) == unfit:
+            raise wrong(
+                "attention",
+                f"is `flash`, which computes in bfloat16 on a GPU, but {field} is `{unfit}`; set it to `auto`",
+            )
     if config.policy_dtype == "bfloat16" and config.dtype != "bfloat16":
         raise wrong(
             "policy_dtype",
             f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
             "computes with; set both to `bfloat16`",
+        )
+    if config.lora is not None and config.reference_offload:
+        raise wrong(
+            "reference_offload",
+            "is true, but with lora the reference is the policy without its adapter, and there is no second copy to "
+            "keep elsewhere; set it to false",
         )
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from earl.config import checks, references
+from earl.emu3 import adapter
 from earl.files import hub_names
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -202,6 +203,32 @@ class SftValidation(_Section):
     every_n_steps: Positive = _fixed(100, "Compute the loss after every n-th step, and after the last one.")
 
 
+class Lora(_Section):
+    """An adapter that is trained in place of the full weights, which stay as they are: LoRA (Hu et al. 2021)."""
+
+    rank: Positive = _fixed(
+        ..., f"Rank of the product of two matrices that is added to each target; at most {adapter.LARGEST_RANK}."
+    )
+    alpha: Positive | None = _fixed(None, "The product is multiplied by alpha / rank; null: 2 x rank.")
+    targets: list[Literal[adapter.TARGETS]] = _fixed(
+        lambda: list(adapter.TARGETS), "Linear layers that get an adapter, in every layer of the policy.", min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.rank > adapter.LARGEST_RANK:
+            raise checks.wrong("rank", f"is {self.rank}, above {adapter.LARGEST_RANK}, vLLM's largest; lower it")
+        if len(set(self.targets)) < len(self.targets):
+            raise checks.wrong("targets", "names a layer twice; name each once")
+        return self
+
+    @property
+    def settings(self) -> adapter.Lora:
+        """The section as models take it, its targets in one order however they were written."""
+        targets = tuple(name for name in adapter.TARGETS if name in self.targets)
+        return adapter.Lora(self.rank, self.alpha or 2 * self.rank, targets)
+
+
 class Sft(_Section):
     """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
@@ -238,6 +265,11 @@ class Sft(_Section):
         list,
         "reasoning: keys of the examples' reasoning to train on, in this order; an example's missing keys are left "
         "out. Empty: all keys, in the order of the data.",
+    )
+    lora: Lora | None = _fixed(
+        None,
+        "Train an adapter on the frozen base model; the result holds the sum of both, so that anything can start from "
+        "it. null: train all weights.",
     )
     random_seed: Integer = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
     validation: SftValidation | None = _fixed(None, "Held-out loss while it trains; null: none.")
@@ -434,6 +466,11 @@ class Config(_Section):
         "Processes that the policy is trained by, in RL and fine-tuning, which split it, each on a GPU of its own: "
         "torchrun starts them. The same step within rounding; metrics.json says how many there were.",
     )
+    lora: Lora | None = _fixed(
+        None,
+        "RL trains an adapter, some MB in `policy/`, and the starting policy stays as it is: base of every iteration's "
+        "adapter, and reference, of which no second copy is held. null: RL trains all weights.",
+    )
     reference_offload: bool = _free(
         False, "Keep the reference model in main memory, and take a layer at a time to the GPU."
     )
@@ -444,8 +481,8 @@ class Config(_Section):
     )
     attention: Literal["auto", "sdpa", "flash"] = _free(
         "auto",
-        "Kernel of the learner's attention: torch's own, or the package flash-attn on a GPU in bfloat16, which `auto` "
-        "takes where it is installed.",
+        "Kernel of the learner's attention: torch's own, or the package flash-attn 2 on a GPU in bfloat16, which "
+        "`auto` takes where it can be imported.",
     )
     compile: bool = _free(False, "Compile norms and MLPs of the learner's layers (torch.compile); needs a compiler.")
     policy_dtype: Literal["float32", "bfloat16"] = _fixed(

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.emu3 import checkpoint, model_card, saving, weight_files
+from earl.emu3 import checkpoint, merge, model_card, saving, weight_files
 from earl.emu3.vision import SPATIAL_FACTOR
 from earl.emu3.vocabulary import ROLES, Vocabulary, visual_token
 from earl.files import atomic, manifest, tensors
@@ -85,7 +85,7 @@ def write(
     """Write the model and return the digest of its folder, which is sealed.
 
     Args:
-        policy: Folder of a policy of either format (`earl.emu3.checkpoint`).
+        policy: Folder of a policy of any format (`earl.emu3.checkpoint`). An adapter is added to its base.
         vision_tokenizer: Folder of an `Emu3VQVAE`.
         out: Where the folder appears once it is complete.
         use: How the policy is used.
@@ -195,12 +195,10 @@ def _text_weights(policy: Path, dtype: "torch.dtype") -> "Iterator[tuple[str, to
     Raises:
         EarlError: one is not finite in this type.
     """
-    for path, stored, weight in checkpoint.weights(policy):
-        if (name := checkpoint.text_weight_name(stored)) is None:
-            continue
+    for name, weight in merge.merged_weights(policy):
         weight = weight.to(dtype)
         if not tensors.is_finite(weight):
-            raise EarlError(f"{path}: weight {stored!r} is not finite as {dtype}; go back to an earlier checkpoint")
+            raise EarlError(f"{policy}: weight {name!r} is not finite as {dtype}; go back to an earlier checkpoint")
         yield name, weight
 
 

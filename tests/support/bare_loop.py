@@ -100,9 +100,7 @@ def run_in_memory(config: Config) -> Run:
         for shard in range(config.rollout_shards):
             generate.run(config, index, shard, sampler, files.rollouts(shard))
             score.run(config, files.rollouts(shard), files.scores(shard), judge)
-        train.step(
-            config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations)
-        )
+        train.step(config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations))
         sampler.update(learner.weights(runtime.dtype(config)), learner.policy_digest)
     return run
 

@@ -75,6 +75,7 @@ SHARED = {
     "kl_coeff": 0.0003,
     "temperature": 1.0,
     "per_device_batch_size": 8,
+    "packing": "groups",
     "episodes_per_iteration": 128,
     "generations_per_sample": 8,
     "max_response_tokens": 2048,
@@ -643,6 +644,8 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
         (ASKED | {"advantage_components": {"ground_score": 1}}, "reward_compute_ground_score.*advantage_components"),
         ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
         ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
+        ({"attention": "flash", "dtype": "float32"}, "attention is `flash`.*dtype is `float32`; set it to `auto`"),
+        ({"attention": "flash", "device": "cpu"}, "attention is `flash`.*device is `cpu`; set it to `auto`"),
         ({"segment_processes": 2, "train_processes": 4}, r"segment_processes is 2.*train_processes \(4\)"),
     ],
 )
@@ -663,6 +666,7 @@ def test_objectives_that_contradict_themselves_are_refused(tmp_path, fields, mes
         {"sampler_correction": "truncate", "sampler_correction_high": 2.0, "optimizer_steps_per_iteration": 2},
         {"logprob_support": "sampled", "top_p": 0.9, "top_k": 50, "kl_estimator": "weighted_k3"},
         {"logprob_support": "sampled", "optimizer_steps_per_iteration": 2, "importance_ratio": "behavior"},
+        {"attention": "flash"},
         {"logprob_support": "full", "separate_language_and_vision_vocabs": False},
         {"advantage_components": {"semantic_consistency": 1.0, "perceptual_quality": 0.5}},
         # The demo's judge, a program, gives every score.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from earl.emu3 import checkpoint
-from earl.learner import attention, batches, grpo, head, logprobs, objective, sharding
+from earl.learner import batches, grpo, head, logprobs, objective, sharding
 from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 
@@ -338,14 +338,6 @@ def test_flash_attention_is_asked_for_the_same(episodes, settings, policy_folder
     found, _, _ = grpo.completion_logprobs(model, batch, replace(settings, attention="flash"))
     assert not torch.equal(found, expected), "another kernel"
     assert (found - expected).abs().mean() < 0.02
-
-
-def test_the_kernel_is_chosen_by_what_is_there():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert attention.choose("auto", cpu, True) == attention.choose("sdpa", gpu, True) == "sdpa"
-    with pytest.raises(EarlError, match="attention is 'flash', which needs a GPU, dtype bfloat16"):
-        attention.choose("flash", cpu, False)
-    assert "flash_attn" not in sys.modules
 
 
 @pytest.mark.slow

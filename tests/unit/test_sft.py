@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from earl.config import freeze, paths
 from earl.config.schema import Config
@@ -208,9 +209,24 @@ def test_an_unknown_name_is_named_with_those_there_are(make, tmp_path):
         stage.run(make(one={}), "two", tmp_path / "out")
 
 
+def test_by_an_adapter_it_ends_in_full_weights_that_anything_can_start_from(make, tmp_path, policy_folder):
+    """Only the weights that the adapter adds to are others."""
+    recipe = {"lora": {"rank": 4, "targets": ["q_proj", "down_proj"]}, "keep_checkpoints_every_n_steps": 8}
+    stage.run(make(one=recipe), "one", tmp_path / "out")
+    losses = losses_of(tmp_path / "out")
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
+    before, after = (load_file(folder / "model.safetensors") for folder in (policy_folder, tmp_path / "out"))
+    changed = {name.rsplit(".", 2)[1] for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {"q_proj", "down_proj"}
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    kept = tmp_path / "out.checkpoints" / "step-000008"
+    assert checkpoint.check_policy(kept) == checkpoint.check_policy(tmp_path / "out")
+
+
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_in_the_same_bytes(make, tmp_path, caplog):
-    config, out, partial = make(one={"steps": 24}), tmp_path / "killed", tmp_path / "killed.partial"
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "adapter"])
+def test_killed_and_started_again_it_ends_in_the_same_bytes(make, tmp_path, caplog, lora):
+    config, out, partial = make(one={"steps": 24, "lora": lora}), tmp_path / "killed", tmp_path / "killed.partial"
     freeze.write(config, tmp_path / "config.json")
     command = [sys.executable, "-m", "earl", "sft", "--config", tmp_path / "config.json", "--name", "one", "--out", out]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
