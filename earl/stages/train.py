@@ -23,6 +23,7 @@ from earl.files import manifest, objects
 from earl.files.layout import Iteration, Run
 from earl.learner import attention, episodes, grpo, objective, performance, trainer_state
 from earl.learner.performance import Clock
+from earl.learner.schedule import Schedule
 from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
@@ -164,7 +165,7 @@ def _step(
         "warnings": warnings,
         **learned,
         "counted": batch.settings.counted,
-        "learning_rate": config.learning_rate,
+        "learning_rate": batch.settings.learning_rate,
         "optimizer_steps": learner.optimizer_steps,
         "left_out_prompts": batch.source.left_out,
         "rubrics_digest": batch.source.rubrics,
@@ -190,9 +191,11 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        learning_rate=_schedule(config).rate(iteration - 1),
         options=objective.Options(
             kl_estimator=config.kl_estimator,
-            ratio=config.importance_ratio == "behavior",
+            ratio=config.importance_ratio != "none",
+            of_sequences=config.importance_ratio == "sequence",
             clip_low=config.clip_ratio_low,
             clip_high=config.clip_ratio_high,
             correction=config.sampler_correction,
@@ -212,6 +215,17 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
 def check_kernel(config: "Config", device: torch.device) -> str:
     """Return the kernel of attention, see `attention.choose`, which raises where it cannot run."""
     return attention.choose(config.attention, device, config.dtype == "bfloat16")
+
+
+def _schedule(config: "Config") -> Schedule:
+    return Schedule(
+        config.learning_rate,
+        config.schedule_iterations,
+        config.final_learning_rate,
+        config.learning_rate_schedule,
+        config.warmup_iterations,
+        config.decay_iterations,
+    )
 
 
 def write_checkpoint(config: "Config", files: Run, learner: Learner, team: Ranks) -> None:
