@@ -55,6 +55,7 @@ def request_of(exported, edit, tmp_path_factory) -> dict[str, Any]:
         "instruction": edit.instruction,
         "max_tokens": MAX_TOKENS,
         "text": TEXT,
+        "dtype": "auto",
     }
 
 
@@ -87,7 +88,8 @@ def test_transformers_loads_it_and_does_what_the_engine_does(request_of, edit, e
     assert found["class"] == "Emu3ForConditionalGeneration"
     assert found["exported"]["class"] == found["policy"]["class"] == "Emu3ForCausalLM"
     vocabulary = Vocabulary.from_folder(policy.BASE_POLICY)
-    assert found["prompt"] == sequence.prompt_ids(tokens, edit.instruction, PREFILL, vocabulary)
+    prompt = sequence.prompt_ids(tokens, edit.instruction, PREFILL, vocabulary)
+    assert found["prompt"] == found["prompt_bfloat16"] == prompt
     assert found["written"] == completion(tokens, edit.instruction, constrained=True)
     free = completion(tokens, edit.instruction, constrained=False)
     assert found["exported"]["completion"] == found["policy"]["completion"] == free

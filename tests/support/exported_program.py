@@ -20,7 +20,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
-    found = run_card(request)
+    found = run_card(request) | {"prompt_bfloat16": run_card(request | {"dtype": "bfloat16"})["prompt"]}
     prompt = torch.tensor([found["prompt"]])
     for name in ("exported", "policy"):
         model, notes = AutoModelForCausalLM.from_pretrained(request[name], dtype="float32", output_loading_info=True)
@@ -45,6 +45,7 @@ def run_card(request: dict[str, Any]) -> dict[str, Any]:
         '"original.png"': repr(request["original"]),
         '"edited.png"': repr(request["edited"]),
         "allowed)": "allowed, do_sample=False)",
+        "Text.from_pretrained(folder)": f"Text.from_pretrained(folder, dtype={request['dtype']!r})",
     }
     for before, after in changes.items():
         assert before in code, before

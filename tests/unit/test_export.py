@@ -51,10 +51,12 @@ def test_two_sets_of_files_hold_the_policy_and_one_the_vision_tokenizer(exported
         own = checkpoint.text_weight_name(name)
         assert torch.equal(weight, tokenizer[name.removeprefix("model.vqmodel.")] if own is None else model[own])
     assert len(whole) == len(model) + len(tokenizer)
+    again = checkpoint.weights(exported / "vision_tokenizer")
+    assert all(torch.equal(weight, tokenizer[name]) for _, name, weight in again)
 
 
 def test_it_is_sealed_and_equal_inputs_give_equal_bytes(exported, policy_folder, tmp_path):
-    assert manifest.check(exported, deep=True) == len(list(exported.iterdir())) - 1
+    assert manifest.check(exported, deep=True) == sum(path.is_file() for path in exported.rglob("*")) - 1
     again = export.write(policy_folder, policy.VISION_TOKENIZER, tmp_path / "again", USE)
     assert again == manifest.digest_folder(exported)
 
