@@ -50,7 +50,7 @@ def of_folder(policy: Path, config_file: Path | None, out: Path, options: Option
 
     Args:
         policy: The folder.
-        config_file: An experiment, or the frozen configuration of a run; None: of the run that the folder lies in.
+        config_file: An experiment, or the frozen configuration of a run; None: the folder is one of a run's iterations.
         out: The folder to write, sealed.
         options: What is written.
 
@@ -58,8 +58,11 @@ def of_folder(policy: Path, config_file: Path | None, out: Path, options: Option
         EarlError: there is no configuration; see also `of_run`.
     """
     remedies.check_policy_folder(policy)
-    config_file = config_file or Run(policy.absolute().parents[2]).config
-    if not config_file.is_file():
+    iteration = policy.absolute().parent
+    if config_file is None and iteration.parent.name == "iterations" and iteration.name.isdigit():
+        of_run(iteration.parent.parent, int(iteration.name), out, options)
+        return
+    if config_file is None:
         raise EarlError(
             f"{policy}: give --config, the experiment that this policy was trained by: it says which vision tokenizer "
             "belongs to it, the size of images, and how completions begin"

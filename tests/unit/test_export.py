@@ -168,6 +168,8 @@ class TestCommand:
         assert "# run, iteration 2" in card
         assert digest in card
         assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 7
+        assert earl("export", "--policy", run.iteration(2).policy, "--to", tmp_path / "again").returncode == 0
+        assert manifest.digest_folder(tmp_path / "again") == manifest.digest_folder(tmp_path / "out")
         done = earl("export", "--run", run.path, "--iteration", 1, "--to", tmp_path / "one")
         assert "iteration 1 has not been trained" in done.stderr
         atomic.write_text(run.iteration(2).metrics, json.dumps(metrics | {"policy_digest": "0" * 64}))
