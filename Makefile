@@ -56,8 +56,9 @@ matrix: $(INSTALLED)
 	@$(BIN)/python -m earl compare $(MATRIX:%=--run $(RUNS)/shapes_%) --published --out $(RUNS)/matrix.html
 	@echo "Comparison: $(abspath $(RUNS)/matrix.html)"
 
-# A file's tests share what they set up, so they stay in one process.
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A file's tests share what they set up, so they stay in one process. Many wait, for Slurm above all: three processes
+# keep two cores busy.
+PYTEST = $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test: $(TESTABLE)
 	$(PYTEST)
