@@ -99,6 +99,7 @@ class TestPlan:
         # Data that nobody draws from are not made.
         assert job_counts(place.run(both, "-n", set=f"evaluations={json.dumps(own)}"))["tokenise"] == 2
 
+    @pytest.mark.slow
     def test_a_long_run_by_stage_is_planned_at_once(self, place):
         """A chain of jobs as deep as the run is long: Python's own limit of recursion would end it."""
         counts = job_counts(place.run(place.experiment("a", num_iterations=400), "-n", granularity="stage"))
@@ -146,6 +147,7 @@ class TestFiles:
         assert place.policy("a", 3) == finished.policy("segment", 3)
         assert contents(place.folder("a")) == contents(finished.folder("segment"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("granularity", "gone"),
         [
@@ -233,6 +235,7 @@ class TestFiles:
         done.run("segment.jsonnet", "runs/segment/iterations/000001/policy/manifest.json")
         assert done.kinds() == ["restore"]
 
+    @pytest.mark.slow
     def test_a_run_without_iterations_evaluates_a_policy_on_data_sets_of_their_own(self, place):
         raw = {"source": "parquet", "path": "held_out.parquet"}
         own = {"prompts": None, "paths_file": ["stage:tokenise/other"], "samples_per_prompt": 2}
@@ -260,6 +263,7 @@ class TestInterruptions:
         # Whatever was complete when it was killed was not done again.
         assert not [line for line in place.stages() if line.startswith(("generate", "score")) and "000001" in line]
 
+    @pytest.mark.slow
     def test_interrupted_and_started_again(self, place, finished):
         experiment = place.experiment("a", **HELD_OUT)
         started = place.start(experiment, env={"STUB_DELAY": "0.3"})
@@ -284,6 +288,7 @@ class TestInterruptions:
         again = [kind for kind in place.kinds() if kind not in ("iterate", "prune")]
         assert again == ["train", "generate", "score", "train"]
 
+    @pytest.mark.slow
     def test_a_second_workflow_on_the_same_run_is_refused(self, place):
         experiment = place.experiment("a")
         (place.path / "runs" / "a").mkdir(parents=True)
@@ -292,6 +297,7 @@ class TestInterruptions:
         assert f"process {os.getpid()} is writing here" in output
         assert place.stages() == []
 
+    @pytest.mark.slow
     def test_a_workflow_plans_again_where_the_run_has_moved_on_meanwhile(self, done):
         """Two start at once: the one that had to wait does not repeat what the other one did."""
         run = done.folder("segment")
@@ -307,6 +313,7 @@ class TestInterruptions:
         assert second.returncode == 0, output
         assert "iterate" not in done.kinds()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("granularity", "left", "what"),
         [("stage", True, "segment 000003"), ("segment", True, "segment 000002"), ("segment", False, "stage")],
@@ -346,6 +353,7 @@ class TestShared:
         called = [line.split(" --")[0] for line in place.stages()]
         return {kind: called.count(kind) for kind in called}
 
+    @pytest.mark.slow
     def test_experiments_in_one_call_share_what_they_have_in_common(self, place):
         both = [place.shapes_experiment("a"), place.shapes_experiment("b", kl_coeff=0.5)]
         place.run(",".join(both))
@@ -389,6 +397,7 @@ class TestShared:
         assert second.returncode == 0, output
         assert "waiting for process" not in output
 
+    @pytest.mark.slow
     def test_a_lock_that_a_killed_workflow_left_is_no_obstacle(self, place):
         experiment = place.shapes_experiment("a")
         place.run(experiment)
@@ -412,6 +421,7 @@ class TestShared:
         output = place.run(f"{experiments[0]},{again}", "-n", fails=True)
         assert "two of the experiments have this run folder" in output
 
+    @pytest.mark.slow
     def test_a_fine_tuning_that_goes_on_from_another_shares_it(self, place):
         common = {"train_paths_file": ["train.parquet"], "steps": 1}
         first = {"s": common | {"base_model": "model"}}
