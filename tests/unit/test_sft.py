@@ -149,6 +149,7 @@ def tuned(config: Config, name: str) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_it_learns_and_repeats_its_bytes(make, tmp_path):
     config = make(one={})
     for name in ("first", "second"):
