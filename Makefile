@@ -1,5 +1,6 @@
 # make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch|vllm] [CONFIG=config/demo.jsonnet] [SET=field=value,...] [RUNS=runs]
 # make matrix [ITERATIONS=n] [SET='field=value ...'] [RUNS=runs]: the ten experiments in the shapes world, and one page of them all
+# make gpu [ONLY=section,...] [MINUTES=10] [DEVICE=cuda|cpu] [RUNS=runs]: checks a machine with a GPU; docs/gpu.md
 # make test: everything. make test-fast: unit tests that take no longer than 3 seconds. make lint | make venv
 #
 # Needs Python 3.11 or newer with pip, make and git: PYTHON=python3.12 names one. The first target that needs it makes .venv
@@ -12,6 +13,9 @@ CONFIG ?= config/demo.jsonnet
 ITERATIONS ?=
 ENGINE ?=
 SET ?=
+ONLY ?=
+MINUTES ?= 10
+DEVICE ?= cuda
 
 # vLLM comes in a build for GPUs and one for CPUs; an environment holds one of them. Tests need the one for CPUs.
 TESTS := $(filter test test-fast lint,$(MAKECMDGOALS))
@@ -47,7 +51,7 @@ MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) epi
   rollout_shards=1 $(SET)
 listed = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: demo matrix test test-fast lint venv new-enough
+.PHONY: demo matrix gpu test test-fast lint venv new-enough
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED) $(if $(filter vllm,$(ENGINE)),$(WITH_VLLM))
@@ -61,6 +65,10 @@ matrix: $(INSTALLED)
 	  --config experiment=$(call listed,$(MATRIX:%=config/shapes/%.jsonnet)) 'set=$(call listed,$(MATRIX_OVERRIDES))'
 	@$(BIN)/python -m earl compare $(MATRIX:%=--run $(RUNS)/shapes_%) --published --out $(RUNS)/matrix.html
 	@echo "Comparison: $(abspath $(RUNS)/matrix.html)"
+
+gpu: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) --minutes $(MINUTES) --device $(DEVICE) \
+	  --out $(RUNS)/gpu-check
 
 # A file's tests share what they set up, so they stay in one process.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -42,7 +42,8 @@
   num_iterations: 2000,
   kl_coeff: 0.0003,
   temperature: 1.0,
-  per_device_batch_size: 8,
+  per_device_batch_size: 8,  // a group
+  packing: 'groups',
 
   episodes_per_iteration: 128,
   generations_per_sample: 8,
@@ -51,6 +52,8 @@
   top_k: -1,
   model_context_size: 4096,
 
+  // Models of 8B parameters: a job without a GPU is refused, in the plan where stages run on this machine.
+  device: 'cuda',
   engine: 'vllm',
   vllm_gpu_memory_utilization: 0.3,
   emu3_use_logit_processor: true,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from earl.emu3 import adapter, checkpoint, truncation
+from earl.emu3 import adapter, checkpoint, float32, truncation
 from earl.emu3 import grid as grid_rules
 from earl.emu3.models import Emu3ForCausalLM, StaticCache
 from earl.emu3.vocabulary import Vocabulary
@@ -204,7 +204,7 @@ class TorchEngine:
             kind = grid_rules.kind_at(since_img, state.grid[:, 0], state.grid[:, 1])
             if not self.constrained:
                 kind = torch.full_like(kind, grid_rules.FREE)
-            logits = self.policy.lm_head(hidden).float().masked_fill(self.forbidden[kind], -torch.inf)
+            logits = float32.logits(hidden, self.policy.lm_head.weight).masked_fill_(self.forbidden[kind], -torch.inf)
             token, logprob = sample(logits, noise[:, step], params)
             token = torch.where(done, vocabulary.pad, token)
             tokens[:, step] = token

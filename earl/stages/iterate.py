@@ -51,6 +51,7 @@ def run(config: "Config", run_path: Path, to: int) -> dict[str, Any]:
     files = Run(Path(run_path))
     with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as world, ExitStack() as opened:
         _check(config, files, to)
+        train.check_kernel(config, world.device)
         segment = _Segment.at_newest_checkpoint(config, files, to, world, opened)
         if segment.index <= to:
             segment.evaluate()
@@ -204,15 +205,16 @@ class _Segment:
         """Close the engine, write what the segment did, last of all, and return it."""
         if self.sampler is not None:
             self.sampler.engine.close()
-        by_rank = self.world.gather((self.progress.seconds(), self.progress.written))
-        written = {kind: sum(sizes.get(kind, 0) for _, sizes in by_rank) for kind in KINDS}
+        by_rank = self.world.gather((self.progress.seconds(), self.progress.peaks(), self.progress.written))
+        written = {kind: sum(sizes.get(kind, 0) for *_, sizes in by_rank) for kind in KINDS}
         record = {
             "last": self.last,
             "policy_digest": self.policy_digest,
             "trained": self.progress.iterations,
             "trained_again": self.progress.again,
             "train_processes": self.config.train_processes,
-            "seconds_by_rank": [seconds for seconds, _ in by_rank],
+            "seconds_by_rank": [seconds for seconds, _, _ in by_rank],
+            "peak_memory_bytes_by_rank": [peaks for _, peaks, _ in by_rank],
             "bytes_written": written,
             "config_digest": freeze.config_digest(self.config),
             "code_version": code_version(),

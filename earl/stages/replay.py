@@ -22,7 +22,7 @@ from earl.files import atomic, manifest
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report import comparison, curves
-from earl.run import replays, state
+from earl.run import claims, replays, state
 from earl.stages import rescore, train
 from earl.statistics import rewards
 
@@ -34,7 +34,8 @@ LEARNER = (
     *("importance_ratio", "clip_ratio_low", "clip_ratio_high", "parity_tolerance", "reward_final_reward"),
     *("sampler_correction", "sampler_correction_low", "sampler_correction_high"),
     *("separate_language_and_vision_vocabs", "logprob_support", "advantage_components"),
-    *("zero_variance_groups", "lora"),
+    *("learning_rate_schedule", "final_learning_rate", "schedule_iterations"),
+    *("decay_iterations", "warmup_iterations", "zero_variance_groups", "lora"),
     *(
         "per_device_batch_size",
         "packing",
@@ -117,6 +118,7 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
     replays.check_scores(source, config, last=config.num_iterations, scores=scores)
     if target.config.is_file() and replays.record_of(target) is None:
         raise EarlError(f"{out}: holds a run that is no replay; give a folder of its own")
+    claims.claim(config, "train")
     target.path.mkdir(parents=True, exist_ok=True)
     with state.exclusive(target):
         replays.write(target, record)

@@ -125,6 +125,8 @@ class _Builder:
 
     def __init__(self, tuning: "Sft", datasets: list[Dataset], vocabulary: Vocabulary) -> None:
         self.reasoning, self.keys = tuning.reasoning, tuning.reasoning_keys
+        self.fraction, self.seed = tuning.reasoning_fraction, tuning.random_seed
+        self.learns_instructions = tuning.instruction_loss_weight > 0
         self.datasets = datasets
         self.vocabulary = vocabulary
         self.missing: dict[tuple[str, str], str] = {}
@@ -139,15 +141,24 @@ class _Builder:
         where = f"{example.dataset}: example {example.example_id}"
         if example.target_tokens is None:
             raise EarlError(f"{where}: column 'target_tokens' is empty: there is no edit to learn from; leave it out")
-        reasoning = self._reasoning(example, where) if self.reasoning else None
+        reasoning = self._reasoning(example, where) if self._reasons(row) else None
         try:
             ids, prompt_length = grammar.sft_ids(
                 example.original_tokens, example.instruction, example.target_tokens, reasoning, self.vocabulary
             )
         except EarlError as error:
             raise EarlError(f"{where}: {error}") from error
-        prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length])
-        return where, sft.Example(prompt, completion)
+        instruction = 0
+        if self.learns_instructions:
+            instruction = prompt_length - 1 - len(grammar.image_ids(example.original_tokens, self.vocabulary))
+        prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length - instruction])
+        return where, sft.Example(prompt, completion, instruction)
+
+    def _reasons(self, row: mixing.Row) -> bool:
+        """Return whether the sequence of a row holds its reasoning; the same rows for any number of steps."""
+        if not self.reasoning or self.fraction == 1:
+            return self.reasoning
+        return seeds.generator("sft-reasoning", self.seed, *row).random() < self.fraction
 
     def _reasoning(self, example: Example, where: str) -> list[tuple[str, str]]:
         if not example.reasoning:
@@ -265,6 +276,8 @@ def _settings(config: "Config", tuning: "Sft", device: torch.device) -> sft.Sett
         learning_rate=tuning.learning_rate,
         final_learning_rate=tuning.final_learning_rate,
         schedule=tuning.schedule,
+        decay_steps=tuning.decay_steps,
+        instruction_loss_weight=tuning.instruction_loss_weight,
         warmup_steps=tuning.warmup_steps,
         adamw=AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
         max_gradient_norm=tuning.max_gradient_norm,

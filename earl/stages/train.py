@@ -23,6 +23,7 @@ from earl.files import manifest, objects
 from earl.files.layout import Iteration, Run
 from earl.learner import attention, episodes, grpo, objective, performance, trainer_state
 from earl.learner.performance import Clock
+from earl.learner.schedule import Schedule
 from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
@@ -84,7 +85,6 @@ def step(
         EarlError: an input is missing, damaged or another's; too many judgements failed; the loss is not finite. The
             learner is of no further use where a model has been changed by then.
     """
-    performance.reset_peak_memory(team.device)
     clock = Clock(team.device)
     with clock.phase("read"):
         batch = _read(config, files, learner.iteration + 1, shards, learner.policy_digest, learner.vocabulary, team)
@@ -165,7 +165,7 @@ def _step(
         "warnings": warnings,
         **learned,
         "counted": batch.settings.counted,
-        "learning_rate": config.learning_rate,
+        "learning_rate": batch.settings.learning_rate,
         "optimizer_steps": learner.optimizer_steps,
         "left_out_prompts": batch.source.left_out,
         "rubrics_digest": batch.source.rubrics,
@@ -191,9 +191,11 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        learning_rate=_schedule(config).rate(iteration - 1),
         options=objective.Options(
             kl_estimator=config.kl_estimator,
-            ratio=config.importance_ratio == "behavior",
+            ratio=config.importance_ratio != "none",
+            of_sequences=config.importance_ratio == "sequence",
             clip_low=config.clip_ratio_low,
             clip_high=config.clip_ratio_high,
             correction=config.sampler_correction,
@@ -205,8 +207,24 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
         optimizer_steps=config.optimizer_steps_per_iteration,
         parity_tolerance=config.parity_tolerance,
         packed=config.packing == "groups",
-        attention=attention.choose(config.attention, team.device, config.dtype == "bfloat16"),
+        attention=check_kernel(config, team.device),
         gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def check_kernel(config: "Config", device: torch.device) -> str:
+    """Return the kernel of attention, see `attention.choose`, which raises where it cannot run."""
+    return attention.choose(config.attention, device, config.dtype == "bfloat16")
+
+
+def _schedule(config: "Config") -> Schedule:
+    return Schedule(
+        config.learning_rate,
+        config.schedule_iterations,
+        config.final_learning_rate,
+        config.learning_rate_schedule,
+        config.warmup_iterations,
+        config.decay_iterations,
     )
 
 
@@ -281,26 +299,28 @@ def _write_metrics(
     clock: Clock,
 ) -> dict[str, Any]:
     """Write `train/` by the first rank, `metrics.json` last; return the metrics on every rank."""
-    peaks = team.gather(performance.peak_memory(team.device))
+    peaks = team.gather(clock.peaks)
     if team.first:
         sampled_by = metrics["inputs"].get("sampled_by", metrics["inputs"]["policy"])
         described = {"run": config.run_name, "iteration": str(current.index), "policy_digest": sampled_by}
         episodes.write(current.episodes, outcomes, described | _origin(config))
-        objects.write(current.performance, _performance(clock, peaks, outcomes, team))
+        objects.write(current.performance, _performance(clock.seconds, peaks, outcomes, team))
         metrics["episodes_digest"] = manifest.digest_file(current.episodes)
         objects.write(current.metrics, metrics)
     return team.of_first(metrics)
 
 
-def _performance(clock: Clock, peaks: list[int], outcomes: list[episodes.Outcome], team: Ranks) -> dict[str, Any]:
+def _performance(
+    seconds: dict[str, float], peaks: list[dict[str, int]], outcomes: list[episodes.Outcome], team: Ranks
+) -> dict[str, Any]:
     columns = ("prompt_token_ids", "completion_token_ids")
     tokens = sum(len(outcome.row[column]) for outcome in outcomes if outcome.used for column in columns)
-    found = performance.summary(clock.seconds, peaks, tokens, team.device)
+    found = performance.summary(seconds, peaks, tokens, team.device)
     log.info(
         "train: %d tokens at %.0f a second; peak memory of a rank %.0f MiB; seconds: %s",
         tokens,
         found["tokens_per_second"],
-        max(peaks) / 2**20,
+        max(found["peak_memory_bytes"]) / 2**20,
         ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["seconds"].items()),
     )
     return found

@@ -196,6 +196,15 @@ class TestWhatElse:
         assert f"field {field} is `vllm`, which is not installed here; in EARL" in message
         preflight.check(config(**{field: "vllm"}), here=False)
 
+    def test_flash_attn_where_it_is_not_installed(self, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = {"attention": "flash", "dtype": "bfloat16", "device": "cuda"}
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert "field attention is `flash`, but flash-attn is not installed here; in EARL" in refusal(**asked)
+        preflight.check(config(**asked | {"attention": "auto"}))
+        preflight.check(config(**asked), here=False)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+        preflight.check(config(**asked))
+
     def test_a_rubric_that_is_missing(self, place: Workplace) -> None:
         rubrics = {"judge_rubric_perceptual_quality": "no.jsonnet", "judge_rubric_ground_score": "unused.jsonnet"}
         fields = {"judge": "openai", "reward_function_api_base": "http://judge:4877"}

@@ -28,7 +28,8 @@ def make_shared(config: Config) -> None:
         match stage.stage:
             case "raw":
                 raw = config.raw_datasets[stage.name]
-                dataset.write_raw(output, count=raw.count, seed=raw.seed, tasks=raw.tasks or world.TASKS)
+                mistakes = (raw.unchanged_fraction, raw.damaged_fraction)
+                dataset.write_raw(output, raw.count, raw.seed, raw.tasks or world.TASKS, *mistakes)
             case "policy":
                 policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
             case "download":

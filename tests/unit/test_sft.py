@@ -283,3 +283,32 @@ def test_what_cannot_be_learned_from_is_found_before_the_first_step(make, data, 
         EarlError, match=r"field sft\.s\.train_paths_file: silent: example 0: column 'reasoning' is empty"
     ):
         stage.run(config, "s", tmp_path / "s")
+
+
+def test_instructions_count_by_their_weight(batch, step):
+    """Three tokens of each completion become its instruction: gradients add up, and a weight of 0 leaves them out."""
+    whole = [replace(example, instruction_tokens=3) for example in batch]
+    assert_same(step(whole, replace(SETTINGS, instruction_loss_weight=0.0)), step([split(e, 3) for e in batch]))
+    answers, everything = (step(whole, replace(SETTINGS, instruction_loss_weight=w)) for w in (0.0, 1.0))
+    half_loss, half = step(whole, replace(SETTINGS, instruction_loss_weight=0.5))
+    between = {name: (answers[1][name] + everything[1][name]) / 2 for name in half}
+    assert_same((half_loss, half), ((answers[0] + everything[0]) / 2, between))
+    # By another path: all tokens count, and are divided by those of the answers alone.
+    loss, gradient = step(batch)
+    factor = sum(len(e.completion) for e in batch) / sum(len(e.completion) - 3 for e in batch)
+    assert_same(everything, (loss * factor, {name: grad * factor for name, grad in gradient.items()}))
+
+
+def split(example: sft.Example, tokens: int) -> sft.Example:
+    """The same sequence, of which the first tokens of the completion are prompt."""
+    head, tail = np.split(example.completion, [tokens])
+    return sft.Example(np.concatenate([example.prompt, head]), tail)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_held_out_loss_leaves_instructions_out(batch, policy_folder, packed):
+    policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    settings = replace(SETTINGS, instruction_loss_weight=1.0, packed=packed)
+    whole = [replace(example, instruction_tokens=3) for example in batch]
+    expected = sft.validation_loss(policy, [split(example, 3) for example in batch], settings)
+    assert sft.validation_loss(policy, whole, settings) == pytest.approx(expected, rel=1e-5)
