@@ -32,6 +32,8 @@ class Case:
     checkpointing: bool
     reference: bool
     offload: bool
+    lora: str | None = None
+    """Settings of the adapter that is trained (`earl.emu3.adapter.Lora`), as JSON; None: all weights are trained."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def of(config: "Config", text: "Emu3TextConfig", by_segment: bool, evaluated: in
 def checkpoint_bytes(config: "Config", text: "Emu3TextConfig") -> int:
     """Bytes of a checkpoint: the policy's weights, Adam's two moments, and the float32 weights of a bfloat16 policy."""
     each = {"float32": 4 + 8, "bfloat16": 2 + 8 + 4}[config.policy_dtype]
-    return each * memory.weights_of(text)
+    return each * memory.trained_weights(config, text)
 
 
 def checkpoints(config: "Config", by_segment: bool) -> tuple[int, int, int]:
@@ -113,7 +113,8 @@ def shared_bytes(config: "Config") -> int:
         if stage.stage == "convert" and stage.conversion and not stage.conversion.vision:
             total += 4 * memory.weights_of(models.text(config, stage.name))
         elif stage.stage == "sft":
-            count = memory.weights_of(models.text(config, f"stage:sft/{stage.name}"))
+            text = models.text(config, f"stage:sft/{stage.name}")
+            trained = memory.trained_weights(models.of_tuning(config, stage.name), text)
             # The policy, and a checkpoint with its successor.
-            total += (4 + 2 * 12) * count
+            total += 4 * memory.weights_of(text) + 2 * 12 * trained
     return total

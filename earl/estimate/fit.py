@@ -122,7 +122,7 @@ def fine_tunings(config: "Config") -> list[str]:
 
 
 def _fine_tuning(config: "Config", name: str) -> Memory:
-    return memory.learner(config, *_tuning_step(config, name), reference=False)
+    return memory.learner(models.of_tuning(config, name), *_tuning_step(config, name), reference=False)
 
 
 def _tuning_step(config: "Config", name: str) -> tuple["Emu3TextConfig", int, int, int]:
@@ -144,7 +144,8 @@ def prepare(config: "Config", planned: Iterable[str]) -> None:
             wanted += memory.learner_cases(config, *_step(config))
         if rule == "sft":
             for name in fine_tunings(config):
-                wanted += memory.learner_cases(config, *_tuning_step(config, name), reference=False)
+                tuning = models.of_tuning(config, name)
+                wanted += memory.learner_cases(tuning, *_tuning_step(config, name), reference=False)
         if rule in ("iterate", "generate", "tokenise"):
             wanted.append(memory.vision_case(models.vision(config), models.image_side(config)))
     cases.simulate(wanted)
@@ -168,7 +169,8 @@ def _segment(config: "Config", gpu: Gpu) -> list[Load]:
     learner, engine, text = _learner(config), _engine(config, gpu), models.text(config)
     vision = memory.vision(config, models.vision(config), models.image_side(config)).parts["vision"]
     resting = {name: learner.parts.get(name, 0) for name in ("weights", "moments", "reference")}
-    update = UPDATE + 6 * text.vocab_size * text.hidden_size  # its largest weight, whole in float32 and in bfloat16
+    # Its largest weight, whole in float32 and in bfloat16; an adapter's are small.
+    update = 0 if config.lora else UPDATE + 6 * text.vocab_size * text.hidden_size
     training = learner.parts | {"engine": engine.at_rest, "vision": vision}
     return [_sampling(config, gpu, resting, update), Load("training", training)]
 
@@ -266,7 +268,7 @@ def _savings(config: "Config") -> Iterator[dict[str, Any]]:
     if size > 1:
         change["per_device_batch_size"] = max(1, size // 4)
         yield dict(change)
-    if config.kl_coeff > 0 and not config.reference_offload:
+    if config.kl_coeff > 0 and not config.reference_offload and config.lora is None:
         change["reference_offload"] = True
         yield dict(change)
 

@@ -8,10 +8,11 @@ import functools
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from earl.emu3 import adapter
 from earl.estimate import models
 from earl.estimate.cases import Bytes, Case, VisionCase, simulate
 from earl.files import objects
@@ -106,7 +107,7 @@ def learner(
     few, more = simulate(learner_cases(config, text, ranks, prompt_tokens, completion_tokens, reference))
     found = extrapolated(few, more, text.num_hidden_layers)
     rest = found.at_rest
-    gradients = rest["weights"]
+    gradients = rest["moments"] // 2
     at_rest, peak = sum(rest.values()), max(found.peaks.values())
     activations = max(0, peak - at_rest - gradients)
     overhead = CONTEXT + (NCCL if ranks > 1 else 0) + int(FRAGMENTATION * (peak - at_rest))
@@ -140,6 +141,7 @@ def learner_cases(
             checkpointing=config.gradient_checkpointing,
             reference=config.kl_coeff > 0 if reference is None else reference,
             offload=config.reference_offload,
+            lora=_json(asdict(config.lora.settings)) if config.lora else None,
         )
         for layers in LAYERS
     ]
@@ -177,7 +179,7 @@ def engine(
     value = 2 if config.dtype == "bfloat16" else 4
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * value
-    weights = value * weights_of(text)
+    weights = value * (weights_of(text) + (trained_weights(config, text) if config.lora else 0))
     if config.engine == "torch":
         rows = max(1, config.engine_batch_size)
         cache = rows * (prompt + config.max_response_tokens)
@@ -261,3 +263,22 @@ def _weights_of(fields: str) -> int:
     with torch.device("meta"):
         policy = Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))
     return sum(weight.numel() for weight in policy.parameters())
+
+
+def trained_weights(config: "Config", text: "Emu3TextConfig") -> int:
+    """Return how many weights RL trains: all of a policy's, or those of an adapter."""
+    if config.lora is None:
+        return weights_of(text)
+    return _adapter_weights(_json(text.to_dict()), config.lora.settings)
+
+
+@functools.cache
+def _adapter_weights(fields: str, lora: adapter.Lora) -> int:
+    import torch
+
+    from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
+
+    with torch.device("meta"):
+        policy = Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))
+        adapter.add(policy, lora)
+    return sum(weight.numel() for weight in adapter.weights(policy).values())

@@ -153,7 +153,8 @@ def _hours(config: "Config", rule: str, plan: Plan, gpu: Gpu) -> float:
 def _tuning_seconds(config: "Config", name: str, gpu: Gpu, assumed: Rates) -> float:
     tuning, length = config.sft[name], models.lengths(config)
     tokens = 2 * length.prompt + (models.REASONING if tuning.reasoning else 0)
-    each = rates.flops_per_token(config, models.text(config, tuning.base_model), reference=False)
+    text = models.text(config, tuning.base_model)
+    each = rates.flops_per_token(models.of_tuning(config, name), text, reference=False)
     flops = tuning.steps * tuning.batch_size * tokens * each
     return flops / (config.train_processes * gpu.flops * assumed.learner_utilization)
 

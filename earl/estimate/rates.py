@@ -92,10 +92,15 @@ def work(config: "Config", text: "Emu3TextConfig") -> Work:
 def flops_per_token(config: "Config", text: "Emu3TextConfig", reference: bool | None = None) -> float:
     """FLOPs of the learner for a token: two a weight of the layers in each pass; the head's ids are few.
 
-    Passes are the policy's forward, twice that in the backward, a forward again with checkpointing, and the reference.
+    Passes are the policy's forward, twice that in the backward (once where the weights are frozen below an adapter), a
+    forward again with checkpointing, and the reference.
     """
     layers = memory.weights_of(text) - 2 * text.vocab_size * text.hidden_size
-    passes = 3 + config.gradient_checkpointing + (config.kl_coeff > 0 if reference is None else reference)
+    passes = (
+        (2 if config.lora else 3)
+        + config.gradient_checkpointing
+        + (config.kl_coeff > 0 if reference is None else reference)
+    )
     return 2.0 * layers * passes
 
 
@@ -148,7 +153,8 @@ def segment_iteration(config: "Config", text: "Emu3TextConfig", gpu: Gpu, size: 
 
 def stage_iteration(config: "Config", text: "Emu3TextConfig", gpu: Gpu, size: int, rates: Rates) -> dict[str, float]:
     """Seconds of the jobs of an iteration by stage, shards of a stage side by side."""
-    policy = (4 if config.policy_dtype == "float32" else 2) * memory.weights_of(text)
+    policy = (4 if config.policy_dtype == "float32" else 2) * memory.trained_weights(config, text)
+    policy += 2 * memory.weights_of(text) if config.lora else 0  # the base
     reads_policy = rates.start_seconds + checkpoint_seconds(policy, rates)
     judged = rates.start_seconds if config.judge == "vllm" else 0.0
     return {

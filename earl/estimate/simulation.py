@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from earl.emu3 import vision
+from earl.emu3 import adapter, vision
 from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAE, Emu3VQVAEConfig
 from earl.estimate.cases import Bytes, Case, VisionCase
 from earl.execution.ranks import Ranks
@@ -76,7 +76,9 @@ def step(case: Case, fake: FakeTensorMode | None) -> Bytes:
     settings = _settings(case, text)
     batch = batches.collate(list(_episodes(case)), settings, team.device)
     policy = _model(text, team, case, fake, frozen=False)
-    reference = _model(text, team, case, fake, frozen=True) if case.reference else None
+    reference = None
+    if case.reference:
+        reference = policy if case.lora else _model(text, team, case, fake, frozen=True)
     with fake or nullcontext():
         batch = _as_fake(batch, fake) if fake else batch
         optimizer = grpo.new_optimizer(policy, 1e-6)
@@ -86,7 +88,8 @@ def step(case: Case, fake: FakeTensorMode | None) -> Bytes:
         at_rest["moments"] = count.hold(*(state.values() for state in optimizer.state.values()))
         if case.offload and reference:  # in main memory, which here is the same device
             count.leave_out(reference.parameters())
-        at_rest["reference"] = count.hold(reference.parameters(), reference.buffers()) if reference else 0
+        other = reference if reference is not policy else None
+        at_rest["reference"] = count.hold(other.parameters(), other.buffers()) if other else 0
         with count, grpo.ready_to_learn(policy, settings):
             _step(policy, reference, optimizer, batch, settings, count)
     return Bytes(at_rest, dict(count.peaks))
@@ -107,7 +110,7 @@ def _step(
             logp, entropy, kept = grpo.completion_logprobs(policy, batch, settings)
         reference_logp = None
         if reference is not None:
-            with count.phase("reference"), torch.no_grad():
+            with count.phase("reference"), torch.no_grad(), adapter.disabled(reference):
                 reference_logp, _, _ = grpo.completion_logprobs(reference, batch, settings, kept)
         loss = grpo.batch_loss(logp, reference_logp, batch, len(batch.targets), settings)
         with count.phase("backward"):
@@ -118,14 +121,17 @@ def _step(
 
 
 def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode | None, frozen: bool) -> Emu3ForCausalLM:
-    """As `sharding.load` makes it, with zeros in the place of a folder's weights."""
+    """As `sharding.load` makes it, or `sharding.load_with_adapter`, with zeros in the place of a folder's weights."""
     offload = frozen and case.offload
+    lora = adapter.Lora(**json.loads(case.lora)) if case.lora else None
     # Before fake tensors: the ranks are arranged by their numbers, which such tensors do not have.
     if team.splits:
-        model = sharding.empty(text, team, case.bfloat16, frozen, offload)
+        model = sharding.empty(text, team, case.bfloat16, frozen, offload, lora)
     else:
         with torch.device("meta"):
             model = Emu3ForCausalLM(text).float().requires_grad_(not frozen)
+            if lora:
+                adapter.add(model, lora)
     with fake or nullcontext():
         sharding.allocate(model, team, offload)
     with fake or nullcontext(), torch.no_grad():
