@@ -78,8 +78,9 @@ def work(config: "Config", text: "Emu3TextConfig") -> Work:
     """Return what an iteration does with episodes of usual length."""
     length = models.lengths(config)
     episodes, prompts = config.episodes_per_iteration, config.prompts_per_iteration
-    packed = config.packing == "groups"
-    trained = episodes * length.completion + (prompts if packed else episodes) * length.prompt
+    # Packed, a micro-batch has the prompt of its group once.
+    shared = min(config.generations_per_sample, config.per_device_batch_size) if config.packing == "groups" else 1
+    trained = episodes * length.completion + -(-episodes // shared) * length.prompt
     return Work(
         episodes * length.completion,
         prompts * length.prompt,
