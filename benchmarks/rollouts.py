@@ -1,12 +1,9 @@
-"""Rollouts on vLLM: what the grid constraint costs, and how far sampler and learner agree.
+"""What the grid constraint costs vLLM.
 
-Cost: tokens per second with the constraint, without it, and with a naive one, which loops over requests in Python and
-builds each mask anew; in turns, in one engine, by batch size. Speed is counted in CPU seconds of this process; run it
-on one thread. Other work on the machine still slows it down, so each run also tells which share of its own time went
-into the constraint.
-
-Agreement: log-probs of the engine against the learner's, by type, and how many completions differ when requests come
-in another order, that is, in other batches.
+Tokens per second with the constraint, without it, and with a naive one, which loops over requests in Python and builds
+each mask anew; in turns, in one engine, by batch size. Speed is counted in CPU seconds of this process; run it on one
+thread. Other work on the machine still slows it down, so each run also tells which share of its own time went into the
+constraint.
 
     OMP_NUM_THREADS=1 PYTHONPATH=. taskset -c 1 python benchmarks/rollouts.py
 """
@@ -21,13 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from earl.emu3 import checkpoint, grid, sequence
+from earl.emu3 import checkpoint, sequence
 from earl.emu3.vocabulary import Vocabulary
-from earl.engines import Request, SamplingParams, vllm_engine, vllm_process
-from earl.execution.ranks import alone
-from earl.learner import batches, grpo, logprobs
-from earl.learner.settings import Settings
-from tests import policies
+from earl.engines import vllm_engine, vllm_process
+from tests.support import policies
 
 BATCHES = (16, 32, 64, 128, 256)
 TOKENS = 80
@@ -83,7 +77,7 @@ def run(llm: Any, policy: Path, variant: str, batch: int) -> tuple[float, float]
 
 def compare_speeds(policy: Path, rounds: int) -> None:
     settings = vllm_engine.Settings("cpu", "float32", context=256)
-    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy))
+    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy), settings.lora)
     options["logits_processors"] = ["benchmarks.rollouts_processors:Switch"]
     from vllm import LLM
 
@@ -108,52 +102,6 @@ def compare_speeds(policy: Path, rounds: int) -> None:
         print(f"| {batch} | " + " | ".join(f"{s:.0f}" for s in speeds) + f" | {shares[1]:.1%} | {shares[2]:.1%} |")
 
 
-def agreement(policy: Path, dtype: str) -> str:
-    """Return a row: differences of log-probs from the learner's, and the share of completions that an order changes."""
-    vocabulary = Vocabulary.from_folder(policy)
-    requests = [
-        Request(ids, SIZE, seeds=range(8 * index, 8 * index + 8)) for index, ids in enumerate(prompts(vocabulary, 32))
-    ]
-    params = SamplingParams(temperature=1.0, max_tokens=96)
-    engine = vllm_engine.VllmEngine(vllm_engine.Settings("cpu", dtype, context=256))
-    engine.load(policy)
-    groups = engine.generate(requests, params)
-    again = engine.generate(requests[::-1], params)[::-1]
-    engine.close()
-    pairs = [(a, b) for one, other in zip(groups, again, strict=True) for a, b in zip(one, other, strict=True)]
-    differing = np.mean([a.token_ids != b.token_ids for a, b in pairs])
-    episodes = [
-        batches.Episode(
-            episode_id=f"{index:04d}",
-            prompt=np.array(request.prompt_token_ids),
-            completion=np.array(completion.token_ids),
-            forced=grid.kinds_of_completion(completion.token_ids, SIZE, vocabulary) >= grid.FIRST_FORCED,
-            behavior_logprobs=np.array(completion.logprobs, dtype=np.float32),
-            advantage=0.0,
-        )
-        for index, (request, group) in enumerate(zip(requests, groups, strict=True))
-        for completion in group
-    ]
-    settings = Settings(
-        kl_coeff=0.0,
-        temperature=1.0,
-        micro_batch=16,
-        visual_range=(vocabulary.first_visual, vocabulary.size),
-        support=logprobs.split_vocab((vocabulary.first_visual, vocabulary.size)),
-        counted="all",
-        bfloat16=dtype == "bfloat16",
-    )
-    learner = checkpoint.load_policy(policy, torch.float32, "cpu")
-    with torch.no_grad():
-        differences = torch.cat(
-            [
-                (grpo.completion_logprobs(learner, batch, settings)[0] - batch.behavior_logprobs).abs()
-                for batch, _ in batches.micro_batches(episodes, settings, alone(torch.device("cpu")), dtype)
-            ]
-        )
-    return f"| {dtype} | {differences.mean():.1e} | {differences.max():.1e} | {differing:.1%} of {len(pairs)} |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
@@ -161,9 +109,6 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         policy = write_policy(Path(folder) / "policy")
-        print("| type | log-prob difference, mean | max | completions that another order changes |\n|---|---|---|---|")
-        for dtype in ("float32", "bfloat16"):
-            print(agreement(policy, dtype), flush=True)
         compare_speeds(policy, arguments.rounds)
 
 

@@ -42,7 +42,8 @@
   num_iterations: 2000,
   kl_coeff: 0.0003,
   temperature: 1.0,
-  per_device_batch_size: 8,
+  per_device_batch_size: 8,  // a group
+  packing: 'groups',
   // Four 80 GB GPUs, as the paper had, sample and train; config/recipes/ has other machines.
   train_processes: 4,
   rollout_shards: 4,

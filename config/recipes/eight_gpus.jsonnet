@@ -3,5 +3,4 @@
   // All eight ranks sample, each with an engine of its own, and all eight train.
   train_processes: 8,
   rollout_shards: 8,
-  packing: 'groups',
 }

@@ -2,7 +2,6 @@
 (import '../sft_s__rl_s.jsonnet') + {
   train_processes: 4,
   rollout_shards: 4,
-  packing: 'groups',
   // The segment starts the judge on the GPUs that its ranks leave, and ends it.
   judge: 'vllm',
   reward_function_api_base: null,

@@ -5,6 +5,5 @@
   sft: {},
   train_processes: 1,
   rollout_shards: 1,
-  packing: 'groups',
   vllm_gpu_memory_utilization: 0.3,
 }

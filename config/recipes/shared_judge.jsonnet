@@ -2,7 +2,6 @@
 (import '../sft_s__rl_s.jsonnet') + {
   train_processes: 4,
   rollout_shards: 4,
-  packing: 'groups',
   // Of each rank. What the server has no time for is asked again, later and less at once.
   judge_concurrency: 64,
 }

@@ -3,5 +3,4 @@
   // Of 16 prompts a rank samples one, and trains on the eight completions of one.
   train_processes: 16,
   rollout_shards: 16,
-  packing: 'groups',
 }

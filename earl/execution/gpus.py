@@ -20,6 +20,8 @@ from earl.execution import processes
 from earl.messages.errors import EarlError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+CLAIMED = "EARL_GPUS"
+"""Environment variable with the GPUs that this process, or one that started it, has claimed."""
 SLURM_LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
 """Environment variables that name the GPUs of a job."""
 SLURM_COUNTS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
@@ -54,8 +56,9 @@ class Gpu:
 def claim(count: int) -> None:
     """Wait until `count` GPUs are free, keep them until this process ends and see no others, nor its children.
 
-    Call it before CUDA is used. Nothing happens on a machine without GPUs. All or none are held: two processes never
-    wait for each other. Where one is needed, MIG devices come after whole GPUs.
+    Call it before CUDA is used. Nothing happens on a machine without GPUs, nor where this process or the one that
+    started it holds all that are visible. All or none are held: two processes never wait for each other. Where one is
+    needed, MIG devices come after whole GPUs.
 
     Raises:
         EarlError: there are not as many, free or not.
@@ -70,6 +73,8 @@ def claim(count: int) -> None:
         raise EarlError(
             f"the stage needs {count} GPUs, but {len(whole)} are visible here{beside}; lower the configuration's"
         )
+    if {gpu.name for gpu in gpus} <= set(os.environ.get(CLAIMED, "").split(",")):
+        return
     # Where Slurm shows each job its own GPUs alone, they may have the same names in every job of the node.
     owner = "-".join(filter(None, [str(os.geteuid()), os.environ.get("SLURM_JOB_ID")]))
     folder = Path(tempfile.gettempdir()) / f"earl-gpus-{owner}"
@@ -82,7 +87,7 @@ def claim(count: int) -> None:
             is_told = True
         time.sleep(LOOK)
     _held.extend(taken.values())
-    os.environ[VISIBLE] = ",".join(taken)
+    os.environ[VISIBLE] = os.environ[CLAIMED] = ",".join(taken)
 
 
 def visible() -> list[Gpu]:

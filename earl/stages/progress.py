@@ -14,7 +14,7 @@ KINDS = ("rollouts", "scores", "evaluations", "train", "checkpoints")
 
 
 class Progress:
-    """Seconds by phase, bytes by kind of file, and iterations.
+    """Seconds and peak memory by phase, bytes by kind of file, and iterations.
 
     Attributes:
         written: bytes of the files that this rank wrote, by kind.
@@ -29,7 +29,7 @@ class Progress:
         self.again: list[int] = []
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Add the seconds of the block to those of a phase."""
+        """Count the block to a phase."""
         return self._clock.phase(name)
 
     def wrote(self, kind: str, *paths: Path) -> None:
@@ -43,6 +43,10 @@ class Progress:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each phase so far."""
         return {name: round(value, 3) for name, value in self._clock.seconds.items()}
+
+    def peaks(self) -> dict[str, int]:
+        """Return the peak memory of each phase so far, in bytes; see `Clock`."""
+        return dict(self._clock.peaks)
 
     def news(self) -> str:
         """Return the seconds since the last call, and by phase, as text."""

@@ -130,7 +130,8 @@ class TestModels:
         assert f"field {field} is 'model', which cannot be used: model/config.json: model_type is 'llama'" in message
 
     def test_a_policy_of_another_vocabulary(self, place: Workplace) -> None:
-        change(place.path / "model" / "config.json", vocab_size=7)
+        path = place.path / "model" / "config.json"
+        change(path, text_config=json.loads(path.read_text())["text_config"] | {"vocab_size": 7})
         assert "field model_path is 'model', which cannot be used: model: the model has 7 ids" in refusal()
 
     def test_a_policy_without_a_tokenizer(self, place: Workplace) -> None:
@@ -194,6 +195,15 @@ class TestWhatElse:
         message = refusal(**{field: "vllm"})
         assert f"field {field} is `vllm`, which is not installed here; in EARL" in message
         preflight.check(config(**{field: "vllm"}), here=False)
+
+    def test_flash_attn_where_it_is_not_installed(self, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = {"attention": "flash", "dtype": "bfloat16", "device": "cuda"}
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert "field attention is `flash`, but flash-attn is not installed here; in EARL" in refusal(**asked)
+        preflight.check(config(**asked | {"attention": "auto"}))
+        preflight.check(config(**asked), here=False)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+        preflight.check(config(**asked))
 
     def test_a_rubric_that_is_missing(self, place: Workplace) -> None:
         rubrics = {"judge_rubric_perceptual_quality": "no.jsonnet", "judge_rubric_ground_score": "unused.jsonnet"}

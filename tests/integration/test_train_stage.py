@@ -277,6 +277,19 @@ def test_the_optimizer_goes_on_where_it_was(new_run, vocabulary):
     assert made_of(other, 1)["policy"] != with_state
 
 
+def test_the_rate_of_an_iteration_follows_its_schedule(new_run, vocabulary):
+    """Warmed up to 2e-5 in two iterations, the first has half the rate and takes the step of a constant 1e-5."""
+    schedule = {"learning_rate_schedule": "linear", "schedule_iterations": 4, "warmup_iterations": 2}
+    config, run = new_run("falls", learning_rate=2e-5, final_learning_rate=1e-5, **schedule)
+    train_iterations(config, run, vocabulary, 4)
+    rates = [json.loads(run.iteration(index).metrics.read_text())["learning_rate"] for index in range(1, 5)]
+    assert rates == pytest.approx([1e-5, 2e-5, 2e-5, 1.5e-5])
+    constant, other = new_run("constant", learning_rate=1e-5)
+    train_iterations(constant, other, vocabulary, 2)
+    assert made_of(run, 1)["policy"] == made_of(other, 1)["policy"]
+    assert made_of(run, 2)["policy"] != made_of(other, 2)["policy"]
+
+
 def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, vocabulary):
     changes = {"optimizer_steps_per_iteration": 2, "importance_ratio": "behavior", "clip_ratio_high": 0.2}
     found = []
@@ -363,6 +376,9 @@ def test_what_it_took_stands_beside_the_metrics_not_in_them(new_run, vocabulary)
     learning = sum(found["seconds"][phase] for phase in phases[2:6])
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / learning, rel=0.01)
     assert 50 * 2**20 < found["peak_memory_bytes"][0] < 50 * 2**30
+    by_phase = found["peak_memory_bytes_by_phase"]
+    assert set(by_phase) == set(phases)
+    assert max(by_phase.values()) == found["peak_memory_bytes"][0]
 
 
 def test_text_only_cycle_counts_text_alone(new_run, vocabulary):

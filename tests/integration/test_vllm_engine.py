@@ -9,9 +9,10 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 
 from earl import engines
-from earl.emu3 import grid, sequence
+from earl.emu3 import checkpoint, grid, sequence
 from earl.engines import Request, SamplingParams
 from earl.messages.errors import EarlError
 
@@ -53,7 +54,7 @@ def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_
 ):
     from transformers import Emu3ForCausalLM
 
-    from earl.emu3 import checkpoint, saving
+    from earl.emu3 import saving
 
     free = VllmEngine(Settings("cpu", "float32", context=512, constrained=False, memory_share=0.05))
     free.load(policy_folder)
@@ -89,6 +90,24 @@ def test_preempted_requests_keep_to_their_grid(policy_folder, requests, monkeypa
         kinds = grid.kinds_of_completion(completion.token_ids, (8, 8), tight.vocabulary)
         assert grid.allowed_masks(tight.vocabulary)[kinds, completion.token_ids].all()
     assert returned, "the cache was to be too small"
+
+
+@pytest.mark.slow
+def test_logits_in_bfloat16_are_not_rounded(policy_folder):
+    """Neither those of a policy that was loaded nor those of weights from memory."""
+    engine = VllmEngine(Settings("cpu", "bfloat16", context=512, memory_share=0.05))
+    engine.load(policy_folder)
+    weights = dict(checkpoint.load_policy(policy_folder, torch.float32, "cpu").state_dict())
+    hidden = 8 * torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for scale in (1.0, 3.0):
+        head = scale * weights["lm_head.weight"]
+        if scale > 1:
+            engine.update((weights | {"lm_head.weight": head}).items(), "other weights")
+        [found] = engine.llm.apply_model(lambda model: model.compute_logits(hidden))
+        assert found.dtype == torch.float32
+        exact = hidden.double() @ head.bfloat16().double().T
+        assert exact.abs().max() > 4
+        torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 def test_a_cache_that_holds_no_sequence_is_an_error_that_names_the_numbers(policy_folder):

@@ -101,19 +101,35 @@ def test_an_id_in_no_support_is_refused():
         head.token_logprobs(hidden, weight, targets.clone().fill_(195), 1.0, SPLIT)
 
 
-def test_bfloat16_factors_agree_with_autocast_within_its_precision():
-    hidden, weight, targets, advantages = make(torch.float32)
-    logp, _ = head.token_logprobs(hidden, weight, targets, 1.0, SPLIT, bfloat16=True)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["cast", "as they are"])
+@pytest.mark.parametrize("blocks", [(5, 17), (TOKENS, VOCABULARY)], ids=["several", "one"])
+def test_logits_of_bfloat16_factors_are_float32(monkeypatch, stored, blocks):
+    """Products of two bfloat16 numbers are exact in float32; rounded to bfloat16, logits near 16 are 0.125 apart."""
+    monkeypatch.setattr(head, "TOKENS", blocks[0])
+    monkeypatch.setattr(head, "IDS", blocks[1])
+    hidden, weight, targets, advantages = make(torch.float32, scale=6.0)
+    factors = [x.detach().bfloat16().to(stored).requires_grad_() for x in (hidden, weight)]
+    logp, entropy = head.token_logprobs(*factors, targets, 1.0, SPLIT, bfloat16=True)
     (logp * advantages).sum().backward()
-    ours = weight.grad.clone()
-    other_hidden, other_weight, *_ = make(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = other_hidden @ other_weight.T
-    expected, _ = logprobs.token_logprobs(logits, targets, 1.0, SPLIT)
+    exact = [x.detach().double().requires_grad_() for x in factors]
+    expected, expected_entropy = plain(*exact, targets, 1.0, SPLIT)
     (expected * advantages).sum().backward()
-    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
-    assert (ours - other_weight.grad).norm() < 1e-2 * ours.norm()
-    assert ours.dtype == torch.float32
+    assert (exact[0] @ exact[1].T).abs().max() > 16
+    torch.testing.assert_close(logp, expected.float(), atol=2e-5, rtol=2e-6)
+    torch.testing.assert_close(entropy, expected_entropy.float(), atol=2e-5, rtol=2e-6)
+    for ours, theirs in zip(factors, exact, strict=True):
+        assert ours.grad.dtype == stored
+        # The logits' gradient is rounded before it is multiplied.
+        assert (ours.grad - theirs.grad).norm() < 4e-3 * theirs.grad.norm()
+
+
+def test_what_a_rounded_head_kept_is_found_from_float32_logits():
+    """Three logits that are one in bfloat16: 16, 16.04 and 16.05."""
+    hidden = torch.tensor([[1.0, 0.04, 0.05]]).bfloat16()
+    weight = torch.tensor([[16.0, 0, 0], [16.0, 1, 0], [16.0, 0, 1], [0, 0, 0]]).bfloat16()
+    support = logprobs.Support(((0, None),), top_k=2)
+    kept = head.kept_ids(hidden, weight, torch.tensor([2]), 1.0, support, bfloat16=True)
+    assert head._unpack(kept[0], 0, 4).tolist() == [[False, True, True, False]]
 
 
 def gradients(weight, before=None, accumulate=True):

@@ -22,6 +22,7 @@ LAYERS = (
     ("stages",),
     ("tracking",),
     ("workflow",),
+    ("doctor",),
     ("cli",),
 )
 """From the lowest to the highest; packages of one layer do not use each other."""

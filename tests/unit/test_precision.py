@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from earl.emu3 import checkpoint, saving
+from earl.execution import ranks
 from earl.files import manifest
-from earl.learner import parts
+from earl.learner import batches, grpo, logprobs, parts, sharding
+from earl.learner.batches import Episode
+from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 from earl.stages import train
 from tests.support import train_files
@@ -76,6 +80,39 @@ def test_bfloat16_repeats_its_bytes_and_learns_from_what_engines_sample(new_run,
     assert metrics[0] == metrics[1]
     assert metrics[2][0] == metrics[0][0]
     assert metrics[2][1][0] != metrics[0][1][0]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
+def test_the_reference_is_held_as_it_computes(policy_folder, vocabulary, offload):
+    """In bfloat16, at half the size, with the log-probs of a model whose weights are float32: to the same bits."""
+    visual = vocabulary.first_visual, vocabulary.size
+    settings = Settings(0.1, 1.0, 4, visual, logprobs.split_vocab(visual), "all", bfloat16=True, packed=True)
+    rng = np.random.default_rng(0)
+    prompt, nothing = rng.integers(0, vocabulary.size, 20), np.zeros(12)
+    episodes = [
+        Episode(f"0-{k}", "0", prompt, rng.integers(0, vocabulary.size, 12), nothing > 0, nothing.astype("f4"), 1.0)
+        for k in range(3)
+    ]
+    with ranks.joined(torch.device("cpu"), splits_alone=True) as team:
+        policy = sharding.load(policy_folder, team, bfloat16=True)
+        reference = sharding.load(policy_folder, team, bfloat16=True, frozen=True, offload=offload)
+        assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+        assert {weight.dtype for weight in reference.parameters()} == {torch.bfloat16}
+        batch = batches.collate(episodes, settings, team.device)
+        with torch.no_grad():
+            expected, found = (grpo.completion_logprobs(model, batch, settings)[0] for model in (policy, reference))
+    assert torch.equal(found, expected)
+    whole = sharding.load(policy_folder, ranks.alone(torch.device("cpu")), bfloat16=True, frozen=True)
+    assert {weight.dtype for weight in whole.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(grpo.completion_logprobs(whole, batch, settings)[0], expected), "split or not"
+
+
+@pytest.mark.parametrize("splits", [False, True], ids=["whole", "split"])
+def test_in_float32_the_reference_is_float32(policy_folder, splits):
+    with ranks.joined(torch.device("cpu"), splits_alone=splits) as team:
+        reference = sharding.load(policy_folder, team, bfloat16=False, frozen=True)
+    assert {weight.dtype for weight in reference.parameters()} == {torch.float32}
 
 
 def test_weights_of_many_bytes_go_into_several_files(policy_folder, tmp_path, monkeypatch):

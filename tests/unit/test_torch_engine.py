@@ -45,6 +45,23 @@ def test_weights_from_memory_are_rounded_as_those_of_a_folder(policy_folder, req
     assert updated.generate([request_], FREE) == fresh.generate([request_], FREE)
 
 
+def test_logits_in_bfloat16_are_not_rounded(policy_folder, request_):
+    """Log-probs are those of float32 logits of the hidden states, which are bfloat16 as the weights are."""
+    engine = TorchEngine(torch.device("cpu"), torch.bfloat16, 2, 512, constrained=False)
+    engine.load(policy_folder)
+    with torch.no_grad():
+        engine.policy.lm_head.weight.mul_(16)  # of a size at which bfloat16 rounds them by up to 0.06
+    hidden = []
+    engine.policy.model.register_forward_hook(lambda *call: hidden.append(call[-1].last_hidden_state[:, -1].double()))
+    [completions] = engine.generate([request_], dataclasses.replace(FREE, max_tokens=8))
+    assert len(hidden) == 8, "the prompt, and each token but the last"
+    weight = engine.policy.lm_head.weight.detach().double()
+    for row, completion in enumerate(completions):
+        exact = [(states[row % len(states)] @ weight.T).log_softmax(-1) for states in hidden]
+        expected = [logprobs[token].item() for logprobs, token in zip(exact, completion.token_ids, strict=True)]
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (5, 1.0), (-1, 0.6), (6, 0.8)])
 def test_samples_follow_the_truncated_softmax(top_k, top_p):
     torch.manual_seed(0)
