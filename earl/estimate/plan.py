@@ -153,7 +153,7 @@ def _hours(config: "Config", rule: str, plan: Plan, gpu: Gpu) -> float:
 def _tuning_seconds(config: "Config", name: str, gpu: Gpu, assumed: Rates) -> float:
     tuning, length = config.sft[name], models.lengths(config)
     tokens = 2 * length.prompt - models.WORDS + (models.REASONING if tuning.reasoning else 0)
-    each = rates.flops_per_token(config, models.text(config, tuning.base_model), reference=False)
+    each = rates.flops_per_token(config, models.text(config, tuning.base_model), tuning)
     flops = tuning.steps * tuning.batch_size * tokens * each
     return flops / (config.train_processes * gpu.flops * assumed.learner_utilization)
 
