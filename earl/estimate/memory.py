@@ -180,7 +180,7 @@ def engine(
     value = 2 if config.dtype == "bfloat16" else 4
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * value
-    weights = value * weights_of(text)
+    weights = value * (weights_of(text) + (trained_of(text, config.lora) if config.lora else 0))
     if config.engine == "torch":
         rows = max(1, config.engine_batch_size)
         cache = rows * (prompt + config.max_response_tokens)

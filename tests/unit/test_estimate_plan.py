@@ -30,8 +30,11 @@ def arithmetic(asked: list) -> list[Bytes]:
             found.append(Bytes({"weights": 10**9}, {"decode": 2 * 10**9}))
             continue
         layers = json.loads(case.text)["num_hidden_layers"]
-        part = 4 * (WEIGHTS + (layers - 32) * LAYER) // case.ranks
+        weights = WEIGHTS + (layers - 32) * LAYER
+        part = 4 * weights // case.ranks
         rest = {"weights": part, "moments": 2 * part, "reference": part * (case.reference and not case.offload)}
+        if case.lora:
+            rest, part = {"weights": 2 * weights // case.ranks, "moments": 10**9, "reference": 0}, 5 * 10**8
         moving = case.episodes * 10**9 * (1 if case.checkpointing else 10)
         found.append(Bytes(rest, {"backward": sum(rest.values()) + part + moving}))
     return found
@@ -202,6 +205,18 @@ def test_work_of_an_iteration() -> None:
     # Two a weight of 32 layers and the last norm, in five passes: forward, backward, again, and the reference.
     assert padded.flops == padded.trained * 2 * (32 * LAYER + 4096) * 5
     assert padded.questions == 256
+
+
+def test_an_adapter_is_small_and_its_base_has_no_gradient() -> None:
+    """Rank 64 of all linear layers: 64 x (4 x 8192 - 2 x 3072 of the two with 1024 outputs + 3 x 18432) a layer."""
+    shape, config = Emu3TextConfig(), experiment(lora={"rank": 64})
+    trained = 32 * 64 * (4 * 8192 - 2 * 3072 + 3 * 18432)
+    assert disk.checkpoint_bytes(config, shape) == 12 * trained
+    full, adapted = (rates.work(one, shape).flops for one in (experiment(), config))
+    assert adapted / full == pytest.approx(4 / 5)
+    [sampling, training] = fit.loads(config, "iterate", H100)
+    assert sampling.parts["engine"] == 2 * (WEIGHTS + trained)
+    assert training.parts["weights"] == pytest.approx(2 * WEIGHTS / 4, abs=10)
 
 
 def test_assumptions_are_set_by_name() -> None:
