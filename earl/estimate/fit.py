@@ -138,7 +138,12 @@ def prepare(config: "Config", planned: Iterable[str]) -> None:
     Raises:
         NotSimulated: see `cases.simulate`.
     """
-    wanted: list[cases.Case | cases.VisionCase] = []
+    cases.simulate(simulated(config, planned))
+
+
+def simulated(config: "Config", planned: Iterable[str]) -> list[cases.Question]:
+    """Return what is simulated for these rules."""
+    wanted: list[cases.Question] = []
     for rule in planned:
         if rule in ("iterate", "train", "restore"):
             wanted += memory.learner_cases(config, *_step(config))
@@ -147,7 +152,7 @@ def prepare(config: "Config", planned: Iterable[str]) -> None:
                 wanted += memory.learner_cases(config, *_tuning_step(config, name), config.sft[name])
         if rule in ("iterate", "generate", "tokenise"):
             wanted.append(memory.vision_case(models.vision(config), models.image_side(config)))
-    cases.simulate(wanted)
+    return wanted
 
 
 def _engine(config: "Config", gpu: Gpu) -> EngineMemory:
@@ -186,7 +191,7 @@ def problems(config: "Config", rule: str, asked: Asked) -> list[Problem]:
     Raises:
         NotSimulated: see `cases.simulate`.
     """
-    found = _counts(config, rule, asked)
+    found = counts(config, rule, asked)
     gpu = asked.gpu
     if gpu is None:
         return found
@@ -205,7 +210,8 @@ def _too_much(rule: str, load: Load, gpu: Gpu) -> Problem:
     return Problem(rule, "image_area", f"takes {_gb(load.bytes)} for {load.what}, of {gpu.text}; use larger GPUs")
 
 
-def _counts(config: "Config", rule: str, asked: Asked) -> list[Problem]:
+def counts(config: "Config", rule: str, asked: Asked) -> list[Problem]:
+    """Return whether a job asks for fewer GPUs than the configuration makes it use."""
     needed = resources.gpus(config, rule)
     if asked.count is None or asked.count * asked.nodes >= needed or not needed:
         return []

@@ -8,7 +8,7 @@ import pytest
 from earl.config import load
 from earl.config.schema import Config
 from earl.emu3.models import Emu3TextConfig
-from earl.estimate import cases, disk, fit, gpus, memory, models, plan, rates, text
+from earl.estimate import cases, disk, fit, gpus, memory, models, rates, run, text
 from earl.estimate.cases import Bytes, Case
 from earl.estimate.gpus import Asked
 from earl.messages.errors import EarlError
@@ -230,14 +230,14 @@ def test_assumptions_are_set_by_name() -> None:
 
 def test_hours_follow_from_seconds_and_gpus_held() -> None:
     config = experiment(num_iterations=1000)
-    found = plan.make(config, True, everywhere(H100))
+    [found] = run.make([config], True, everywhere(H100))
     [stage] = found.stages
     assert (stage.rule, stage.ranks, stage.gpus) == ("iterate", 4, 4)
     assert found.gpu_hours == pytest.approx(4 * found.hours)
     assert found.seconds["score"] == pytest.approx(25.6)  # 256 questions, 10 a second
-    faster = plan.make(config, True, everywhere(H100), rates.assumed(["judge_questions_per_second=20"]))
+    [faster] = run.make([config], True, everywhere(H100), rates.assumed(["judge_questions_per_second=20"]))
     assert found.hours - faster.hours == pytest.approx(1000 * 12.8 / 3600)
-    assert plan.to_json(found, 2.0)["cost"] == pytest.approx(2 * found.gpu_hours)
+    assert run.to_json(found, 2.0)["cost"] == pytest.approx(2 * found.gpu_hours)
 
 
 def test_what_segments_took_replaces_what_is_assumed() -> None:
@@ -248,7 +248,7 @@ def test_what_segments_took_replaces_what_is_assumed() -> None:
     for last, trained, generate in ((4, [1, 2, 3, 4], 40.0), (6, [5, 6], 32.0), (8, [], 99.0)):
         record = {"trained": trained, "seconds_by_rank": [{"generate": generate, "train": 6.0}, {"generate": 9.0}]}
         (folder / f"{last:06d}.json").write_text(json.dumps(record))
-    found = plan.make(config, True, everywhere(H100))
+    [found] = run.make([config], True, everywhere(H100))
     assert found.measured == 6
     assert found.seconds == {"generate": 12.0, "train": 2.0}
     assert found.gpu_hours == pytest.approx(600 * 14 * 4 / 3600)
@@ -262,7 +262,7 @@ def test_what_stages_took_replaces_what_is_assumed() -> None:
         folder.mkdir(parents=True)
         for index, taken in enumerate(seconds):
             (folder / f"000001-{index:04d}.tsv").write_text(f"s\th:m:s\n{taken}\t0:00:10\n")
-    found = plan.make(config, False, everywhere(H100))
+    [found] = run.make([config], False, everywhere(H100))
     assert (found.seconds, found.measured) == ({"generate": 15.0, "score": 5.0, "train": 30.0}, 1)
     hours = {stage.rule: stage.gpu_hours for stage in found.stages}
     # Two shards of one GPU; four ranks that train.
@@ -275,7 +275,7 @@ def test_fine_tunings_that_are_to_be_made_are_planned() -> None:
     [load_] = fit.loads(config, "sft", H100)
     assert load_.what == "sft.s"
     assert load_.parts["reference"] == 0
-    found = plan.make(config, True, everywhere(H100))
+    [found] = run.make([config], True, everywhere(H100))
     # 11,600 steps of 64 sequences of 1,100 + 1,065 tokens, four passes; 40% of 989 TFLOP/s.
     flops = 11_600 * 64 * 2165 * 2 * (32 * LAYER + 4096) * 4
     assert found.stages[0].gpu_hours == pytest.approx(flops / (0.4 * 989e12) / 3600)
