@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.estimate import cases, disk, fit, models, rates
+from earl.estimate import cases, disk, fit, loads, models, rates
 from earl.estimate.disk import Disk
-from earl.estimate.fit import Load, Problem
+from earl.estimate.fit import Problem
 from earl.estimate.gpus import Asked, Gpu
+from earl.estimate.loads import Load
 from earl.estimate.rates import Rates, Work
 from earl.files import objects
 from earl.files.layout import Run
@@ -91,13 +92,13 @@ def make(
     on_gpus = [_asked_of(config, by_segment, asked) for config in configs]
     # All of them in one process, which takes longer to start than to simulate one.
     wanted = zip(configs, on_gpus, strict=True)
-    cases.simulate([one for config, rules in wanted for one in fit.simulated(config, _known(rules))])
+    cases.simulate([one for config, rules in wanted for one in loads.simulated(config, _known(rules))])
     both = zip(configs, on_gpus, strict=True)
     return [_estimate(config, by_segment, rules, assumed or Rates()) for config, rules in both]
 
 
 def _asked_of(config: "Config", by_segment: bool, asked: Callable[[str], Asked]) -> dict[str, Asked]:
-    planned = fit.rules(config, by_segment)
+    planned = loads.rules(config, by_segment)
     return {rule: asked(rule) if config.device != "cpu" else Asked(None, None) for rule in planned}
 
 
@@ -128,9 +129,9 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
     )
     for rule in rules:
         held = resources.gpus(config, rule)
-        loads = fit.loads(config, rule, known[rule]) if rule in known else []
+        held_by = loads.of(config, rule, known[rule]) if rule in known else []
         hours = _hours(config, rule, found, gpu) * held
-        found.stages.append(Stage(rule, resources.ranks(config, rule), held, known.get(rule), loads, hours))
+        found.stages.append(Stage(rule, resources.ranks(config, rule), held, known.get(rule), held_by, hours))
     return found
 
 
@@ -161,7 +162,7 @@ def _hours(config: "Config", rule: str, found: Estimate, gpu: Gpu) -> float:
         case "train":
             return count * seconds["train"] / 3600
         case "sft":
-            return sum(_tuning_seconds(config, name, gpu, found.rates) for name in fit.fine_tunings(config)) / 3600
+            return sum(_tuning_seconds(config, name, gpu, found.rates) for name in loads.fine_tunings(config)) / 3600
     return 0.0
 
 

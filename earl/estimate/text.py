@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from earl.estimate.fit import Load
 from earl.estimate.gpus import Gpu
+from earl.estimate.loads import Load
 from earl.estimate.rates import described
 from earl.estimate.run import Estimate, Stage
 

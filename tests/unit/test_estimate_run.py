@@ -8,7 +8,7 @@ import pytest
 from earl.config import load
 from earl.config.schema import Config
 from earl.emu3.models import Emu3TextConfig
-from earl.estimate import cases, disk, fit, gpus, memory, models, rates, run, text
+from earl.estimate import cases, disk, fit, gpus, loads, memory, models, rates, run, text
 from earl.estimate.cases import Bytes, Case
 from earl.estimate.gpus import Asked
 from earl.messages.errors import EarlError
@@ -71,12 +71,12 @@ def test_one_rank_cannot_hold_the_published_policy() -> None:
     [problem] = fit.check(config, False, lambda rule: Asked(H100 if rule == "train" else None, None))
     assert (problem.rule, problem.field) == ("train", "train_processes")
     assert problem.text.startswith("= 1: a rank that trains needs 185.6 GB")  # 169.8 + 8, 1.5, 15% of 34 + 8
-    assert "fits with train_processes 3" in problem.text
-    wanted = fit.loads(config.model_copy(update={"train_processes": 3}), "train", H100)
+    assert problem.text.endswith("fits with lora.rank 64 or train_processes 3")
+    wanted = loads.of(config.model_copy(update={"train_processes": 3}), "train", H100)
     assert (
         wanted[0].bytes
         <= H100.memory
-        < fit.loads(config.model_copy(update={"train_processes": 2}), "train", H100)[0].bytes
+        < loads.of(config.model_copy(update={"train_processes": 2}), "train", H100)[0].bytes
     )
 
 
@@ -84,6 +84,12 @@ def test_what_saves_memory_on_the_same_gpus_is_named() -> None:
     config = experiment(train_processes=4, gradient_checkpointing=False)
     problems = fit.problems(config, "train", Asked(H100, None))
     assert problems[0].text.endswith("fits with gradient_checkpointing true")  # 80 GB are too many for any ranks
+
+
+def test_what_an_adapter_cannot_save_in_a_fine_tuning_is_not_proposed() -> None:
+    config = experiment(make_sft_models=True, train_processes=1)
+    [problem] = fit.problems(config, "sft", Asked(H100, None))
+    assert problem.text.endswith("fits with train_processes 2")  # 68 + 8 GB, no reference
 
 
 def test_what_fits_has_no_problem() -> None:
@@ -103,10 +109,10 @@ def test_nothing_is_asked_where_no_gpu_is_used_or_known(monkeypatch: pytest.Monk
 
 def test_a_segment_adds_up_what_its_ranks_hold_at_a_time() -> None:
     config = experiment(train_processes=8, rollout_shards=8)
-    sampling, training = fit.loads(config, "iterate", H100)
+    sampling, training = loads.of(config, "iterate", H100)
     part = 4 * WEIGHTS // 8
     share = int(0.3 * H100.memory)
-    moment = fit.UPDATE + 6 * 184_622 * 4096  # more than the GB of a batch of images
+    moment = loads.UPDATE + 6 * 184_622 * 4096  # more than the GB of a batch of images
     assert sampling.bytes == pytest.approx(4 * part + share + 10**9 + moment, abs=100)
     learner = memory.learner(config, models.text(config), 8, 1100, 1065)
     assert training.bytes == learner.needed + memory.ASLEEP + 10**9
@@ -214,7 +220,7 @@ def test_an_adapter_is_small_and_its_base_has_no_gradient() -> None:
     assert disk.checkpoint_bytes(config, shape) == 12 * trained
     full, adapted = (rates.work(one, shape).flops for one in (experiment(), config))
     assert adapted / full == pytest.approx(4 / 5)
-    [sampling, training] = fit.loads(config, "iterate", H100)
+    [sampling, training] = loads.of(config, "iterate", H100)
     assert sampling.parts["engine"] == 2 * (WEIGHTS + trained)
     assert training.parts["weights"] == pytest.approx(2 * WEIGHTS / 4, abs=10)
 
@@ -271,8 +277,8 @@ def test_what_stages_took_replaces_what_is_assumed() -> None:
 
 def test_fine_tunings_that_are_to_be_made_are_planned() -> None:
     config = experiment(make_sft_models=True, num_iterations=0)
-    assert fit.rules(config, True) == ["sft", "generate"]
-    [load_] = fit.loads(config, "sft", H100)
+    assert loads.rules(config, True) == ["sft", "generate"]
+    [load_] = loads.of(config, "sft", H100)
     assert load_.what == "sft.s"
     assert load_.parts["reference"] == 0
     [found] = run.make([config], True, everywhere(H100))
