@@ -1,6 +1,8 @@
 """Bytes that a run writes and keeps."""
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.config import paths
@@ -82,6 +84,19 @@ def of(config: "Config", text: "Emu3TextConfig", by_segment: bool, evaluated: in
         count * size,
         config.num_iterations,
     )
+
+
+def notes(config: "Config", taken: Disk) -> list[str]:
+    """Return whether the file system of `base_exp_dir` has less room than the run takes from its start to its end."""
+    folder = Path(config.base_exp_dir).absolute()
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free >= taken.needed:
+        return []
+    return [
+        f"base_exp_dir {config.base_exp_dir}: {free / 1e9:,.0f} GB are free of the {taken.needed / 1e9:,.0f} GB that a "
+        "whole run takes; see keep_checkpoints_every_n_iterations"
+    ]
 
 
 def checkpoint_bytes(config: "Config", text: "Emu3TextConfig") -> int:

@@ -124,7 +124,7 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
         evaluated,
         rates.questions(config) * (config.num_iterations * config.episodes_per_iteration + (evaluated or 0)),
         [problem for rule, wanted in rules.items() for problem in fit.problems(config, rule, wanted)],
-        [note for rule, one in known.items() for note in fit.notes(config, rule, one)],
+        [*disk.notes(config, taken), *(note for rule, one in known.items() for note in fit.notes(config, rule, one))],
         assumed,
     )
     for rule in rules:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -198,6 +199,21 @@ def test_a_checkpoint_has_weights_and_moments() -> None:
     shape = Emu3TextConfig()
     assert disk.checkpoint_bytes(experiment(), shape) == 12 * WEIGHTS
     assert disk.checkpoint_bytes(experiment(policy_dtype="bfloat16"), shape) == 14 * WEIGHTS
+
+
+def test_too_little_room_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, looked_at = experiment(num_iterations=100, base_exp_dir="not/yet"), []
+    taken = disk.of(config, Emu3TextConfig(), True)
+
+    def usage(place: Path) -> SimpleNamespace:
+        looked_at.append(place)
+        return SimpleNamespace(free=taken.needed - 1)
+
+    monkeypatch.setattr(disk.shutil, "disk_usage", usage)
+    assert "keep_checkpoints_every_n_iterations" in disk.notes(config, taken)[0]
+    assert looked_at == [Path.cwd()]
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: SimpleNamespace(free=taken.needed))
+    assert disk.notes(config, taken) == []
 
 
 def test_work_of_an_iteration() -> None:

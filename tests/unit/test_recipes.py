@@ -43,7 +43,7 @@ def test_every_recipe_fits_on_80_gb(place: None, earl) -> None:
         "two_nodes": [16],
     }
     # All that a shard samples is in the cache at once.
-    assert [note for one in found for note in one["notes"]] == []
+    assert [note for one in found for note in one["notes"] if "cache" in note] == []
 
 
 def test_every_recipe_has_a_page_and_the_pages_say_how_to_call_them() -> None:
