@@ -1,4 +1,4 @@
-// One 80 GB GPU and a policy of your own with at most 2B weights, a folder; the judge is a server elsewhere.
+// One 80 GB GPU and a policy of your own with at most 3B weights, a folder; the judge is a server elsewhere.
 // docs/recipes/one_gpu_small.md
 (import '../sft_s__rl_s.jsonnet') + {
   model_path: std.extVar('APP__POLICY'),

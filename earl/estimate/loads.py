@@ -152,7 +152,8 @@ def segment(config: "Config", gpu: Gpu) -> list[Load]:
     trained, sampled, text = learner(config), engine(config, gpu), models.text(config)
     vision = memory.vision(config, models.vision(config), models.image_side(config)).parts["vision"]
     resting = {name: trained.parts.get(name, 0) for name in ("weights", "moments", "reference")}
-    update = UPDATE + 6 * text.vocab_size * text.hidden_size  # its largest weight, whole in float32 and in bfloat16
+    # Of all weights the largest one is whole, in float32 and in bfloat16; an adapter is a few files.
+    update = 0 if config.lora else UPDATE + 6 * text.vocab_size * text.hidden_size
     training = trained.parts | {"engine": sampled.at_rest, "vision": vision}
     return [sampling(config, gpu, resting, update), Load("training", training)]
 
