@@ -32,8 +32,8 @@ class Case:
     checkpointing: bool
     reference: bool
     offload: bool
-    lora: str | None = None
-    """Settings of the adapter that is trained (`earl.emu3.adapter.Lora`), as JSON; None: all weights are trained."""
+    lora: tuple[int, int, tuple[str, ...]] | None = None
+    """Rank, alpha and targets of an adapter that is trained in the place of all weights."""
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,23 @@ The learner and the vision tokenizer are simulated (see `earl.estimate.simulatio
 from what vLLM is told to take. None of it needs a GPU or weights. What is assumed stands in the constants below.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.emu3 import adapter
 from earl.estimate import models
 from earl.estimate.cases import Bytes, Case, VisionCase, simulate
 from earl.files import objects
 
 if TYPE_CHECKING:
-    from transformers import Emu3TextConfig, Emu3VQVAEConfig
+    from transformers import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAEConfig
 
-    from earl.config.schema import Config
+    from earl.config.schema import Config, Lora, Sft
 
 CONTEXT = 1_500_000_000
 """CUDA's context, cuBLAS and what else a process takes of a GPU beside its tensors."""
@@ -92,22 +92,22 @@ def learner(
     ranks: int,
     prompt_tokens: int,
     completion_tokens: int,
-    reference: bool | None = None,
+    tuning: "Sft | None" = None,
 ) -> Memory:
     """Return what a step of the learner takes of each rank's GPU.
 
     Args:
         ranks: that train together.
         prompt_tokens, completion_tokens: of every episode of a micro-batch.
-        reference: whether there is a frozen reference; None: as `kl_coeff` says.
+        tuning: a fine-tuning, whose step it is, without a reference; None: of RL.
 
     Raises:
         NotSimulated: see `cases.simulate`.
     """
-    few, more = simulate(learner_cases(config, text, ranks, prompt_tokens, completion_tokens, reference))
+    few, more = simulate(learner_cases(config, text, ranks, prompt_tokens, completion_tokens, tuning))
     found = extrapolated(few, more, text.num_hidden_layers)
     rest = found.at_rest
-    gradients = rest["moments"] // 2
+    gradients = rest["moments"] // 2  # float32, as one of two moments is
     at_rest, peak = sum(rest.values()), max(found.peaks.values())
     activations = max(0, peak - at_rest - gradients)
     overhead = CONTEXT + (NCCL if ranks > 1 else 0) + int(FRAGMENTATION * (peak - at_rest))
@@ -121,10 +121,11 @@ def learner_cases(
     ranks: int,
     prompt_tokens: int,
     completion_tokens: int,
-    reference: bool | None = None,
+    tuning: "Sft | None" = None,
 ) -> list[Case]:
     """Return what `learner` simulates: the step with few layers, and with some more."""
-    truncated = config.resolved_logprob_support == "sampled"
+    truncated = config.resolved_logprob_support == "sampled" and tuning is None
+    lora = (tuning or config).lora
     return [
         Case(
             text=_json(text.to_dict() | {"num_hidden_layers": layers}),
@@ -139,9 +140,9 @@ def learner_cases(
             bfloat16=config.dtype == "bfloat16",
             packed=config.packing == "groups",
             checkpointing=config.gradient_checkpointing,
-            reference=config.kl_coeff > 0 if reference is None else reference,
+            reference=config.kl_coeff > 0 and tuning is None,
             offload=config.reference_offload,
-            lora=_json(asdict(config.lora.settings)) if config.lora else None,
+            lora=lora and dataclasses.astuple(lora.settings),
         )
         for layers in LAYERS
     ]
@@ -179,7 +180,7 @@ def engine(
     value = 2 if config.dtype == "bfloat16" else 4
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * value
-    weights = value * (weights_of(text) + (trained_weights(config, text) if config.lora else 0))
+    weights = value * (weights_of(text) + (trained_of(text, config.lora) if config.lora else 0))
     if config.engine == "torch":
         rows = max(1, config.engine_batch_size)
         cache = rows * (prompt + config.max_response_tokens)
@@ -251,34 +252,39 @@ def _known_judge(model: str) -> tuple[float, int] | None:
 
 def weights_of(text: "Emu3TextConfig") -> int:
     """Return how many weights a policy has."""
-    return _weights_of(_json(text.to_dict()))
+    return _counted(_json(text.to_dict()))
 
 
-@functools.cache
-def _weights_of(fields: str) -> int:
-    import torch
-
-    from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
-
-    with torch.device("meta"):
-        policy = Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))
-    return sum(weight.numel() for weight in policy.parameters())
-
-
-def trained_weights(config: "Config", text: "Emu3TextConfig") -> int:
-    """Return how many weights RL trains: all of a policy's, or those of an adapter."""
-    if config.lora is None:
+def trained_of(text: "Emu3TextConfig", lora: "Lora | None") -> int:
+    """Return how many weights are trained: all of them, or those of an adapter."""
+    if lora is None:
         return weights_of(text)
-    return _adapter_weights(_json(text.to_dict()), config.lora.settings)
+    shapes = _linear_layers(_json(text.to_dict()))
+    return sum(count * lora.rank * sum(shape) for name, (count, shape) in shapes.items() if name in lora.targets)
 
 
 @functools.cache
-def _adapter_weights(fields: str, lora: adapter.Lora) -> int:
+def _counted(fields: str) -> int:
+    return sum(weight.numel() for weight in _empty(fields).parameters())
+
+
+@functools.cache
+def _linear_layers(fields: str) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Number and shape of the policy's linear layers, by the last part of their name."""
+    import torch
+
+    found: dict[str, tuple[int, tuple[int, int]]] = {}
+    for name, module in _empty(fields).named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = name.rpartition(".")[2]
+            found[kind] = (found.get(kind, (0, (0, 0)))[0] + 1, (module.out_features, module.in_features))
+    return found
+
+
+def _empty(fields: str) -> "Emu3ForCausalLM":
     import torch
 
     from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
 
     with torch.device("meta"):
-        policy = Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))
-        adapter.add(policy, lora)
-    return sum(weight.numel() for weight in adapter.weights(policy).values())
+        return Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))

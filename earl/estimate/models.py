@@ -46,11 +46,6 @@ def text(config: "Config", reference: str | None = None) -> "Emu3TextConfig":
     return Emu3TextConfig()
 
 
-def of_tuning(config: "Config", name: str) -> "Config":
-    """Return the configuration with the fine-tuning's `lora` in the place of RL's."""
-    return config.model_copy(update={"lora": paths.fine_tuning(config, name).lora})
-
-
 def vision(config: "Config") -> "Emu3VQVAEConfig":
     """Return the shape of the vision tokenizer."""
     from earl.emu3.models import Emu3VQVAEConfig

@@ -54,6 +54,22 @@ class TestAsItStands:
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+class TestGpus:
+    """What profile and command line say of a rule's GPUs is compared with what its stage takes."""
+
+    @pytest.mark.slow
+    def test_too_few_for_the_ranks(self, place):
+        asked = place.experiment("a", train_processes=2, device="auto")
+        output = place.run(asked, "-n", "--set-resources", "iterate:gpu=1", fails=True)
+        assert "iterate: field train_processes (in a.jsonnet) makes a job of 2 GPUs, but the profile" in output
+        place.run(asked, "-n", "--set-resources", "iterate:gpu=2")
+        place.run(asked, "-n", "--default-resources", "gpu=2")
+
+    def test_a_plan_without_gpus_needs_no_torch(self):
+        code = "import sys, earl.workflow.inputs, earl.workflow.opening; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 class TestSettings:
     @pytest.mark.slow
     def test_texts_reach_the_configuration_as_they_were_typed(self, place):
