@@ -130,7 +130,7 @@ def _step(
 
 def _report(context: Context, case: Case, config: Emu3TextConfig, predicted: memory.Memory, clock: Clock) -> None:
     expected = predicted.peak / 1e9
-    context.measure("peak memory", _peak(context, clock), "GB", Range(0.9 * expected, 1.1 * expected), "by tensors")
+    context.measure("peak memory", max(clock.peaks.values()) / 1e9, "GB", Range(0.9 * expected, 1.1 * expected), "by tensors")
     seconds = sum(clock.seconds.values())
     parts = ", ".join(f"{name} {value:.2f}" for name, value in clock.seconds.items())
     context.measure("seconds a step", seconds, "s", note=parts)
@@ -142,11 +142,6 @@ def _report(context: Context, case: Case, config: Emu3TextConfig, predicted: mem
     context.measure("rate of useful FLOPs", flops / seconds / 1e12, "TFLOP/s")
     if known:
         context.measure("MFU", 100 * flops / seconds / known / 1e12, "%", Range(low=30), f"of {known} TFLOP/s")
-
-
-def _peak(context: Context, clock: Clock) -> float:
-    peaks = getattr(clock, "peaks", None)
-    return max(peaks.values()) / 1e9 if peaks else context.peak()
 
 
 def _flops(context: Context, config: Emu3TextConfig, packed: bool) -> float:
