@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from earl.config import paths
+from earl.config.references import STAGE
 from earl.estimate import memory, models
 from earl.run import segments
 from earl.run.state import Retention
@@ -84,9 +85,10 @@ def of(config: "Config", text: "Emu3TextConfig", by_segment: bool, evaluated: in
 
 
 def checkpoint_bytes(config: "Config", text: "Emu3TextConfig") -> int:
-    """Bytes of a checkpoint: the policy's weights, Adam's two moments, and the float32 weights of a bfloat16 policy."""
+    """Bytes of a checkpoint: of each weight that is trained its value, Adam's two moments, and its float32 value where
+    the policy's is rounded."""
     each = {"float32": 4 + 8, "bfloat16": 2 + 8 + 4}[config.policy_dtype]
-    return each * memory.weights_of(text)
+    return each * memory.trained_of(text, config.lora)
 
 
 def checkpoints(config: "Config", by_segment: bool) -> tuple[int, int, int]:
@@ -113,7 +115,8 @@ def shared_bytes(config: "Config") -> int:
         if stage.stage == "convert" and stage.conversion and not stage.conversion.vision:
             total += 4 * memory.weights_of(models.text(config, stage.name))
         elif stage.stage == "sft":
-            count = memory.weights_of(models.text(config, f"stage:sft/{stage.name}"))
+            text = models.text(config, f"{STAGE}sft/{stage.name}")
             # The policy, and a checkpoint with its successor.
-            total += (4 + 2 * 12) * count
+            trained = memory.trained_of(text, config.sft[stage.name].lora)
+            total += 4 * memory.weights_of(text) + 2 * 12 * trained
     return total

@@ -122,7 +122,7 @@ def fine_tunings(config: "Config") -> list[str]:
 
 
 def _fine_tuning(config: "Config", name: str) -> Memory:
-    return memory.learner(config, *_tuning_step(config, name), reference=False)
+    return memory.learner(config, *_tuning_step(config, name), config.sft[name])
 
 
 def _tuning_step(config: "Config", name: str) -> tuple["Emu3TextConfig", int, int, int]:
@@ -144,7 +144,7 @@ def prepare(config: "Config", planned: Iterable[str]) -> None:
             wanted += memory.learner_cases(config, *_step(config))
         if rule == "sft":
             for name in fine_tunings(config):
-                wanted += memory.learner_cases(config, *_tuning_step(config, name), reference=False)
+                wanted += memory.learner_cases(config, *_tuning_step(config, name), config.sft[name])
         if rule in ("iterate", "generate", "tokenise"):
             wanted.append(memory.vision_case(models.vision(config), models.image_side(config)))
     cases.simulate(wanted)

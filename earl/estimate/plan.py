@@ -89,9 +89,9 @@ def make(config: "Config", by_segment: bool, asked: Callable[[str], Asked], assu
     assumed = assumed or Rates()
     planned, text = fit.rules(config, by_segment), models.text(config)
     on_gpus = {rule: asked(rule) for rule in planned} if config.device != "cpu" else {}
-    fit.prepare(config, [rule for rule, wanted in on_gpus.items() if wanted.gpu])
-    trains = "iterate" if by_segment else "train"
-    gpu = next((one.gpu for rule, one in on_gpus.items() if rule == trains and one.gpu), None) or SPEEDLESS
+    known = {rule: wanted.gpu for rule, wanted in on_gpus.items() if wanted.gpu}
+    gpu = known.get("iterate") or known.get("train") or next(iter(known.values()), SPEEDLESS)
+    fit.prepare(config, known)
     evaluated = evaluation_episodes(config)
     taken = disk.of(config, text, by_segment, evaluated or 0)
     seconds, measured = _seconds(config, text, by_segment, gpu, taken.checkpoint, assumed)
@@ -107,7 +107,7 @@ def make(config: "Config", by_segment: bool, asked: Callable[[str], Asked], assu
         evaluated,
         rates.questions(config) * (config.num_iterations * config.episodes_per_iteration + (evaluated or 0)),
         [problem for rule, wanted in on_gpus.items() for problem in fit.problems(config, rule, wanted)],
-        [note for rule, wanted in on_gpus.items() if wanted.gpu for note in fit.notes(config, rule, wanted.gpu)],
+        [note for rule, gpu_of in known.items() for note in fit.notes(config, rule, gpu_of)],
         assumed,
     )
     for rule in planned:
@@ -152,8 +152,8 @@ def _hours(config: "Config", rule: str, plan: Plan, gpu: Gpu) -> float:
 
 def _tuning_seconds(config: "Config", name: str, gpu: Gpu, assumed: Rates) -> float:
     tuning, length = config.sft[name], models.lengths(config)
-    tokens = 2 * length.prompt + (models.REASONING if tuning.reasoning else 0)
-    each = rates.flops_per_token(config, models.text(config, tuning.base_model), reference=False)
+    tokens = 2 * length.prompt - models.WORDS + (models.REASONING if tuning.reasoning else 0)
+    each = rates.flops_per_token(config, models.text(config, tuning.base_model), tuning)
     flops = tuning.steps * tuning.batch_size * tokens * each
     return flops / (config.train_processes * gpu.flops * assumed.learner_utilization)
 
@@ -166,9 +166,8 @@ def _seconds(
     found, count = measured_segments(run) if by_segment else measured_stages(run)
     if count:
         return found, count
-    if not config.num_iterations:
-        return {}, 0
-    how = rates.segment_iteration if by_segment else rates.stage_iteration
+    # Evaluations of a run without iterations are made by stage.
+    how = rates.segment_iteration if by_segment and config.num_iterations else rates.stage_iteration
     return how(config, text, gpu, checkpoint, assumed), 0
 
 

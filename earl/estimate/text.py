@@ -7,19 +7,19 @@ from earl.estimate.gpus import Gpu
 from earl.estimate.plan import Plan, Stage
 from earl.estimate.rates import described
 
-NAMES = {
-    "weights": "weights",
-    "moments": "moments",
-    "gradients": "gradients",
-    "reference": "reference",
-    "activations": "activations",
-    "engine": "engine",
-    "cache": "cache",
-    "logits": "logits",
-    "judge": "judge",
-    "vision": "vision",
-    "overhead": "overhead",
-}
+PARTS = (
+    "weights",
+    "moments",
+    "gradients",
+    "reference",
+    "activations",
+    "engine",
+    "cache",
+    "logits",
+    "judge",
+    "vision",
+    "overhead",
+)
 """Parts of a GPU's memory, in the order in which they are shown."""
 
 
@@ -40,9 +40,9 @@ def _lines(plan: Plan, price: float | None) -> Iterator[str]:
     yield ""
     loads = _distinct([load for stage in plan.stages for load in stage.loads])
     if loads:
-        parts = [part for part in NAMES if any(load.parts.get(part) for load in loads)]
+        parts = [part for part in PARTS if any(load.parts.get(part) for load in loads)]
         rows = [(load.what, *(_gb(load.parts.get(part, 0)) for part in parts), _gb(load.bytes)) for load in loads]
-        yield from _table([("GB of a GPU", *(NAMES[part] for part in parts), "sum"), *rows])
+        yield from _table([("GB of a GPU", *parts, "sum"), *rows])
     else:
         yield "What a GPU holds: not known here; --profile or --gpu say which GPUs there are"
     yield ""
@@ -90,11 +90,9 @@ def _rest(plan: Plan, price: float | None) -> Iterator[tuple[str, str]]:
     measured = f"measured in {plan.measured} iterations" if plan.measured else "assumed"
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in plan.seconds.items() if seconds >= 0.05)
     yield "seconds", f"{sum(plan.seconds.values()):.1f} an iteration: {phases} ({measured})"
-    evaluated = (
-        "evaluations not counted, since they take all prompts" if plan.evaluated is None else "evaluations included"
-    )
-    yield "run", f"{plan.hours:.1f} hours of iterations, {plan.gpu_hours:,.0f} GPU-hours, {plan.questions:,} questions"
-    yield "", evaluated
+    counted = "without evaluations, which take all prompts" if plan.evaluated is None else "with evaluations"
+    yield "run", f"{plan.hours:.1f} hours of iterations"
+    yield "", f"{plan.gpu_hours:,.0f} GPU-hours, {plan.questions:,} questions to the judge, {counted}"
     if price is not None:
         yield "cost", f"{price * plan.gpu_hours:,.0f} at {price:g} for a GPU and hour"
 
