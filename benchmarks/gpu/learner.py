@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.gpu import environment, models
-from benchmarks.gpu.context import Context, SkipSection
+from benchmarks.gpu.context import Context, SkipSection, described
 from benchmarks.gpu.results import Range
 from earl.emu3.adapter import Lora
 from earl.emu3.models import Emu3TextConfig
@@ -65,27 +65,45 @@ def flash(context: Context) -> None:
 
 
 def _measure(context: Context, case: Case, again: bool = True) -> None:
-    """Do a step and say what it took; `again`: and another one in which algorithms need not be deterministic."""
-    config, predicted = _fitting(context, case)
+    """Do a step and say what it took; `again`: and another one in which algorithms need not be deterministic.
+
+    Where memory does not suffice for as many layers as the estimate has room for, this fails and fewer are tried.
+    """
+    most = 2 if context.small else LAYERS
+    while most > 0:
+        config, predicted = _fitting(context, case, most)
+        layers, needed = config.num_hidden_layers, f"{predicted.needed / 1e9:.1f} GB by the estimate"
+        try:
+            with ranks.joined(context.device, splits_alone=True) as team:
+                _steps(context, case, config, predicted, team, again)
+            return
+        except torch.OutOfMemoryError as error:
+            context.require("memory", False, f"{layers} layers: {described(error)}", needed)
+            most = layers - 1 - layers // 4
+        context.release()
+
+
+def _steps(
+    context: Context, case: Case, config: Emu3TextConfig, predicted: memory.Memory, team: ranks.Ranks, again: bool
+) -> None:
+    policy = models.filled(sharding.allocate(sharding.empty(config, team, True, lora=case.lora), team))
+    reference = policy  # without its adapter
+    if case.lora is None:
+        reference = models.filled(sharding.allocate(sharding.empty(config, team, True, frozen=True), team))
+    optimizer = grpo.new_optimizer(policy, 1e-6)
+    episodes = models.episodes(config, PROMPTS, SAMPLES, context.small)
+    step = functools.partial(_step, context, case, policy, reference, optimizer, episodes, team)
+    step()  # moments are made, kernels chosen
+    context.release()
+    clock = step()
     note = f"of {LAYERS}, {predicted.needed / 1e9:.1f} GB by the estimate"
     context.measure("layers", config.num_hidden_layers, "", note=note)
-    with ranks.joined(context.device, splits_alone=True) as team:
-        policy = models.filled(sharding.allocate(sharding.empty(config, team, True, lora=case.lora), team))
-        reference = policy  # without its adapter
-        if case.lora is None:
-            reference = models.filled(sharding.allocate(sharding.empty(config, team, True, frozen=True), team))
-        optimizer = grpo.new_optimizer(policy, 1e-6)
-        episodes = models.episodes(config, PROMPTS, SAMPLES, context.small)
-        step = functools.partial(_step, context, case, policy, reference, optimizer, episodes, team)
-        step()  # moments are made, kernels chosen
-        context.release()
-        clock = step()
-        _report(context, case, config, predicted, clock)
-        if again:
-            _without_determinism(context, step, sum(clock.seconds.values()))
+    _report(context, case, config, predicted, clock)
+    if again:
+        _without_determinism(context, step, sum(clock.seconds.values()))
 
 
-def _fitting(context: Context, case: Case) -> tuple[Emu3TextConfig, memory.Memory]:
+def _fitting(context: Context, case: Case, most: int) -> tuple[Emu3TextConfig, memory.Memory]:
     """Return the configuration with the most layers that the estimate finds room for, and the estimate."""
     options = SimpleNamespace(
         dtype="bfloat16",
@@ -99,7 +117,7 @@ def _fitting(context: Context, case: Case) -> tuple[Emu3TextConfig, memory.Memor
         lora=case.lora and SimpleNamespace(settings=case.lora),
     )
     room = 1e12 if context.small else (1 - SPARE) * torch.cuda.mem_get_info(context.device)[0]
-    for layers in (2,) if context.small else range(LAYERS, 0, -1):
+    for layers in range(most, 0, -1):
         config = models.text_config(context.small, layers)
         predicted = memory.learner(options, config, 1, *models.lengths(context.small))
         if predicted.needed <= room:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import learner, results, supervisor
 from benchmarks.gpu.__main__ import SECTIONS
 from benchmarks.gpu.context import Context
 from earl.estimate import memory
+from earl.learner import grpo
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -115,6 +117,24 @@ def test_variants_of_the_learner(name, tmp_path, monkeypatch):
     found = {result.check: result for result in results.Reader(path).new()}
     assert found.keys() >= {"layers", "peak memory", "seconds a step", "rate"}
     assert {result.verdict for result in found.values()} == {results.MEASURED}
+
+
+def test_where_memory_does_not_suffice_fewer_layers_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "learner", lambda *_: memory.Memory({"overhead": 0}, at_rest=1, peak=2))
+    whole = grpo.train_iteration
+
+    def too_much(policy, *arguments, **options):
+        if policy.config.num_hidden_layers > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        return whole(policy, *arguments, **options)
+
+    monkeypatch.setattr(grpo, "train_iteration", too_much)
+    path = tmp_path / supervisor.RESULTS
+    learner.packed(Context("learner.packed", True, path, end=float("inf")))
+    first, second, *_ = results.Reader(path).new()
+    assert (first.check, first.verdict) == ("memory", results.FAILED)
+    assert first.found.startswith("2 layers: OutOfMemoryError: CUDA out of memory")
+    assert (second.check, second.value) == ("layers", 1.0)
 
 
 @pytest.mark.slow
