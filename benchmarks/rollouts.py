@@ -20,7 +20,7 @@ import torch
 
 from earl.emu3 import checkpoint, sequence
 from earl.emu3.vocabulary import Vocabulary
-from earl.engines import vllm_engine
+from earl.engines import vllm_engine, vllm_process
 from tests.support import policies
 
 BATCHES = (16, 32, 64, 128, 256)
@@ -67,7 +67,7 @@ def run(llm: Any, policy: Path, variant: str, batch: int) -> tuple[float, float]
         for seed in range(batch)
     ]
     Switch.active, Switch.seconds = variant, 0.0
-    with vllm_engine.vllm_torch("cpu"):
+    with vllm_process.vllm_torch("cpu"):
         start = time.process_time()
         outputs = llm.generate(requests, params, use_tqdm=False)
         seconds = time.process_time() - start
@@ -77,7 +77,7 @@ def run(llm: Any, policy: Path, variant: str, batch: int) -> tuple[float, float]
 
 def compare_speeds(policy: Path, rounds: int) -> None:
     settings = vllm_engine.Settings("cpu", "float32", context=256)
-    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy))
+    options = vllm_engine.llm_options(settings, checkpoint.text_config(policy), settings.lora)
     options["logits_processors"] = ["benchmarks.rollouts_processors:Switch"]
     from vllm import LLM
 

@@ -18,7 +18,7 @@ from earl.engines.torch_engine import TorchEngine
 from earl.learner import grpo
 from earl.learner.logprobs import Support
 from earl.learner.settings import Settings
-from tests import policies
+from tests.support import policies
 
 TRUNCATIONS = [(1.0, -1), (0.9, -1), (0.7, -1), (1.0, 5), (1.0, 50), (0.8, 12)]
 TEMPERATURE = 0.8

@@ -52,6 +52,8 @@
   top_k: -1,
   model_context_size: 4096,
 
+  // Models of 8B parameters: a job without a GPU is refused, in the plan where stages run on this machine.
+  device: 'cuda',
   engine: 'vllm',
   vllm_gpu_memory_utilization: 0.3,
   emu3_use_logit_processor: true,

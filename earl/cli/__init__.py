@@ -3,6 +3,7 @@
 Stages are imported when they are called, so that ``--help`` answers at once.
 """
 
+import atexit
 import errno
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from earl.cli import config, convert, data, judge, node, run, shapes, stages
+from earl.cli import config, convert, data, export, judge, node, plan, run, shapes, stages
 from earl.execution import processes
 from earl.messages import console
 from earl.messages.errors import EarlError
@@ -28,7 +29,7 @@ app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 app.add_typer(shapes.app, name="shapes")
-for group in (stages, run, node):
+for group in (stages, run, plan, export, node):
     app.add_typer(group.app)
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -54,7 +55,18 @@ def call(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Run the command line in this process."""
+    """Run the command line in this process.
+
+    What libraries have registered for the end of the process still runs, and its threads are waited for. Taking Python
+    itself down after that would cost a process with torch and transformers more than half a second, and is left out.
+    """
+    status: int | None = None
+
+    def end() -> None:
+        if status is not None:
+            processes.end_at_once(status)
+
+    atexit.register(end)  # the first to be registered is the last to be called
     console.set_up()
     processes.name_user()
     processes.end_with_workflow()

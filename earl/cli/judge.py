@@ -28,8 +28,10 @@ def judge_check(
     from earl.config.load import read
     from earl.config.schema import JudgeGate
     from earl.judges import check
+    from earl.run import claims
 
     settings = read(config)
+    claims.claim(settings, "score")
     given = {"pairs": pairs and str(pairs), "examples": examples, "minimum_accuracy": minimum}
     gate = (settings.judge_gate or JudgeGate()).model_copy(update={k: v for k, v in given.items() if v is not None})
     found = check.run(settings, gate, (price_in, price_out) if price_in or price_out else None)
@@ -71,15 +73,23 @@ def judge_serve(
         Path | None,
         typer.Option(callback=output, help="Appears with the address once the server answers; goes when it ends."),
     ] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs to split the model over.")] = 1,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(min=1, help="GPUs to split the model over; else by the size in its name, 4 for 72B.")
+    ] = None,
     context_size: Annotated[int, typer.Option(min=1, help="Longest question and answer, in tokens.")] = 4096,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     startup: Annotated[float, typer.Option(help="Seconds that the server may take to come up.")] = 1800.0,
 ) -> None:
     """Run a judge server, which several runs may share; what follows `--` goes to vLLM's server as it is."""
+    from earl.config import defaults
+    from earl.execution import gpus
     from earl.judges import server
 
+    on_cpu = server.is_cpu_build()
+    fields = {"reward_function_api_model_name": model, "dtype": dtype, "device": "cpu" if on_cpu else "cuda"}
+    split = tensor_parallel_size or defaults.judge_gpus(fields)
+    gpus.claim(0 if on_cpu else split)
     port = port or server.free_port()
-    options = server.engine_options(revision, dtype, context_size, tensor_parallel_size, server.is_cpu_build())
+    options = server.engine_options(revision, dtype, context_size, split, on_cpu)
     arguments = server.command(model, host, port, options, context.args)
     raise typer.Exit(server.serve(arguments, host, port, host_file, startup))

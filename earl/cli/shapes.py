@@ -15,11 +15,18 @@ def shapes_raw(
     count: Annotated[int, typer.Option(min=1, help="Number of pairs.")],
     seed: Annotated[int, typer.Option(help="Seed; disjoint seeds give disjoint pairs.")],
     tasks: Annotated[str, typer.Option(help="Comma-separated tasks, all by default.")] = "",
+    unchanged_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of pairs whose edited image is the original.")
+    ] = 0.0,
+    damaged_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of pairs whose edit also removes or replaces another object.")
+    ] = 0.0,
 ) -> None:
     """Write pairs of images with instructions as a raw Parquet file."""
     from earl.shapes import dataset
 
-    dataset.write_raw(out, count=count, seed=seed, tasks=tuple(tasks.split(",")) if tasks else dataset.world.TASKS)
+    chosen = tuple(tasks.split(",")) if tasks else dataset.world.TASKS
+    dataset.write_raw(out, count, seed, chosen, unchanged_fraction, damaged_fraction)
 
 
 @app.command("policy")

@@ -1,7 +1,6 @@
 """The stages, one command each: files to files."""
 
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,9 +45,12 @@ def tokenise(
 ) -> None:
     """Turn raw image pairs into tokenised Parquet shards."""
     from earl.config.load import read
+    from earl.run import claims
     from earl.stages import tokenise as stage
 
-    stage.run(read(config), dataset, raw, out)
+    settings = read(config)
+    claims.claim(settings, "tokenise")
+    stage.run(settings, dataset, raw, out)
 
 
 @app.command()
@@ -80,11 +82,11 @@ def generate(
     from earl.config.load import read
 
     settings = read(config)
-    claim_gpus(settings, "generate")
     from earl.files.layout import Run
-    from earl.run import state
+    from earl.run import claims, state
     from earl.stages import generate as stage
 
+    claims.claim(settings, "generate")
     with state.writing_to(out, Run(config.parent)):
         sampler = stage.Sampler.load(settings, policy)
         if evaluation is not None:
@@ -106,11 +108,11 @@ def score(
     from earl.config.load import read
 
     settings = read(config)
-    claim_gpus(settings, "score")
     from earl.files.layout import Run
-    from earl.run import state
+    from earl.run import claims, state
     from earl.stages import score as stage
 
+    claims.claim(settings, "score")
     with state.writing_to(out, Run(config.parent)):
         if again_failed:
             failed, still = stage.run_again(settings, rollouts, out)
@@ -161,21 +163,6 @@ def iterate(
         stage.run(settings, run, to)
 
 
-def claim_gpus(config: "Config", stage: str) -> None:
-    """Wait for as many of this machine's GPUs as a stage needs, and see those alone.
-
-    Ranks have those of the process that launched them, and a job on several nodes has what Slurm gave it.
-
-    Raises:
-        EarlError: see `gpus.claim`.
-    """
-    from earl.execution import gpus, ranks
-    from earl.workflow import resources
-
-    if not ranks.is_launched() and os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
-        gpus.claim(resources.gpus(config, stage))
-
-
 def leave_to_ranks(config: "Config", stage: str, *options: object) -> None:
     """Have ranks run this stage, and end with their status; return where this process is a rank, or alone.
 
@@ -183,9 +170,9 @@ def leave_to_ranks(config: "Config", stage: str, *options: object) -> None:
         EarlError: see `launch.launch` and `gpus.claim`.
     """
     from earl.execution import launch, ranks
-    from earl.workflow import resources
+    from earl.run import claims, resources
 
-    claim_gpus(config, stage)
+    claims.claim(config, stage)
     size = resources.ranks(config, stage)
     if size > 1 and not ranks.is_launched():
         raise typer.Exit(launch.launch(config, [stage, *map(str, options)], size))

@@ -53,6 +53,7 @@ def check(config: "Config") -> None:
     _check_objective(config)
     _check_support(config)
     _check_learner(config)
+    _check_learning_rate(config)
     _check_segment(config)
     _check_reward(config)
     _check_hub(config)
@@ -67,18 +68,43 @@ def check_coefficients(name: str, coefficients: list[float], paths_name: str, pa
         )
 
 
-def check_schedule(tuning: "Sft") -> None:
-    peak, final = tuning.learning_rate, tuning.final_learning_rate
-    if tuning.schedule == "constant" and final:
-        raise wrong("final_learning_rate", f"is {final}, but schedule is `constant`; leave it out")
+def check_schedule(section: "Sft | Config", schedule: str, whole: str, unit: str) -> None:
+    """Compare the fields of a learning rate's schedule.
+
+    Args:
+        section: has the fields.
+        schedule: the name of the field that says how the rate falls.
+        whole: the name of the field with the schedule's length; it may be null where that is of no interest.
+        unit: of lengths, which the names of the others end in.
+    """
+    peak, final, shape, length = (
+        getattr(section, name) for name in ("learning_rate", "final_learning_rate", schedule, whole)
+    )
+    warmup, decay = (getattr(section, f"{name}_{unit}") for name in ("warmup", "decay"))
+    if shape == "constant":
+        for name, value in (("final_learning_rate", final), (f"decay_{unit}", decay)):
+            if value:
+                raise wrong(name, f"is {value}, but {schedule} is `constant`; leave it out")
     if final > peak:
         raise wrong("final_learning_rate", f"is {final}, above learning_rate ({peak}), the peak; lower it")
-    if tuning.warmup_steps > tuning.steps:
+    if length is not None and warmup > length:
         raise wrong(
-            "warmup_steps",
-            f"is {tuning.warmup_steps}, but there are {tuning.steps} steps, so the learning rate would not reach its "
-            "peak; lower it",
+            f"warmup_{unit}",
+            f"is {warmup}, but there are {length} {unit}, so the learning rate would not reach its peak; lower it",
         )
+    if length is not None and decay is not None and warmup + decay > length:
+        raise wrong(
+            f"decay_{unit}", f"is {decay}, but {warmup} of {length} {unit} warm up; lower it to {length - warmup}"
+        )
+
+
+def _check_learning_rate(config: "Config") -> None:
+    check_schedule(config, "learning_rate_schedule", "schedule_iterations", "iterations")
+    shape, length = config.learning_rate_schedule, config.schedule_iterations
+    if shape != "constant" and length is None:
+        raise wrong("schedule_iterations", f"is null, but learning_rate_schedule is `{shape}`, which needs its length")
+    if shape == "constant" and length is not None:
+        raise wrong("schedule_iterations", f"is {length}, but learning_rate_schedule is `constant`; leave it out")
 
 
 def check_top_k(top_k: int) -> None:
@@ -155,8 +181,8 @@ def _check_objective(config: "Config") -> None:
     if ratio and correction == "truncate":
         raise wrong(
             "sampler_correction",
-            "is `truncate`, but importance_ratio is `behavior`, which corrects for the sampler already: tokens would "
-            "be weighed by the square of their ratio; turn one of the two off",
+            f"is `truncate`, but importance_ratio is `{config.importance_ratio}`, which corrects for the sampler "
+            "already: tokens would be weighed by the square of their ratio; turn one of the two off",
         )
     if config.kl_estimator == "weighted_k3" and config.kl_coeff > 0 and correction != "none":
         raise wrong(
@@ -222,6 +248,12 @@ def _check_learner(config: "Config") -> None:
             "policy_dtype",
             f"is `bfloat16`, but dtype is `{config.dtype}`: engines would sample from other weights than the learner "
             "computes with; set both to `bfloat16`",
+        )
+    if config.lora is not None and config.reference_offload:
+        raise wrong(
+            "reference_offload",
+            "is true, but with lora the reference is the policy without its adapter, and there is no second copy to "
+            "keep elsewhere; set it to false",
         )
 
 

@@ -20,7 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from earl.config import checks, references
+from earl.config import checks, defaults, references
+from earl.emu3 import adapter
 from earl.files import hub_names
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -159,13 +160,21 @@ class RawDataset(_Section):
     tasks: list[str] | None = _fixed(
         None, "shapes: edit types to draw from; null draws from all of them.", min_length=1
     )
+    unchanged_fraction: float = _fixed(
+        0.0, "shapes: share of the pairs whose edited image is the original, as in data that an editor failed on.",
+        ge=0, le=1,
+    )
+    damaged_fraction: float = _fixed(
+        0.0, "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well.",
+        ge=0, le=1,
+    )
 
     @model_validator(mode="after")
     def _source_has_its_fields(self) -> Self:
         needed, foreign = (
             (("count", "seed"), ("path", "columns", "boxes", *ROW_FIELDS))
             if self.source == "shapes"
-            else (("path",), ("count", "seed", "tasks"))
+            else (("path",), ("count", "seed", "tasks", "unchanged_fraction", "damaged_fraction"))
         )
         for name in needed:
             if getattr(self, name) is None:
@@ -173,6 +182,8 @@ class RawDataset(_Section):
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
+        if (mistaken := self.unchanged_fraction + self.damaged_fraction) > 1:
+            raise checks.wrong("damaged_fraction", f"and unchanged_fraction make {mistaken:g}, above 1; lower one")
         try:
             hub_names.data_files(self.path or "")
         except ValueError as error:
@@ -202,6 +213,32 @@ class SftValidation(_Section):
     every_n_steps: Positive = _fixed(100, "Compute the loss after every n-th step, and after the last one.")
 
 
+class Lora(_Section):
+    """An adapter that is trained in place of the full weights, which stay as they are: LoRA (Hu et al. 2021)."""
+
+    rank: Positive = _fixed(
+        ..., f"Rank of the product of two matrices that is added to each target; at most {adapter.LARGEST_RANK}."
+    )
+    alpha: Positive | None = _fixed(None, "The product is multiplied by alpha / rank; null: 2 x rank.")
+    targets: list[Literal[adapter.TARGETS]] = _fixed(
+        lambda: list(adapter.TARGETS), "Linear layers that get an adapter, in every layer of the policy.", min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.rank > adapter.LARGEST_RANK:
+            raise checks.wrong("rank", f"is {self.rank}, above {adapter.LARGEST_RANK}, vLLM's largest; lower it")
+        if len(set(self.targets)) < len(self.targets):
+            raise checks.wrong("targets", "names a layer twice; name each once")
+        return self
+
+    @property
+    def settings(self) -> adapter.Lora:
+        """The section as models take it, its targets in one order however they were written."""
+        targets = tuple(name for name in adapter.TARGETS if name in self.targets)
+        return adapter.Lora(self.rank, self.alpha or 2 * self.rank, targets)
+
+
 class Sft(_Section):
     """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
 
@@ -225,6 +262,9 @@ class Sft(_Section):
     schedule: Literal["constant", "linear", "cosine"] = _fixed(
         "cosine", "How the learning rate goes from its peak, after the warm-up, to its final value."
     )
+    decay_steps: Positive | None = _fixed(
+        None, "Last steps, over which `linear` and `cosine` fall; the rate stays at its peak before. null: all steps."
+    )
     warmup_steps: Integer = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
     weight_decay: float = _fixed(
         0.0, "Decoupled weight decay of AdamW, on matrices and embeddings; norms and biases have none.", ge=0
@@ -233,11 +273,29 @@ class Sft(_Section):
     adam_beta2: float = _fixed(0.999, "AdamW: decay of the mean squared gradient.", ge=0, lt=1)
     adam_epsilon: float = _fixed(1e-8, "AdamW: added to the root of the mean squared gradient.", gt=0)
     max_gradient_norm: float | None = _fixed(1.0, "Norm that gradients are clipped to; null: they are not.", gt=0)
+    instruction_loss_weight: float = _fixed(
+        0.0,
+        "Weight in the loss of the instruction's own tokens, beside 1 for those of reasoning and edited image. A model "
+        "that is to understand instructions from few pairs learns faster what their words mean.",
+        ge=0,
+    )
     reasoning: bool = _fixed(False, "Whether sequences hold the reasoning text before the edited image.")
+    reasoning_fraction: float = _fixed(
+        1.0,
+        "reasoning: share of the examples whose sequences hold it; in the others the image comes at once, so that the "
+        "model can do both.",
+        gt=0,
+        le=1,
+    )
     reasoning_keys: list[str] = _fixed(
         list,
         "reasoning: keys of the examples' reasoning to train on, in this order; an example's missing keys are left "
         "out. Empty: all keys, in the order of the data.",
+    )
+    lora: Lora | None = _fixed(
+        None,
+        "Train an adapter on the frozen base model; the result holds the sum of both, so that anything can start from "
+        "it. null: train all weights.",
     )
     random_seed: Integer = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
     validation: SftValidation | None = _fixed(None, "Held-out loss while it trains; null: none.")
@@ -255,9 +313,11 @@ class Sft(_Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         checks.check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
-        checks.check_schedule(self)
+        checks.check_schedule(self, "schedule", "steps", "steps")
         if self.reasoning_keys and not self.reasoning:
             raise checks.wrong("reasoning_keys", "is set, but reasoning is false; set that to true or leave this out")
+        if self.reasoning_fraction < 1 and not self.reasoning:
+            raise checks.wrong("reasoning_fraction", "is set, but reasoning is false; set that to true or drop this")
         if len(set(self.reasoning_keys)) < len(self.reasoning_keys):
             raise checks.wrong("reasoning_keys", "names a key twice; name each once")
         return self
@@ -357,7 +417,22 @@ class Config(_Section):
     )
 
     # Training
-    learning_rate: float = _fixed(3e-6, "Constant learning rate of AdamW.", gt=0)
+    learning_rate: float = _fixed(3e-6, "Learning rate of AdamW; its peak where it changes.", gt=0)
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = _fixed(
+        "constant",
+        "How the rate goes after its warm-up: `linear` and `cosine` fall to `final_learning_rate` by the end of "
+        "iteration `schedule_iterations`, and it stays there.",
+    )
+    final_learning_rate: float = _fixed(0.0, "Learning rate that `linear` and `cosine` fall to.", ge=0)
+    schedule_iterations: Positive | None = _fixed(
+        None, "Iterations that `linear` and `cosine` are spread over, whatever `num_iterations` is."
+    )
+    decay_iterations: Positive | None = _fixed(
+        None, "Last ones of `schedule_iterations`, over which the rate falls; null: all after the warm-up."
+    )
+    warmup_iterations: Integer = _fixed(
+        0, "Iterations over which the learning rate rises linearly to `learning_rate`.", ge=0
+    )
     num_iterations: Integer = _free(
         2000,
         "Iterations of the whole run; raising it continues a finished run. 0: no RL; data and fine-tunings are made, "
@@ -401,16 +476,20 @@ class Config(_Section):
     optimizer_steps_per_iteration: Positive = _fixed(
         1, "Mini-batches of whole groups that an iteration is cut into, one optimizer step on each."
     )
-    importance_ratio: Literal["none", "behavior"] = _fixed(
+    importance_ratio: Literal["none", "behavior", "sequence"] = _fixed(
         "none",
-        "`behavior`: PPO's surrogate, whose ratio is to the log-probs of the sampler; `none`: the policy gradient, as "
-        "if every episode came from the policy that takes the step.",
+        "`behavior`: PPO's surrogate, whose ratio is to the log-probs of the sampler, token by token; `sequence`: the "
+        "same with the geometric mean over each completion (GSPO, with loss_normalization `sequences`); `none`: the "
+        "policy gradient, as if every episode came from the policy that takes the step. CISPO is `none` with "
+        "sampler_correction `truncate`.",
     )
     clip_ratio_low: float | None = _fixed(
-        None, "importance_ratio: clips it at 1 - this (PPO: 0.2); null does not clip there.", gt=0, le=1
+        None, "importance_ratio: clips it at 1 - this (PPO: 0.2, GSPO: 3e-4); null does not clip there.", gt=0, le=1
     )
     clip_ratio_high: float | None = _fixed(
-        None, "importance_ratio: clips it at 1 + this (PPO: 0.2, DAPO: 0.28); null does not clip there.", gt=0
+        None,
+        "importance_ratio: clips it at 1 + this (PPO: 0.2, DAPO: 0.28, GSPO: 4e-4); null does not clip there.",
+        gt=0,
     )
     sampler_correction: Literal["none", "truncate", "filter"] = _fixed(
         "none",
@@ -433,6 +512,11 @@ class Config(_Section):
         1,
         "Processes that the policy is trained by, in RL and fine-tuning, which split it, each on a GPU of its own: "
         "torchrun starts them. The same step within rounding; metrics.json says how many there were.",
+    )
+    lora: Lora | None = _fixed(
+        None,
+        "RL trains an adapter, some MB in `policy/`, and the starting policy stays as it is: base of every iteration's "
+        "adapter, and reference, of which no second copy is held. null: RL trains all weights.",
     )
     reference_offload: bool = _free(
         False, "Keep the reference model in main memory, and take a layer at a time to the GPU."
@@ -525,7 +609,11 @@ class Config(_Section):
         le=1,
     )
     vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
-    device: Literal["auto", "cpu", "cuda"] = _free("auto", "Where models run; `auto` takes a GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = _free(
+        "auto",
+        "Where models run. `auto` takes a GPU where there is one, and is an error in a job that was given GPUs and "
+        "cannot use them.",
+    )
     dtype: Literal["float32", "bfloat16"] = _fixed("bfloat16", "Type that models compute in.")
     cpu_threads: Positive = _fixed(
         2, "Threads of each stage; fixed, since sums over another number of threads differ in the last bits."
@@ -584,7 +672,11 @@ class Config(_Section):
     judge_structured_output: bool = _fixed(
         True, "Hold answers to a JSON schema; false for a server that knows none, whose answers are read tolerantly."
     )
-    judge_concurrency: Positive = _free(64, "Questions that are under way at once, for the judge `openai`.")
+    judge_concurrency: Positive = _free(
+        256,
+        "Questions that are under way at once, of each process and for the judge `openai`; fewer where the server is "
+        "overloaded.",
+    )
     judge_timeout_seconds: float = _free(120.0, "Seconds that a server may take for one question.", gt=0)
     judge_retry_seconds: float = _free(
         300.0,
@@ -593,9 +685,19 @@ class Config(_Section):
         gt=0,
     )
     judge_startup_seconds: float = _free(1800.0, "Seconds to wait for a server to come up.", gt=0)
-    judge_tensor_parallel_size: Positive = _free(1, "GPUs that the judge `vllm` is split over.")
+    judge_tensor_parallel_size: Positive = _free(
+        defaults.judge_gpus,
+        "GPUs that the judge `vllm` is split over; by default 1, 2, 4 or 8, so that the weights of a model with that "
+        "number in its name, such as 72B, take at most half of an 80 GB GPU.",
+    )
     judge_context_size: Positive = _free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")
-    judge_gpu_memory_utilization: float = _free(0.9, "Share of GPU memory that the judge `vllm` takes.", gt=0, le=1)
+    judge_gpu_memory_utilization: float = _free(
+        0.9,
+        "Share of the memory of each of its GPUs that the judge `vllm` takes. It has them to itself: lower this where "
+        "processes that are not EARL's use them, too.",
+        gt=0,
+        le=1,
+    )
     judge_cache: bool = _free(
         True, "Keep answers in <base_exp_dir>/shared/judgements.sqlite, so that what is identical is asked once."
     )

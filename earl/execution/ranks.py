@@ -11,6 +11,7 @@ import functools
 import itertools
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -144,9 +145,11 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
     in the middle of a sum, wait silently for torchrun, or the first of them, to end them.
 
     Args:
-        device: of the type that ranks compute on; of several GPUs of a machine each rank takes the one of its
-            `LOCAL_RANK`.
+        device: of the type that ranks compute on; each rank takes a GPU of its own, see `own_gpu`.
         splits_alone: whether models are split (see `sharding`) even where there is one rank.
+
+    Raises:
+        EarlError: two ranks would compute on one GPU.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not splits_alone:
@@ -159,20 +162,23 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
         yield Ranks(0, 1, device, splits_alone)
         return
     store, rank = (dist.HashStore(), 0) if size == 1 else meeting()[:2]
-    dist.init_process_group(
-        # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"ranks/{next(_numbers)}", store),
-        rank=rank,
-        world_size=size,
-        device_id=device if device.type == "cuda" else None,
-        timeout=_LONGEST_WAIT,
-    )
+    own_store = dist.PrefixStore(f"ranks/{next(_numbers)}", store)
     team = Ranks(rank, size, device, splits_alone)
     if not team.first:
         logging.getLogger("earl").setLevel(logging.ERROR)  # the first says it for all
     done = False
     try:
+        if device.type == "cuda":
+            check_own_gpus(own_store, rank, size, gpu_uuid(device))
+        dist.init_process_group(
+            # Objects and barriers go by way of gloo, weights and gradients by way of NCCL.
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=own_store,
+            rank=rank,
+            world_size=size,
+            device_id=device if device.type == "cuda" else None,
+            timeout=_LONGEST_WAIT,
+        )
         yield team
         team.of_first(None)  # none leaves while another still writes
         done = True
@@ -182,7 +188,8 @@ def joined(device: "torch.device", splits_alone: bool = False) -> Iterator[Ranks
             os._exit(1)
         raise
     finally:
-        if done or size == 1:  # Of several, what others wait for will not come: the processes have to end.
+        # Of several, what others wait for will not come where one has failed: the processes have to end.
+        if dist.is_initialized() and (done or size == 1):
             dist.destroy_process_group()
 
 
@@ -190,9 +197,46 @@ def _own_device(device: "torch.device") -> "torch.device":
     import torch
 
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     return device
+
+
+def own_gpu(visible: int) -> int:
+    """Return the index of this rank's GPU among the `visible` ones.
+
+    Where all GPUs of the machine are visible to all of its ranks, that is the rank's number on the machine. Where Slurm
+    binds GPUs to tasks, a rank sees its own alone, which are counted from 0 in each. Whether two ranks have taken the
+    same one, `check_own_gpus` finds out.
+    """
+    return int(os.environ.get("LOCAL_RANK", "0")) % visible
+
+
+def gpu_uuid(device: "torch.device") -> str:
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def check_own_gpus(store: "torch.distributed.Store", rank: int, size: int, uuid: str) -> None:
+    """Tell the other ranks which GPU this one has taken; all of them call this.
+
+    Args:
+        store: where ranks find each other; they must not have called this with it before.
+        uuid: the same for everyone who uses that GPU.
+
+    Raises:
+        EarlError: another rank has taken it, too.
+    """
+    store.set(f"gpu/{rank}", uuid)
+    taken = [store.get(f"gpu/{other}").decode() for other in range(size)]
+    sharing = [other for other in range(size) if taken[other] == uuid]
+    if len(sharing) > 1:
+        raise EarlError(
+            f"ranks {sharing} of {size} would compute on the same GPU ({uuid}) of {socket.gethostname()}; give the job "
+            "a GPU for each of its ranks on every node (gpu in the profile, --gpus-per-node), or lower train_processes "
+            "and segment_processes"
+        )
 
 
 def _is_first_to_fail(store: Any) -> bool:

@@ -1,14 +1,18 @@
 """How a stage's process computes: device, threads, determinism."""
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
+from earl.execution import gpus
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     import torch
 
     from earl.config.schema import Config
+
+log = logging.getLogger(__name__)
 
 
 def prepare(config: "Config") -> "torch.device":
@@ -17,20 +21,49 @@ def prepare(config: "Config") -> "torch.device":
     The number of CPU threads is the configuration's, not the machine's: sums are then split alike everywhere.
 
     Raises:
-        EarlError: when the configuration asks for a GPU and there is none.
+        EarlError: see `refusal`.
     """
     # cuBLAS is deterministic only with a fixed workspace, and reads this before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if reason := refusal(config.device):
+        raise EarlError(f"device {reason}")
     import torch
 
     torch.set_num_threads(config.cpu_threads)
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor finds bugs, and costs time; no kernel here reads what it did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise EarlError("device is 'cuda', but no GPU is visible here; set device to 'auto' or 'cpu'")
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    device = torch.device("cuda" if config.device != "cpu" and sees_gpu() else "cpu")
+    if config.device == "auto" and device.type == "cpu" and gpus.visible():
+        log.warning("device is 'auto': this machine has GPUs, but torch %s sees none; using the CPU", torch.__version__)
+    return device
+
+
+def refusal(device: str) -> str | None:
+    """Return why the configuration's `device` cannot be had here, and what to do; None where it can.
+
+    `auto` is for machines of either kind, but not for a job that was given GPUs and cannot use them. Imports torch only
+    where a GPU is asked for.
+    """
+    given = gpus.asked_for()
+    if device == "cpu" or (device == "auto" and given is None) or sees_gpu():
+        return None
+    import torch
+
+    build = f"torch {torch.__version__} sees no GPU here"
+    if torch.version.cuda is None and torch.version.hip is None:
+        remedy = "install a build of torch for GPUs, or set device to 'cpu'"
+    else:
+        remedy = "look at what nvidia-smi says and at CUDA_VISIBLE_DEVICES, or set device to 'cpu'"
+    return f"is {device!r}{f' and the environment says {given}' if given else ''}, but {build}; {remedy}"
+
+
+def sees_gpu() -> bool:
+    """Return whether torch sees a GPU, without starting CUDA: a process that has started it cannot fork any more."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def dtype(config: "Config") -> "torch.dtype":

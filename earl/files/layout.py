@@ -40,7 +40,7 @@ class Iteration:
 
     @property
     def policy(self) -> Path:
-        """Folder of weights, configuration and tokenizer; loads in transformers and vLLM."""
+        """Folder of weights, or an adapter, configuration and tokenizer; loads in transformers and vLLM."""
         return self.path / "policy"
 
     @property

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.config import address
-from earl.execution import processes
+from earl.execution import gpus, processes
 from earl.files import manifest
 from earl.judges import server, vllm_model
 from earl.messages.errors import EarlError
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from earl.config.schema import Config
     from earl.execution.ranks import Ranks
 
-GPUS = "CUDA_VISIBLE_DEVICES"
 _OF_A_RANK = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"}
 _OF_A_RANK |= {f"{kind}{name}" for kind in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")}
 """Environment variables that make a process one of several ranks, which the server is not."""
 _OF_THE_ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"}
-"""Variables that `earl.engines.vllm_engine.prepare_process` sets for the rollout engine in this process."""
+"""Variables that `earl.engines.vllm_process.prepare_process` sets for the rollout engine in this process."""
 
 
 @contextmanager
@@ -93,8 +92,7 @@ def _gpus(config: "Config", ranks: int) -> str:
     """
     import torch
 
-    named = os.environ.get(GPUS)
-    visible = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    visible = [gpu.name for gpu in gpus.visible()] or [str(index) for index in range(torch.cuda.device_count())]
     wanted = config.judge_tensor_parallel_size
     if len(visible) < ranks + wanted:
         raise EarlError(
@@ -105,11 +103,11 @@ def _gpus(config: "Config", ranks: int) -> str:
     return ",".join(visible[ranks : ranks + wanted])
 
 
-def _environment(gpus: str | None) -> Mapping[str, str]:
+def _environment(named: str | None) -> Mapping[str, str]:
     # Without the workflow's process id: the server ends with this process, and needs a moment for what it has started.
     dropped = _OF_A_RANK | _OF_THE_ENGINE | {processes.WATCHED}
     kept = {name: os.environ[name] for name in os.environ if name not in dropped and "TORCHELASTIC" not in name}
-    return kept if gpus is None else kept | {GPUS: gpus}
+    return kept if named is None else kept | {gpus.VISIBLE: named}
 
 
 def _start(words: list[str], environment: Mapping[str, str]) -> subprocess.Popen:

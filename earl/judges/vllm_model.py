@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.engines.vllm_engine import check_device, vllm_torch
+from earl.engines import vllm_process
 from earl.execution import runtime
 from earl.files import manifest, remedies
 from earl.judges import server
@@ -92,7 +92,7 @@ class VllmModel:
 
         start = time.monotonic()
         try:
-            with vllm_torch(self.device):
+            with vllm_process.vllm_torch(self.device):
                 outputs = self._llm.chat(
                     [question.messages for question in questions],
                     [_sampling(question) for question in questions],
@@ -124,7 +124,7 @@ class VllmModel:
         import torch
 
         runner = os.environ.get(MODEL_RUNNER)
-        check_device(torch.device(self.device), self.tensor_parallel_size, "judge_tensor_parallel_size")
+        vllm_process.check_device(torch.device(self.device), self.tensor_parallel_size, "judge_tensor_parallel_size")
         if runner is None:
             # The engine says which one, because of its constraint; the judge has none, so vLLM may choose.
             os.environ.pop(MODEL_RUNNER, None)
@@ -137,9 +137,12 @@ class VllmModel:
             options["gpu_memory_utilization"] = self.memory_share
         start = time.monotonic()
         try:
-            with manifest.reading(self.model), vllm_torch(self.device):
+            with manifest.reading(self.model), vllm_process.vllm_torch(self.device):
                 self._llm = LLM(model=self.model, max_num_seqs=MAX_SEQUENCES, seed=0, **options)
         except (ValueError, RuntimeError, OSError) as error:
+            if vllm_process.TAKEN in (reason := str(error)):
+                share = f"judge_gpu_memory_utilization ({self.memory_share})"
+                raise EarlError(f"{self.model}: {vllm_process.taken_by_others(reason, share)}") from error
             raise EarlError(
                 f"{self.model}: does not load in vLLM ({error}); check reward_function_api_model_name, its revision, "
                 "judge_context_size, judge_tensor_parallel_size and judge_gpu_memory_utilization"
@@ -149,6 +152,7 @@ class VllmModel:
             raise
         if odd := unbroken(self._llm.get_tokenizer().all_special_tokens):
             log.warning("judge: %s: instructions may hold its special tokens %s", self.model, ", ".join(odd))
+        vllm_process.log_cache(self._llm)
         log.info("judge: %s loaded in %.0f s", self.model, time.monotonic() - start)
 
 

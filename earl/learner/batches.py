@@ -77,12 +77,16 @@ def micro_batches(
 
     Without a description no progress is shown.
     """
-    cut = cut_episodes(episodes, settings, team.size)
-    count = -(-len(cut) // team.size)
+    cut, count = cut_episodes(episodes, settings, team.size), rounds_of(episodes, settings, team)
     silent = description is None or not team.first
     shares = tqdm(rounds(cut, team), description, count, unit="batch", leave=False, disable=silent)
     for part, counts in shares:
         yield collate(part, settings, team.device), counts
+
+
+def rounds_of(episodes: Sequence[Episode], settings: "Settings", team: Ranks) -> int:
+    """Return how many micro-batches each rank takes of an optimizer step."""
+    return -(-len(cut_episodes(episodes, settings, team.size)) // team.size)
 
 
 def cut_episodes(episodes: Sequence[Episode], settings: "Settings", ranks: int) -> list[list[Episode]]:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earl.emu3 import adapter
 from earl.execution.ranks import Ranks, alone
-from earl.learner import attention, head, objective, sharding
-from earl.learner.batches import Episode, MicroBatch, length, micro_batches, mini_batches
+from earl.learner import attention, head, objective, sharding, signal
+from earl.learner.batches import Episode, MicroBatch, length, micro_batches, mini_batches, rounds_of
 from earl.learner.performance import Clock
 from earl.learner.settings import AdamW, Settings
 from earl.messages.errors import EarlError
@@ -72,16 +73,17 @@ class Totals:
     squared_weight: float = 0.0
     widest: list[TokenPair] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
+    gradient_cosines: list[float] = field(default_factory=list)  # of steps whose halves have one; see signal
 
     def metrics(self, settings: Settings, with_kl: bool) -> dict[str, float | int | None]:
         """Means in nats a counted token, fractions of the counted tokens; None for what the objective does not have.
 
-        Losses and gradient norm are means over the optimizer steps: `loss` = `policy_loss` + `kl_loss`, the latter with
-        its coefficient. `kl` is k3 and `kl_k1` k1, whatever the loss has. `active_tokens` are what the normalization
-        "tokens" divides by: those that count and those that were forced. Of the mismatch,
-        `logprob_mismatch_kl` is k3 of KL(sampler || learner), and `effective_sample_size` (sum w)^2 / (n sum w^2), w
-        the importance ratios: 1 where all are equal, 1 / n where one token outweighs all others (Kish 1965). Where no
-        step was done, nothing is known.
+        Losses, gradient norm and cosine are means over the optimizer steps: `loss` = `policy_loss` + `kl_loss`, the
+        latter with its coefficient. `kl` is k3 and `kl_k1` k1, whatever the loss has. `active_tokens` are what the
+        normalization "tokens" divides by: those that count and those that were forced. `gradient_cosine` is that of
+        `signal.Halves`. Of the mismatch, `logprob_mismatch_kl` is k3 of KL(sampler || learner), and
+        `effective_sample_size` (sum w)^2 / (n sum w^2), w the importance ratios: 1 where all are equal, 1 / n where one
+        token outweighs all others (Kish 1965). Where no step was done, nothing is known.
         """
         tokens, first, steps = self.tokens, self.mismatch_tokens, len(self.gradient_norms)
         ratio, corrects = settings.options.ratio, settings.options.correction != "none"
@@ -95,6 +97,7 @@ class Totals:
             "kl": _mean(self.kl, tokens if with_kl else 0),
             "kl_k1": _mean(self.logp - self.reference_logp, tokens if with_kl else 0),
             "gradient_norm": _mean(sum(self.gradient_norms), steps),
+            "gradient_cosine": _mean(sum(self.gradient_cosines), len(self.gradient_cosines)),
             "clip_fraction_low": _mean(self.clipped_low, tokens if ratio else 0),
             "clip_fraction_high": _mean(self.clipped_high, tokens if ratio else 0),
             "corrected_fraction": _mean(self.corrected, tokens if corrects else 0),
@@ -124,10 +127,11 @@ def total_of(parts: Sequence[Totals]) -> Totals:
 
 
 def new_optimizer(policy: "Emu3ForCausalLM", learning_rate: float, adamw: AdamW | None = None) -> torch.optim.AdamW:
-    """AdamW over all parameters; those with one dimension, norms and biases, do not decay."""
+    """AdamW over all weights that are trained; those with one dimension, norms and biases, do not decay."""
     adamw = adamw or AdamW()
-    matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in policy.parameters() if parameter.ndim <= 1]
+    weights = sharding.trained(policy).values()
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    vectors = [weight for weight in weights if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": adamw.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=adamw.betas, eps=adamw.eps)
 
@@ -146,7 +150,8 @@ def train_iteration(
 
     Args:
         policy: float32 weights; computes in bfloat16 where the settings say so.
-        reference: the frozen initial model; None when kl_coeff is 0.
+        reference: the frozen initial model, or `policy` itself where an adapter is trained, without which it is the
+            initial model; None when kl_coeff is 0.
         episodes: the used episodes of the whole iteration, the same on all ranks; each takes part in one step. Where
             there are none, no step is done and nothing changes.
         team: the ranks, each of which calls this and gets the same metrics; None: this process alone.
@@ -158,22 +163,28 @@ def train_iteration(
     """
     team, clock = team or alone(policy.device), clock or Clock(policy.device)
     totals = Totals()
+    if settings.learning_rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate
     with ready_to_learn(policy, settings):
         for step, part in enumerate(mini_batches(episodes, settings.optimizer_steps)):
             optimizer.zero_grad(set_to_none=True)
             lengths = [length(episode, settings) for episode in part]
             denominator = objective.loss_denominator(settings.normalization, lengths, settings.max_completion_tokens)
             seen = Totals()
+            # Of padded micro-batches, which are cut by length, every half would have a part of each group.
+            halves = signal.Halves(policy, rounds_of(part, settings, team) if settings.packed else 0)
             for batch, counts in micro_batches(part, settings, team, description):
                 with clock.phase("forward"):
                     logp, entropy, kept = completion_logprobs(policy, batch, settings)
                 reference_logp = None
                 if reference is not None:
-                    with clock.phase("reference"), torch.no_grad():
+                    with clock.phase("reference"), torch.no_grad(), adapter.disabled(reference):
                         reference_logp, _, _ = completion_logprobs(reference, batch, settings, kept)
                 loss = batch_loss(logp, reference_logp, batch, denominator, settings)
                 with clock.phase("backward"):
                     (loss if counts else 0 * loss).backward()
+                    halves.accumulated()
                 if counts:
                     add_to(seen, batch, loss.detach(), logp.detach(), entropy, reference_logp, denominator, settings)
                     if step == 0:
@@ -183,6 +194,8 @@ def train_iteration(
             if step == 0:
                 check_parity(step_totals, settings)
             with clock.phase("step"):
+                if (cosine := halves.cosine(team)) is not None:
+                    step_totals.gradient_cosines.append(cosine)
                 step_totals.gradient_norms.append(optimizer_step(policy, optimizer, step_totals, MAX_GRADIENT_NORM))
             totals = total_of([totals, step_totals])
     return totals.metrics(settings, with_kl=reference is not None)
@@ -280,8 +293,8 @@ def add_to(
         # Whatever the loss has, k3 is the better value: unbiased, and never negative.
         totals.kl += objective.kl_estimate(logp, reference_logp, "k3").double().sum().item()
     if options.ratio:
-        bounds = options.clip_low, options.clip_high
-        low, high = objective.clipped_tokens(logp, batch.behavior_logprobs, batch.advantages, *bounds)
+        ratio = objective.importance_ratio(logp, batch.behavior_logprobs, batch.sequences, options)
+        low, high = objective.clipped_tokens(ratio, batch.advantages, options.clip_low, options.clip_high)
         totals.clipped_low += int(low.sum())
         totals.clipped_high += int(high.sum())
     if options.correction != "none":

@@ -25,6 +25,7 @@ class Options:
 
     kl_estimator: str = "k3"  # see kl_estimate
     ratio: bool = False  # see ratio_loss; False: see policy_gradient_loss
+    of_sequences: bool = False  # the ratio is that of whole sequences, see sequence_ratio, and no token's own
     clip_low: float | None = None
     clip_high: float | None = None
     correction: str = "none"  # "truncate": see truncated_weights; "filter": see geometric_mean_filter
@@ -77,7 +78,7 @@ def kl_estimate(
     k3 = torch.expm1(difference) - difference
     if estimator == "k3+":
         return k2 + (k3 - k2).detach()
-    return _ratio(logp, behavior_logprobs) * k3 if estimator == "weighted_k3" else k3
+    return token_ratio(logp, behavior_logprobs) * k3 if estimator == "weighted_k3" else k3
 
 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor) -> Tensor:
@@ -85,33 +86,54 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor) -> Tensor:
     return -advantages.to(logp.dtype) * logp
 
 
-def ratio_loss(
-    logp: Tensor, behavior_logprobs: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
-) -> Tensor:
-    """-min(ratio_t * A_t, clip(ratio_t, 1 - low, 1 + high) * A_t), ratio = exp(logp - behaviour log-prob), [T].
+def ratio_loss(ratio: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
+    """-min(ratio_t * A_t, clip(ratio_t, 1 - low, 1 + high) * A_t), [T]; see `token_ratio` and `sequence_ratio`.
 
     PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347) with separate bounds (DAPO, Yu et al. 2025,
     arXiv:2503.14476); None does not clip on that side. At ratio 1 its gradient is that of `policy_gradient_loss`.
     """
-    ratio, advantages = _ratio(logp, behavior_logprobs), advantages.to(logp.dtype)
+    advantages = advantages.to(ratio.dtype)
     clipped = ratio.clamp(*_clip_bounds(clip_low, clip_high))
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def clipped_tokens(
-    logp: Tensor, behavior_logprobs: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
+    ratio: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Tensor]:
     """(low, high), bool [T] each: tokens of `ratio_loss` without a gradient, as their ratio is beyond that bound.
 
     A ratio too low has none where A < 0, one too high where A > 0; elsewhere the minimum is the unclipped term.
     """
-    ratio = _ratio(logp, behavior_logprobs)
     low, high = _clip_bounds(clip_low, clip_high)
     return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
 
 
-def _ratio(logp: Tensor, behavior_logprobs: Tensor) -> Tensor:
+def importance_ratio(logp: Tensor, behavior_logprobs: Tensor, sequences: Tensor | None, options: Options) -> Tensor:
+    """The ratio of policy to sampler that `options` choose, of each token or of its sequence, [T]."""
+    if options.of_sequences:
+        return sequence_ratio(logp, behavior_logprobs, sequences)
+    return token_ratio(logp, behavior_logprobs)
+
+
+def token_ratio(logp: Tensor, behavior_logprobs: Tensor) -> Tensor:
+    """exp(logp_t - behaviour log-prob_t), [T]."""
     return torch.exp(logp - behavior_logprobs)
+
+
+def sequence_ratio(logp: Tensor, behavior_logprobs: Tensor, sequences: Tensor) -> Tensor:
+    """exp(mean over the token's sequence of (logp - behaviour log-prob)), [T]: the ratio of GSPO.
+
+    (Zheng et al. 2025, arXiv:2507.18071.) The geometric mean of the tokens' ratios, which does not grow with the length
+    of a sequence, unlike the product. All tokens of a sequence are clipped together. Its gradient is shared out evenly
+    over them, so with `loss_normalization` "sequences" the loss is GSPO's.
+
+    Args:
+        sequences: int64 [T], sequence of each token; all counted tokens of a sequence must be there.
+    """
+    difference = logp - behavior_logprobs
+    zeros = difference.new_zeros(int(sequences.max()) + 1)
+    count = zeros.index_add(0, sequences, torch.ones_like(difference)).clamp(min=1.0)
+    return (zeros.index_add(0, sequences, difference) / count).exp()[sequences]
 
 
 def _clip_bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
@@ -125,7 +147,7 @@ def truncated_weights(logp: Tensor, behavior_logprobs: Tensor, high: float) -> T
     efficient RL framework secretly brings you off-policy RL training"). Never the product over a sequence: a mean
     difference of 0.012 nats is a factor 3.3 after 100 tokens.
     """
-    return _ratio(logp.detach(), behavior_logprobs).clamp(max=high)
+    return token_ratio(logp.detach(), behavior_logprobs).clamp(max=high)
 
 
 def geometric_mean_filter(
@@ -133,23 +155,19 @@ def geometric_mean_filter(
 ) -> Tensor:
     """bool [T]: True where the geometric mean of the token's sequence's ratios lies in low..high.
 
-    exp(mean_t (logp_t - behaviour log-prob_t)) does not grow with the length of a sequence, unlike the product (the
-    sequence ratio of GSPO, Zheng et al. 2025, arXiv:2507.18071, here to leave a sequence out and not to weigh it).
+    That is `sequence_ratio`, here to leave a sequence out and not to weigh it.
 
     Args:
-        sequences: int64 [T], sequence of each token; all counted tokens of a sequence must be there.
+        sequences: as there.
     """
-    difference = (logp.detach() - behavior_logprobs).double()
-    zeros = torch.zeros(int(sequences.max()) + 1, dtype=torch.float64, device=logp.device)
-    count = zeros.index_add(0, sequences, torch.ones_like(difference)).clamp(min=1.0)
-    mean = (zeros.index_add(0, sequences, difference) / count).exp()
-    return ((mean >= low) & (mean <= high))[sequences]
+    mean = sequence_ratio(logp.detach().double(), behavior_logprobs.double(), sequences)
+    return (mean >= low) & (mean <= high)
 
 
 def corrected_tokens(logp: Tensor, behavior_logprobs: Tensor, sequences: Tensor, options: Options) -> Tensor:
     """bool [T]: tokens whose weight `correction` has truncated, or whose sequence it has left out."""
     if options.correction == "truncate":
-        return _ratio(logp.detach(), behavior_logprobs) > options.correction_high
+        return token_ratio(logp.detach(), behavior_logprobs) > options.correction_high
     bounds = options.correction_low, options.correction_high
     return ~geometric_mean_filter(logp, behavior_logprobs, sequences, *bounds)
 
@@ -181,7 +199,7 @@ def grpo_loss(
         reference_logp: [T] under the frozen reference, or None when kl_coeff is 0.
         mask: [T], 1 where the token counts; None where tokens that do not were left out beforehand.
         behavior_logprobs: [T] under the policy that sampled, needed by `ratio`, `correction` and "weighted_k3".
-        sequences: int64 [T], needed by the correction "filter".
+        sequences: int64 [T], needed by the correction "filter" and by ratios `of_sequences`.
         lengths: [T], length of the token's episode (as of `loss_denominator`), to weigh episodes equally; None weighs
             tokens equally.
 
@@ -203,7 +221,8 @@ def policy_term(
 ) -> Tensor:
     """policy_t of `grpo_loss`, [T]: the loss without its KL term, weighed or masked by the correction."""
     if options.ratio:
-        per_token = ratio_loss(logp, behavior_logprobs, advantages, options.clip_low, options.clip_high)
+        ratio = importance_ratio(logp, behavior_logprobs, sequences, options)
+        per_token = ratio_loss(ratio, advantages, options.clip_low, options.clip_high)
     else:
         per_token = policy_gradient_loss(logp, advantages)
     if options.correction == "truncate":

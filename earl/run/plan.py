@@ -145,7 +145,7 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
         segments.check(config)
     if made.segments or made.iterations:
         state.check_policy(run, made.checkpoint)
-        if made.checkpoint == 0 or config.kl_coeff:  # what is trained next needs it
+        if made.checkpoint == 0 or config.kl_coeff or config.lora is not None:  # what is trained next needs it
             state.check_start(run)
         segments.start(config, run)  # By stage, the newest checkpoint is restored from there.
     return made

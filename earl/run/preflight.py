@@ -15,8 +15,9 @@ from earl.config.schema import Config
 from earl.data import catalogue, datalist, mixing, row_files
 from earl.data.shards import SUMMARY
 from earl.data.tokenised import open_dataset
-from earl.emu3 import checkpoint
+from earl.emu3 import adapter, checkpoint
 from earl.emu3.vision import SPATIAL_FACTOR
+from earl.execution import runtime
 from earl.files import hub_names, listing, manifest, objects
 from earl.judges import rubric
 from earl.messages.errors import EarlError
@@ -39,7 +40,7 @@ def check(config: Config, origin: Callable[[str], str] | None = None, started: b
     Args:
         origin: where the value of a field was written (`earl.config.load.Loaded.origin`), if that is known.
         started: the run has its starting policy, so the fields that it comes from are not looked at.
-        here: stages run in this environment, so what is not installed here is not installed there.
+        here: stages run on this machine, so what is not installed here is not installed there, and the GPUs are these.
 
     Raises:
         EarlError: naming field, origin and remedy of everything that is wrong.
@@ -50,7 +51,7 @@ def check(config: Config, origin: Callable[[str], str] | None = None, started: b
     if not started:
         problems += [*_judge_gate(config), *_models(config), *_room(config)]
     if here:
-        problems += _packages(config)
+        problems += [*_packages(config), *_device(config)]
     if problems:
         where = {field: f" (in {origin(field)})" if origin else "" for field, _ in problems}
         lines = [f"\n  field {field}{where[field]} {message}" for field, message in problems]
@@ -247,6 +248,7 @@ def _codes(field: str, folder: Path) -> int:
     """Return how many visual tokens a policy or a vision tokenizer knows; EarlError where it is none."""
     if field == "vision_tokenizer_path":
         return checkpoint.check_vision_tokenizer(folder)
+    adapter.check_full(folder)
     return checkpoint.check_identity(folder).num_visual
 
 
@@ -302,3 +304,8 @@ def _packages(config: Config) -> Iterator[Problem]:
             "is `flash`, but flash-attn is not installed here; in EARL's folder, beside the torch that is installed, "
             "pip install --no-build-isolation -e '.[flash]', or set it to `auto` or `sdpa`",
         )
+
+
+def _device(config: Config) -> Iterator[Problem]:
+    if reason := runtime.refusal(config.device):
+        yield "device", f"{reason}; or plan for a cluster, where others do the work: snakemake --profile slurm"

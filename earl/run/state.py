@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from earl.emu3 import adapter
 from earl.execution import processes
 from earl.files import manifest, objects, remedies
 from earl.files.layout import Iteration, Run, iteration_name
@@ -194,6 +195,7 @@ def start(run: Run, policy: Path) -> None:
             f"{policy}: is not a model folder (it has no config.json); set model_path to a folder that "
             "transformers can load, or to a stage such as stage:sft/<name>"
         )
+    adapter.check_full(policy)
     first, digest = run.iteration(0), manifest.digest_folder(policy)
     _check_same_start(run, policy, digest)
     first.path.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from earl import code_version
 from earl.config import paths
 from earl.config.freeze import config_digest
 from earl.config.load import read as read_config
+from earl.emu3 import adapter
 from earl.files import atomic, manifest
 from earl.files.layout import Evaluation, Run
 from earl.messages.errors import EarlError
@@ -303,8 +304,25 @@ def _check_files(run: Run, index: int, metrics: dict[str, Any], found: Verificat
     if iteration.policy.is_dir():
         wrong = f"is not the policy that {iteration.metrics} recorded"
         _check_sealed(iteration.policy, found, metrics["policy_digest"], wrong)
+        _check_base(run, iteration.policy, found)
     if iteration.trainer.is_dir():
         _check_sealed(iteration.trainer, found)
+
+
+def _check_base(run: Run, policy: Path, found: Verification) -> None:
+    """An adapter must be of the run's starting policy, whose content `_check_start` looks at."""
+    if not adapter.is_adapter(policy):
+        return
+    try:
+        base, start = adapter.record(policy), _starting_policy(run, Verification())
+    except EarlError as error:
+        found.problems.append(Problem(*str(error).split(": ", 1)))
+        return
+    if start is not None and base["policy_digest"] != start:
+        wrong = f"names the base {base['policy_digest'][:12]}, but the run started from {start[:12]}"
+        found.add(policy / adapter.BASE, wrong)
+    elif (policy / base["path"]).resolve() != run.iteration(0).policy.resolve():
+        found.add(policy / adapter.BASE, f"names a base that is not {run.iteration(0).policy}")
 
 
 def _check_file(path: Path, digest: str | None, remedy: str, found: Verification) -> bool:

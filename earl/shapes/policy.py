@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.emu3 import sequence, vocabulary
-from earl.files import atomic, manifest
+from earl.emu3 import saving, sequence, vocabulary
+from earl.files import atomic
 from earl.shapes import world
 from earl.statistics import seeds
 
@@ -110,6 +110,6 @@ def write_policy(folder: Path | str, seed: int) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
     with atomic.folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
         vocabulary.write_tokenizer(tokenizer, temporary, MAX_LENGTH)
-        manifest.seal(temporary)
+        saving.save_policy(model, temporary, {})

@@ -13,7 +13,7 @@ makes several at once). Two things are made easy on purpose, so that a policy le
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -144,6 +144,25 @@ def draw_edit(rng: np.random.Generator, task: str, low: int = 2, high: int = 4) 
         except _Retry:
             continue
         return Edit(task, instruction, {"scene": _describe(scene), "edit": step}, scene, edited)
+
+
+def unchanged(edit: Edit) -> Edit:
+    """The example with the original as its edited image: the edit was not made."""
+    return replace(edit, edited=edit.original)
+
+
+def damaged(rng: np.random.Generator, edit: Edit) -> Edit:
+    """The example with a mistake beside the right edit: an object that it leaves alone is removed or replaced.
+
+    Where the edit leaves no object alone, it is as it was.
+    """
+    pairs = enumerate(zip(edit.original.cells, edit.edited.cells, strict=True))
+    alone = [cell for cell, (before, after) in pairs if before == after != EMPTY]
+    if not alone:
+        return edit
+    cell = _choose(rng, alone)
+    kind = _choose(rng, [EMPTY, _choose(rng, _absent(edit.edited))])
+    return replace(edit, edited=edit.edited.with_cells({cell: kind}))
 
 
 def _describe(scene: Scene) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from earl import judges
 from earl.config.load import read
 from earl.files.layout import Run
-from earl.run import state
+from earl.run import claims, state
 from earl.stages import rescore, score
 
 
@@ -36,6 +36,7 @@ def run(run_path: Path, iterations: Sequence[int] = (), evaluations: Sequence[st
     """
     files = Run(Path(run_path))
     config = read(files.config)
+    claims.claim(config, "score")
     with state.exclusive(files):
         judge = judges.get(config)
         for each in rescore.stored(files, files.path, iterations, evaluations):

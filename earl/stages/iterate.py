@@ -86,6 +86,7 @@ class _Segment:
         opened: what is closed when the segment ends.
         index: the iteration whose policy is in memory; ``policy_digest`` is of the folder that it has or would have.
         checkpoint: the newest iteration whose policy is on disk.
+        complete: the newest iteration that was complete when the segment started.
         recorded: the metrics of the iteration after ``index``, where that is complete already.
         learner: on ranks that train, from the first iteration on.
         sampler, judge: from the first time that a rank needs them.
@@ -100,6 +101,7 @@ class _Segment:
     index: int
     policy_digest: str
     checkpoint: int
+    complete: int
     progress: Progress
     recorded: dict[str, Any] | None = None
     learner: train.Learner | None = None
@@ -112,9 +114,10 @@ class _Segment:
     ) -> "_Segment":
         start = world.of_first(segments.start(config, files) if world.first else 0)
         digest = world.of_first(manifest.digest_folder(files.iteration(start).policy) if world.first else "")
+        complete = world.of_first(state.newest_complete(files) if world.first else 0)
         state.check_policy(files, start, digest)
         team, progress = world.first_ranks(config.train_processes), Progress(world.device)
-        segment = cls(config, files, last, world, team, opened, start, digest, start, progress)
+        segment = cls(config, files, last, world, team, opened, start, digest, start, complete, progress)
         segment._look_ahead()
         segment._say_where_it_starts()
         return segment
@@ -168,10 +171,11 @@ class _Segment:
         """Train iteration ``index``, and write a checkpoint where one is due.
 
         An iteration that is complete already is trained again, since its policy is needed, and keeps its files; see
-        `earl.stages.train.step`.
+        `earl.stages.train.step`. The last of these gets a checkpoint, so that a segment that is stopped again and again
+        goes on each time.
         """
-        files, due = self.files.iteration(index), segments.has_checkpoint(self.config, index, self.last)
-        again, metrics = self.recorded is not None, None
+        files, again, metrics = self.files.iteration(index), self.recorded is not None, None
+        due = segments.has_checkpoint(self.config, index, self.last) or (again and index == self.complete)
         if self.sampler is not None:
             self.sampler.engine.sleep()
         with self.progress.phase("train" if self.team is not None else "wait"):

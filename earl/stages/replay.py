@@ -22,7 +22,7 @@ from earl.files import atomic, manifest
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.report import comparison, curves
-from earl.run import replays, state
+from earl.run import claims, replays, state
 from earl.stages import rescore, train
 from earl.statistics import rewards
 
@@ -34,7 +34,8 @@ LEARNER = (
     *("importance_ratio", "clip_ratio_low", "clip_ratio_high", "parity_tolerance", "reward_final_reward"),
     *("sampler_correction", "sampler_correction_low", "sampler_correction_high"),
     *("separate_language_and_vision_vocabs", "logprob_support", "advantage_components"),
-    "zero_variance_groups",
+    *("learning_rate_schedule", "final_learning_rate", "schedule_iterations"),
+    *("decay_iterations", "warmup_iterations", "zero_variance_groups", "lora"),
     *(
         "per_device_batch_size",
         "packing",
@@ -117,6 +118,7 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
     replays.check_scores(source, config, last=config.num_iterations, scores=scores)
     if target.config.is_file() and replays.record_of(target) is None:
         raise EarlError(f"{out}: holds a run that is no replay; give a folder of its own")
+    claims.claim(config, "train")
     target.path.mkdir(parents=True, exist_ok=True)
     with state.exclusive(target):
         replays.write(target, record)
@@ -185,8 +187,9 @@ def _judge(source: Run, scores: str) -> dict[str, Any]:
 def changes(source: Run, target: Run) -> list[tuple[str, Any, Any]]:
     """Return the fields in which a replay's configuration differs from its source's: name, value there, value here."""
     before, after = (dict(leaves(read(run.config).model_dump(mode="json"))) for run in (source, target))
-    names = sorted(name for name in before if name in after and before[name] != after[name])
-    return [(name, before[name], after[name]) for name in names if name not in ("run_name", "push_to_hub_repo_id")]
+    own = ("run_name", "push_to_hub_repo_id")
+    rows = [(name, before.get(name), after.get(name)) for name in sorted((before.keys() | after.keys()) - set(own))]
+    return [(name, then, now) for name, then, now in rows if then != now]
 
 
 def _start(source: Run, target: Run) -> None:

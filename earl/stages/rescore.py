@@ -25,7 +25,7 @@ from earl.config.schema import is_free
 from earl.files import atomic, manifest, tables
 from earl.files.layout import Evaluation, Run
 from earl.messages.errors import EarlError
-from earl.run import replays, state
+from earl.run import claims, replays, state
 from earl.stages import score
 from earl.statistics import agreement
 from earl.statistics.rewards import SUB_SCORES, viescore
@@ -76,6 +76,7 @@ def run(
     found = list(stored(files, folder, iterations, evaluations))
     if not found:
         raise EarlError(f"{files.path}: has no scored rollouts of these iterations and evaluations; name others")
+    claims.claim(config, "score")
     with state.exclusive(Run(folder)):
         freeze.write(config, folder / "config.json")
         judge = judges.get(config)

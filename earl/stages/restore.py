@@ -19,7 +19,7 @@ from earl.execution import launch, processes, ranks, runtime
 from earl.files import manifest
 from earl.files.layout import Iteration, Run
 from earl.messages.errors import EarlError
-from earl.run import replays, state
+from earl.run import claims, replays, state
 from earl.stages import train
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def _restore(files: Run, target: Iteration) -> None:
     log.info("restore: replaying iterations %d to %d from %s", start + 1, iteration, files.iteration(start).policy)
     for index in range(start + 1, iteration + 1):
         _check_inputs(files, index)
+    claims.claim(config, "restore", max(_ranks(files.iteration(index)) for index in range(start + 1, iteration + 1)))
     scratch = Run(files.path / state.RESTORING / target.path.name)
     shutil.rmtree(scratch.path, ignore_errors=True)
     try:

@@ -25,7 +25,7 @@ from earl.config.paths import (
 from earl.data import mixing
 from earl.data.example import Dataset, Example
 from earl.data.tokenised import open_dataset
-from earl.emu3 import saving
+from earl.emu3 import adapter, saving
 from earl.emu3 import sequence as grammar
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
@@ -48,7 +48,8 @@ def run(config: "Config", name: str, out: Path) -> None:
     """Write the policy folder `out` of the fine-tuning `name`, with the curves of its steps in its `sft.json`:
     loss, gradient norm, learning rate and, where it is validated, held-out loss (see `sft.Progress`).
 
-    Policies that `keep_checkpoints_every_n_steps` keeps go to `<out>.checkpoints/step-<n>`.
+    An adapter is written as the sum with its base. Policies that `keep_checkpoints_every_n_steps` keeps go to
+    `<out>.checkpoints/step-<n>`.
 
     Checkpoints go to `<out>.partial` beside it: killed at any time and started again, the stage goes on from the last
     one and ends in the same bytes. The folder is removed once `out` is complete. Under torchrun every rank calls this;
@@ -65,10 +66,16 @@ def run(config: "Config", name: str, out: Path) -> None:
 
 def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> None:
     base = policy_folder(config, tuning.base_model)
+    adapter.check_full(base)
     vocabulary, beside = Vocabulary.from_folder(base), saving.companions(base)
     data = fine_tuning_data(config, name)
     build = _Builder(tuning, _opened(config, data.references, vocabulary), vocabulary)
-    policy = sharding.load(base, team, config.dtype == "bfloat16")
+    lora, bfloat16 = tuning.lora and tuning.lora.settings, config.dtype == "bfloat16"
+    policy = (
+        sharding.load_with_adapter(base, lora, tuning.random_seed, team, bfloat16)
+        if lora
+        else sharding.load(base, team, bfloat16)
+    )
     with data.named():
         sizes = [len(dataset) for dataset in build.datasets]
         mixture = mixing.mixture(sizes, tuning.coefficients, tuning.random_seed)
@@ -85,7 +92,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
 
     def keep(step: int) -> None:
         with ranks.folder(kept / f"step-{step:06d}", team) as folder:
-            saving.save_policy(policy, folder, beside, team=team)
+            saving.save_policy(policy, folder, beside, torch.float32, team, lora)
 
     done = sft.fine_tune(policy, sequence, len(mixture), settings, checkpoints, identity, team, held_out, keep)
     with ranks.folder(out, team) as folder:
@@ -95,7 +102,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
             if tuning.validation:
                 curve["left_out_validation_examples"] = left_out_held_out
             (folder / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-        digest = saving.save_policy(policy, folder, beside, team=team)
+        digest = saving.save_policy(policy, folder, beside, torch.float32, team, lora)
     if team.first:
         shutil.rmtree(checkpoints, ignore_errors=True)
     log.info(
@@ -118,6 +125,8 @@ class _Builder:
 
     def __init__(self, tuning: "Sft", datasets: list[Dataset], vocabulary: Vocabulary) -> None:
         self.reasoning, self.keys = tuning.reasoning, tuning.reasoning_keys
+        self.fraction, self.seed = tuning.reasoning_fraction, tuning.random_seed
+        self.learns_instructions = tuning.instruction_loss_weight > 0
         self.datasets = datasets
         self.vocabulary = vocabulary
         self.missing: dict[tuple[str, str], str] = {}
@@ -132,15 +141,24 @@ class _Builder:
         where = f"{example.dataset}: example {example.example_id}"
         if example.target_tokens is None:
             raise EarlError(f"{where}: column 'target_tokens' is empty: there is no edit to learn from; leave it out")
-        reasoning = self._reasoning(example, where) if self.reasoning else None
+        reasoning = self._reasoning(example, where) if self._reasons(row) else None
         try:
             ids, prompt_length = grammar.sft_ids(
                 example.original_tokens, example.instruction, example.target_tokens, reasoning, self.vocabulary
             )
         except EarlError as error:
             raise EarlError(f"{where}: {error}") from error
-        prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length])
-        return where, sft.Example(prompt, completion)
+        instruction = 0
+        if self.learns_instructions:
+            instruction = prompt_length - 1 - len(grammar.image_ids(example.original_tokens, self.vocabulary))
+        prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length - instruction])
+        return where, sft.Example(prompt, completion, instruction)
+
+    def _reasons(self, row: mixing.Row) -> bool:
+        """Return whether the sequence of a row holds its reasoning; the same rows for any number of steps."""
+        if not self.reasoning or self.fraction == 1:
+            return self.reasoning
+        return seeds.generator("sft-reasoning", self.seed, *row).random() < self.fraction
 
     def _reasoning(self, example: Example, where: str) -> list[tuple[str, str]]:
         if not example.reasoning:
@@ -258,6 +276,8 @@ def _settings(config: "Config", tuning: "Sft", device: torch.device) -> sft.Sett
         learning_rate=tuning.learning_rate,
         final_learning_rate=tuning.final_learning_rate,
         schedule=tuning.schedule,
+        decay_steps=tuning.decay_steps,
+        instruction_loss_weight=tuning.instruction_loss_weight,
         warmup_steps=tuning.warmup_steps,
         adamw=AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
         max_gradient_norm=tuning.max_gradient_norm,

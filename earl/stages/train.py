@@ -6,7 +6,7 @@ iterations loads the learner once and calls `step` for each; the files are the s
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,52 +16,24 @@ import torch
 from earl import code_version
 from earl.config.freeze import config_digest
 from earl.emu3 import saving
-from earl.emu3.checkpoint import check_files
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
 from earl.files.layout import Iteration, Run
-from earl.learner import attention, episodes, grpo, objective, performance, sharding, trainer_state
+from earl.learner import attention, episodes, grpo, objective, performance, trainer_state
 from earl.learner.performance import Clock
+from earl.learner.schedule import Schedule
 from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
 from earl.run import replays, state
+from earl.stages.learner import Learner, digest_of, load, splits_alone
 
 if TYPE_CHECKING:
-    from transformers import Emu3ForCausalLM
-
     from earl.config.schema import Config
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Learner:
-    """The policy in training and what trains it, as of an iteration; `step` takes it to the next one.
-
-    Attributes:
-        reference: the frozen starting policy, and its digest; None where no KL term is wanted.
-        iteration: the last one that was trained; 0: the starting policy.
-        optimizer_steps: done since the run began.
-        policy_digest: of the folder that the policy has or would have.
-        companions: the folder's files that training does not change, by name: the tokenizer's.
-    """
-
-    policy: "Emu3ForCausalLM"
-    optimizer: torch.optim.Optimizer
-    reference: "Emu3ForCausalLM | None"
-    reference_digest: str | None
-    iteration: int
-    optimizer_steps: int
-    policy_digest: str
-    vocabulary: Vocabulary
-    companions: dict[str, bytes]
-
-    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the policy's weights by name, whole and on the device; all ranks of the team do so together."""
-        return saving.whole_weights(self.policy, dtype)
 
 
 def run(config: "Config", run_path: Path, iteration: int, shards: int | None = None) -> dict[str, Any]:
@@ -87,65 +59,12 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     with ranks.joined(runtime.prepare(config), splits_alone(config)) as team:
         clock, before = Clock(team.device), files.iteration(iteration - 1).policy
         with clock.phase("read"):
-            policy_digest, vocabulary = _digest(before, team), Vocabulary.from_folder(before)
+            policy_digest, vocabulary = digest_of(before, team), Vocabulary.from_folder(before)
             state.check_policy(files, iteration - 1, policy_digest)
             batch = _read(config, files, iteration, shards, policy_digest, vocabulary, team)
         with clock.phase("load"):
             learner = load(config, files, iteration - 1, team)
         return _step(config, files, learner, batch, team, clock, checkpointed=True)
-
-
-def splits_alone(config: "Config") -> bool:
-    """Return whether models are split (see `sharding`) where one rank trains."""
-    return config.dtype == "bfloat16" or config.reference_offload
-
-
-def load(config: "Config", files: Run, index: int, team: Ranks) -> Learner:
-    """Return the learner as iteration `index` left it, from its checkpoint; all ranks of the team call this.
-
-    Args:
-        index: of the iteration; 0 loads the starting policy, with a fresh optimizer.
-
-    Raises:
-        EarlError: the checkpoint is missing, damaged or not the one on record, or its parts do not belong together.
-    """
-    iteration = files.iteration(index)
-    digest = _digest(iteration.policy, team)
-    state.check_policy(files, index, digest)
-    binding = {"iteration": index, "policy_digest": digest, "config_digest": config_digest(config)}
-    trained = trainer_state.check(iteration.trainer, **binding) if index else None
-    policy = sharding.load(iteration.policy, team, config.dtype == "bfloat16")
-    optimizer = grpo.new_optimizer(policy, config.learning_rate)
-    if trained is None:
-        log.info("trainer: iteration 1 starts with a fresh optimizer from %s", iteration.policy)
-    else:
-        trainer_state.load(iteration.trainer, policy, optimizer, team, **binding)
-    if config.compile:
-        sharding.compile_layers(policy)
-    return Learner(
-        policy,
-        optimizer,
-        *_reference(config, files.iteration(0).policy, team),
-        iteration=index,
-        optimizer_steps=trained.optimizer_steps if trained else 0,
-        policy_digest=digest,
-        vocabulary=Vocabulary.from_folder(iteration.policy),
-        companions=saving.companions(iteration.policy),
-    )
-
-
-def _digest(policy: Path, team: Ranks) -> str:
-    """Return the digest of a policy folder; one that nobody sealed, all of which is read, is read by one rank."""
-    return team.of_first(manifest.digest_folder(check_files(policy)) if team.first else "")
-
-
-def _reference(config: "Config", folder: Path, team: Ranks) -> "tuple[Emu3ForCausalLM, str] | tuple[None, None]":
-    """Weights and digest of the frozen starting policy; where no KL term is wanted it is not loaded."""
-    if config.kl_coeff == 0:
-        return None, None
-    bfloat16, offload = config.dtype == "bfloat16", config.reference_offload
-    digest = _digest(folder, team)
-    return sharding.load(folder, team, bfloat16, frozen=True, offload=offload), digest
 
 
 def step(
@@ -246,7 +165,7 @@ def _step(
         "warnings": warnings,
         **learned,
         "counted": batch.settings.counted,
-        "learning_rate": config.learning_rate,
+        "learning_rate": batch.settings.learning_rate,
         "optimizer_steps": learner.optimizer_steps,
         "left_out_prompts": batch.source.left_out,
         "rubrics_digest": batch.source.rubrics,
@@ -272,9 +191,11 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        learning_rate=_schedule(config).rate(iteration - 1),
         options=objective.Options(
             kl_estimator=config.kl_estimator,
-            ratio=config.importance_ratio == "behavior",
+            ratio=config.importance_ratio != "none",
+            of_sequences=config.importance_ratio == "sequence",
             clip_low=config.clip_ratio_low,
             clip_high=config.clip_ratio_high,
             correction=config.sampler_correction,
@@ -294,6 +215,17 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
 def check_kernel(config: "Config", device: torch.device) -> str:
     """Return the kernel of attention, see `attention.choose`, which raises where it cannot run."""
     return attention.choose(config.attention, device, config.dtype == "bfloat16")
+
+
+def _schedule(config: "Config") -> Schedule:
+    return Schedule(
+        config.learning_rate,
+        config.schedule_iterations,
+        config.final_learning_rate,
+        config.learning_rate_schedule,
+        config.warmup_iterations,
+        config.decay_iterations,
+    )
 
 
 def write_checkpoint(config: "Config", files: Run, learner: Learner, team: Ranks) -> None:

@@ -87,11 +87,15 @@ def _pushed(run: Run, config: "Config", state: Path) -> dict[str, dict[str, str]
 
 
 def due(run: Run, config: "Config") -> list[int]:
-    """Return the iterations whose policies belong on the hub: every n-th one, and the last of the run."""
+    """Return the iterations whose policies belong on the hub: every n-th one, and the last of the run.
+
+    Before the first adapter comes its base, the starting policy.
+    """
     every = config.push_to_hub_every_n_iterations
     newest = state.newest_complete(run)
     wanted = set(range(every, newest + 1, every)) if every else set()
     wanted |= {newest} if newest and newest >= config.num_iterations else set()
+    wanted |= {0} if wanted and config.lora is not None else set()
     return sorted(wanted)
 
 
@@ -130,7 +134,8 @@ class _Repository:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self.api.repo_info(self.id).sha
-        manifest.check(iteration.policy, deep=True)
+        if iteration.index or (iteration.policy / manifest.NAME).is_file():
+            manifest.check(iteration.policy, deep=True)
         members = {
             path.relative_to(iteration.policy).as_posix(): path
             for path in sorted(iteration.policy.rglob("*"))

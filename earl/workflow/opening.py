@@ -5,11 +5,14 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import IO
 
 from earl import tracking
 from earl.config import freeze, load
+from earl.estimate import fit, gpus
+from earl.estimate.cases import NotSimulated
 from earl.execution import processes
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
@@ -20,7 +23,12 @@ from earl.workflow.settings import Settings
 from earl.workflow.shared import Shared
 
 
-def make_plans(settings: Settings, is_main: bool = True, stages_run_here: bool = True) -> dict[str, Plan]:
+def make_plans(
+    settings: Settings,
+    is_main: bool = True,
+    stages_run_here: bool = True,
+    resources: gpus.Resources = lambda rule: {},
+) -> dict[str, Plan]:
     """Return what is to be done, by run folder.
 
     Args:
@@ -46,6 +54,8 @@ def make_plans(settings: Settings, is_main: bool = True, stages_run_here: bool =
             plans.append(planning.plan(loaded.config, settings.granularity == "segment"))
             if is_main:
                 _check(plans[-1], loaded, stages_run_here)
+                if settings.check_memory:
+                    _check_memory(plans[-1], loaded, stages_run_here, resources)
     by_run: dict[str, Plan] = {}
     with _kept(problems):
         by_run = planning.by_run(plans)
@@ -73,6 +83,22 @@ def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
     print(plan.text(), file=sys.stderr)
     if missing := tracking.missing(plan.config):
         print(f"{plan.key}: {missing}", file=sys.stderr)
+
+
+def _check_memory(plan: Plan, loaded: load.Loaded, stages_run_here: bool, resources: gpus.Resources) -> None:
+    """Stop where a stage does not fit on its GPUs. Costs nothing where none is used, or nobody knows what they hold."""
+    if plan.config.device == "cpu" or not (plan.segments or plan.iterations):
+        return
+    here = gpus.here() if stages_run_here else None
+
+    def asked(rule: str) -> gpus.Asked:
+        found = gpus.asked(resources(rule))
+        return replace(found, gpu=found.gpu or here)
+
+    try:
+        fit.refuse(plan.config, fit.check(plan.config, plan.by_segment, asked), loaded.origin)
+    except NotSimulated as error:
+        print(f"{plan.key}: whether it fits on its GPUs was not checked: {error}", file=sys.stderr)
 
 
 def hold(

@@ -51,6 +51,8 @@ class Settings(BaseModel):
     """What one job is: a segment of iterations, or a single stage."""
     accept_changes: bool = False
     """Continue a run whose frozen configuration differs."""
+    check_memory: bool = True
+    """Refuse stages that, by estimate, do not fit on their GPUs, where it is known which these are."""
     earl_command: str = f"{shlex.quote(sys.executable)} -m earl"
     """The words that run ``earl`` in the environment of the stages."""
 

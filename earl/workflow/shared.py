@@ -73,6 +73,8 @@ class Shared:
                 raw = plan.config.raw_datasets[stage.name]
                 words = ["shapes", "raw", "--count", raw.count, "--seed", raw.seed]
                 words += ["--tasks", ",".join(raw.tasks)] if raw.tasks else []
+                for name in ("unchanged_fraction", "damaged_fraction"):
+                    words += [f"--{name.replace('_', '-')}", fraction] if (fraction := getattr(raw, name)) else []
             case "policy":
                 words = ["shapes", "policy", "--seed", paths.SHAPES_POLICY_SEED]
             case "download":

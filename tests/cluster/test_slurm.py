@@ -196,11 +196,10 @@ def one_process_demo(tmp_path_factory):
     ("granularity", "resources", "fields"),
     [
         ("stage", [], {}),
-        ("segment", [], {}),
         # A rank on each node samples, one trains.
         ("segment", ["iterate:nodes=2", "iterate:gpu=1"], {"segment_processes": 2, "rollout_shards": 1}),
     ],
-    ids=["stage", "segment", "segment on two nodes"],
+    ids=["stage", "segment on two nodes"],
 )
 def test_the_demo_ends_in_the_bytes_of_one_process(slurm, tmp_path, one_process_demo, granularity, resources, fields):
     settings = SHORT | {"base_exp_dir": str(tmp_path), "run_name": one_process_demo.path.name} | fields

@@ -8,17 +8,14 @@ import subprocess
 
 import pytest
 
-from tests.support.toy_workflow import Bench, kill, wait_until
+from tests.support.toy_workflow import kill, wait_until
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def bench(tmp_path, slurm):
-    yield Bench(tmp_path, slurm.env)
-    for job in slurm.jobs():
-        slurm.call("scancel", job)
-    wait_until(lambda: not slurm.jobs())
+def bench(slurm_bench):
+    return slurm_bench
 
 
 def test_two_jobs_run_side_by_side_each_with_gpus_of_its_own(bench):
@@ -60,46 +57,12 @@ def test_a_type_of_gpus_that_no_node_has_is_refused(bench):
     assert "was not submitted" in bench.said()
 
 
-def test_a_job_that_fails_without_a_log_of_its_rule_shows_what_it_printed(bench):
-    bench.ended(bench.start("fail"), status=1)
-    assert "exit status 1; its log: " in bench.said()
-    assert "went wrong" in bench.said()
-
-
-def test_an_interrupted_driver_cancels(bench, slurm):
-    driver, _ = bench.start("out/a", "out/b"), bench.begun(2)
-    driver.send_signal(signal.SIGINT)
-    bench.ended(driver, status=1)
-    wait_until(lambda: not slurm.jobs())
-    assert bench.words() == ["begin", "begin"]
-
-
 def test_a_cancelled_job_fails(bench, slurm):
     driver, [[job, *_]] = bench.start(), bench.begun()
     slurm.call("scancel", job)
     bench.ended(driver, status=1)
     assert "ended without a result (CANCELLED" in bench.said()
     assert bench.words() == ["begin"]
-
-
-def test_a_killed_driver_finds_its_jobs_again(bench):
-    driver, _ = bench.start(), bench.begun()
-    kill(driver)
-    driver = bench.start()
-    bench.waits_for(": found running")
-    bench.hurry()
-    bench.ended(driver)
-    assert bench.words() == ["begin", "end"]
-
-
-def test_a_job_with_another_command_for_the_same_output_is_cancelled_first(bench):
-    driver, [[job, *_]] = bench.start(), bench.begun()
-    kill(driver)
-    driver = bench.start(config="other")
-    assert bench.begun(2)[1][0] != job
-    bench.hurry()
-    bench.ended(driver)
-    assert bench.words() == ["begin", "begin", "end"]
 
 
 @pytest.mark.parametrize("late", [False, True])

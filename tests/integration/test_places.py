@@ -130,7 +130,8 @@ class TestModels:
         assert f"field {field} is 'model', which cannot be used: model/config.json: model_type is 'llama'" in message
 
     def test_a_policy_of_another_vocabulary(self, place: Workplace) -> None:
-        change(place.path / "model" / "config.json", vocab_size=7)
+        path = place.path / "model" / "config.json"
+        change(path, text_config=json.loads(path.read_text())["text_config"] | {"vocab_size": 7})
         assert "field model_path is 'model', which cannot be used: model: the model has 7 ids" in refusal()
 
     def test_a_policy_without_a_tokenizer(self, place: Workplace) -> None:

@@ -54,7 +54,7 @@ def alone(tmp_path_factory, policy_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, 4])
 def test_ranks_change_the_step_by_rounding_alone(size, alone, policy_folder, tmp_path):
     """Loss, gradient norm and every other metric, and the weights after one and after two steps."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
@@ -63,9 +63,9 @@ def test_ranks_change_the_step_by_rounding_alone(size, alone, policy_folder, tmp
     start = load_file(policy_folder / "model.safetensors")
     for case in ranks_program.CASES:
         expected, found = (_known(out / f"{case}.json") for out in (alone, tmp_path))
-        tolerance = 1e-2 if case == "bfloat16" else 1e-5
+        tolerance = 1e-2 if "bfloat16" in case else 1e-5
         assert found == pytest.approx(expected, rel=tolerance, abs=1e-6), case
-        if case != "bfloat16":
+        if "bfloat16" not in case:
             weights, others = (load_file(out / case / "model.safetensors") for out in (alone, tmp_path))
             moved = sum((weights[name] - start[name].float()).square().sum() for name in weights).sqrt()
             apart = sum((weights[name] - others[name]).square().sum() for name in weights).sqrt()
@@ -102,10 +102,10 @@ def update_of(run, iteration: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):
-    """1 -> 2 -> 4 -> 2 -> 1 against one process all along; then one is restored, by as many as then."""
+    """1 -> 2 -> 4 -> 1 against one process all along; then one is restored, by as many as then."""
     config, run = new_run(train_processes=2, learning_rate=1e-4)
     _, other = new_run("other", learning_rate=1e-4)
-    numbers = {1: 1, 2: 2, 3: 4, 4: 2, 5: 1}
+    numbers = {1: 1, 2: 2, 3: 4, 4: 1}
     for iteration, processes in numbers.items():
         for each in (run, other):
             write_inputs(each, iteration, vocabulary)
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):
         assert json.loads(run.iteration(iteration).metrics.read_text())["ranks"] == processes
         performance = json.loads(run.iteration(iteration).performance.read_text())
         assert len(performance["peak_memory_bytes"]) == processes
-    found, alone = update_of(run, 5), update_of(other, 5)
+    found, alone = update_of(run, 4), update_of(other, 4)
     assert (found - alone).norm() < 1e-3 * alone.norm()
 
     expected = made_of(run, 2)

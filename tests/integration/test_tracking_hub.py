@@ -63,6 +63,19 @@ def test_every_nth_and_the_last_policy_once_each(tmp_path, server):
     assert json.loads((run.path / "tracking" / "hub.json").read_text())["pushed"]["4"]["policy_digest"] == digest
 
 
+def test_the_base_of_adapters_is_pushed_before_them(tmp_path, server):
+    run, _ = new_run(tmp_path / "a", **PUSHED, lora={"rank": 4})
+    (run.iteration(0).policy / "model.safetensors").write_bytes(b"base")
+    assert push(run) == []
+    train(run, 1, 2)
+    assert push(run) == [0, 2]
+    train(run, 3, 4)
+    assert push(run) == [4]
+    assert sorted(server.repositories["tester/policies"].tags) == [
+        *("iteration-000000", "iteration-000002", "iteration-000004"),
+    ]
+
+
 def test_a_policy_that_is_not_on_disk_is_named_with_what_brings_it_back(tmp_path, server, caplog):
     run, _ = new_run(tmp_path / "a", **PUSHED)
     train(run, 1, 2, 3, 4, 5)

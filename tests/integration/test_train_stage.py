@@ -277,6 +277,19 @@ def test_the_optimizer_goes_on_where_it_was(new_run, vocabulary):
     assert made_of(other, 1)["policy"] != with_state
 
 
+def test_the_rate_of_an_iteration_follows_its_schedule(new_run, vocabulary):
+    """Warmed up to 2e-5 in two iterations, the first has half the rate and takes the step of a constant 1e-5."""
+    schedule = {"learning_rate_schedule": "linear", "schedule_iterations": 4, "warmup_iterations": 2}
+    config, run = new_run("falls", learning_rate=2e-5, final_learning_rate=1e-5, **schedule)
+    train_iterations(config, run, vocabulary, 4)
+    rates = [json.loads(run.iteration(index).metrics.read_text())["learning_rate"] for index in range(1, 5)]
+    assert rates == pytest.approx([1e-5, 2e-5, 2e-5, 1.5e-5])
+    constant, other = new_run("constant", learning_rate=1e-5)
+    train_iterations(constant, other, vocabulary, 2)
+    assert made_of(run, 1)["policy"] == made_of(other, 1)["policy"]
+    assert made_of(run, 2)["policy"] != made_of(other, 2)["policy"]
+
+
 def test_several_steps_an_iteration_are_counted_and_repeat_their_bytes(new_run, vocabulary):
     changes = {"optimizer_steps_per_iteration": 2, "importance_ratio": "behavior", "clip_ratio_high": 0.2}
     found = []

@@ -28,7 +28,8 @@ def make_shared(config: Config) -> None:
         match stage.stage:
             case "raw":
                 raw = config.raw_datasets[stage.name]
-                dataset.write_raw(output, count=raw.count, seed=raw.seed, tasks=raw.tasks or world.TASKS)
+                mistakes = (raw.unchanged_fraction, raw.damaged_fraction)
+                dataset.write_raw(output, raw.count, raw.seed, raw.tasks or world.TASKS, *mistakes)
             case "policy":
                 policy.write_policy(output, seed=paths.SHAPES_POLICY_SEED)
             case "download":
@@ -100,9 +101,7 @@ def run_in_memory(config: Config) -> Run:
         for shard in range(config.rollout_shards):
             generate.run(config, index, shard, sampler, files.rollouts(shard))
             score.run(config, files.rollouts(shard), files.scores(shard), judge)
-        train.step(
-            config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations)
-        )
+        train.step(config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations))
         sampler.update(learner.weights(runtime.dtype(config)), learner.policy_digest)
     return run
 

@@ -8,10 +8,10 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.support.loopback import Answer, Asked, LoopbackServer
 
 OWNER = "tester"
 
@@ -38,7 +38,7 @@ class Repository:
         return next(commit.files for commit in self.commits if commit.id == self.tags[tag])
 
 
-class HubServer:
+class HubServer(LoopbackServer):
     """``with HubServer() as server: ...``; its repositories by name. ``fail_at`` breaks off the next call whose path
     holds this text: before it is carried out, or after (``fail_after``)."""
 
@@ -48,18 +48,16 @@ class HubServer:
         self.calls: list[str] = []
         self.fail_at = ""
         self.fail_after = False
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
-    def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+    def respond(self, asked: Asked) -> Answer:
+        self.calls.append(f"{asked.method} {asked.path}")
+        fails = bool(self.fail_at) and self.fail_at in asked.path
+        if not fails or self.fail_after:
+            status, content = self.route(asked.method, asked.path, asked.body)
+        if fails:
+            self.fail_at = ""
+            status, content = 400, {"error": "told to fail"}
+        return Answer(content, status)
 
     def create(self, body: bytes) -> tuple[int, Any]:
         wanted = json.loads(body)
@@ -145,29 +143,3 @@ class HubServer:
         if what == "preupload":
             return self.upload_modes(body)
         return self.commit(name, body) if what == "commit" else self.tag(name, rest, body)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer
-    protocol_version = "HTTP/1.1"
-
-    def _handle(self) -> None:
-        hub, path = self.hub, self.path.partition("?")[0]
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        hub.calls.append(f"{self.command} {path}")
-        fails = bool(hub.fail_at) and hub.fail_at in path
-        status, content = (500, {}) if fails and not hub.fail_after else hub.route(self.command, path, body)
-        if fails:
-            hub.fail_at = ""
-            status, content = 400, {"error": "told to fail"}
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_POST = do_PUT = _handle
-
-    def log_message(self, *_: object) -> None:
-        pass

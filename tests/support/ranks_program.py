@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from earl.emu3 import saving
+from earl.emu3.adapter import Lora
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import processes, ranks
 from earl.execution.ranks import Ranks
@@ -30,8 +31,10 @@ CASES = {
     "two steps, recomputed": {"micro_batch": 2, "optimizer_steps": 2, "gradient_checkpointing": True, "packed": True},
     "text only": {"micro_batch": 2, "counted": "text", "normalization": "sequences"},
     "bfloat16": {"micro_batch": 3, "bfloat16": True},
+    "adapter, two steps, recomputed": {"micro_batch": 2, "optimizer_steps": 2, "gradient_checkpointing": True},
+    "adapter, bfloat16": {"micro_batch": 3, "bfloat16": True, "packed": True},
 }
-BY_BLOCKS = ("packed, micro-batch 3", "bfloat16")
+BY_BLOCKS = ("packed, micro-batch 3", "bfloat16", "adapter, bfloat16")
 """Cases whose logits are computed in several blocks."""
 BLOCK = head.TOKENS, head.IDS
 
@@ -61,14 +64,18 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
     vocabulary = Vocabulary.from_folder(policy_folder)
     chosen = settings(vocabulary, **CASES[case])
     head.TOKENS, head.IDS = (7, 50) if case in BY_BLOCKS else BLOCK
-    policy = sharding.load(policy_folder, team, chosen.bfloat16)
-    reference = sharding.load(policy_folder, team, chosen.bfloat16, frozen=True, offload=case.startswith("padded"))
+    lora = Lora(3, 6) if case.startswith("adapter") else None
+    if lora:
+        policy = reference = sharding.load_with_adapter(policy_folder, lora, 0, team, chosen.bfloat16)
+    else:
+        policy = sharding.load(policy_folder, team, chosen.bfloat16)
+        reference = sharding.load(policy_folder, team, chosen.bfloat16, frozen=True, offload=case.startswith("padded"))
     optimizer = grpo.new_optimizer(policy, 1e-3)
     metrics = grpo.train_iteration(policy, reference, optimizer, episodes(vocabulary), chosen, case, team)
     if team.first:
         atomic.write_text(out / f"{case}.json", json.dumps(metrics))
     with ranks.folder(out / case, team) as folder:
-        saving.save_policy(policy, folder, saving.companions(policy_folder), team=team)
+        saving.save_policy(policy, folder, saving.companions(policy_folder), torch.float32, team, lora)
 
 
 def main(policy_folder: Path, out: Path) -> None:

@@ -1,9 +1,9 @@
-"""What tests run under torchrun and by itself: each rank samples its own prompts, with its own engine.
+"""What tests run under torchrun and in their own process: each rank samples its own prompts, with its own engine.
 
     torchrun --nproc-per-node 2 tests/support/sampling_program.py <engine> <policy folder> <other policy> <out>
 
-A process by itself does what two ranks do, one after the other. Writes `<out>/<rank>.json`: completions of the first
-policy, of the second one's weights taken from memory, and of the first one loaded anew after the engine was closed.
+A process that is no rank does what two ranks do, one after the other. Writes `<out>/<rank>.json`: completions of the
+first policy, of the second one's weights taken from memory, and of the first one loaded anew after it was closed.
 """
 
 import json
@@ -47,10 +47,9 @@ def weights(policy: Path) -> list[tuple[str, torch.Tensor]]:
     return [(name, weight.detach()) for name, weight in model.named_parameters()]
 
 
-def main(name: str, policy: Path, other: Path, out: Path) -> None:
-    torch.set_num_threads(1)
+def sample_by(sampler: Engine, policy: Path, other: Path, out: Path) -> None:
+    """Sample as one rank of those there are, or as all of them where there are none."""
     vocabulary = Vocabulary.from_folder(policy)
-    sampler = engine(name)
     with ranks.joined(torch.device("cpu")) as team:
         own = [team.rank] if team.size > 1 else range(RANKS)
 
@@ -72,5 +71,6 @@ def main(name: str, policy: Path, other: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:]))
+    torch.set_num_threads(1)
+    sample_by(engine(sys.argv[1]), *map(Path, sys.argv[2:]))
     processes.end_at_once(0)

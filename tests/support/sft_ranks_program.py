@@ -22,24 +22,24 @@ from earl.files import atomic
 from earl.learner import grpo, sft, sharding
 
 SETTINGS = sft.Settings(
-    steps=1, batch_size=5, micro_batch=1, learning_rate=1.0, warmup_steps=0, seed=1, bfloat16=False,
+    steps=1, batch_size=3, micro_batch=1, learning_rate=1.0, warmup_steps=0, seed=1, bfloat16=False,
     max_gradient_norm=None,
 )  # fmt: skip
 BOUND = 0.01
 """Norm that the gradient is clipped to in the case `clipped`; in the others it is as long as it comes."""
 CASES = {
     "padded": {},
-    "packed": {"packed": True, "micro_batch": 3, "gradient_checkpointing": True},
+    "packed": {"packed": True, "micro_batch": 2, "gradient_checkpointing": True},
     "clipped": {"max_gradient_norm": BOUND},
 }
 
 
 def examples(vocabulary: Vocabulary) -> list[sft.Example]:
-    """Five sequences, whose completions have 2, 11, 20, 29 and 38 tokens: no two ranks have as many."""
+    """Sequences whose completions have 2, 11 and 20 tokens: no two ranks have as many."""
     rng = np.random.default_rng(0)
     return [
         sft.Example(rng.integers(0, vocabulary.size, 6), rng.integers(0, vocabulary.size, 2 + 9 * place))
-        for place in range(5)
+        for place in range(SETTINGS.batch_size)
     ]
 
 
@@ -55,14 +55,15 @@ def step(policy_folder: Path, case: str, team: Ranks, out: Path) -> None:
         atomic.write_text(out / f"{case}.json", json.dumps(loss))
 
 
-def main(policy_folder: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+def steps(policy_folder: Path, out: Path) -> None:
+    """Take the step of each case, as one rank of those there are."""
     with ranks.joined(torch.device("cpu")) as team:
         for case in CASES:
             step(policy_folder, case, team, out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    steps(Path(sys.argv[1]), Path(sys.argv[2]))
     processes.end_at_once(0)

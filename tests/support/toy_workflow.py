@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
+
+from tests.support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +121,43 @@ class Bench:
     def logs(self) -> str:
         """Return what the jobs have printed beside what went to the rules' logs."""
         return "".join(path.read_text() for path in self.path.glob(".snakemake/submitit/*/*.out"))
+
+    def jobs(self) -> Collection[str | int]:
+        """Return the jobs that have not ended."""
+        raise NotImplementedError
+
+    def idle(self) -> None:
+        """Wait until no job is left."""
+        wait_until(lambda: not self.jobs())
+
+
+class LocalBench(Bench):
+    """Jobs are processes of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, {}, "--submitit-cluster", "local")
+
+    def jobs(self) -> list[int]:
+        """Return the processes whose working directory the folder is."""
+        found = []
+        for each in Path("/proc").iterdir():
+            try:
+                if each.name.isdigit() and Path(os.readlink(each / "cwd")) == self.path:
+                    found.append(int(each.name))
+            except OSError:
+                continue
+        return found
+
+
+class SlurmBench(Bench):
+    """Jobs are those of a cluster that no other test uses meanwhile."""
+
+    def __init__(self, path: Path, cluster: Cluster) -> None:
+        super().__init__(path, cluster.env)
+        self.cluster = cluster
+
+    def jobs(self) -> dict[str, str]:
+        return self.cluster.jobs()
 
 
 def wait_until(condition, said=lambda: "", seconds: float = 90) -> None:

@@ -5,15 +5,12 @@ A page is what the real one would show: one line of history a step, files by nam
 process of the tests; ``WANDB_BASE_URL`` points a client at it.
 """
 
-import gzip
 import json
 import re
-import sys
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+
+from tests.support.loopback import Answer, Asked, LoopbackServer
 
 
 @dataclass
@@ -42,7 +39,7 @@ class Artifact:
     complete: bool = False
 
 
-class WandbServer:
+class WandbServer(LoopbackServer):
     """``with WandbServer() as server: ...``; its pages by the id of their run."""
 
     def __init__(self) -> None:
@@ -50,18 +47,29 @@ class WandbServer:
         self.artifacts: list[Artifact] = []
         self.queries: list[str] = []
         self.down = False
-        handler = type("Handler", (_Handler,), {"backend": self})
-        self._http = _Server(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
-    def __enter__(self) -> "WandbServer":
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
+    def respond(self, asked: Asked) -> Answer:
+        if asked.method == "PUT":
+            self._store(asked.path, asked.body)
+        elif asked.method == "POST":
+            return self._post(asked.path, json.loads(asked.body or b"{}"))
+        return Answer({})
 
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+    def _store(self, path: str, data: bytes) -> None:
+        """Take a file of a page or of an artifact."""
+        _, kind, owner, name = path.split("/", 3)
+        holder = self.artifacts[int(owner)] if kind == "artifact" else self.pages[owner]
+        holder.files[name] = data
+
+    def _post(self, path: str, body: dict[str, Any]) -> Answer:
+        if self.down:
+            return Answer({"error": "down"}, 503)
+        if path.endswith("/graphql"):
+            return Answer({"data": self.answer(body["query"], body.get("variables") or {})})
+        if found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
+            self.stream(found[1], body)
+            return Answer({"exitcode": None, "limits": {}})
+        return Answer({}, 404)
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Return the data of a GraphQL request, by the name of its operation."""
@@ -171,52 +179,3 @@ _ANSWERS = {
     "CommitArtifact": WandbServer._commit_artifact,
     "ArtifactType": lambda server, variables: {"project": None},
 }
-
-
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, *address: object) -> None:
-        # A client that was killed has cut its connections; that is part of the tests.
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(*address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    backend: WandbServer
-    protocol_version = "HTTP/1.1"
-
-    def _body(self) -> bytes:
-        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
-
-    def _reply(self, content: dict[str, Any], status: int = 200) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_POST(self) -> None:
-        body = json.loads(self._body() or b"{}")
-        if self.backend.down:
-            self._reply({"error": "down"}, 503)
-        elif self.path.endswith("/graphql"):
-            self._reply({"data": self.backend.answer(body["query"], body.get("variables") or {})})
-        elif found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
-            self.backend.stream(found.group(1), body)
-            self._reply({"exitcode": None, "limits": {}})
-        else:
-            self._reply({}, 404)
-
-    def do_PUT(self) -> None:
-        data = self._body()
-        _, kind, owner, name = unquote(self.path).split("/", 3)
-        holder = self.backend.artifacts[int(owner)] if kind == "artifact" else self.backend.pages[owner]
-        holder.files[name] = data
-        self._reply({})
-
-    def do_GET(self) -> None:
-        self._reply({})
-
-    def log_message(self, *_: object) -> None:
-        pass

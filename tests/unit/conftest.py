@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.support import experiments
+
 
 @pytest.fixture
 def data(tmp_path, vocabulary):
@@ -33,3 +35,10 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(sft, "fine_tune", look)
     return found
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Set the variables that the shipped experiments name."""
+    for name, value in experiments.VARIABLES.items():
+        monkeypatch.setenv(name, value)

@@ -50,3 +50,34 @@ def test_a_folder_whose_name_is_no_unicode_can_be_printed(tmp_path, monkeypatch)
     assert "Traceback" not in done.stderr
     assert r"run-\udcff: has not started" in done.stdout
     assert r"run-\udcff: has not started" in earl("verify", "--run", run).stderr
+
+
+ENDING = """
+import atexit, sys, threading, time
+from earl import cli
+
+class Global:
+    def __del__(self):
+        print("Python was taken down")
+
+kept = Global()
+
+def call(arguments):
+    atexit.register(print, "what was registered")
+    threading.Thread(target=lambda: time.sleep(0.1) or print("a thread")).start()
+    if arguments:
+        raise KeyError(arguments[0])
+    return 3
+
+cli.call = call
+cli.main()
+"""
+
+
+def test_a_process_ends_after_threads_and_what_was_registered_and_then_at_once():
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (3, ["a thread", "what was registered"]), done.stderr
+    failed = subprocess.run([sys.executable, "-c", ENDING, "no"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "KeyError: 'no'" in failed.stderr
+    assert "what was registered" in failed.stdout

@@ -292,8 +292,7 @@ def test_both_checkpoint_formats_load(engine, requests, policy_folder, tmp_path)
         folder = tmp_path / prefix
         shutil.copytree(policy_folder, folder)
         (folder / "manifest.json").unlink()
-        config = json.loads((folder / "config.json").read_text())
-        whole = {"architectures": ["Emu3ForConditionalGeneration"], "model_type": "emu3", "text_config": config}
+        whole = json.loads((folder / "config.json").read_text()) | {"architectures": ["Emu3ForConditionalGeneration"]}
         (folder / "config.json").write_text(json.dumps(whole))
         renamed = {conditional_name(name, prefix): weight for name, weight in weights.items()}
         renamed["vqmodel.post_quant_conv.weight" if prefix == "text_model." else "model.vqmodel.x"] = torch.zeros(3)
@@ -310,8 +309,15 @@ def conditional_name(name, prefix):
 
 
 def edit_config(folder, **fields):
+    """Change fields of the text model."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    config = json.loads(path.read_text())
+    config["text_config"] |= fields
+    path.write_text(json.dumps(config))
+
+
+def make_llama(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
 def edit_weights(folder, edit):
@@ -335,7 +341,7 @@ def cut_into_shards(folder):
         (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors: is missing"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: does not load"),
         (lambda f: (f / "config.json").unlink(), r"holds no config.json"),
-        (lambda f: edit_config(f, model_type="llama"), r"config.json: model_type is 'llama'; it must be an Emu3"),
+        (make_llama, r"config.json: model_type is 'llama'; it must be an Emu3"),
         (cut_into_shards, r"model-00002-of-00002.safetensors: is missing, so the policy is incomplete"),
         (
             lambda f: edit_weights(f, lambda w: w["model.layers.2.mlp.up_proj.weight"][0].fill_(torch.nan)),

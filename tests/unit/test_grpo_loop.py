@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from earl.emu3 import checkpoint
-from earl.learner import batches, grpo, head, logprobs, objective, sharding
+from earl.learner import batches, grpo, head, logprobs, objective, sharding, signal
 from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
 
@@ -354,3 +354,43 @@ def test_compiled_layers_change_the_step_by_rounding_alone(episodes, settings, p
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     assert_same_gradient(gradients[1], gradients[0])
+
+
+# Signal and noise
+
+
+@pytest.fixture
+def packed(settings):
+    """One group a micro-batch; a loss that is divided by a constant, so that gradients of parts add up."""
+    return replace(settings, packed=True, micro_batch=SAMPLES, normalization="constant", max_completion_tokens=20)
+
+
+def renamed(group, name, sign=1):
+    return [
+        replace(e, group_id=name, episode_id=f"{name}-{i}", advantage=sign * e.advantage) for i, e in enumerate(group)
+    ]
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1, 1.0), (-1, -1.0)])
+def test_halves_that_teach_the_same_have_cosine_1(episodes, packed, learn, sign, expected):
+    first = episodes[:SAMPLES]
+    metrics, _ = learn([*first, *renamed(first, "9999", sign)], packed)
+    assert metrics["gradient_cosine"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_cosine_is_that_of_the_gradients_of_the_halves(episodes, packed, learn, monkeypatch):
+    cut = len(episodes) // 2
+    halves = [learn(part, packed)[1].double() for part in (episodes[:cut], episodes[cut:])]
+    for sampled in (2**24, 1000):
+        monkeypatch.setattr(signal, "SAMPLED", sampled)
+        stride = -(-len(halves[0]) // sampled)
+        expected = torch.nn.functional.cosine_similarity(halves[0][::stride], halves[1][::stride], dim=0)
+        assert learn(episodes, packed)[0]["gradient_cosine"] == pytest.approx(float(expected), abs=1e-4)
+    assert stride > 100
+
+
+def test_without_halves_there_is_no_cosine(episodes, packed, learn):
+    assert learn(episodes[:SAMPLES], packed)[0]["gradient_cosine"] is None
+    assert learn(episodes, replace(packed, packed=False))[0]["gradient_cosine"] is None
+    flat = [replace(episode, advantage=0.0) for episode in episodes]
+    assert learn(flat, packed)[0]["gradient_cosine"] is None

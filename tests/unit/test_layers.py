@@ -17,10 +17,12 @@ LAYERS = (
     ("engines",),
     ("judges", "learner"),
     ("run",),
+    ("estimate",),
     ("report",),
     ("stages",),
     ("tracking",),
     ("workflow",),
+    ("doctor",),
     ("cli",),
 )
 """From the lowest to the highest; packages of one layer do not use each other."""

@@ -89,20 +89,41 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 1.0, -1.0, 3.0])
 
 def test_clipped_ratio_by_hand():
     logp = LOGP.clone().requires_grad_()
-    found = objective.ratio_loss(logp, BEHAVIOR, ADVANTAGES, 0.25, 0.5)
+    found = objective.ratio_loss(objective.token_ratio(logp, BEHAVIOR), ADVANTAGES, 0.25, 0.5)
     found.sum().backward()
     assert found.tolist() == pytest.approx([-1.5, 2, -0.5, 0.75, -3])
     assert logp.grad.tolist() == pytest.approx([0, 2, -0.5, 0, -3])
-    low, high = objective.clipped_tokens(LOGP, BEHAVIOR, ADVANTAGES, 0.25, 0.5)
+    low, high = objective.clipped_tokens(objective.token_ratio(LOGP, BEHAVIOR), ADVANTAGES, 0.25, 0.5)
     assert low.tolist() == [False, False, False, True, False]
     assert high.tolist() == [True, False, False, False, False]
 
 
 def test_a_ratio_without_bounds_is_not_clipped():
-    found = objective.ratio_loss(LOGP, BEHAVIOR, ADVANTAGES, None, None)
+    found = objective.ratio_loss(objective.token_ratio(LOGP, BEHAVIOR), ADVANTAGES, None, None)
     assert found.tolist() == pytest.approx([-2, 2, -0.5, 0.5, -3])
-    clipped = objective.clipped_tokens(LOGP, BEHAVIOR, ADVANTAGES, None, None)
+    clipped = objective.clipped_tokens(objective.token_ratio(LOGP, BEHAVIOR), ADVANTAGES, None, None)
     assert not torch.stack(clipped).any()
+
+
+def test_sequence_ratio_by_hand():
+    """Sequence 0 has ratios 2 and 8, so 4; sequence 1 has 1/2 and 2, so 1; sequence 2 has 1/4 alone."""
+    behavior = torch.full((5,), -1.0)
+    logp = (behavior + LN2 * torch.tensor([1.0, 3, -1, 1, -2])).requires_grad_()
+    sequences = torch.tensor([0, 0, 1, 1, 2])
+    ratio = objective.sequence_ratio(logp, behavior, sequences)
+    assert ratio.tolist() == pytest.approx([4, 4, 1, 1, 0.25])
+    advantages = torch.tensor([1.0, 1, -3, -3, -2])
+    options = objective.Options(ratio=True, of_sequences=True, clip_low=0.5, clip_high=9.0)
+    lengths = torch.tensor([2.0, 2, 2, 2, 1])
+    more = {"behavior_logprobs": behavior, "sequences": sequences, "lengths": lengths, "options": options}
+    loss = objective.grpo_loss(logp, advantages, 1, **more)
+    # -(4 * 1) - (1 * -3) - (clipped 1/2 * -2)
+    assert loss.item() == pytest.approx(-4 + 3 + 1)
+    loss.backward()
+    # Of a sequence -A * ratio / length for each token; none where it is clipped.
+    assert logp.grad.tolist() == pytest.approx([-2, -2, 1.5, 1.5, 0])
+    low, high = objective.clipped_tokens(ratio.detach(), advantages, 0.5, 9.0)
+    assert (low.tolist(), high.any().item()) == ([False] * 4 + [True], False)
 
 
 def test_truncated_weights_by_hand():
@@ -206,12 +227,13 @@ def our_loss(logp, batch, normalization, kl_coeff, options):
         batch.reference[kept] if kl_coeff else None,
         kl_coeff,
         behavior_logprobs=batch.behavior[kept],
+        sequences=torch.arange(B).unsqueeze(1).expand(B, T)[kept],
         lengths=lengths[kept] if normalization == "sequences" else None,
         options=options,
     )
 
 
-def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high, weighted_kl=False):
+def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high, weighted_kl=False, level="token"):
     """GRPOTrainer's loss on given log-probs: its method, on a stand-in that has what it reads."""
     from trl import GRPOTrainer
 
@@ -227,7 +249,7 @@ def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high, weighted_kl=False):
         current_gradient_accumulation_steps=1,
         epsilon_high=epsilon_high,
         epsilon_low=LOW,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         loss_type=loss_type,
         max_completion_length=LONGEST,
         model=SimpleNamespace(training=True),
@@ -289,6 +311,22 @@ def test_weighted_kl_equals_trls(batch, normalization):
     options = objective.Options("weighted_k3", ratio=True, clip_low=LOW, clip_high=HIGH)
     expected = trl_loss(theirs, batch, LOSS_TYPES[normalization], 0.2, HIGH, weighted_kl=True)
     found = our_loss(ours, batch, normalization, 0.2, options)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", LOSS_TYPES)
+@pytest.mark.parametrize("kl_coeff", [0.0, 0.2])
+def test_the_ratio_of_sequences_equals_trls(batch, normalization, kl_coeff):
+    """Under "sequences" it is GSPO."""
+    ours, theirs = (_logprobs(batch.hidden, batch.weight, batch.targets).requires_grad_() for _ in range(2))
+    options = objective.Options(ratio=True, of_sequences=True, clip_low=LOW, clip_high=HIGH)
+    expected = trl_loss(theirs, batch, LOSS_TYPES[normalization], kl_coeff, HIGH, level="sequence")
+    found = our_loss(ours, batch, normalization, kl_coeff, options)
     torch.testing.assert_close(found, expected)
     found.backward()
     expected.backward()

@@ -12,9 +12,9 @@ from earl.config.schema import Config
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import plan as planning
-from earl.run import state
+from earl.run import resources, state
 from earl.run.plan import Plan
-from earl.workflow import inputs, resources
+from earl.workflow import inputs
 from earl.workflow.inputs import Inputs
 from earl.workflow.shared import Shared
 from tests.support.workplace import EXPERIMENT
@@ -198,7 +198,7 @@ class TestInputs:
         ({"device": "cpu"}, {"generate": 0, "score": 0, "train": 0, "iterate": 0, "tokenise": 0}),
         ({}, {"generate": 1, "score": 0, "train": 1, "iterate": 1, "tokenise": 1, "sft": 1}),
         ({"train_processes": 4}, {"train": 4, "restore": 4, "sft": 4, "iterate": 4, "generate": 1}),
-        ({"train_processes": 2, "segment_processes": 8, "judge": "vllm"}, {"iterate": 9, "score": 1, "train": 2}),
+        ({"train_processes": 2, "segment_processes": 8, "judge": "vllm"}, {"iterate": 12, "score": 4, "train": 2}),
         ({"engine": "vllm", "vllm_tensor_parallel_size": 2}, {"generate": 2, "train": 1}),
         ({"judge": "vllm", "judge_tensor_parallel_size": 4}, {"score": 4, "generate": 1}),
     ],

@@ -62,6 +62,31 @@ def test_writing_and_loading_again_and_again_changes_no_byte(policy_folder, tmp_
     assert [manifest.digest_folder(folder) for folder in folders[1:]] == [kept] * 3
 
 
+def test_a_folder_of_the_earlier_format_is_read_and_becomes_one_of_the_present(policy_folder, model, beside, tmp_path):
+    """Its `config.json` had the fields of the text model at the top level."""
+    old = shutil.copytree(policy_folder, tmp_path / "old")
+    whole = json.loads((old / "config.json").read_text())
+    flat = whole["text_config"] | {"architectures": ["Emu3ForCausalLM"], "transformers_version": "5.19.0"}
+    (old / "config.json").write_text(json.dumps(flat))
+    manifest.seal(old)
+    assert checkpoint.check_policy(old) == checkpoint.check_policy(policy_folder)
+    assert checkpoint.text_config(old).to_dict() == checkpoint.text_config(policy_folder).to_dict()
+    again = checkpoint.load_policy(old, torch.float32, "cpu")
+    assert saving.save_policy(again, None, beside) == saving.save_policy(model, None, beside)
+
+
+def test_the_auto_classes_find_the_policy(policy_folder, model):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    found, notes = AutoModelForCausalLM.from_pretrained(policy_folder, output_loading_info=True)
+    assert not any(notes.values()), notes
+    assert type(found) is Emu3ForCausalLM
+    assert AutoConfig.from_pretrained(policy_folder).architectures == ["Emu3ForCausalLM"]
+    assert all(torch.equal(found.get_parameter(name), weight) for name, weight in model.named_parameters())
+    vocabulary, text = Vocabulary.from_folder(policy_folder), "Remove the red circle!"
+    assert AutoTokenizer.from_pretrained(policy_folder)(text).input_ids == vocabulary.encode(text)
+
+
 def test_files_beside_the_weights_come_along_and_another_ones_content_counts(model, beside, tmp_path):
     assert beside.keys() >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     (tmp_path / "sft.json").write_text("{}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from earl.config import freeze, paths
 from earl.config.schema import Config
@@ -208,9 +209,24 @@ def test_an_unknown_name_is_named_with_those_there_are(make, tmp_path):
         stage.run(make(one={}), "two", tmp_path / "out")
 
 
+def test_by_an_adapter_it_ends_in_full_weights_that_anything_can_start_from(make, tmp_path, policy_folder):
+    """Only the weights that the adapter adds to are others."""
+    recipe = {"lora": {"rank": 4, "targets": ["q_proj", "down_proj"]}, "keep_checkpoints_every_n_steps": 8}
+    stage.run(make(one=recipe), "one", tmp_path / "out")
+    losses = losses_of(tmp_path / "out")
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
+    before, after = (load_file(folder / "model.safetensors") for folder in (policy_folder, tmp_path / "out"))
+    changed = {name.rsplit(".", 2)[1] for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {"q_proj", "down_proj"}
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    kept = tmp_path / "out.checkpoints" / "step-000008"
+    assert checkpoint.check_policy(kept) == checkpoint.check_policy(tmp_path / "out")
+
+
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_in_the_same_bytes(make, tmp_path, caplog):
-    config, out, partial = make(one={"steps": 24}), tmp_path / "killed", tmp_path / "killed.partial"
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "adapter"])
+def test_killed_and_started_again_it_ends_in_the_same_bytes(make, tmp_path, caplog, lora):
+    config, out, partial = make(one={"steps": 24, "lora": lora}), tmp_path / "killed", tmp_path / "killed.partial"
     freeze.write(config, tmp_path / "config.json")
     command = [sys.executable, "-m", "earl", "sft", "--config", tmp_path / "config.json", "--name", "one", "--out", out]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
@@ -267,3 +283,32 @@ def test_what_cannot_be_learned_from_is_found_before_the_first_step(make, data, 
         EarlError, match=r"field sft\.s\.train_paths_file: silent: example 0: column 'reasoning' is empty"
     ):
         stage.run(config, "s", tmp_path / "s")
+
+
+def test_instructions_count_by_their_weight(batch, step):
+    """Three tokens of each completion become its instruction: gradients add up, and a weight of 0 leaves them out."""
+    whole = [replace(example, instruction_tokens=3) for example in batch]
+    assert_same(step(whole, replace(SETTINGS, instruction_loss_weight=0.0)), step([split(e, 3) for e in batch]))
+    answers, everything = (step(whole, replace(SETTINGS, instruction_loss_weight=w)) for w in (0.0, 1.0))
+    half_loss, half = step(whole, replace(SETTINGS, instruction_loss_weight=0.5))
+    between = {name: (answers[1][name] + everything[1][name]) / 2 for name in half}
+    assert_same((half_loss, half), ((answers[0] + everything[0]) / 2, between))
+    # By another path: all tokens count, and are divided by those of the answers alone.
+    loss, gradient = step(batch)
+    factor = sum(len(e.completion) for e in batch) / sum(len(e.completion) - 3 for e in batch)
+    assert_same(everything, (loss * factor, {name: grad * factor for name, grad in gradient.items()}))
+
+
+def split(example: sft.Example, tokens: int) -> sft.Example:
+    """The same sequence, of which the first tokens of the completion are prompt."""
+    head, tail = np.split(example.completion, [tokens])
+    return sft.Example(np.concatenate([example.prompt, head]), tail)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_held_out_loss_leaves_instructions_out(batch, policy_folder, packed):
+    policy = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    settings = replace(SETTINGS, instruction_loss_weight=1.0, packed=packed)
+    whole = [replace(example, instruction_tokens=3) for example in batch]
+    expected = sft.validation_loss(policy, [split(example, 3) for example in batch], settings)
+    assert sft.validation_loss(policy, whole, settings) == pytest.approx(expected, rel=1e-5)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from earl.emu3 import checkpoint
 from earl.execution import ranks
 from earl.files import manifest, tables
 from earl.learner import grpo, sft
+from earl.learner.schedule import Schedule
 from earl.learner.settings import AdamW
 from earl.messages.errors import EarlError
 from earl.stages import sft as stage
@@ -46,6 +48,27 @@ PUBLISHED = {
 def test_rates_by_hand(schedule, expected):
     settings = replace(SETTINGS, schedule=schedule, steps=6, warmup_steps=2, learning_rate=8, final_learning_rate=2)
     assert [sft.learning_rate(step, settings) for step in range(6)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # Peak 8, final 2; up in 1 step, at the peak for 2, then down over 3: 0, 1/3 and 2/3 of the way.
+        ("linear", [8, 8, 8, 8, 6, 4]),
+        ("cosine", [8, 8, 8, 8, 6.5, 3.5]),
+    ],
+)
+def test_rates_that_fall_late_by_hand(schedule, expected):
+    settings = replace(SETTINGS, schedule=schedule, steps=6, warmup_steps=1, learning_rate=8, final_learning_rate=2)
+    rates = [sft.learning_rate(step, replace(settings, decay_steps=3)) for step in range(6)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_schedule_stays_at_its_end():
+    rate = Schedule(8.0, 4, 2.0, "linear").rate
+    assert [rate(step) for step in range(7)] == pytest.approx([8, 6.5, 5, 3.5, 2, 2, 2])
+    assert [Schedule(8.0).rate(step) for step in (0, 10**6)] == [8, 8]
+    assert [Schedule(8.0, 4, warmup=4, shape="cosine").rate(step) for step in range(5)] == [2, 4, 6, 8, 0]
 
 
 def test_the_published_schedule_is_that_of_transformers():
@@ -159,7 +182,10 @@ def test_a_recipe_that_contradicts_itself_is_refused(make):
         ({"schedule": "constant", "final_learning_rate": 1e-4}, "final_learning_rate", "leave it out"),
         ({"final_learning_rate": 1.0}, "final_learning_rate", "above learning_rate"),
         ({"steps": 3, "warmup_steps": 4}, "warmup_steps", "3 steps, .* lower it"),
+        ({"schedule": "constant", "decay_steps": 4}, "decay_steps", "leave it out"),
+        ({"steps": 16, "warmup_steps": 3, "decay_steps": 14}, "decay_steps", "lower it to 13"),
         ({"reasoning_keys": ["box"]}, "reasoning_keys", "reasoning is false"),
+        ({"reasoning_fraction": 0.5}, "reasoning_fraction", "reasoning is false"),
         ({"reasoning": True, "reasoning_keys": ["a", "a"]}, "reasoning_keys", "twice"),
     ):
         with pytest.raises(ValidationError, match=remedy) as found:
@@ -379,3 +405,30 @@ def test_the_published_recipe_is_accepted(make):
     tuning = make(one=PUBLISHED | {"steps": 11_600}).sft["one"]
     assert {name: getattr(tuning, name) for name in PUBLISHED} == PUBLISHED
     assert np.isclose(sft.learning_rate(29, replace(SETTINGS, warmup_steps=30, learning_rate=1e-4)), 1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_a_sequence_whose_instruction_counts(make, data, vocabulary, weight):
+    held_out = {"paths_file": [data("held")], "examples": 4}
+    config = make(s={"instruction_loss_weight": weight, "validation": held_out}, plain={"validation": held_out})
+    team = ranks.alone(torch.device("cpu"))
+    examples, plain = (stage._held_out(config, name, vocabulary, team)[0] for name in ("s", "plain"))
+    assert len(examples) == 4
+    for example, other in zip(examples, plain, strict=True):
+        words = vocabulary.decode(example.completion[: example.instruction_tokens])
+        assert re.fullmatch(r"\w+ \d+" if weight else "", words)
+        sequences = (np.concatenate([one.prompt, one.completion]) for one in (example, other))
+        assert np.array_equal(*sequences)
+        assert example.answer_tokens == len(other.completion)
+
+
+def test_some_examples_reason_and_others_do_not(make, data, vocabulary):
+    held_out, team = {"paths_file": [data("held", rows=60)], "examples": 60}, ranks.alone(torch.device("cpu"))
+    shares = {"never": {}, "some": {"reasoning": True, "reasoning_fraction": 0.3}, "always": {"reasoning": True}}
+    config = make(**{name: fields | {"validation": held_out} for name, fields in shares.items()})
+    never, some, always = (stage._held_out(config, name, vocabulary, team)[0] for name in shares)
+    chosen = [len(mixed) == len(reasoned) for mixed, reasoned in zip(some, always, strict=True)]
+    assert 8 <= sum(chosen) <= 28
+    for mixed, plain, reasoned, reasons in zip(some, never, always, chosen, strict=True):
+        assert np.array_equal(mixed.completion, (reasoned if reasons else plain).completion)
+        assert len(plain) < len(reasoned)

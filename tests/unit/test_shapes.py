@@ -310,3 +310,55 @@ def test_shipped_base_policy_belongs_to_this_world_and_edits_some_of_it():
         ]
     )
     assert sum(verdict.edit_success for verdict in verdicts) / len(verdicts) > 8
+
+
+# Mistakes, as data sets have them
+
+
+def raw_rows(path, **fractions):
+    dataset.write_raw(path, count=60, seed=3, **fractions)
+    return tables.read_table(path, tables.RAW).to_pylist()
+
+
+def cells_of(row, column):
+    picture = images.decode(row[column]["bytes"], "").reshape(world.GRID, world.CELL, world.GRID, world.CELL, 3)
+    return picture.transpose(0, 2, 1, 3, 4).reshape(world.GRID**2, -1)
+
+
+def test_mistakes_are_in_the_edited_image_alone_and_in_the_rows_that_the_seed_says(tmp_path):
+    clean = raw_rows(tmp_path / "clean.parquet")
+    few, many = (
+        raw_rows(tmp_path / f"{share}.parquet", unchanged_fraction=share, damaged_fraction=share)
+        for share in (0.2, 0.4)
+    )
+    kinds = []
+    for right, row in zip(clean, few, strict=True):
+        assert {k: v for k, v in row.items() if k != "edited"} == {k: v for k, v in right.items() if k != "edited"}
+        wrong = (cells_of(row, "edited") != cells_of(right, "edited")).any(axis=1)
+        if row["edited"]["bytes"] == row["original"]["bytes"]:
+            kinds.append("unchanged")
+        elif wrong.any():
+            kinds.append("damaged")
+            untouched = (cells_of(right, "edited") == cells_of(right, "original")).all(axis=1)
+            assert wrong.sum() == 1, "one object"
+            assert untouched[wrong].all() or right["task"] == "background", "not the one that the edit is about"
+        else:
+            kinds.append("right")
+    assert 5 <= kinds.count("unchanged") <= 20
+    assert 5 <= kinds.count("damaged") <= 20
+    assert all(
+        row["edited"] == other["edited"] for row, other, kind in zip(few, many, kinds, strict=True) if kind != "right"
+    ), "more mistakes are those of before and others"
+
+
+def test_all_pairs_may_be_wrong(tmp_path):
+    rows = raw_rows(tmp_path / "a.parquet", unchanged_fraction=1.0)
+    assert all(row["edited"]["bytes"] == row["original"]["bytes"] for row in rows)
+    scenes = [world.edit(5, index) for index in range(70)]
+    rng = np.random.default_rng(0)
+    for edit in scenes:
+        wrong = world.damaged(rng, edit)
+        cells = [a != b for a, b in zip(wrong.edited.cells, edit.edited.cells, strict=True)]
+        alone = [a == b != world.EMPTY for a, b in zip(edit.original.cells, edit.edited.cells, strict=True)]
+        assert sum(cells) == min(1, sum(alone))
+        assert all(alone[cell] for cell, differs in enumerate(cells) if differs)

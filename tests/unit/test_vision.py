@@ -7,6 +7,7 @@ import torch
 from earl.emu3 import vision
 from earl.emu3.models import Emu3VQVAE
 from earl.shapes import policy
+from earl.stages import tokenise
 
 SIDE = 4
 
@@ -30,35 +31,71 @@ def grids(count: int, shape: tuple[int, int] = (SIDE, SIDE)) -> list[np.ndarray]
     return list(np.random.default_rng(1).integers(0, 64, (count, *shape)))
 
 
+def pictures(count: int, side: int = 2 * SIDE) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(3).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+
+
+@torch.inference_mode()
 def test_decoding_equals_the_first_frame_of_the_library(tokenizer):
-    tokens = grids(3)
-    with torch.inference_mode():
-        pixels = tokenizer.decode(torch.from_numpy(np.stack(tokens)))
-    expected = ((pixels + 1) * 127.5).clamp(0, 255).round().permute(0, 2, 3, 1).numpy()
-    found = np.stack(vision.decode(tokenizer, tokens)).astype(float)
-    assert found.shape == (3, 2 * SIDE, 2 * SIDE, 3)
-    assert found.std() > 10
-    assert np.abs(found - expected).max() <= 1  # where a value is all but half-way between two
+    tokens = torch.from_numpy(np.stack(grids(3)))
+    expected = tokenizer.decode(tokens)
+    assert expected.std() > 0.1
+    assert (vision.first_frames(tokenizer, tokens) - expected).abs().max() <= 1e-5
+    rounded = ((expected + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    found = np.stack(vision.decode(tokenizer, grids(3))).astype(float)
+    assert np.abs(found - rounded).max() <= 0.5 + 1e-2
+
+
+@torch.inference_mode()
+def test_encoding_equals_that_of_the_library(tokenizer):
+    pixels = pictures(3)
+    scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = []
+    with tokenizer.quant_conv.register_forward_hook(lambda module, inputs, output: latents.append(output)):
+        expected = tokenizer.encode(scaled, image_sizes=torch.tensor([[2 * SIDE, 2 * SIDE]] * 3)).image_tokens
+        found = vision.tokens_of(tokenizer, scaled)
+    assert latents[0].shape == latents[1].shape
+    assert latents[0].std() > 0.1
+    assert (latents[0] - latents[1]).abs().max() <= 1e-5
+    # Where two codes are equally near, rounding decides.
+    assert (found == torch.stack(expected)).float().mean() > 0.95
+    assert np.array_equal(np.stack(vision.encode(tokenizer, list(pixels.numpy()))), found.numpy())
+
+
+def frames_at(layer: torch.nn.Module, call) -> int:
+    """Return how many images, or frames of them, a layer computes in a call."""
+    frames = []
+    with layer.register_forward_hook(lambda module, inputs, output: frames.append(len(output))):
+        call()
+    (found,) = frames
+    return found
 
 
 def test_one_frame_of_each_image_is_computed_at_the_size_of_pixels(tokenizer):
-    frames = []
-    hook = tokenizer.decoder.conv_out.register_forward_hook(lambda module, inputs, output: frames.append(len(output)))
-    vision.decode(tokenizer, grids(5))
-    hook.remove()
-    assert frames == [vision.BATCH]
+    decoded = frames_at(tokenizer.decoder.conv_out, lambda: vision.decode(tokenizer, grids(5)))
+    encoded = frames_at(tokenizer.encoder.conv_in, lambda: vision.encode(tokenizer, list(pictures(5).numpy())))
+    assert (decoded, encoded) == (vision.BATCH, vision.BATCH)
+    assert not tokenizer.encoder.time_conv or not tokenizer.encoder.time_conv[0]._forward_pre_hooks
 
 
 def test_batches_of_large_images_are_small():
-    """Four of 256 x 256 pixels, for which the published tokenizer makes 1,024 tokens each."""
+    """One of 256 x 256 pixels, for which the published tokenizer makes 1,024 tokens."""
     sizes = {}
     for side in (8, 16, 32, 64, 90):
         batches = vision._batches(grids(20, (side, side)))
         assert sorted(index for indices, _ in batches for index in indices) == list(range(20))
         (sizes[side],) = {len(batch) for _, batch in batches}
-    assert sizes == {8: 16, 16: 16, 32: 4, 64: 1, 90: 1}
+    assert sizes == {8: 16, 16: 4, 32: 1, 64: 1, 90: 1}
     ((_, pixels),) = vision._batches([np.zeros((256, 256, 3))], scale=8)
-    assert len(pixels) == 4
+    assert len(pixels) == 1
+
+
+def test_photographs_of_many_shapes_are_computed_once_each():
+    """Of the area that experiments resize to, in the shapes of 64 cameras."""
+    shapes = [tokenise.scaled_size(width, 480, 65536, 8) for width in range(300, 940, 10)]
+    assert len(set(shapes)) > 20
+    batches = vision._batches([np.zeros((height, width, 3), np.uint8) for width, height in shapes], scale=8)
+    assert sum(len(batch) for _, batch in batches) == len(shapes)
 
 
 def test_an_image_does_not_depend_on_its_batch():

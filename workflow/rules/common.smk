@@ -21,6 +21,13 @@ def stages_run_here():
     return not (elsewhere or deployed or "earl_command" in config)
 
 
+def resources_of(rule):
+    """Return the resources that profile and command line set for the jobs of a rule, by name."""
+    said = workflow.resource_settings
+    found = {**(said.default_resources or {}), **said.overwrite_resources.get(rule, {})}
+    return {name: getattr(value, "raw", value) for name, value in found.items()}
+
+
 def forced():
     """Return the rules and files that the command line has made again, None for all; known after this file is read."""
     asked = workflow.dag_settings

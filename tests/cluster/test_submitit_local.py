@@ -12,22 +12,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def bench(tmp_path):
-    """The toy workflow; no job of it is left at the end."""
-    yield Bench(tmp_path, {}, "--submitit-cluster", "local")
-    wait_until(lambda: not processes_in(tmp_path))
-
-
-def processes_in(folder: Path) -> list[int]:
-    """Return the processes whose working directory a folder is."""
-    found = []
-    for each in Path("/proc").iterdir():
-        try:
-            if each.name.isdigit() and Path(os.readlink(each / "cwd")) == folder:
-                found.append(int(each.name))
-        except OSError:
-            continue
-    return found
+def bench(local_bench):
+    return local_bench
 
 
 def test_jobs_run_side_by_side_with_the_drivers_gpus(bench):
@@ -40,25 +26,11 @@ def test_jobs_run_side_by_side_with_the_drivers_gpus(bench):
     assert not list((bench.path / ".snakemake" / "submitit").iterdir())
 
 
-def test_set_up_lines_run_first(bench):
-    bench.ended(bench.start("word", setup="export WORD=set"))
-    assert (bench.path / "word").read_text() == "set\n"
-
-
-def test_a_setting_reaches_the_job_as_it_was_given(bench):
+def test_set_up_lines_run_first_and_a_setting_arrives_as_it_was_given(bench):
     word = r"""it's "a" \"b\" for $HOME, `pwd` [x]"""
-    bench.ended(bench.start("said", config=word))
+    bench.ended(bench.start("word", "said", config=word, setup="export WORD=set"))
+    assert (bench.path / "word").read_text() == "set\n"
     assert (bench.path / "said").read_text() == word
-
-
-def test_a_killed_driver_finds_its_jobs_again(bench):
-    driver, _ = bench.start(), bench.begun()
-    kill(driver)
-    driver = bench.start()
-    bench.waits_for(": found running")
-    bench.hurry()
-    bench.ended(driver)
-    assert bench.words() == ["begin", "end"]
 
 
 def test_what_a_job_left_that_ended_without_a_driver_is_removed_later(bench):
@@ -74,43 +46,18 @@ def test_what_a_job_left_that_ended_without_a_driver_is_removed_later(bench):
     assert not list((bench.path / ".snakemake" / "submitit").iterdir())
 
 
-def test_another_command_for_the_same_output_waits_until_the_first_is_gone(bench):
-    driver, _ = bench.start(), bench.begun()
-    kill(driver)
-    driver = bench.start(config="other")
-    bench.begun(2)
-    bench.hurry()
-    bench.ended(driver)
-    assert bench.words() == ["begin", "begin", "end"]
-
-
-def test_an_interrupted_driver_cancels(bench):
-    driver, _ = bench.start(), bench.begun()
-    driver.send_signal(signal.SIGINT)
-    bench.ended(driver, status=1)
-    wait_until(lambda: not processes_in(bench.path))
-    assert bench.words() == ["begin"]
-
-
 def test_a_job_that_is_killed_fails(bench):
     driver, _ = bench.start(), bench.begun()
     wait_until(lambda: "log: " in bench.said())
-    (controller,) = (pid for pid in processes_in(bench.path) if b"local._local" in command_of(pid))
+    (controller,) = (pid for pid in bench.jobs() if b"local._local" in command_of(pid))
     os.kill(controller, signal.SIGTERM)
     os.kill(controller, signal.SIGINT)
     bench.ended(driver, status=1)
     assert "ended without a result" in bench.said()
-    bench.hurry()  # its command may have outlived it
 
 
 def command_of(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def test_a_job_that_fails_without_a_log_of_its_rule_shows_what_it_printed(bench):
-    bench.ended(bench.start("fail"), status=1)
-    assert "exit status 1; its log: " in bench.said()
-    assert "went wrong" in bench.said()
 
 
 def test_a_wrong_resource_is_refused_before_anything_runs(bench):

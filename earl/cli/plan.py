@@ -1,0 +1,70 @@
+"""`earl plan`: what a run takes, before it starts."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from earl.cli.options import Overrides
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        list[Path],
+        typer.Option("--config", help="An experiment, .jsonnet, or a run's config.json; may be repeated."),
+    ],
+    overrides: Overrides = None,
+    profile: Annotated[
+        str | None, typer.Option(help="A Snakemake profile, such as slurm, whose resources say what GPUs jobs get.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="The GPUs of all jobs instead: type, type:GB or GB, such as h100, a100:40, 24.")
+    ] = None,
+    granularity: Annotated[
+        Literal["segment", "stage"], typer.Option(help="What one job is; see the workflow's setting.")
+    ] = "segment",
+    assume: Annotated[
+        list[str] | None, typer.Option(help="name=value, in place of an assumption that the plan prints.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price-per-gpu-hour", min=0, help="Also print what the GPU-hours cost.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_table: Annotated[bool, typer.Option("--table", help="Print a Markdown table, a row an experiment.")] = False,
+) -> None:
+    """Print what a run takes: GPU memory by stage, disk, tokens, GPU-hours, questions to the judge.
+
+    Without --profile and --gpu, the GPUs are those of this machine. The status is 1 where a stage does not fit.
+    """
+    from earl.config import load
+    from earl.estimate import gpus, rates, text
+    from earl.estimate import plan as planning
+
+    # As Snakemake does, which takes that one by itself, if there is one here.
+    usual = ["default"] if Path("profiles/default/config.yaml").is_file() else []
+    resources = gpus.of_profiles(*usual, *([profile] if profile else []))
+    chosen = gpus.gpu(gpu) if gpu else None
+    found_here = None if profile or gpu else gpus.here()
+    assumed = rates.assumed(assume or [])
+
+    def asked(rule: str) -> gpus.Asked:
+        found = gpus.asked(resources(rule))
+        return gpus.Asked(chosen or found.gpu or found_here, found.count, found.nodes)
+
+    fields = load.parse_overrides(overrides or [])
+    plans = []
+    for path in config:
+        one = load.changed(load.read(path), fields) if path.suffix == ".json" else load.load(path, fields).config
+        plans.append(planning.make(one, granularity == "segment", asked, assumed))
+    if as_json:
+        found = [planning.to_json(one, price) for one in plans]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    elif as_table:
+        typer.echo("\n".join([text.HEADER, *map(text.row, plans)]))
+    else:
+        typer.echo("\n\n".join(text.page(one, price) for one in plans))
+    raise typer.Exit(any(one.problems for one in plans))

@@ -1,0 +1,54 @@
+"""What a node is to have."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MINIMUM_FREE = 10 * 2**30
+"""Bytes of disk where no configuration says more: some checkpoints of a small policy."""
+
+Fits = Callable[[str, int, int], Sequence[str]]
+"""From a GPU's name, its bytes and how many there are on a node to why stages do not fit on them."""
+
+
+def _anything_fits(name: str, size: int, count: int) -> Sequence[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that something takes, and what that is.
+
+    Attributes:
+        size: bytes; 0: nothing is known to be needed.
+        what: such as "3 checkpoints of 102 GB".
+    """
+
+    size: int = 0
+    what: str = ""
+
+    def lack(self, free: int) -> str:
+        """Return how much is needed, where `free` bytes are too few, else an empty text."""
+        return f" of {self.size / 1e9:.0f} GB needed{f' ({self.what})' if self.what else ''}" * (free < self.size)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the node is to have.
+
+    Attributes:
+        path: folder for the files of runs.
+        gpus: that are to be visible; None: as many as there are, and one at least in a job that was given some.
+        judge: address of a judge, or the file that holds it.
+        disk, memory: free, on the file system of `path` and of main memory.
+        fits: whether stages fit on its GPUs.
+        splits_gpus: whether processes of this node will work together on several GPUs.
+    """
+
+    path: Path
+    gpus: int | None = None
+    judge: str | None = None
+    disk: Needs = field(default_factory=lambda: Needs(MINIMUM_FREE))
+    memory: Needs = field(default_factory=Needs)
+    fits: Fits = _anything_fits
+    splits_gpus: bool = False

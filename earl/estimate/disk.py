@@ -1,0 +1,119 @@
+"""Bytes that a run writes and keeps."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from earl.config import paths
+from earl.estimate import memory, models
+from earl.run import segments
+from earl.run.state import Retention
+
+if TYPE_CHECKING:
+    from transformers import Emu3TextConfig
+
+    from earl.config.schema import Config
+
+PIXEL_BYTES = 1.6
+"""Of a lossless image of a scene, a pixel."""
+TOKEN_BYTES = 8
+"""Of a token of a completion: its id, compressed, and its log-prob."""
+SCORE_BYTES = 2_000
+"""Of a judge's answers to an episode, in words."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a run.
+
+    Attributes:
+        checkpoint: of `policy/` and `trainer/` together.
+        iteration: of rollouts, scores and `train/` of one iteration.
+        evaluations: of all evaluations; 0 where nobody knows how many prompts they have.
+        shared: of models that are converted or fine-tuned before the run, while they are made.
+        checkpoints: how many the run keeps at its end.
+        most_checkpoints: how many there are at once, the one that is being written included.
+        written: of all checkpoints together that the run writes.
+    """
+
+    checkpoint: int
+    iteration: int
+    evaluations: int
+    shared: int
+    checkpoints: int
+    most_checkpoints: int
+    written: int
+    iterations: int
+
+    @property
+    def at_end(self) -> int:
+        """What the run and what it started from take when it is complete."""
+        return self.shared + self.evaluations + self.iterations * self.iteration + self.checkpoints * self.checkpoint
+
+    @property
+    def needed(self) -> int:
+        """What has to be free before it starts."""
+        most = max(self.checkpoints, self.most_checkpoints)
+        return self.shared + self.evaluations + self.iterations * self.iteration + most * self.checkpoint
+
+
+def of(config: "Config", text: "Emu3TextConfig", by_segment: bool, evaluated: int = 0) -> Disk:
+    """Return what a run takes.
+
+    Args:
+        by_segment: a segment writes some checkpoints, by stage every iteration does.
+        evaluated: episodes of all evaluations of the run.
+    """
+    image = int(PIXEL_BYTES * config.image_area)
+    length = models.lengths(config)
+    episodes, prompts = config.episodes_per_iteration, config.prompts_per_iteration
+    # An image that several rows have is stored once: those of a group share original and target.
+    episode = image + length.completion * TOKEN_BYTES + SCORE_BYTES
+    iteration = episodes * episode + 2 * prompts * image
+    kept, most, count = checkpoints(config, by_segment)
+    size = checkpoint_bytes(config, text)
+    return Disk(
+        size,
+        iteration,
+        evaluated * (episode + image),
+        shared_bytes(config),
+        kept,
+        most,
+        count * size,
+        config.num_iterations,
+    )
+
+
+def checkpoint_bytes(config: "Config", text: "Emu3TextConfig") -> int:
+    """Bytes of a checkpoint: the policy's weights, Adam's two moments, and the float32 weights of a bfloat16 policy."""
+    each = {"float32": 4 + 8, "bfloat16": 2 + 8 + 4}[config.policy_dtype]
+    return each * memory.weights_of(text)
+
+
+def checkpoints(config: "Config", by_segment: bool) -> tuple[int, int, int]:
+    """Return how many checkpoints a run keeps, has at once while one is written, and writes in all."""
+    retention, last = Retention.of(config), config.num_iterations
+    kept: list[int] = []
+    most = written = 0
+    for index in range(1, last + 1):
+        end = min(last, -(-index // config.segment_length) * config.segment_length)
+        if by_segment and not segments.has_checkpoint(config, index, end):
+            continue
+        written += 1
+        most = max(most, len(kept) + 1)
+        kept = [one for one in kept if retention.keeps(one, index)] + [index]
+    return len(kept), most, written
+
+
+def shared_bytes(config: "Config") -> int:
+    """Bytes of the models that are made before the run and are not there yet."""
+    total = 0
+    for output, stage in paths.shared_stages(config).items():
+        if output.exists():
+            continue
+        if stage.stage == "convert" and stage.conversion and not stage.conversion.vision:
+            total += 4 * memory.weights_of(models.text(config, stage.name))
+        elif stage.stage == "sft":
+            count = memory.weights_of(models.text(config, f"stage:sft/{stage.name}"))
+            # The policy, and a checkpoint with its successor.
+            total += (4 + 2 * 12) * count
+    return total

@@ -1,0 +1,213 @@
+"""`earl plan`: what each stage of a run takes of its GPUs, of the disk and of time, before it starts."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from earl.estimate import disk, fit, models, rates
+from earl.estimate.disk import Disk
+from earl.estimate.fit import Load, Problem
+from earl.estimate.gpus import Asked, Gpu
+from earl.estimate.rates import Rates, Work
+from earl.files import objects
+from earl.files.layout import Run
+from earl.run import resources
+
+if TYPE_CHECKING:
+    from transformers import Emu3TextConfig
+
+    from earl.config.schema import Config
+
+SPEEDLESS = Gpu("gpu", 0, 312e12, 2.0e12)
+"""What hours are counted with where the GPU is not known: an A100's speed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A rule, and what one of its jobs takes.
+
+    Attributes:
+        gpu: None where nothing says what GPUs the job gets.
+        loads: what the fullest of them holds, phase by phase; none where they are not known.
+        gpu_hours: of all its jobs in the run.
+    """
+
+    rule: str
+    ranks: int
+    gpus: int
+    gpu: Gpu | None
+    loads: list[Load]
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        seconds: of an iteration, by phase.
+        measured: iterations that these seconds were measured in; 0: they follow from the assumptions.
+        evaluated: episodes of all evaluations, None where their number is not known.
+        questions: to the judge, in the whole run.
+    """
+
+    run_name: str
+    iterations: int
+    by_segment: bool
+    stages: list[Stage]
+    disk: Disk
+    work: Work
+    seconds: dict[str, float]
+    measured: int
+    evaluated: int | None
+    questions: int
+    problems: list[Problem]
+    notes: list[str]
+    rates: Rates
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(stage.gpu_hours for stage in self.stages)
+
+    @property
+    def hours(self) -> float:
+        """Of the iterations alone, on the clock."""
+        return self.iterations * sum(self.seconds.values()) / 3600
+
+
+def make(config: "Config", by_segment: bool, asked: Callable[[str], Asked], assumed: Rates | None = None) -> Plan:
+    """Return what a run takes, from its first iteration to its last.
+
+    Args:
+        asked: from a rule to the GPUs that its jobs ask for.
+
+    Raises:
+        NotSimulated: see `cases.simulate`.
+    """
+    assumed = assumed or Rates()
+    planned, text = fit.rules(config, by_segment), models.text(config)
+    on_gpus = {rule: asked(rule) for rule in planned} if config.device != "cpu" else {}
+    fit.prepare(config, [rule for rule, wanted in on_gpus.items() if wanted.gpu])
+    trains = "iterate" if by_segment else "train"
+    gpu = next((one.gpu for rule, one in on_gpus.items() if rule == trains and one.gpu), None) or SPEEDLESS
+    evaluated = evaluation_episodes(config)
+    taken = disk.of(config, text, by_segment, evaluated or 0)
+    seconds, measured = _seconds(config, text, by_segment, gpu, taken.checkpoint, assumed)
+    found = Plan(
+        config.run_name,
+        config.num_iterations,
+        by_segment,
+        [],
+        taken,
+        rates.work(config, text),
+        seconds,
+        measured,
+        evaluated,
+        rates.questions(config) * (config.num_iterations * config.episodes_per_iteration + (evaluated or 0)),
+        [problem for rule, wanted in on_gpus.items() for problem in fit.problems(config, rule, wanted)],
+        [note for rule, wanted in on_gpus.items() if wanted.gpu for note in fit.notes(config, rule, wanted.gpu)],
+        assumed,
+    )
+    for rule in planned:
+        one = on_gpus.get(rule, Asked(None, None))
+        held = resources.gpus(config, rule)
+        loads = fit.loads(config, rule, one.gpu) if one.gpu else []
+        hours = _hours(config, rule, found, gpu) * held
+        found.stages.append(Stage(rule, resources.ranks(config, rule), held, one.gpu, loads, hours))
+    return found
+
+
+def evaluation_episodes(config: "Config") -> int | None:
+    """Return the episodes of all evaluations of a run; None where one takes all the prompts that there are."""
+    total = 0
+    for index in range(config.num_iterations + 1):
+        for name in config.evaluations_at(index):
+            evaluation = config.evaluations[name]
+            if evaluation.prompts is None:
+                return None
+            total += evaluation.prompts * evaluation.samples_per_prompt
+    return total
+
+
+def _hours(config: "Config", rule: str, plan: Plan, gpu: Gpu) -> float:
+    """Return the hours of all jobs of a rule, one after another."""
+    share = (plan.evaluated or 0) / config.episodes_per_iteration  # evaluations, in iterations
+    seconds, count = plan.seconds, config.num_iterations
+    match rule:
+        case "iterate":
+            evaluated = share * (seconds.get("generate", 0.0) + seconds.get("score", 0.0))
+            return (count * sum(seconds.values()) + evaluated) / 3600
+        case "generate":
+            return config.rollout_shards * (count + share / config.rollout_shards) * seconds["generate"] / 3600
+        case "score":
+            return (count + share) * seconds["score"] / 3600
+        case "train":
+            return count * seconds["train"] / 3600
+        case "sft":
+            return sum(_tuning_seconds(config, name, gpu, plan.rates) for name in fit.fine_tunings(config)) / 3600
+    return 0.0
+
+
+def _tuning_seconds(config: "Config", name: str, gpu: Gpu, assumed: Rates) -> float:
+    tuning, length = config.sft[name], models.lengths(config)
+    tokens = 2 * length.prompt + (models.REASONING if tuning.reasoning else 0)
+    each = rates.flops_per_token(config, models.text(config, tuning.base_model), reference=False)
+    flops = tuning.steps * tuning.batch_size * tokens * each
+    return flops / (config.train_processes * gpu.flops * assumed.learner_utilization)
+
+
+def _seconds(
+    config: "Config", text: "Emu3TextConfig", by_segment: bool, gpu: Gpu, checkpoint: int, assumed: Rates
+) -> tuple[dict[str, float], int]:
+    """Return the seconds of an iteration by phase, and how many iterations they were measured in."""
+    run = Run(Path(config.base_exp_dir) / config.run_name)
+    found, count = measured_segments(run) if by_segment else measured_stages(run)
+    if count:
+        return found, count
+    if not config.num_iterations:
+        return {}, 0
+    how = rates.segment_iteration if by_segment else rates.stage_iteration
+    return how(config, text, gpu, checkpoint, assumed), 0
+
+
+def measured_segments(run: Run) -> tuple[dict[str, float], int]:
+    """Return the seconds of an iteration, by phase of the first rank, over the segments that are done, and how many
+    iterations these trained for the first time."""
+    total: dict[str, float] = {}
+    count = 0
+    for path in sorted((run.path / "segments").glob("*.json")):
+        record = objects.read(path)
+        if not record.get("trained"):
+            continue
+        count += len(record["trained"])
+        for phase, seconds in record["seconds_by_rank"][0].items():
+            total[phase] = total.get(phase, 0.0) + seconds
+    return {phase: seconds / count for phase, seconds in total.items()}, count
+
+
+def measured_stages(run: Run) -> tuple[dict[str, float], int]:
+    """Return the seconds of the jobs of an iteration, shards side by side, by Snakemake's own timings, and how many
+    iterations have been trained by stage."""
+    timed = {rule: _timings(run.path / "benchmarks" / rule) for rule in ("generate", "score", "train")}
+    if not all(timed.values()):
+        return {}, 0
+    return {rule: sum(seconds) / len(seconds) for rule, seconds in timed.items()}, len(timed["train"])
+
+
+def _timings(folder: Path) -> list[float]:
+    found = []
+    for path in sorted(folder.glob("*.tsv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            found += [float(row["s"]) for row in csv.DictReader(file, delimiter="\t")]
+    return found
+
+
+def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
+    """Return a plan as JSON can hold it."""
+    found = asdict(plan)
+    found["problems"] = [asdict(problem) for problem in plan.problems]
+    found["gpu_hours"], found["hours"] = plan.gpu_hours, plan.hours
+    found["cost"] = None if price is None else price * plan.gpu_hours
+    return found

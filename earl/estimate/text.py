@@ -1,0 +1,147 @@
+"""A plan as people read it: pages of text, and a row of a Markdown table."""
+
+from collections.abc import Iterator, Sequence
+
+from earl.estimate.fit import Load
+from earl.estimate.gpus import Gpu
+from earl.estimate.plan import Plan, Stage
+from earl.estimate.rates import described
+
+NAMES = {
+    "weights": "weights",
+    "moments": "moments",
+    "gradients": "gradients",
+    "reference": "reference",
+    "activations": "activations",
+    "engine": "engine",
+    "cache": "cache",
+    "logits": "logits",
+    "judge": "judge",
+    "vision": "vision",
+    "overhead": "overhead",
+}
+"""Parts of a GPU's memory, in the order in which they are shown."""
+
+
+def page(plan: Plan, price: float | None = None) -> str:
+    """Return a plan as text.
+
+    Args:
+        price: of a GPU for an hour, in whatever currency.
+    """
+    return "\n".join(line.rstrip() for line in _lines(plan, price))
+
+
+def _lines(plan: Plan, price: float | None) -> Iterator[str]:
+    how = "by segment" if plan.by_segment else "by stage"
+    yield f"{plan.run_name}: {plan.iterations} iterations {how}"
+    yield ""
+    yield from _table([("stage", "ranks", "GPUs", "at most", "of", "while"), *_stage_rows(plan.stages)])
+    yield ""
+    loads = _distinct([load for stage in plan.stages for load in stage.loads])
+    if loads:
+        parts = [part for part in NAMES if any(load.parts.get(part) for load in loads)]
+        rows = [(load.what, *(_gb(load.parts.get(part, 0)) for part in parts), _gb(load.bytes)) for load in loads]
+        yield from _table([("GB of a GPU", *(NAMES[part] for part in parts), "sum"), *rows])
+    else:
+        yield "What a GPU holds: not known here; --profile or --gpu say which GPUs there are"
+    yield ""
+    yield from _table(list(_rest(plan, price)))
+    yield ""
+    assumed = described(plan.rates).items()
+    yield f"assumed (--assume name=value): {', '.join(f'{name}={value:g}' for name, value in assumed)}"
+    yield from (f"note: {note}" for note in plan.notes)
+    yield from (f"DOES NOT FIT: {problem}" for problem in plan.problems)
+
+
+def _stage_rows(stages: Sequence[Stage]) -> Iterator[tuple[str, ...]]:
+    for stage in stages:
+        fullest = max(stage.loads, key=lambda load: load.bytes, default=None)
+        held = (f"{_gb(fullest.bytes)} GB", _size(stage.gpu), fullest.what) if fullest else ("?", _size(stage.gpu), "")
+        yield (stage.rule, str(stage.ranks), str(stage.gpus), *held)
+
+
+def _distinct(loads: Sequence[Load]) -> list[Load]:
+    return [load for index, load in enumerate(loads) if load not in loads[:index]]
+
+
+def _size(gpu: Gpu | None) -> str:
+    return gpu.text if gpu else "?"
+
+
+def _rest(plan: Plan, price: float | None) -> Iterator[tuple[str, str]]:
+    disk, work = plan.disk, plan.work
+    yield (
+        "checkpoint",
+        f"{_bytes(disk.checkpoint)}; {disk.checkpoints} are kept, {disk.most_checkpoints} there are at once",
+    )
+    yield (
+        "disk",
+        f"{_bytes(disk.iteration)} an iteration beside checkpoints; {_bytes(disk.at_end)} at the end, "
+        f"{_bytes(disk.needed)} at most; {_bytes(disk.written)} of checkpoints are written",
+    )
+    if not plan.iterations:
+        return
+    yield (
+        "iteration",
+        f"{work.generated:,} tokens sampled, {work.trained:,} through the learner ({work.flops / 1e15:.1f} PFLOP), "
+        f"{work.questions} questions to the judge",
+    )
+    measured = f"measured in {plan.measured} iterations" if plan.measured else "assumed"
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in plan.seconds.items() if seconds >= 0.05)
+    yield "seconds", f"{sum(plan.seconds.values()):.1f} an iteration: {phases} ({measured})"
+    evaluated = (
+        "evaluations not counted, since they take all prompts" if plan.evaluated is None else "evaluations included"
+    )
+    yield "run", f"{plan.hours:.1f} hours of iterations, {plan.gpu_hours:,.0f} GPU-hours, {plan.questions:,} questions"
+    yield "", evaluated
+    if price is not None:
+        yield "cost", f"{price * plan.gpu_hours:,.0f} at {price:g} for a GPU and hour"
+
+
+COLUMNS = (
+    "experiment",
+    "GPUs",
+    "a GPU holds at most",
+    "checkpoint",
+    "disk at most",
+    "seconds an iteration",
+    "GPU-hours",
+    "questions",
+)
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+
+
+def row(plan: Plan) -> str:
+    """Return a plan as a row of the Markdown table under `HEADER`."""
+    most = max((load.bytes for stage in plan.stages for load in stage.loads), default=0)
+    gpus = max((stage.gpus for stage in plan.stages), default=0)
+    fits = f"{_gb(most)} GB" + (" (does not fit)" if plan.problems else "")
+    cells = (
+        f"`{plan.run_name}`",
+        str(gpus),
+        fits,
+        _bytes(plan.disk.checkpoint),
+        _bytes(plan.disk.needed),
+        f"{sum(plan.seconds.values()):.0f}",
+        f"{plan.gpu_hours:,.0f}",
+        f"{plan.questions:,}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for each in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(each, widths, strict=True))
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f}"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

@@ -1,0 +1,150 @@
+"""Every section of the GPU check once, shrunk, on a CPU, with only what torch and transformers bring."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import results, supervisor
+from benchmarks.gpu.__main__ import SECTIONS
+
+ROOT = Path(__file__).parents[2]
+ABSENT = (
+    "pydantic",
+    "pyarrow",
+    "snakemake",
+    "vllm",
+    "flash_attn",
+    "_jsonnet",
+    "wandb",
+    "submitit",
+    "jinja2",
+    "datasets",
+)
+"""Packages that a machine with torch and transformers alone may lack."""
+HIDE = f"""
+import sys
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {ABSENT} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+"""
+
+
+def check(out: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[results.Result]]:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "60", *arguments]
+    command += ["--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    return done, results.Reader(out / supervisor.RESULTS).new()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """All sections, where packages are hidden."""
+    hidden = tmp_path_factory.mktemp("hidden")
+    (hidden / "sitecustomize.py").write_text(HIDE)
+    return check(tmp_path_factory.mktemp("gpu"), PYTHONPATH=str(hidden))
+
+
+@pytest.mark.slow
+def test_every_section_runs_without_other_packages(bare):
+    done, found = bare
+    assert [result for result in found if result.verdict == results.FAILED] == []
+    assert done.returncode == 0, done.stderr
+    assert {result.section for result in found} == {section.name for section in SECTIONS}
+    skipped = {(result.section, result.found) for result in found if result.verdict == results.SKIPPED}
+    assert {section for section, _ in skipped} == {"learner.flash", "vllm"}
+    assert ("vllm", "vllm is not installed here") in skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "check"),
+    [
+        ("environment", "bfloat16 product"),
+        ("requirements", "deterministic gradient of masked attention"),
+        ("tiny", "learner, packed: repeats itself"),
+        ("tiny", "split learner repeats itself"),
+        ("constraint", "vLLM's constraint: mask equal to the CPU's"),
+        ("vision", "tokens that differ from the CPU's"),
+        ("parity", "packed: mean difference"),
+        ("learner.padded", "peak memory"),
+        ("learner.packed", "price of determinism"),
+        ("learner.activations_kept", "rate"),
+        ("handoff", "/dev/shm: written, hashed and sealed"),
+        ("decode", "8 rows: rate"),
+    ],
+)
+def test_each_section_comes_to_its_checks(bare, section, check):
+    assert (section, check) in {(result.section, result.check) for result in bare[1]}
+
+
+@pytest.mark.slow
+def test_sampler_and_learner_are_near_each_other_in_bfloat16(bare):
+    """What `parity` and `tiny` compare is the same policy: random numbers would differ by nats."""
+    gaps = [
+        result.value
+        for result in bare[1]
+        if "differ" in result.check and result.found.partition(",")[0].endswith("nats")
+    ]
+    assert len(gaps) == 5
+    assert all(gap < 0.3 for gap in gaps)
+
+
+@pytest.mark.slow
+def test_the_table_holds_what_the_file_holds(bare):
+    done, found = bare
+    assert results.table(found) in done.stdout
+
+
+@pytest.mark.slow
+def test_vllm_is_checked_where_it_is_installed(tmp_path):
+    pytest.importorskip("vllm")
+    done, found = check(tmp_path, "--only", "vllm,constraint")
+    assert [result for result in found if result.verdict in (results.FAILED, results.SKIPPED)] == []
+    assert done.returncode == 0
+    assert found[-1].check == "end"
+
+
+@pytest.mark.slow
+def test_without_a_gpu_nothing_but_the_environment_is_tried(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--only", "environment,tiny", "--out", str(tmp_path)]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "name --device cpu" in done.stdout
+    assert "environment says that nothing can be run here" in done.stdout
+
+
+def test_a_section_that_there_is_not_is_refused(tmp_path):
+    done, _ = check(tmp_path, "--only", "learner,speed")
+    assert done.returncode == 2
+    assert "there is no section 'speed'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ([], "--minutes 10 --device cuda --out runs/gpu-check"),
+        (["ONLY=learner,tiny", "MINUTES=4"], "--only learner,tiny --minutes 4 --device cuda --out runs/gpu-check"),
+        (["DEVICE=cpu", "RUNS=/scratch"], "--minutes 10 --device cpu --out /scratch/gpu-check"),
+    ],
+)
+def test_make_passes_on_what_it_is_given(tmp_path, given, asked):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "--dry-run", "gpu", f"PYTHON={sys.executable}", *given]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    _, _, options = done.stdout.replace("\\\n", " ").partition(" -m benchmarks.gpu ")
+    assert options.split() == asked.split()

@@ -1,0 +1,92 @@
+"""What a report says about learning, from numbers whose meaning is known."""
+
+import pytest
+
+from earl.files import tables
+from earl.files.layout import Run
+from earl.report import learning
+from earl.report.contents import Comparison
+from earl.statistics.intervals import Interval
+
+
+def rows(start: float, end: float, count: int = 20, **more: float) -> list[dict]:
+    """Iterations whose reward goes from start to end in a line, up and down by a tenth around it."""
+    values = [start + (end - start) * i / (count - 1) + (0.1 if i % 2 else -0.1) for i in range(count)]
+    return [{"iteration": i + 1, "reward_mean": value, **more} for i, value in enumerate(values)]
+
+
+def held_out(mean: float, low: float, high: float) -> Comparison:
+    return Comparison(5.0, 5.0 + mean, Interval(mean, low, high, 100), 100)
+
+
+def test_a_trend_by_hand():
+    values = [{"reward_mean": value} for value in (1.0, 3.0, 9.0, 9.0, None, 9.0, 9.0, 9.0, 9.0, 6.0, 10.0)]
+    found = learning.trend(values, "reward_mean")
+    # Two of ten at each end: means 2 and 8, variances 2 and 8, so the error is sqrt(10 / 2).
+    assert (found.before, found.after, found.error) == (2.0, 8.0, pytest.approx(5**0.5))
+    assert found.is_clear
+    assert not learning.trend([*values[:-2], {"reward_mean": 1.0}, {"reward_mean": 9.0}], "reward_mean").is_clear
+    assert learning.trend(values[:9], "reward_mean") is None
+
+
+def test_memory_is_called_by_its_name():
+    said = learning.sentences(rows(5, 7), held_out(0.1, -0.2, 0.4), 4.3)
+    assert said == [
+        "Held-out rewards show no clear change: +0.10 [-0.20, +0.40].",
+        "Rewards of training prompts rise (+1.68), held-out ones do not: each came 4.3 times; train on more of them.",
+    ]
+    [_, told] = learning.sentences(rows(5, 7), held_out(0.1, -0.2, 0.4), 1.0)
+    assert "came" not in told
+
+
+def test_learning_and_falling():
+    assert learning.sentences(rows(5, 7), held_out(2.0, 1.5, 2.5), 1.0) == [
+        "Held-out rewards rise: +2.00 [+1.50, +2.50]."
+    ]
+    assert len(learning.sentences(rows(5, 7), held_out(2.0, 1.5, 2.5), 3.0)) == 2
+    assert "fall" in learning.sentences(rows(5, 5), held_out(-2.0, -2.5, -1.5), None)[0]
+    assert learning.sentences([], None, None) == []
+
+
+def test_noise_equal_rewards_and_a_collapse():
+    noisy = rows(5, 5, gradient_cosine=0.04, zero_std_fraction=0.6)
+    for index, row in enumerate(noisy):
+        row["entropy"] = 1.0 if index < 10 else 0.1
+    said = learning.sentences(noisy, None, None)
+    assert [sentence.split(" (")[0] for sentence in said[:1]] == ["The gradients of two halves of a step hardly agree"]
+    assert "cosine 0.04" in said[0]
+    assert said[1].startswith("In 60% of the groups")
+    assert said[2] == "Entropy has fallen from 1 to 0.1 nats a token: samples hardly differ."
+    clear = rows(5, 5, gradient_cosine=0.2, zero_std_fraction=0.1, entropy=1.0)
+    assert learning.sentences(clear, None, None) == ["The gradients of two halves of a step agree (cosine 0.20)."]
+
+
+def test_how_often_a_prompt_came_is_counted_over_shards_and_iterations(tmp_path):
+    run = Run(tmp_path)
+    assert learning.repeats(run, rows(1, 2, count=2)) is None
+    prompts = {1: [["a", "a", "b"], ["c"]], 2: [["a", "b"]]}
+    for iteration, shards in prompts.items():
+        for shard, examples in enumerate(shards):
+            path = run.iteration(iteration).rollouts(shard)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rollouts(path, examples)
+    # Five prompts in all, three different ones: a and b twice, c once.
+    assert learning.repeats(run, rows(1, 2, count=2)) == pytest.approx(5 / 3)
+
+
+def write_rollouts(path, examples):
+    import pyarrow as pa
+
+    def empty(kind):
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return []
+        if pa.types.is_struct(kind):
+            return {field.name: empty(field.type) for field in kind}
+        if pa.types.is_string(kind):
+            return ""
+        return b"" if pa.types.is_binary(kind) else 0
+
+    columns = {field.name: [empty(field.type) for _ in examples] for field in tables.ROLLOUTS}
+    columns |= {"dataset": ["d"] * len(examples), "example_id": examples}
+    columns["episode_id"] = [str(index) for index in range(len(examples))]
+    tables.write_table(path, tables.ROLLOUTS, columns, {}, 10)
