@@ -5,9 +5,8 @@
 The same tokens as the engine and the learner see them, and how many completions differ when requests come in another
 order, that is, in other batches. `dtype: 'bfloat16'` is measured with logits in float32, as they are, and with logits
 that both sides round to bfloat16, as a head does by itself. Two policies: the one that ships with the package; and one
-of 32,768 visual tokens, as many as Emu3's, eight layers and width 1,024, with random weights whose logits have a
-standard deviation of 3.2, so that a visual token has an entropy of some 5 nats. A learner splits its models, here over
-one rank.
+of 32,768 visual tokens, as many as Emu3's, four layers and width 512, with random weights whose logits have a standard
+deviation of 3.2, so that a visual token has an entropy of some 5 nats. A learner splits its models, here over one rank.
 """
 
 import argparse
@@ -20,19 +19,19 @@ from unittest import mock
 import numpy as np
 import torch
 
-from earl.emu3 import float32, grid, sequence
+from earl.emu3 import float32, grid, saving, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Completion, Engine, Request, SamplingParams, vllm_engine
 from earl.engines.torch_engine import TorchEngine
 from earl.execution import ranks
-from earl.files import atomic, manifest
+from earl.files import atomic
 from earl.learner import batches, grpo, logprobs, sharding
 from earl.learner.settings import Settings
 from earl.shapes import policy as shapes
 
 SIZE, SAMPLES = (8, 8), 8
-LAYERS, WIDTH, CODES = 8, 1024, 32768
-HEAD = 0.1
+LAYERS, WIDTH, CODES = 4, 512, 32768
+HEAD = 0.14
 """Standard deviation of the wide policy's head: times the root of the width, that of its logits."""
 CPU = torch.device("cpu")
 KINDS = {"float32": ("float32", False), "bfloat16, logits rounded": ("bfloat16", True), "bfloat16": ("bfloat16", False)}
@@ -40,7 +39,7 @@ KINDS = {"float32": ("float32", False), "bfloat16, logits rounded": ("bfloat16",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--policies", nargs="+", choices=("shapes", "wide"), default=["shapes", "wide"])
     parser.add_argument("--engines", nargs="+", choices=("torch", "vllm"), default=["torch", "vllm"])
     arguments = parser.parse_args()
@@ -66,7 +65,7 @@ def write_wide(folder: Path) -> Path:
         tokenizer = shapes.build_tokenizer()
     config = shapes.build_model(tokenizer, 0).config
     config.update({"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS})
-    config.update({"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": WIDTH // 16})
+    config.update({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": WIDTH // 8})
     torch.manual_seed(0)
     model = Emu3ForCausalLM(config).float()
     with torch.no_grad():
@@ -74,9 +73,9 @@ def write_wide(folder: Path) -> Path:
         for weight in model.parameters():
             weight.copy_(weight.bfloat16())  # as published weights are
     with atomic.folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
         write_tokenizer(tokenizer, temporary, shapes.MAX_LENGTH)
-        manifest.seal(temporary)
+        saving.save_policy(model, temporary, {})
     return folder
 
 
@@ -120,7 +119,7 @@ def rounding(rounded: bool) -> Iterator[None]:
 
 def make(engine: str, dtype: str) -> Engine:
     if engine == "torch":
-        return TorchEngine(CPU, getattr(torch, dtype), 32, 512, constrained=True)
+        return TorchEngine(CPU, getattr(torch, dtype), SAMPLES, 512, constrained=True)
     return vllm_engine.VllmEngine(vllm_engine.Settings("cpu", dtype, context=512, memory_share=0.05))
 
 
