@@ -19,12 +19,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from earl.emu3 import float32, grid, sequence
+from earl.emu3 import float32, grid, saving, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Completion, Engine, Request, SamplingParams, vllm_engine
 from earl.engines.torch_engine import TorchEngine
 from earl.execution import ranks
-from earl.files import atomic, manifest
+from earl.files import atomic
 from earl.learner import batches, grpo, logprobs, sharding
 from earl.learner.settings import Settings
 from earl.shapes import policy as shapes
@@ -76,9 +76,9 @@ def write_wide(folder: Path, layers: int) -> Path:
         for weight in model.parameters():
             weight.copy_(weight.bfloat16())  # as published weights are
     with atomic.folder(folder / "wide") as temporary:
-        model.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
         write_tokenizer(tokenizer, temporary, shapes.MAX_LENGTH)
-        manifest.seal(temporary)
+        saving.save_policy(model, temporary, {})
     return folder / "wide"
 
 

@@ -44,6 +44,9 @@
   temperature: 1.0,
   per_device_batch_size: 8,  // a group
   packing: 'groups',
+  // Four 80 GB GPUs, as the paper had, sample and train; config/recipes/ has other machines.
+  train_processes: 4,
+  rollout_shards: 4,
 
   episodes_per_iteration: 128,
   generations_per_sample: 8,

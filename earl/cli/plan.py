@@ -42,7 +42,7 @@ def plan(
     """
     from earl.config import load
     from earl.estimate import gpus, rates, text
-    from earl.estimate import plan as planning
+    from earl.estimate import run as estimates
 
     # As Snakemake does, which takes that one by itself, if there is one here.
     usual = ["default"] if Path("profiles/default/config.yaml").is_file() else []
@@ -52,19 +52,20 @@ def plan(
     assumed = rates.assumed(assume or [])
 
     def asked(rule: str) -> gpus.Asked:
-        found = gpus.asked(resources(rule))
-        return gpus.Asked(chosen or found.gpu or found_here, found.count, found.nodes)
+        said = gpus.asked(resources(rule))
+        return gpus.Asked(chosen or said.gpu or found_here, said.count, said.nodes)
 
     fields = load.parse_overrides(overrides or [])
-    plans = []
-    for path in config:
-        one = load.changed(load.read(path), fields) if path.suffix == ".json" else load.load(path, fields).config
-        plans.append(planning.make(one, granularity == "segment", asked, assumed))
+    configs = [
+        load.changed(load.read(path), fields) if path.suffix == ".json" else load.load(path, fields).config
+        for path in config
+    ]
+    found = estimates.make(configs, granularity == "segment", asked, assumed)
     if as_json:
-        found = [planning.to_json(one, price) for one in plans]
-        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+        objects = [estimates.to_json(one, price) for one in found]
+        typer.echo(json.dumps(objects[0] if len(objects) == 1 else objects, indent=1))
     elif as_table:
-        typer.echo("\n".join([text.HEADER, *map(text.row, plans)]))
+        typer.echo("\n".join([text.HEADER, *map(text.row, found)]))
     else:
-        typer.echo("\n\n".join(text.page(one, price) for one in plans))
-    raise typer.Exit(any(one.problems for one in plans))
+        typer.echo("\n\n".join(text.page(one, price) for one in found))
+    raise typer.Exit(any(one.problems for one in found))

@@ -161,12 +161,16 @@ class RawDataset(_Section):
         None, "shapes: edit types to draw from; null draws from all of them.", min_length=1
     )
     unchanged_fraction: float = _fixed(
-        0.0, "shapes: share of the pairs whose edited image is the original, as in data that an editor failed on.",
-        ge=0, le=1,
+        0.0,
+        "shapes: share of the pairs whose edited image is the original, as in data that an editor failed on.",
+        ge=0,
+        le=1,
     )
     damaged_fraction: float = _fixed(
-        0.0, "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well.",
-        ge=0, le=1,
+        0.0,
+        "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well.",
+        ge=0,
+        le=1,
     )
 
     @model_validator(mode="after")

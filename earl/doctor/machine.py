@@ -55,8 +55,7 @@ def multiplies(device: str) -> bool:
 def memory(wanted: Wanted) -> tuple[bool | None, str]:
     """Look at main memory that is free for this process, by the machine and by what its job was given."""
     free = min([_available(), *_left_in_groups()])
-    lack = wanted.memory.lack(free)
-    return not lack, f"{free / 1e9:.0f} GB free{lack}"
+    return free >= wanted.memory.size, f"{free / 1e9:.0f} GB free{wanted.memory.text}"
 
 
 def _available() -> int:
@@ -108,11 +107,11 @@ def disk(wanted: Wanted) -> tuple[bool | None, str]:
     try:
         for content in (text, text[::-1] + "y"):
             atomic.write_text(probe, content)
-        is_right = probe.read_text() == text[::-1] + "y"
+        is_right = probe.read_text() == text[::-1] + "y" and free >= wanted.disk.size
     finally:
         probe.unlink(missing_ok=True)
-    rate, lack = 2 * len(text) / (time.monotonic() - start) / 1e6, wanted.disk.lack(free)
-    return is_right and not lack, f"{wanted.path}: {free / 1e9:.0f} GB free{lack}, renames, {rate:.0f} MB/s"
+    rate = 2 * len(text) / (time.monotonic() - start) / 1e6
+    return is_right, f"{wanted.path}: {free / 1e9:.0f} GB free{wanted.disk.text}, renames, {rate:.0f} MB/s"
 
 
 def probe_file(path: Path, check: str) -> Path:

@@ -32,6 +32,8 @@ class Case:
     checkpointing: bool
     reference: bool
     offload: bool
+    lora: tuple[int, int, tuple[str, ...]] | None = None
+    """Rank, alpha and targets of an adapter that is trained in the place of all weights."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """Bytes that a run writes and keeps."""
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from earl.config import paths
+from earl.config.references import STAGE
 from earl.estimate import memory, models
 from earl.run import segments
 from earl.run.state import Retention
@@ -83,10 +86,24 @@ def of(config: "Config", text: "Emu3TextConfig", by_segment: bool, evaluated: in
     )
 
 
+def notes(config: "Config", taken: Disk) -> list[str]:
+    """Return whether the file system of `base_exp_dir` has less room than the run takes from its start to its end."""
+    folder = Path(config.base_exp_dir).absolute()
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free >= taken.needed:
+        return []
+    return [
+        f"base_exp_dir {config.base_exp_dir}: {free / 1e9:,.0f} GB are free of the {taken.needed / 1e9:,.0f} GB that a "
+        "whole run takes; see keep_checkpoints_every_n_iterations"
+    ]
+
+
 def checkpoint_bytes(config: "Config", text: "Emu3TextConfig") -> int:
-    """Bytes of a checkpoint: the policy's weights, Adam's two moments, and the float32 weights of a bfloat16 policy."""
+    """Bytes of a checkpoint: of each weight that is trained its value, Adam's two moments, and its float32 value where
+    the policy's is rounded."""
     each = {"float32": 4 + 8, "bfloat16": 2 + 8 + 4}[config.policy_dtype]
-    return each * memory.weights_of(text)
+    return each * memory.trained_of(text, config.lora)
 
 
 def checkpoints(config: "Config", by_segment: bool) -> tuple[int, int, int]:
@@ -113,7 +130,8 @@ def shared_bytes(config: "Config") -> int:
         if stage.stage == "convert" and stage.conversion and not stage.conversion.vision:
             total += 4 * memory.weights_of(models.text(config, stage.name))
         elif stage.stage == "sft":
-            count = memory.weights_of(models.text(config, f"stage:sft/{stage.name}"))
+            text = models.text(config, f"{STAGE}sft/{stage.name}")
             # The policy, and a checkpoint with its successor.
-            total += (4 + 2 * 12) * count
+            trained = memory.trained_of(text, config.sft[stage.name].lora)
+            total += 4 * memory.weights_of(text) + 2 * 12 * trained
     return total

@@ -1,53 +1,25 @@
-"""Whether the stages of a run fit on their GPUs; where one does not, a field and a value with which it does.
-
-A rank of a segment holds, one after another:
-
-* while it samples, what the learner keeps between two steps, the engine awake, and the vision tokenizer with a batch;
-* while it trains, the learner at its peak, what a sleeping engine keeps, and the vision tokenizer.
-
-By stage each job has one of these to itself.
-"""
+"""Whether the stages of a run fit on their GPUs; where one does not, a field and a value with which it does."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from earl.config import paths
-from earl.estimate import cases, memory, models
+from earl.config.schema import Lora
+from earl.estimate import loads, memory
 from earl.estimate.gpus import Asked, Gpu
-from earl.estimate.memory import EngineMemory, Memory
 from earl.messages.errors import EarlError
 from earl.run import resources
 
 if TYPE_CHECKING:
-    from transformers import Emu3TextConfig
-
     from earl.config.schema import Config
 
-UPDATE = 1_500_000_000
-"""What vLLM takes beyond its share while it is given new weights."""
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of ranks that are proposed."""
+LORA_RANK = 64
+"""Of an adapter that is proposed."""
 STEP = 0.05
 """Between proposed shares of memory."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a GPU holds in one phase of a job.
-
-    Attributes:
-        what: the phase.
-        parts: bytes by name.
-    """
-
-    what: str
-    parts: dict[str, int]
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -67,126 +39,13 @@ class Problem:
         return f"{self.rule}: {self.field} {self.text}"
 
 
-def rules(config: "Config", by_segment: bool) -> list[str]:
-    """Return the rules that compute on GPUs, in the order in which they run."""
-    shared = {stage.stage for output, stage in paths.shared_stages(config).items() if not _made(output)}
-    found = [rule for rule, stage in (("tokenise", "tokenise"), ("sft", "sft")) if stage in shared]
-    own = ["score"] if config.judge == "vllm" else []
-    if config.num_iterations == 0:
-        return found + (["generate", *own] if config.evaluations else [])
-    return found + (["iterate"] if by_segment else ["generate", *own, "train"])
-
-
-def _made(output: Any) -> bool:
-    return output.exists()
-
-
-def loads(config: "Config", rule: str, gpu: Gpu) -> list[Load]:
-    """Return what the fullest GPU of a job holds, phase by phase.
-
-    Raises:
-        NotSimulated: see `cases.simulate`.
-    """
-    match rule:
-        case "tokenise":
-            return [_load("tokenise", memory.vision(config, models.vision(config), models.image_side(config)))]
-        case "sft":
-            return [_load(f"sft.{name}", _fine_tuning(config, name)) for name in fine_tunings(config)]
-        case "train" | "restore":
-            return [_load("learner", _learner(config))]
-        case "generate":
-            return [_sampling(config, gpu, {})]
-        case "score":
-            return _judge(config, gpu)
-        case "iterate":
-            return [*_segment(config, gpu), *_judge(config, gpu)]
-    raise ValueError(f"{rule} is no rule that computes on GPUs")
-
-
-def _load(what: str, found: Memory) -> Load:
-    return Load(what, found.parts)
-
-
-def _learner(config: "Config") -> Memory:
-    return memory.learner(config, *_step(config))
-
-
-def _step(config: "Config") -> tuple["Emu3TextConfig", int, int, int]:
-    length = models.lengths(config)
-    return models.text(config), config.train_processes, length.prompt, length.longest
-
-
-def fine_tunings(config: "Config") -> list[str]:
-    stages = paths.shared_stages(config).items()
-    return [stage.name for output, stage in stages if stage.stage == "sft" and not _made(output)]
-
-
-def _fine_tuning(config: "Config", name: str) -> Memory:
-    return memory.learner(config, *_tuning_step(config, name), reference=False)
-
-
-def _tuning_step(config: "Config", name: str) -> tuple["Emu3TextConfig", int, int, int]:
-    length, tuning = models.lengths(config), config.sft[name]
-    image = length.prompt - models.WORDS
-    longest = min(image + (models.REASONING if tuning.reasoning else 0), config.model_context_size - length.prompt)
-    return models.text(config, tuning.base_model), config.train_processes, length.prompt, longest
-
-
-def prepare(config: "Config", planned: Iterable[str]) -> None:
-    """Simulate all that `loads` of these rules asks for, in one process.
-
-    Raises:
-        NotSimulated: see `cases.simulate`.
-    """
-    wanted: list[cases.Case | cases.VisionCase] = []
-    for rule in planned:
-        if rule in ("iterate", "train", "restore"):
-            wanted += memory.learner_cases(config, *_step(config))
-        if rule == "sft":
-            for name in fine_tunings(config):
-                wanted += memory.learner_cases(config, *_tuning_step(config, name), reference=False)
-        if rule in ("iterate", "generate", "tokenise"):
-            wanted.append(memory.vision_case(models.vision(config), models.image_side(config)))
-    cases.simulate(wanted)
-
-
-def _engine(config: "Config", gpu: Gpu) -> EngineMemory:
-    return memory.engine(config, models.text(config), gpu.memory)
-
-
-def _sampling(config: "Config", gpu: Gpu, beside: dict[str, int], update: int = 0) -> Load:
-    engine = _engine(config, gpu)
-    vision = memory.vision(config, models.vision(config), models.image_side(config))
-    weights = vision.parts["vision"]
-    # A batch of images, or an update of the engine's weights; not both at once.
-    moment = max(vision.peak - weights, update)
-    parts = {"engine": engine.parts["weights"], "cache": engine.parts["cache"], "logits": engine.parts.get("logits", 0)}
-    return Load("sampling", beside | parts | {"vision": weights + moment, "overhead": engine.parts["overhead"]})
-
-
-def _segment(config: "Config", gpu: Gpu) -> list[Load]:
-    learner, engine, text = _learner(config), _engine(config, gpu), models.text(config)
-    vision = memory.vision(config, models.vision(config), models.image_side(config)).parts["vision"]
-    resting = {name: learner.parts.get(name, 0) for name in ("weights", "moments", "reference")}
-    update = UPDATE + 6 * text.vocab_size * text.hidden_size  # its largest weight, whole in float32 and in bfloat16
-    training = learner.parts | {"engine": engine.at_rest, "vision": vision}
-    return [_sampling(config, gpu, resting, update), Load("training", training)]
-
-
-def _judge(config: "Config", gpu: Gpu) -> list[Load]:
-    found = memory.judge(config, gpu.memory)
-    return (
-        [] if found is None else [Load("judge", {"judge" if n == "weights" else n: b for n, b in found.parts.items()})]
-    )
-
-
 def problems(config: "Config", rule: str, asked: Asked) -> list[Problem]:
     """Return why a rule's jobs cannot run on the GPUs that they ask for; none where nobody knows what these hold.
 
     Raises:
         NotSimulated: see `cases.simulate`.
     """
-    found = _counts(config, rule, asked)
+    found = counts(config, rule, asked)
     gpu = asked.gpu
     if gpu is None:
         return found
@@ -198,14 +57,16 @@ def problems(config: "Config", rule: str, asked: Asked) -> list[Problem]:
         found += _judge_problems(config, rule, gpu)
     if found or rule in ("score", "train", "sft", "restore"):
         return found
-    return [_too_much(rule, load, gpu) for load in loads(config, rule, gpu) if load.bytes > gpu.memory]
+    return [_too_much(config, rule, load, gpu) for load in loads.of(config, rule, gpu) if load.bytes > gpu.memory]
 
 
-def _too_much(rule: str, load: Load, gpu: Gpu) -> Problem:
-    return Problem(rule, "image_area", f"takes {_gb(load.bytes)} for {load.what}, of {gpu.text}; use larger GPUs")
+def _too_much(config: "Config", rule: str, load: loads.Load, gpu: Gpu) -> Problem:
+    text = f"= {config.image_area}: {load.what} needs {_gb(load.bytes)} of {gpu.text}; lower it, or use larger GPUs"
+    return Problem(rule, "image_area", text)
 
 
-def _counts(config: "Config", rule: str, asked: Asked) -> list[Problem]:
+def counts(config: "Config", rule: str, asked: Asked) -> list[Problem]:
+    """Return whether a job asks for fewer GPUs than the configuration makes it use."""
     needed = resources.gpus(config, rule)
     if asked.count is None or asked.count * asked.nodes >= needed or not needed:
         return []
@@ -224,60 +85,67 @@ def _learner_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
 
     def needed(changed: "Config") -> int:
         if rule == "sft":
-            return max((_fine_tuning(changed, name).needed for name in fine_tunings(changed)), default=0)
+            return max((loads.fine_tuning(changed, name).needed for name in loads.fine_tunings(changed)), default=0)
         if rule == "iterate":
-            return _segment(changed, gpu)[1].bytes
-        return _learner(changed).needed
+            return loads.segment(changed, gpu)[1].bytes
+        return loads.learner(changed).needed
+
+    def fits(change: dict[str, Any]) -> bool:
+        return needed(config.model_copy(update=change)) <= gpu.memory
 
     taken = needed(config)
     if taken <= gpu.memory:
         return []
-    fitting = _fitting(config, lambda changed: needed(changed) <= gpu.memory)
-    remedy = f"fits with {' or '.join(fitting)}" if fitting else "nothing that the configuration can say makes it fit"
+    changes = _savings(config) if rule == "sft" else [*_savings(config), *_savings_of_rl(config)]
+    cheapest = next((change for change in changes if fits(change)), None)
+    more = next((change for change in _more_ranks(config, rule, gpu) if fits(change)), None)
+    fitting = " or ".join(_said(change) for change in (cheapest, more) if change)
+    remedy = f"fits with {fitting}" if fitting else "no field makes it fit; use larger GPUs"
     text = f"= {config.train_processes}: a rank that trains needs {_gb(taken)} of {gpu.text}; {remedy}"
     return [Problem(rule, "train_processes", text)]
 
 
-def _fitting(config: "Config", fits: Callable[["Config"], bool]) -> list[str]:
-    """Return single changes with which a learner fits, as field=value: those that need no more GPUs first."""
-    found = []
-    for change in _savings(config):
-        if fits(config.model_copy(update=change)):
-            found.append(_said(change))
-            break
-    more = [count for count in RANKS if count > config.train_processes]
-    for count in more:
-        change: dict[str, Any] = {"train_processes": count}
-        if config.segment_processes is not None and config.segment_processes < count:
-            change["segment_processes"] = count
-        if fits(config.model_copy(update=change)):
-            found.append(_said(change))
-            break
-    return found
-
-
-def _savings(config: "Config") -> Iterator[dict[str, Any]]:
+def _savings(config: "Config") -> list[dict[str, Any]]:
     """Changes that save memory on the GPUs that there are, the cheapest first; each holds those before it."""
-    change: dict[str, Any] = {}
-    size = config.per_device_batch_size
+    steps: list[dict[str, Any]] = []
     if not config.gradient_checkpointing:
-        change["gradient_checkpointing"] = True
-        yield dict(change)
-    if size > 1:
-        change["per_device_batch_size"] = max(1, size // 4)
-        yield dict(change)
-    if config.kl_coeff > 0 and not config.reference_offload:
-        change["reference_offload"] = True
-        yield dict(change)
+        steps.append({"gradient_checkpointing": True})
+    if config.packing == "none":
+        steps.append({"packing": "groups"})
+    if config.per_device_batch_size > 1:
+        steps.append({"per_device_batch_size": -(-config.per_device_batch_size // 4)})
+    return [dict(item for step in steps[: count + 1] for item in step.items()) for count in range(len(steps))]
+
+
+def _savings_of_rl(config: "Config") -> list[dict[str, Any]]:
+    """More that a step of RL can save: where the reference lies, and then what is trained."""
+    if config.lora is not None:
+        return []
+    offloads = [{"reference_offload": True}] if config.kl_coeff > 0 and not config.reference_offload else []
+    return [*offloads, {"lora": Lora(rank=LORA_RANK)}]
+
+
+def _more_ranks(config: "Config", rule: str, gpu: Gpu) -> Iterator[dict[str, Any]]:
+    """Numbers of ranks with which at least what a rank holds of models and optimizer fits."""
+    [first, *_] = loads.of(config, "train" if rule == "iterate" else rule, gpu)
+    kept = sum(first.parts[name] for name in ("weights", "moments", "gradients", "reference")) * config.train_processes
+    for count in RANKS:
+        if count > config.train_processes and kept / count < gpu.memory:
+            ranks = {"train_processes": count}
+            if config.segment_processes is not None:
+                ranks["segment_processes"] = max(count, config.segment_processes)
+            yield ranks
 
 
 def _said(change: dict[str, Any]) -> str:
-    return " and ".join(f"{name} {str(value).lower()}" for name, value in change.items())
+    values = {"lora.rank" if name == "lora" else name: value for name, value in change.items()}
+    shown = {name: value.rank if isinstance(value, Lora) else str(value).lower() for name, value in values.items()}
+    return " and ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _engine_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
     """Compare the engine's share of memory with a sequence, and with what else its GPU holds."""
-    load = _segment(config, gpu)[0] if rule == "iterate" else _sampling(config, gpu, {})
+    load = loads.segment(config, gpu)[0] if rule == "iterate" else loads.sampling(config, gpu, {})
     if config.engine == "torch":
         if load.bytes <= gpu.memory:
             return []
@@ -288,7 +156,7 @@ def _engine_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
         remedy = f"{size} fits" if size > 0 else "no batch fits; have more ranks (train_processes), or larger GPUs"
         text = f"= {config.engine_batch_size}: sampling needs {_gb(load.bytes)} of {gpu.text}; {remedy}"
         return [Problem(rule, "engine_batch_size", text)]
-    engine, share = _engine(config, gpu), config.vllm_gpu_memory_utilization
+    engine, share = loads.engine(config, gpu), config.vllm_gpu_memory_utilization
     beside = load.bytes - int(share * gpu.memory) if engine.cache_tokens else load.bytes - engine.needed
     most = math.floor((gpu.memory - beside) / gpu.memory / STEP + 1e-9) * STEP
     sequence = engine.parts["weights"] + memory.VLLM + config.model_context_size * engine.token_bytes
@@ -335,7 +203,7 @@ def notes(config: "Config", rule: str, gpu: Gpu) -> list[str]:
     """Return what works, but slower than it might."""
     if rule not in ("generate", "iterate") or config.engine != "vllm":
         return []
-    engine = _engine(config, gpu)
+    engine = loads.engine(config, gpu)
     if engine.cache_tokens >= engine.shard_tokens or engine.cache_tokens < config.model_context_size:
         return []
     wanted = (engine.parts["weights"] + memory.VLLM + engine.shard_tokens * engine.token_bytes) / gpu.memory
@@ -357,8 +225,8 @@ def check(config: "Config", by_segment: bool, asked: Callable[[str], Asked]) -> 
     """
     if config.device == "cpu":
         return []
-    planned = rules(config, by_segment)
-    prepare(config, [rule for rule in planned if asked(rule).gpu is not None])
+    planned = loads.rules(config, by_segment)
+    loads.prepare(config, [rule for rule in planned if asked(rule).gpu is not None])
     return [problem for rule in planned for problem in problems(config, rule, asked(rule))]
 
 

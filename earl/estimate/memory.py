@@ -4,6 +4,7 @@ The learner and the vision tokenizer are simulated (see `earl.estimate.simulatio
 from what vLLM is told to take. None of it needs a GPU or weights. What is assumed stands in the constants below.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.estimate import models
 from earl.estimate.cases import Bytes, Case, VisionCase, simulate
 from earl.files import objects
 
 if TYPE_CHECKING:
-    from transformers import Emu3TextConfig, Emu3VQVAEConfig
+    from transformers import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAEConfig
 
-    from earl.config.schema import Config
+    from earl.config.schema import Config, Lora, Sft
 
 CONTEXT = 1_500_000_000
 """CUDA's context, cuBLAS and what else a process takes of a GPU beside its tensors."""
@@ -91,22 +91,22 @@ def learner(
     ranks: int,
     prompt_tokens: int,
     completion_tokens: int,
-    reference: bool | None = None,
+    tuning: "Sft | None" = None,
 ) -> Memory:
     """Return what a step of the learner takes of each rank's GPU.
 
     Args:
         ranks: that train together.
         prompt_tokens, completion_tokens: of every episode of a micro-batch.
-        reference: whether there is a frozen reference; None: as `kl_coeff` says.
+        tuning: a fine-tuning, whose step it is, without a reference; None: of RL.
 
     Raises:
         NotSimulated: see `cases.simulate`.
     """
-    few, more = simulate(learner_cases(config, text, ranks, prompt_tokens, completion_tokens, reference))
+    few, more = simulate(learner_cases(config, text, ranks, prompt_tokens, completion_tokens, tuning))
     found = extrapolated(few, more, text.num_hidden_layers)
     rest = found.at_rest
-    gradients = rest["weights"]
+    gradients = rest["moments"] // 2  # float32, as one of two moments is
     at_rest, peak = sum(rest.values()), max(found.peaks.values())
     activations = max(0, peak - at_rest - gradients)
     overhead = CONTEXT + (NCCL if ranks > 1 else 0) + int(FRAGMENTATION * (peak - at_rest))
@@ -120,10 +120,11 @@ def learner_cases(
     ranks: int,
     prompt_tokens: int,
     completion_tokens: int,
-    reference: bool | None = None,
+    tuning: "Sft | None" = None,
 ) -> list[Case]:
     """Return what `learner` simulates: the step with few layers, and with some more."""
-    truncated = config.resolved_logprob_support == "sampled"
+    truncated = config.resolved_logprob_support == "sampled" and tuning is None
+    lora = (tuning or config).lora
     return [
         Case(
             text=_json(text.to_dict() | {"num_hidden_layers": layers}),
@@ -138,8 +139,9 @@ def learner_cases(
             bfloat16=config.dtype == "bfloat16",
             packed=config.packing == "groups",
             checkpointing=config.gradient_checkpointing,
-            reference=config.kl_coeff > 0 if reference is None else reference,
+            reference=config.kl_coeff > 0 and tuning is None,
             offload=config.reference_offload,
+            lora=lora and dataclasses.astuple(lora.settings),
         )
         for layers in LAYERS
     ]
@@ -172,12 +174,14 @@ def engine(
         gpu_bytes: memory of the GPU, of which vLLM takes a share.
         prompt_tokens, completion_tokens: of an episode; None: those of `models.lengths`.
     """
+    from earl.estimate import models  # which reads configurations; the rest does without their packages
+
     usual = models.lengths(config)
     prompt, completion = prompt_tokens or usual.prompt, completion_tokens or usual.completion
     value = 2 if config.dtype == "bfloat16" else 4
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * value
-    weights = value * weights_of(text)
+    weights = value * (weights_of(text) + (trained_of(text, config.lora) if config.lora else 0))
     if config.engine == "torch":
         rows = max(1, config.engine_batch_size)
         cache = rows * (prompt + config.max_response_tokens)
@@ -249,15 +253,39 @@ def _known_judge(model: str) -> tuple[float, int] | None:
 
 def weights_of(text: "Emu3TextConfig") -> int:
     """Return how many weights a policy has."""
-    return _weights_of(_json(text.to_dict()))
+    return _counted(_json(text.to_dict()))
+
+
+def trained_of(text: "Emu3TextConfig", lora: "Lora | None") -> int:
+    """Return how many weights are trained: all of them, or those of an adapter."""
+    if lora is None:
+        return weights_of(text)
+    shapes = _linear_layers(_json(text.to_dict()))
+    return sum(count * lora.rank * sum(shape) for name, (count, shape) in shapes.items() if name in lora.targets)
 
 
 @functools.cache
-def _weights_of(fields: str) -> int:
+def _counted(fields: str) -> int:
+    return sum(weight.numel() for weight in _empty(fields).parameters())
+
+
+@functools.cache
+def _linear_layers(fields: str) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Number and shape of the policy's linear layers, by the last part of their name."""
+    import torch
+
+    found: dict[str, tuple[int, tuple[int, int]]] = {}
+    for name, module in _empty(fields).named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = name.rpartition(".")[2]
+            found[kind] = (found.get(kind, (0, (0, 0)))[0] + 1, (module.out_features, module.in_features))
+    return found
+
+
+def _empty(fields: str) -> "Emu3ForCausalLM":
     import torch
 
     from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
 
     with torch.device("meta"):
-        policy = Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))
-    return sum(weight.numel() for weight in policy.parameters())
+        return Emu3ForCausalLM(Emu3TextConfig.from_dict(json.loads(fields)))

@@ -13,7 +13,7 @@ from earl.run import segments
 if TYPE_CHECKING:
     from transformers import Emu3TextConfig
 
-    from earl.config.schema import Config
+    from earl.config.schema import Config, Sft
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def work(config: "Config", text: "Emu3TextConfig") -> Work:
     """Return what an iteration does with episodes of usual length."""
     length = models.lengths(config)
     episodes, prompts = config.episodes_per_iteration, config.prompts_per_iteration
-    packed = config.packing == "groups"
-    trained = episodes * length.completion + (prompts if packed else episodes) * length.prompt
+    # Packed, a micro-batch has the prompt of its group once.
+    shared = min(config.generations_per_sample, config.per_device_batch_size) if config.packing == "groups" else 1
+    trained = episodes * length.completion + -(-episodes // shared) * length.prompt
     return Work(
         episodes * length.completion,
         prompts * length.prompt,
@@ -89,14 +90,18 @@ def work(config: "Config", text: "Emu3TextConfig") -> Work:
     )
 
 
-def flops_per_token(config: "Config", text: "Emu3TextConfig", reference: bool | None = None) -> float:
+def flops_per_token(config: "Config", text: "Emu3TextConfig", tuning: "Sft | None" = None) -> float:
     """FLOPs of the learner for a token: two a weight of the layers in each pass; the head's ids are few.
 
-    Passes are the policy's forward, twice that in the backward, a forward again with checkpointing, and the reference.
+    Passes are the policy's forward, the backward for inputs and the one for weights, which a frozen base does without,
+    a forward again with checkpointing, and the reference.
+
+    Args:
+        tuning: a fine-tuning, whose step it is; None: of RL.
     """
     layers = memory.weights_of(text) - 2 * text.vocab_size * text.hidden_size
-    passes = 3 + config.gradient_checkpointing + (config.kl_coeff > 0 if reference is None else reference)
-    return 2.0 * layers * passes
+    passes = 2 + ((tuning or config).lora is None) + config.gradient_checkpointing
+    return 2.0 * layers * (passes + (config.kl_coeff > 0 and tuning is None))
 
 
 def questions(config: "Config") -> int:
@@ -148,7 +153,7 @@ def segment_iteration(config: "Config", text: "Emu3TextConfig", gpu: Gpu, size: 
 
 def stage_iteration(config: "Config", text: "Emu3TextConfig", gpu: Gpu, size: int, rates: Rates) -> dict[str, float]:
     """Seconds of the jobs of an iteration by stage, shards of a stage side by side."""
-    policy = (4 if config.policy_dtype == "float32" else 2) * memory.weights_of(text)
+    policy = (4 if config.policy_dtype == "float32" else 2) * memory.weights_of(text)  # an adapter's base, too
     reads_policy = rates.start_seconds + checkpoint_seconds(policy, rates)
     judged = rates.start_seconds if config.judge == "vllm" else 0.0
     return {

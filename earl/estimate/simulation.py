@@ -26,7 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from earl.emu3 import vision
+from earl.emu3 import adapter, vision
+from earl.emu3.adapter import Lora
 from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAE, Emu3VQVAEConfig
 from earl.estimate.cases import Bytes, Case, VisionCase
 from earl.execution.ranks import Ranks
@@ -75,8 +76,11 @@ def step(case: Case, fake: FakeTensorMode | None) -> Bytes:
     team = Ranks(0, case.ranks, torch.device("cpu"), splits_alone=case.splits)
     settings = _settings(case, text)
     batch = batches.collate(list(_episodes(case)), settings, team.device)
-    policy = _model(text, team, case, fake, frozen=False)
-    reference = _model(text, team, case, fake, frozen=True) if case.reference else None
+    lora = Lora(*case.lora[:2], tuple(case.lora[2])) if case.lora else None
+    policy = _model(text, team, case, fake, lora=lora)
+    reference = None
+    if case.reference:  # the policy without its adapter, where it has one
+        reference = policy if lora else _model(text, team, case, fake, frozen=True)
     with fake or nullcontext():
         batch = _as_fake(batch, fake) if fake else batch
         optimizer = grpo.new_optimizer(policy, 1e-6)
@@ -84,7 +88,7 @@ def step(case: Case, fake: FakeTensorMode | None) -> Bytes:
         count = Count()
         at_rest = {"weights": count.hold(policy.parameters(), policy.buffers())}
         at_rest["moments"] = count.hold(*(state.values() for state in optimizer.state.values()))
-        if case.offload and reference:  # in main memory, which here is the same device
+        if case.offload and not lora and reference:  # in main memory, which here is the same device
             count.leave_out(reference.parameters())
         at_rest["reference"] = count.hold(reference.parameters(), reference.buffers()) if reference else 0
         with count, grpo.ready_to_learn(policy, settings):
@@ -107,7 +111,7 @@ def _step(
             logp, entropy, kept = grpo.completion_logprobs(policy, batch, settings)
         reference_logp = None
         if reference is not None:
-            with count.phase("reference"), torch.no_grad():
+            with count.phase("reference"), torch.no_grad(), adapter.disabled(reference):
                 reference_logp, _, _ = grpo.completion_logprobs(reference, batch, settings, kept)
         loss = grpo.batch_loss(logp, reference_logp, batch, len(batch.targets), settings)
         with count.phase("backward"):
@@ -117,15 +121,24 @@ def _step(
         grpo.optimizer_step(policy, optimizer, grpo.Totals(tokens=1), grpo.MAX_GRADIENT_NORM)
 
 
-def _model(text: Emu3TextConfig, team: Ranks, case: Case, fake: FakeTensorMode | None, frozen: bool) -> Emu3ForCausalLM:
-    """As `sharding.load` makes it, with zeros in the place of a folder's weights."""
+def _model(
+    text: Emu3TextConfig,
+    team: Ranks,
+    case: Case,
+    fake: FakeTensorMode | None,
+    frozen: bool = False,
+    lora: Lora | None = None,
+) -> Emu3ForCausalLM:
+    """As `sharding` loads it, with zeros in the place of a folder's weights."""
     offload = frozen and case.offload
     # Before fake tensors: the ranks are arranged by their numbers, which such tensors do not have.
     if team.splits:
-        model = sharding.empty(text, team, case.bfloat16, frozen, offload)
+        model = sharding.empty(text, team, case.bfloat16, frozen, offload, lora)
     else:
         with torch.device("meta"):
             model = Emu3ForCausalLM(text).float().requires_grad_(not frozen)
+        if lora is not None:
+            adapter.add(model, lora)
     with fake or nullcontext():
         sharding.allocate(model, team, offload)
     with fake or nullcontext(), torch.no_grad():

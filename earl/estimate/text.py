@@ -1,57 +1,57 @@
-"""A plan as people read it: pages of text, and a row of a Markdown table."""
+"""An estimate as people read it: a page of text, or a row of a Markdown table."""
 
 from collections.abc import Iterator, Sequence
 
-from earl.estimate.fit import Load
 from earl.estimate.gpus import Gpu
-from earl.estimate.plan import Plan, Stage
+from earl.estimate.loads import Load
 from earl.estimate.rates import described
+from earl.estimate.run import Estimate, Stage
 
-NAMES = {
-    "weights": "weights",
-    "moments": "moments",
-    "gradients": "gradients",
-    "reference": "reference",
-    "activations": "activations",
-    "engine": "engine",
-    "cache": "cache",
-    "logits": "logits",
-    "judge": "judge",
-    "vision": "vision",
-    "overhead": "overhead",
-}
+PARTS = (
+    "weights",
+    "moments",
+    "gradients",
+    "reference",
+    "activations",
+    "engine",
+    "cache",
+    "logits",
+    "judge",
+    "vision",
+    "overhead",
+)
 """Parts of a GPU's memory, in the order in which they are shown."""
 
 
-def page(plan: Plan, price: float | None = None) -> str:
-    """Return a plan as text.
+def page(found: Estimate, price: float | None = None) -> str:
+    """Return an estimate as text.
 
     Args:
         price: of a GPU for an hour, in whatever currency.
     """
-    return "\n".join(line.rstrip() for line in _lines(plan, price))
+    return "\n".join(line.rstrip() for line in _lines(found, price))
 
 
-def _lines(plan: Plan, price: float | None) -> Iterator[str]:
-    how = "by segment" if plan.by_segment else "by stage"
-    yield f"{plan.run_name}: {plan.iterations} iterations {how}"
+def _lines(found: Estimate, price: float | None) -> Iterator[str]:
+    how = "by segment" if found.by_segment else "by stage"
+    yield f"{found.run_name}: {found.iterations} iterations {how}"
     yield ""
-    yield from _table([("stage", "ranks", "GPUs", "at most", "of", "while"), *_stage_rows(plan.stages)])
+    yield from _table([("stage", "ranks", "GPUs", "at most", "of", "while"), *_stage_rows(found.stages)])
     yield ""
-    loads = _distinct([load for stage in plan.stages for load in stage.loads])
+    loads = _distinct([load for stage in found.stages for load in stage.loads])
     if loads:
-        parts = [part for part in NAMES if any(load.parts.get(part) for load in loads)]
+        parts = [part for part in PARTS if any(load.parts.get(part) for load in loads)]
         rows = [(load.what, *(_gb(load.parts.get(part, 0)) for part in parts), _gb(load.bytes)) for load in loads]
-        yield from _table([("GB of a GPU", *(NAMES[part] for part in parts), "sum"), *rows])
+        yield from _table([("GB of a GPU", *parts, "sum"), *rows])
     else:
         yield "What a GPU holds: not known here; --profile or --gpu say which GPUs there are"
     yield ""
-    yield from _table(list(_rest(plan, price)))
+    yield from _table(list(_rest(found, price)))
     yield ""
-    assumed = described(plan.rates).items()
+    assumed = described(found.rates).items()
     yield f"assumed (--assume name=value): {', '.join(f'{name}={value:g}' for name, value in assumed)}"
-    yield from (f"note: {note}" for note in plan.notes)
-    yield from (f"DOES NOT FIT: {problem}" for problem in plan.problems)
+    yield from (f"note: {note}" for note in found.notes)
+    yield from (f"DOES NOT FIT: {problem}" for problem in found.problems)
 
 
 def _stage_rows(stages: Sequence[Stage]) -> Iterator[tuple[str, ...]]:
@@ -69,8 +69,8 @@ def _size(gpu: Gpu | None) -> str:
     return gpu.text if gpu else "?"
 
 
-def _rest(plan: Plan, price: float | None) -> Iterator[tuple[str, str]]:
-    disk, work = plan.disk, plan.work
+def _rest(found: Estimate, price: float | None) -> Iterator[tuple[str, str]]:
+    disk, work = found.disk, found.work
     yield (
         "checkpoint",
         f"{_bytes(disk.checkpoint)}; {disk.checkpoints} are kept, {disk.most_checkpoints} there are at once",
@@ -80,23 +80,21 @@ def _rest(plan: Plan, price: float | None) -> Iterator[tuple[str, str]]:
         f"{_bytes(disk.iteration)} an iteration beside checkpoints; {_bytes(disk.at_end)} at the end, "
         f"{_bytes(disk.needed)} at most; {_bytes(disk.written)} of checkpoints are written",
     )
-    if not plan.iterations:
+    if not found.iterations:
         return
     yield (
         "iteration",
         f"{work.generated:,} tokens sampled, {work.trained:,} through the learner ({work.flops / 1e15:.1f} PFLOP), "
         f"{work.questions} questions to the judge",
     )
-    measured = f"measured in {plan.measured} iterations" if plan.measured else "assumed"
-    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in plan.seconds.items() if seconds >= 0.05)
-    yield "seconds", f"{sum(plan.seconds.values()):.1f} an iteration: {phases} ({measured})"
-    evaluated = (
-        "evaluations not counted, since they take all prompts" if plan.evaluated is None else "evaluations included"
-    )
-    yield "run", f"{plan.hours:.1f} hours of iterations, {plan.gpu_hours:,.0f} GPU-hours, {plan.questions:,} questions"
-    yield "", evaluated
+    measured = f"measured in {found.measured} iterations" if found.measured else "assumed"
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in found.seconds.items() if seconds >= 0.05)
+    yield "seconds", f"{sum(found.seconds.values()):.1f} an iteration: {phases} ({measured})"
+    counted = "without evaluations, which take all prompts" if found.evaluated is None else "with evaluations"
+    yield "run", f"{found.hours:.1f} hours of iterations"
+    yield "", f"{found.gpu_hours:,.0f} GPU-hours, {found.questions:,} questions to the judge, {counted}"
     if price is not None:
-        yield "cost", f"{price * plan.gpu_hours:,.0f} at {price:g} for a GPU and hour"
+        yield "cost", f"{price * found.gpu_hours:,.0f} at {price:g} for a GPU and hour"
 
 
 COLUMNS = (
@@ -112,20 +110,20 @@ COLUMNS = (
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
-def row(plan: Plan) -> str:
-    """Return a plan as a row of the Markdown table under `HEADER`."""
-    most = max((load.bytes for stage in plan.stages for load in stage.loads), default=0)
-    gpus = max((stage.gpus for stage in plan.stages), default=0)
-    fits = f"{_gb(most)} GB" + (" (does not fit)" if plan.problems else "")
+def row(found: Estimate) -> str:
+    """Return an estimate as a row of the Markdown table under `HEADER`."""
+    most = max((load.bytes for stage in found.stages for load in stage.loads), default=0)
+    gpus = max((stage.gpus for stage in found.stages), default=0)
+    fits = f"{_gb(most)} GB" + (" (does not fit)" if found.problems else "")
     cells = (
-        f"`{plan.run_name}`",
+        f"`{found.run_name}`",
         str(gpus),
         fits,
-        _bytes(plan.disk.checkpoint),
-        _bytes(plan.disk.needed),
-        f"{sum(plan.seconds.values()):.0f}",
-        f"{plan.gpu_hours:,.0f}",
-        f"{plan.questions:,}",
+        _bytes(found.disk.checkpoint),
+        _bytes(found.disk.needed),
+        f"{sum(found.seconds.values()):.0f}",
+        f"{found.gpu_hours:,.0f}",
+        f"{found.questions:,}",
     )
     return f"| {' | '.join(cells)} |"
 

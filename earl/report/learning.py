@@ -64,9 +64,7 @@ def repeats(run: Run, metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return found.total() / len(found) if found else None
 
 
-def sentences(
-    metrics: Sequence[Mapping[str, Any]], held_out: Comparison | None, times_seen: float | None
-) -> list[str]:
+def sentences(metrics: Sequence[Mapping[str, Any]], held_out: Comparison | None, times_seen: float | None) -> list[str]:
     """Return what there is to say about a run's learning, the most important first.
 
     Args:

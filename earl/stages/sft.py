@@ -60,7 +60,9 @@ def run(config: "Config", name: str, out: Path) -> None:
             vocabulary, or too long for the model; the loss is not finite.
     """
     tuning = fine_tuning(config, name)
-    with ranks.joined(runtime.prepare(config)) as team:
+    # So that the frozen base of an adapter is held in bfloat16.
+    splits_alone = tuning.lora is not None and config.dtype == "bfloat16"
+    with ranks.joined(runtime.prepare(config), splits_alone) as team:
         _run(config, name, tuning, Path(out), team)
 
 

@@ -53,9 +53,7 @@ def make_plans(
             freeze.check_evaluations(loaded.config, run)
             plans.append(planning.plan(loaded.config, settings.granularity == "segment"))
             if is_main:
-                _check(plans[-1], loaded, stages_run_here)
-                if settings.check_memory:
-                    _check_memory(plans[-1], loaded, stages_run_here, resources)
+                _check(plans[-1], loaded, stages_run_here, resources if settings.check_memory else None)
     by_run: dict[str, Plan] = {}
     with _kept(problems):
         by_run = planning.by_run(plans)
@@ -74,11 +72,13 @@ def _kept(problems: list[str]) -> Iterator[None]:
             problems.append(str(error))
 
 
-def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
+def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool, resources: gpus.Resources | None) -> None:
     """Stop where what is left of a run is sure to fail; say what is left, and what it will only miss."""
     started = state.start_record(plan.run.iteration(0)).is_file()
     if not started or plan.segments or plan.iterations or plan.evaluations:
         preflight.check(plan.config, loaded.origin, started, stages_run_here)
+        if resources is not None:
+            _check_memory(plan, loaded, stages_run_here, resources)
     tracking.check_hub(plan.config)
     print(plan.text(), file=sys.stderr)
     if missing := tracking.missing(plan.config):
@@ -87,7 +87,7 @@ def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool) -> None:
 
 def _check_memory(plan: Plan, loaded: load.Loaded, stages_run_here: bool, resources: gpus.Resources) -> None:
     """Stop where a stage does not fit on its GPUs. Costs nothing where none is used, or nobody knows what they hold."""
-    if plan.config.device == "cpu" or not (plan.segments or plan.iterations):
+    if plan.config.device == "cpu":
         return
     here = gpus.here() if stages_run_here else None
 

@@ -6,6 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
+from earl.emu3 import adapter
 from earl.files import manifest
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
@@ -77,6 +78,14 @@ def test_another_learner_is_off_policy_from_the_second_iteration_on(source, besi
     assert second["logprob_mismatch_mean"] > 1e-4, "above the tolerance, and trained all the same"
     assert "Off-policy: 2 to 3." in replayed.notes()[0]
     assert "Nothing in the objective corrects for that" in replayed.notes()[0]
+
+
+def test_what_full_weights_sampled_trains_an_adapter(source, beside):
+    replayed = replay.run(source.path, beside("adapter"), {"lora.rank": 4, "learning_rate": 1e-3})
+    assert replayed.off_policy == [2, 3]
+    assert adapter.is_adapter(replayed.run.iteration(3).policy)
+    assert ("lora.rank", None, 4) in replay.changes(source, replayed.run)
+    assert metrics(replayed.run, 1)["loss"] == pytest.approx(metrics(source, 1)["loss"], abs=1e-6)
 
 
 def test_the_parity_gate_holds_where_the_policy_is_the_one_that_sampled(source, beside):

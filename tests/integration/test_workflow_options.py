@@ -54,7 +54,24 @@ class TestAsItStands:
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+class TestGpus:
+    """What profile and command line say of a rule's GPUs is compared with what its stage takes."""
+
+    @pytest.mark.slow
+    def test_too_few_for_the_ranks(self, place):
+        asked = place.experiment("a", train_processes=2, device="auto")
+        output = place.run(asked, "-n", "--set-resources", "iterate:gpu=1", fails=True)
+        assert "iterate: field train_processes (in a.jsonnet) makes a job of 2 GPUs, but the profile" in output
+        place.run(asked, "-n", "--set-resources", "iterate:gpu=2")
+        place.run(asked, "-n", "--default-resources", "gpu=2")
+
+    def test_a_plan_without_gpus_needs_no_torch(self):
+        code = "import sys, earl.workflow.inputs, earl.workflow.opening; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 class TestSettings:
+    @pytest.mark.slow
     def test_texts_reach_the_configuration_as_they_were_typed(self, place):
         place.run(place.experiment("a", num_iterations=1), set="run_name=007,assistant_prefill=say: this # that")
         config = json.loads((place.path / "runs" / "007" / "config.json").read_text())
@@ -102,6 +119,7 @@ class TestPaths:
         output = place.run(place.experiment("a", base_exp_dir="runs/{x}"), "-n", fails=True)
         assert "field base_exp_dir (in a.jsonnet) is runs/{x}: Snakemake takes no braces" in output
 
+    @pytest.mark.slow
     def test_another_working_folder(self, place):
         elsewhere = place.path / "elsewhere"
         elsewhere.mkdir()
@@ -138,6 +156,7 @@ class TestOptions:
         place.run(experiment, "-R", "report", "--notemp", "--latency-wait", "1")
         assert [line.split()[0] for line in place.commands()] == ["report"]
 
+    @pytest.mark.slow
     def test_a_report_shows_pages_curves_and_tables(self, place):
         place.run(place.experiment("a", num_iterations=1))
         place.run("a.jsonnet", "--report", "report.zip")

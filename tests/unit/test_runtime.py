@@ -76,9 +76,7 @@ def test_the_plan_refuses_a_gpu_only_where_stages_run_on_a_machine_without(sees_
     preflight.check(config, here=here)
     sees_gpu(False)
     if here:
-        with pytest.raises(
-            EarlError, match=r"field device is .cuda., but torch .*; .* --profile slurm"
-        ):
+        with pytest.raises(EarlError, match=r"field device is .cuda., but torch .*; .* --profile slurm"):
             preflight.check(config, here=here)
     else:
         preflight.check(config, here=here)

@@ -1,15 +1,16 @@
 """`earl plan`: what each stage of a run takes of its GPUs, of the disk and of time, before it starts."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.estimate import disk, fit, models, rates
+from earl.estimate import cases, disk, fit, loads, models, rates
 from earl.estimate.disk import Disk
-from earl.estimate.fit import Load, Problem
+from earl.estimate.fit import Problem
 from earl.estimate.gpus import Asked, Gpu
+from earl.estimate.loads import Load
 from earl.estimate.rates import Rates, Work
 from earl.files import objects
 from earl.files.layout import Run
@@ -43,7 +44,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a run takes.
 
     Attributes:
@@ -77,8 +78,10 @@ class Plan:
         return self.iterations * sum(self.seconds.values()) / 3600
 
 
-def make(config: "Config", by_segment: bool, asked: Callable[[str], Asked], assumed: Rates | None = None) -> Plan:
-    """Return what a run takes, from its first iteration to its last.
+def make(
+    configs: Sequence["Config"], by_segment: bool, asked: Callable[[str], Asked], assumed: Rates | None = None
+) -> list[Estimate]:
+    """Return what runs take, from their first iteration to their last.
 
     Args:
         asked: from a rule to the GPUs that its jobs ask for.
@@ -86,16 +89,30 @@ def make(config: "Config", by_segment: bool, asked: Callable[[str], Asked], assu
     Raises:
         NotSimulated: see `cases.simulate`.
     """
-    assumed = assumed or Rates()
-    planned, text = fit.rules(config, by_segment), models.text(config)
-    on_gpus = {rule: asked(rule) for rule in planned} if config.device != "cpu" else {}
-    fit.prepare(config, [rule for rule, wanted in on_gpus.items() if wanted.gpu])
-    trains = "iterate" if by_segment else "train"
-    gpu = next((one.gpu for rule, one in on_gpus.items() if rule == trains and one.gpu), None) or SPEEDLESS
+    on_gpus = [_asked_of(config, by_segment, asked) for config in configs]
+    # All of them in one process, which takes longer to start than to simulate one.
+    wanted = zip(configs, on_gpus, strict=True)
+    cases.simulate([one for config, rules in wanted for one in loads.simulated(config, _known(rules))])
+    both = zip(configs, on_gpus, strict=True)
+    return [_estimate(config, by_segment, rules, assumed or Rates()) for config, rules in both]
+
+
+def _asked_of(config: "Config", by_segment: bool, asked: Callable[[str], Asked]) -> dict[str, Asked]:
+    planned = loads.rules(config, by_segment)
+    return {rule: asked(rule) if config.device != "cpu" else Asked(None, None) for rule in planned}
+
+
+def _known(rules: Mapping[str, Asked]) -> dict[str, Gpu]:
+    return {rule: wanted.gpu for rule, wanted in rules.items() if wanted.gpu}
+
+
+def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assumed: Rates) -> Estimate:
+    text, known = models.text(config), _known(rules)
+    gpu = known.get("iterate") or known.get("train") or next(iter(known.values()), SPEEDLESS)
     evaluated = evaluation_episodes(config)
     taken = disk.of(config, text, by_segment, evaluated or 0)
     seconds, measured = _seconds(config, text, by_segment, gpu, taken.checkpoint, assumed)
-    found = Plan(
+    found = Estimate(
         config.run_name,
         config.num_iterations,
         by_segment,
@@ -106,16 +123,15 @@ def make(config: "Config", by_segment: bool, asked: Callable[[str], Asked], assu
         measured,
         evaluated,
         rates.questions(config) * (config.num_iterations * config.episodes_per_iteration + (evaluated or 0)),
-        [problem for rule, wanted in on_gpus.items() for problem in fit.problems(config, rule, wanted)],
-        [note for rule, wanted in on_gpus.items() if wanted.gpu for note in fit.notes(config, rule, wanted.gpu)],
+        [problem for rule, wanted in rules.items() for problem in fit.problems(config, rule, wanted)],
+        [*disk.notes(config, taken), *(note for rule, one in known.items() for note in fit.notes(config, rule, one))],
         assumed,
     )
-    for rule in planned:
-        one = on_gpus.get(rule, Asked(None, None))
+    for rule in rules:
         held = resources.gpus(config, rule)
-        loads = fit.loads(config, rule, one.gpu) if one.gpu else []
+        held_by = loads.of(config, rule, known[rule]) if rule in known else []
         hours = _hours(config, rule, found, gpu) * held
-        found.stages.append(Stage(rule, resources.ranks(config, rule), held, one.gpu, loads, hours))
+        found.stages.append(Stage(rule, resources.ranks(config, rule), held, known.get(rule), held_by, hours))
     return found
 
 
@@ -131,10 +147,10 @@ def evaluation_episodes(config: "Config") -> int | None:
     return total
 
 
-def _hours(config: "Config", rule: str, plan: Plan, gpu: Gpu) -> float:
+def _hours(config: "Config", rule: str, found: Estimate, gpu: Gpu) -> float:
     """Return the hours of all jobs of a rule, one after another."""
-    share = (plan.evaluated or 0) / config.episodes_per_iteration  # evaluations, in iterations
-    seconds, count = plan.seconds, config.num_iterations
+    share = (found.evaluated or 0) / config.episodes_per_iteration  # evaluations, in iterations
+    seconds, count = found.seconds, config.num_iterations
     match rule:
         case "iterate":
             evaluated = share * (seconds.get("generate", 0.0) + seconds.get("score", 0.0))
@@ -146,14 +162,14 @@ def _hours(config: "Config", rule: str, plan: Plan, gpu: Gpu) -> float:
         case "train":
             return count * seconds["train"] / 3600
         case "sft":
-            return sum(_tuning_seconds(config, name, gpu, plan.rates) for name in fit.fine_tunings(config)) / 3600
+            return sum(_tuning_seconds(config, name, gpu, found.rates) for name in loads.fine_tunings(config)) / 3600
     return 0.0
 
 
 def _tuning_seconds(config: "Config", name: str, gpu: Gpu, assumed: Rates) -> float:
     tuning, length = config.sft[name], models.lengths(config)
-    tokens = 2 * length.prompt + (models.REASONING if tuning.reasoning else 0)
-    each = rates.flops_per_token(config, models.text(config, tuning.base_model), reference=False)
+    tokens = 2 * length.prompt - models.WORDS + (models.REASONING if tuning.reasoning else 0)
+    each = rates.flops_per_token(config, models.text(config, tuning.base_model), tuning)
     flops = tuning.steps * tuning.batch_size * tokens * each
     return flops / (config.train_processes * gpu.flops * assumed.learner_utilization)
 
@@ -166,9 +182,8 @@ def _seconds(
     found, count = measured_segments(run) if by_segment else measured_stages(run)
     if count:
         return found, count
-    if not config.num_iterations:
-        return {}, 0
-    how = rates.segment_iteration if by_segment else rates.stage_iteration
+    # Evaluations of a run without iterations are made by stage.
+    how = rates.segment_iteration if by_segment and config.num_iterations else rates.stage_iteration
     return how(config, text, gpu, checkpoint, assumed), 0
 
 
@@ -204,10 +219,7 @@ def _timings(folder: Path) -> list[float]:
     return found
 
 
-def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
-    """Return a plan as JSON can hold it."""
-    found = asdict(plan)
-    found["problems"] = [asdict(problem) for problem in plan.problems]
-    found["gpu_hours"], found["hours"] = plan.gpu_hours, plan.hours
-    found["cost"] = None if price is None else price * plan.gpu_hours
-    return found
+def to_json(found: Estimate, price: float | None) -> dict[str, Any]:
+    """Return an estimate as JSON can hold it."""
+    cost = None if price is None else price * found.gpu_hours
+    return asdict(found) | {"gpu_hours": found.gpu_hours, "hours": found.hours, "cost": cost}
