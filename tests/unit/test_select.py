@@ -1,6 +1,7 @@
 """Selecting completions of a run: which ones, that nothing of them changes, and what is refused."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,7 +15,7 @@ from earl.emu3 import sequence
 from earl.files import manifest, tables
 from earl.learner import sft as learner
 from earl.messages.errors import EarlError
-from earl.run import preflight
+from earl.run import preflight, selections
 from earl.stages import select
 from earl.stages import sft as stage
 from tests.support import sft_files, train_files
@@ -172,6 +173,26 @@ def test_what_a_run_lacks_is_named(source, config, tmp_path, vocabulary):
     assert not (tmp_path / "x").exists()
 
 
+def test_of_a_replay_it_takes_the_rollouts_that_this_was_trained_on(source, new_run, config, tmp_path, policy_folder):
+    run, (_, replay) = source(), new_run("replay")
+    digest = manifest.digest_folder(policy_folder)
+    recorded = {"policy": digest, "rollouts": [""], "scores": [""]}
+    record = {"source": "../source", "iterations": [recorded]}
+    (replay.path / "replay.json").write_text(json.dumps(record))
+    inputs = {"policy": "another", "sampled_by": digest, "rollouts": [""], "scores": [""]}
+    replay.iteration(1).metrics.parent.mkdir(parents=True)
+    metrics = {"policy_digest": "", "inputs": inputs, "episodes": 8}
+    replay.iteration(1).metrics.write_text(json.dumps(metrics))
+    for each in (run, replay):
+        select.run(config(each), "x", tmp_path / each.path.name / "x")
+    assert len({manifest.digest_folder(tmp_path / each.path.name / "x") for each in (run, replay)}) == 1
+    stored = run.iteration(1)
+    assert selections.inputs(config(replay).selections["x"], []) == [
+        replay.path.parent / "replay" / ".." / "source" / folder
+        for folder in (stored.rollouts(0).parent.relative_to(run.path), stored.scores(0).parent.relative_to(run.path))
+    ]
+
+
 # What is learned
 
 
@@ -297,6 +318,27 @@ def test_fields_of_a_fine_tuning_that_disagree(fields, named):
         Sft(**TUNING, **fields)
     (problem,) = caught.value.errors()
     assert named in f"{problem['ctx']['field']} {problem['msg']}"
+
+
+@pytest.mark.parametrize(
+    ("tuning", "named"),
+    [
+        ({"train_paths_file": ["stage:select/y"]}, r"train_paths_file\.0: is .*, but selections has only: x"),
+        (
+            {"train_paths_file": ["stage:tokenise/raw"], "objective": "dpo", "dpo_beta": 0.1},
+            r"train_paths_file\.0: is .*, but objective is `dpo`, which needs pairs",
+        ),
+        ({"base_model": "stage:select/x"}, r"base_model: is .*, which is not one of: stage:sft/one"),
+    ],
+)
+def test_references_to_what_cannot_be_learned_from(source, config, tuning, named):
+    values = config(source(), {"one": {}}).model_dump()
+    values["raw_datasets"] = {"raw": {"source": "shapes", "count": 1, "seed": 1}}
+    values["sft"]["one"] |= tuning
+    with pytest.raises(ValidationError) as caught:
+        Config(**values)
+    (problem,) = caught.value.errors()
+    assert re.search(named, f"{problem['ctx']['field']}: {problem['msg']}")
 
 
 def planned(config, **fields):
