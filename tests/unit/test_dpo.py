@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from earl.emu3 import checkpoint
 from earl.learner import objective, sft
+from tests.support import adapters
 from tests.support.sft_files import SETTINGS
 
 BETA = 0.5
@@ -161,3 +162,11 @@ def test_from_the_reference_itself_it_starts_at_ln_2(policies, pairs):
 def test_held_out_loss_is_that_of_a_step(policies, pairs):
     done, _ = step(policies, pairs)
     assert sft.validation_loss(policies[0], pairs, DPO, None, policies[1]) == pytest.approx(done.loss, rel=1e-5)
+
+
+def test_an_adapter_is_compared_with_its_base(policy_folder, pairs):
+    """The policy, without its adapter, is the reference."""
+    policy, base = adapters.strong(policy_folder), checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    losses = [sft.validation_loss(policy, pairs, DPO, None, reference) for reference in (policy, base)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[0] - math.log(2)) > 1e-3
