@@ -44,7 +44,7 @@ def step(policy_folder):
             change(policy)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         settings = replace(settings, learning_rate=0.0, max_gradient_norm=None)
-        loss, norm = sft.train_step(policy, optimizer, batch, settings, 0)
+        loss, norm, *_ = sft.train_step(policy, optimizer, batch, settings, 0)
         squared = sum(parameter.grad.double().square().sum() for parameter in policy.parameters())
         assert np.isnan(norm) or norm == pytest.approx(float(squared.sqrt()), rel=1e-4)
         return loss, {name: parameter.grad for name, parameter in policy.named_parameters()}
