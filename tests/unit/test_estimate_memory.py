@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from earl.config import load
 from earl.config.schema import Lora
 from earl.emu3.models import Emu3TextConfig, Emu3VQVAEConfig
-from earl.estimate import memory
+from earl.estimate import cases, memory
 from earl.estimate.cases import Bytes, Case, NotSimulated, simulate
 from earl.execution import ranks
 
@@ -82,10 +83,13 @@ def test_layers_that_are_not_simulated_take_what_they_would(together: None) -> N
     assert found.peaks == pytest.approx(whole.peaks, rel=0.02)
 
 
-@pytest.mark.slow
-def test_a_simulation_that_fails_says_what_it_said() -> None:
-    with pytest.raises(NotSimulated, match="num_hidden_layers"):
-        simulate([case(text='{"num_hidden_layers": "many"}')])
+def test_a_simulation_that_fails_says_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho another torch >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cases.sys, "executable", str(broken))
+    with pytest.raises(NotSimulated, match="another torch"):
+        simulate([case(layers=7)])
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +174,7 @@ def test_the_weights_of_a_judge_in_a_folder_are_counted(config, tmp_path) -> Non
 @pytest.mark.slow
 def test_an_image_in_the_published_vision_tokenizer(config) -> None:
     """Four times the pixels take four times the activations; weights are 271M in float32."""
+    simulate([memory.vision_case(Emu3VQVAEConfig(), side) for side in (256, 512)])
     small, large = (memory.vision(config, Emu3VQVAEConfig(), side) for side in (256, 512))
     assert small.parts["vision"] == large.parts["vision"] == pytest.approx(1.08e9, rel=0.01)
     assert large.parts["activations"] == pytest.approx(4 * small.parts["activations"], rel=0.25)
