@@ -70,8 +70,9 @@ gpu: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) --minutes $(MINUTES) --device $(DEVICE) \
 	  --out $(RUNS)/gpu-check
 
-# A file's tests share what they set up, so they stay in one process.
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A file's tests share what they set up, so they stay in one process. Many wait, for Slurm above all: three processes
+# keep two cores busy.
+PYTEST = $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test: $(TESTABLE)
 	$(PYTEST)

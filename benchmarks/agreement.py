@@ -5,9 +5,8 @@
 The same tokens as the engine and the learner see them, and how many completions differ when requests come in another
 order, that is, in other batches. `dtype: 'bfloat16'` is measured with logits in float32, as they are, and with logits
 that both sides round to bfloat16, as a head does by itself. Two policies: the one that ships with the package; and one
-of 32,768 visual tokens, as many as Emu3's, eight layers and width 1,024, with random weights whose logits have a
-standard deviation of 3.2, so that a visual token has an entropy of some 5 nats. A learner splits its models, here over
-one rank.
+of 32,768 visual tokens, as many as Emu3's, and width 512, with random weights and a head that gives a visual token an
+entropy of some 3 nats. A learner splits its models, here over one rank.
 """
 
 import argparse
@@ -20,27 +19,29 @@ from unittest import mock
 import numpy as np
 import torch
 
-from earl.emu3 import float32, grid, sequence
+from earl.emu3 import float32, grid, saving, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Completion, Engine, Request, SamplingParams, vllm_engine
 from earl.engines.torch_engine import TorchEngine
 from earl.execution import ranks
-from earl.files import atomic, manifest
+from earl.files import atomic
 from earl.learner import batches, grpo, logprobs, sharding
 from earl.learner.settings import Settings
 from earl.shapes import policy as shapes
 
 SIZE, SAMPLES = (8, 8), 8
-LAYERS, WIDTH, CODES = 8, 1024, 32768
-HEAD = 0.1
-"""Standard deviation of the wide policy's head: times the root of the width, that of its logits."""
+WIDTH, CODES = 512, 32768
+HEAD = 0.14
+"""Standard deviation of the wide policy's head; that of its logits is this times the root of the width."""
 CPU = torch.device("cpu")
 KINDS = {"float32": ("float32", False), "bfloat16, logits rounded": ("bfloat16", True), "bfloat16": ("bfloat16", False)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="of the wide policy")
+    parser.add_argument("--types", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--policies", nargs="+", choices=("shapes", "wide"), default=["shapes", "wide"])
     parser.add_argument("--engines", nargs="+", choices=("torch", "vllm"), default=["torch", "vllm"])
     arguments = parser.parse_args()
@@ -49,15 +50,16 @@ def main() -> None:
     print(f"{columns}\n|{'---|' * 7}")
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.policies:
-            policy = shapes.BASE_POLICY if name == "shapes" else write_wide(Path(folder) / "wide")
+            policy = shapes.BASE_POLICY if name == "shapes" else write_wide(Path(folder), arguments.layers)
             for engine in arguments.engines:
-                for kind, (dtype, rounded) in KINDS.items():
+                for kind in arguments.types:
+                    dtype, rounded = KINDS[kind]
                     row = agreement(policy, engine, dtype, rounded, arguments.prompts)
                     print(f"| {name} | {engine} | {kind} | {row} |", flush=True)
 
 
-def write_wide(folder: Path) -> Path:
-    """Write the wide policy, with the shapes world's tokenizer."""
+def write_wide(folder: Path, layers: int) -> Path:
+    """Write the wide policy, with the shapes world's tokenizer, and return its folder."""
     from transformers import Emu3ForCausalLM
 
     from earl.emu3.vocabulary import write_tokenizer
@@ -65,19 +67,19 @@ def write_wide(folder: Path) -> Path:
     with mock.patch.object(shapes, "CODES", CODES):
         tokenizer = shapes.build_tokenizer()
     config = shapes.build_model(tokenizer, 0).config
-    config.update({"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS})
-    config.update({"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": WIDTH // 16})
+    config.update({"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": layers})
+    config.update({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": WIDTH // 8})
     torch.manual_seed(0)
     model = Emu3ForCausalLM(config).float()
     with torch.no_grad():
         model.lm_head.weight.normal_(std=HEAD)
         for weight in model.parameters():
             weight.copy_(weight.bfloat16())  # as published weights are
-    with atomic.folder(folder) as temporary:
-        model.save_pretrained(temporary)
+    with atomic.folder(folder / "wide") as temporary:
+        model.generation_config.save_pretrained(temporary)
         write_tokenizer(tokenizer, temporary, shapes.MAX_LENGTH)
-        manifest.seal(temporary)
-    return folder
+        saving.save_policy(model, temporary, {})
+    return folder / "wide"
 
 
 def agreement(policy: Path, engine: str, dtype: str, rounded: bool, count: int) -> str:
@@ -120,7 +122,7 @@ def rounding(rounded: bool) -> Iterator[None]:
 
 def make(engine: str, dtype: str) -> Engine:
     if engine == "torch":
-        return TorchEngine(CPU, getattr(torch, dtype), 32, 512, constrained=True)
+        return TorchEngine(CPU, getattr(torch, dtype), SAMPLES, 512, constrained=True)
     return vllm_engine.VllmEngine(vllm_engine.Settings("cpu", dtype, context=512, memory_share=0.05))
 
 

@@ -4,7 +4,7 @@
 
 Groups of eight completions, micro-batch, KL term with its reference, recomputed layers and split vocabulary are as in
 config/sft_s__rl_s.jsonnet. Emu3 is shrunk eightfold in width, ids, prompt and completion, so that layers, attention and
-head have about the shares of the work that they have in Emu3, and to 16 of its 32 layers. Without reasoning all
+head have about the shares of the work that they have in Emu3, and to 8 of its 32 layers. Without reasoning all
 completions have the same length, so that padded rows hold no padding: what packing saves is the prompt, computed once
 instead of eight times. Float32 and one thread; seconds are CPU time. Each step runs in a process of its own, in turns;
 the peak is what the process takes beyond its two models.
@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--groups", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shrunk", type=int, default=SHRUNK)
     parser.add_argument("--case", choices=CASES, help="do this step alone, in this process, and print JSON")

@@ -6,9 +6,10 @@
 
   // Pairs with different seeds have nothing in common.
   raw_datasets: {
-    shapes_sft: { source: 'shapes', count: 2000, seed: 1 },
+    // As real pairs are: of mixed quality. Fine-tuning imitates the mistakes, and RL, by the judge alone, undoes that.
+    shapes_sft: { source: 'shapes', count: 2000, seed: 1, unchanged_fraction: 0.35, damaged_fraction: 0.25 },
     shapes_rl: { source: 'shapes', count: 1000, seed: 2 },
-    shapes_heldout: { source: 'shapes', count: 210, seed: 3 },
+    shapes_heldout: { source: 'shapes', count: 504, seed: 3 },
   },
   train_paths_file: ['stage:tokenise/shapes_rl'],
   coefficients: [1.0],
@@ -62,8 +63,8 @@
   segment_processes: 2,
 
   evaluations: {
-    heldout: { prompts: 210, temperature: 1.0, every_n_iterations: 5 },
-    heldout_greedy: { prompts: 210, temperature: 0.1, every_n_iterations: 5 },
+    heldout: { prompts: 504, temperature: 1.0, every_n_iterations: 10 },
+    heldout_greedy: { prompts: 504, temperature: 0.1, every_n_iterations: 10 },
   },
   save_checkpoints_every_n_iterations: 5,
   keep_checkpoints_every_n_iterations: 20,

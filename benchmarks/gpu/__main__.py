@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu import results, supervisor
@@ -19,11 +20,14 @@ SECTIONS = (
     Section("learner.padded", "benchmarks.gpu.learner:padded", 90),
     Section("handoff", "benchmarks.gpu.handoff:run", 90),
     Section("decode", "benchmarks.gpu.decode:run", 75),
+    Section("learner.lora", "benchmarks.gpu.learner:lora", 75),
     Section("learner.activations_kept", "benchmarks.gpu.learner:activations_kept", 75),
     Section("learner.flash", "benchmarks.gpu.learner:flash", 75),
     Section("vllm", "benchmarks.gpu.vllm_rollouts:run", 180),
 )
 """In order of risk: what is most likely to be wrong, and cheapest to find, first."""
+MINUTES = 10.0
+"""What all of them may take together."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     names = ", ".join(section.name for section in SECTIONS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=f"{__doc__} Sections: {names}.")
     parser.add_argument("--only", help="sections to run, separated by commas; `learner` stands for all that begin so")
-    parser.add_argument("--minutes", type=float, default=10, help="time for all of them; the last ones may get none")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="time for all of them; the last ones may get none"
+    )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: shrunk, to test the check itself"
     )
@@ -39,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/gpu-check"), help="folder for results.jsonl, table.md and logs"
     )
     options = parser.parse_args(arguments)
-    sections = chosen(options.only, parser)
+    # A slow machine is given more time for each section, too, if it is given more for all.
+    patience = max(1.0, options.minutes / MINUTES)
+    sections = [replace(section, seconds=patience * section.seconds) for section in chosen(options.only, parser)]
     found: list[Result] = []
     try:
         for result in supervisor.run(sections, options.device, options.out, 60 * options.minutes):

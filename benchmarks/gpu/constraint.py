@@ -13,7 +13,7 @@ from benchmarks.gpu import models
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import Range
 from earl.emu3 import grid
-from earl.engines import SamplingParams, torch_engine
+from earl.engines import SamplingParams, torch_engine, vllm_process
 
 if TYPE_CHECKING:
     from transformers import Emu3TextConfig
@@ -30,7 +30,7 @@ PROMPT = 8
 
 def run(context: Context) -> None:
     rows = 8 if context.small else 256
-    with context.attempt("vLLM's constraint"):
+    with context.attempt("vLLM's constraint"), vllm_process.vllm_torch(context.device.type):
         _vllm(context, rows)
     with context.attempt("the torch engine's constraint and draw"):
         _torch(context, 8 if context.small else 32)
@@ -41,8 +41,6 @@ def _vllm(context: Context, rows: int) -> None:
         _stand_in()
         context.note("vLLM", "is not installed; its interfaces' empty classes stand in for them")
     else:
-        from earl.engines import vllm_process
-
         vllm_process.prepare_process(context.kind)
     from earl.engines import vllm_constraint
 

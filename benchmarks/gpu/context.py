@@ -1,5 +1,6 @@
 """What a section works with: its device, its time, and how it says what it finds."""
 
+import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -101,6 +102,7 @@ class Context:
 
     def release(self) -> None:
         """Give unused GPU memory back, and let the peak count from here."""
+        gc.collect()  # split models refer to themselves
         if self.device.type == "cuda":
             import torch
 

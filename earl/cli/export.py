@@ -27,7 +27,7 @@ def export(
     policy: Annotated[Path | None, typer.Option(help="Instead of --run: folder of a policy.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="With --policy: the experiment that it was trained by, or the config.json of its run."),
+        typer.Option(help="With --policy: the experiment that it was trained by; by default that of its run."),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; by default as they are.")] = None,
     causal_lm: Annotated[
@@ -40,7 +40,7 @@ def export(
     options = stage.Options(dtype and dtype.value, causal_lm)
     if run is not None and policy is None and config is None:
         stage.of_run(run, iteration, to, options)
-    elif policy is not None and config is not None and run is None and iteration is None:
+    elif policy is not None and run is None and iteration is None:
         stage.of_folder(policy, config, to, options)
     else:
-        raise EarlError("give --run (and --iteration), or --policy and --config")
+        raise EarlError("give either --run, with or without --iteration, or --policy, with or without --config")

@@ -54,10 +54,21 @@ def tokenise(
 
 
 @app.command()
+def select(
+    config: ConfigFile, name: Annotated[str, typer.Option(help="Name in the configuration's selections.")], out: Output
+) -> None:
+    """Take the best and the worst completion of each group of a run's rollouts as a tokenised data set."""
+    from earl.config.load import read
+    from earl.stages import select as stage
+
+    stage.run(read(config), name, out)
+
+
+@app.command()
 def sft(
     config: ConfigFile, name: Annotated[str, typer.Option(help="Name in the configuration's sft.")], out: Output
 ) -> None:
-    """Warm-start a policy by supervised fine-tuning; by `train_processes` ranks, or those of torchrun."""
+    """Fine-tune a policy on examples, or by DPO on pairs; by `train_processes` ranks, or those of torchrun."""
     from earl.config.load import read
 
     settings = read(config)

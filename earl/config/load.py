@@ -130,8 +130,10 @@ def changed(config: Config, overrides: Mapping[str, Any]) -> Config:
         *sections, field = name.split(".")
         place = values
         for section in sections:
-            # What is no section, or unknown, fails below by its name.
-            place = place.setdefault(section, {}) if isinstance(place.get(section, {}), dict) else {}
+            # A section may be null. What is none, or unknown, fails below by its name.
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
         place[field] = value
     override = COMMAND_LINE.override
     return _validated(values, override, lambda name: override)

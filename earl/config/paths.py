@@ -6,6 +6,7 @@
     <base_exp_dir>/shared/download/<owner>--<name>-<key>/  `hf://datasets/<owner>/<name>/...`, files on the hub
     <base_exp_dir>/shared/fetched/<dataset>-<key>/         `stage:fetch/<dataset>`, published tokenised data
     <base_exp_dir>/shared/tokenised/<dataset>-<key>/       `stage:tokenise/<dataset>`
+    <base_exp_dir>/shared/selected/<name>-<key>/           `stage:select/<name>`, completions of a run
     <base_exp_dir>/shared/policy/shapes-<key>/             `stage:shapes-policy`
     <base_exp_dir>/shared/convert/<owner>--<name>-<key>/   `<owner>/<name>`, a checkpoint on the hub
     <base_exp_dir>/shared/sft/<name>-<key>/                `stage:sft/<name>`
@@ -23,12 +24,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from earl.config.references import PACKAGE, STAGE
-from earl.config.schema import Config, Sft
+from earl.config.schema import Config, Selection, Sft
 from earl.data import catalogue
 from earl.files import hub_names, listing
 from earl.messages.errors import EarlError
 
-Stage = Literal["raw", "download", "fetch", "tokenise", "policy", "convert", "sft"]
+Stage = Literal["raw", "download", "fetch", "tokenise", "select", "policy", "convert", "sft"]
 
 SHAPES_POLICY_SEED = 42
 """Seed of the weights of `stage:shapes-policy`, the ones that the shipped base policy was trained from."""
@@ -44,12 +45,13 @@ class SharedStage:
 
     stage: Stage
     name: str
-    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`, on the hub for `convert` and `download`,
-    in the catalogue for `fetch`; ``shapes`` for `policy`."""
+    """Name in ``raw_datasets`` for `raw` and `tokenise`, in ``sft`` for `sft`, in ``selections`` for `select`, on the
+    hub for `convert` and `download`, in the catalogue for `fetch`; ``shapes`` for `policy`."""
     output: Path
     """A file for `raw`, a sealed folder for the others."""
     inputs: tuple[Path, ...]
-    """Files and folders that it reads, outputs of other shared stages among them; names on the hub are left out."""
+    """Files and folders that it reads, outputs of other shared stages among them; names on the hub are left out, and
+    the files of the run that `select` reads, which depend on how far it is."""
     conversion: hub_names.Conversion | None = None
     """Of `convert`: what is converted, and how."""
 
@@ -70,13 +72,15 @@ def resolve(config: Config, reference: str) -> Path:
             return tokenised_folder(config, name)
         case "fetch":
             return fetched_folder(config, name)
+        case "select":
+            return selected_folder(config, name)
         case "shapes-policy":
             return shapes_policy_folder(config)
         case "sft":
             return sft_folder(config, name)
     raise EarlError(
         f"{reference}: is no stage; there are stage:tokenise/<raw dataset>, stage:fetch/<published data set>, "
-        "stage:sft/<name>, stage:shapes-policy"
+        "stage:select/<selection>, stage:sft/<name>, stage:shapes-policy"
     )
 
 
@@ -116,6 +120,11 @@ def fetched_folder(config: Config, name: str) -> Path:
 def tokenised_folder(config: Config, name: str) -> Path:
     """Return the folder of an entry of ``raw_datasets`` once it is tokenised."""
     return _shared(config, "tokenised") / f"{name}-{_digest(_tokenised_key(config, name))}"
+
+
+def selected_folder(config: Config, name: str) -> Path:
+    """Return the folder of the completions that an entry of ``selections`` takes from a run."""
+    return _shared(config, "selected") / f"{name}-{_digest(_selected_key(config, name))}"
 
 
 def shapes_policy_folder(config: Config) -> Path:
@@ -263,8 +272,8 @@ def _stage_of(config: Config, reference: str) -> SharedStage:
             # Once the data set is tokenised they may be gone; `earl.run.preflight` looks for those still needed.
             files = [raw]
         return SharedStage("tokenise", name, output, (*files, *vision))
-    if stage == "fetch":
-        return SharedStage("fetch", name, output, ())
+    if stage in ("fetch", "select"):
+        return SharedStage(stage, name, output, ())
     if stage == "shapes-policy":
         return SharedStage("policy", "shapes", output, ())
     tuning = fine_tuning(config, name)
@@ -289,6 +298,13 @@ def fine_tuning(config: Config, name: str) -> Sft:
     return config.sft[name]
 
 
+def selection(config: Config, name: str) -> Selection:
+    """Return the entry of ``selections`` with this name; EarlError where there is none."""
+    if name not in config.selections:
+        raise EarlError(f"selections has no entry {name!r}; it has {', '.join(config.selections) or 'none'}")
+    return config.selections[name]
+
+
 def _shared(config: Config, kind: str) -> Path:
     return Path(config.base_exp_dir) / "shared" / kind
 
@@ -311,6 +327,10 @@ def _tokenised_key(config: Config, name: str) -> Any:
         "image_area": config.image_area,
         "cpu_threads": config.cpu_threads,
     }
+
+
+def _selected_key(config: Config, name: str) -> Any:
+    return {"selection": selection(config, name).model_dump(mode="json"), "reward": config.reward_final_reward}
 
 
 def _converted_key(config: Config, name: str, vision: bool) -> Any:
@@ -348,6 +368,8 @@ def _key(config: Config, reference: str) -> Any:
         return _tokenised_key(config, reference.removeprefix(f"{STAGE}tokenise/"))
     if reference.startswith(f"{STAGE}fetch/"):
         return _fetched_key(reference.removeprefix(f"{STAGE}fetch/"))
+    if reference.startswith(f"{STAGE}select/"):
+        return _selected_key(config, reference.removeprefix(f"{STAGE}select/"))
     if reference.startswith(f"{STAGE}sft/"):
         return _sft_key(config, reference.removeprefix(f"{STAGE}sft/"))
     if reference == f"{STAGE}shapes-policy":

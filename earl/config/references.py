@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 STAGE = "stage:"
 """Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:fetch/<published
-data set>``, ``stage:sft/<name>``, ``stage:shapes-policy``."""
+data set>``, ``stage:select/<selection>``, ``stage:sft/<name>``, ``stage:shapes-policy``."""
 PACKAGE = "package:"
 """Prefix of a path inside the installed package: ``package:shapes/vision_tokenizer``."""
 
@@ -39,13 +39,16 @@ def check(config: "Config") -> None:
         allowed = _allowed(field)
         if stage not in allowed or (stage != "fetch" and (stage == "shapes-policy") == bool(name)):
             raise wrong(field, f"is `{path}`, which is not one of: " + ", ".join(_references(config, allowed)))
-        for described in ("raw_datasets", "sft"):
+        for described in _STAGE_OF:
             known = getattr(config, described)
             if stage == _STAGE_OF[described] and name not in known:
                 raise wrong(field, f"is `{path}`, but {described} has only: {', '.join(known) or '(nothing)'}")
         published = [one.name for one in catalogue.entries().values() if one.kind == "tokenised"]
         if stage == "fetch" and name not in published:
             raise wrong(field, f"is `{path}`, but the published tokenised data sets are: {', '.join(published)}")
+        tuning = config.sft[field.split(".")[1]] if field.startswith("sft.") else None
+        if tuning and tuning.objective == "dpo" and stage in ("tokenise", "fetch"):
+            raise wrong(field, f"is `{path}`, but objective is `dpo`, which needs pairs: stage:select/<selection>")
     _check_chains(config.sft)
     for name in fine_tunings(config):
         validation = config.sft[name].validation
@@ -65,13 +68,13 @@ def fine_tunings(config: "Config") -> list[str]:
     return found
 
 
-_STAGE_OF = {"raw_datasets": "tokenise", "sft": "sft"}
+_STAGE_OF = {"raw_datasets": "tokenise", "selections": "select", "sft": "sft"}
 """Fields whose entries `stage:<stage>/<name>` refers to."""
 
 
 def _allowed(field: str) -> set[str]:
     if "paths_file" in field:
-        return {"tokenise", "fetch"}
+        return {"tokenise", "fetch", "select"}
     # A fine-tuning may start from a checkpoint that is converted with this tokenizer, so it cannot give it.
     return {"shapes-policy"} if field == "tokenizer_path" else {"sft", "shapes-policy"}
 
@@ -79,7 +82,8 @@ def _allowed(field: str) -> set[str]:
 def _references(config: "Config", stages: set[str]) -> list[str]:
     if "tokenise" in stages:
         raw = [f"{STAGE}tokenise/{name}" for name in config.raw_datasets] or [f"{STAGE}tokenise/<raw dataset>"]
-        return [*raw, f"{STAGE}fetch/<published data set>"]
+        selected = [f"{STAGE}select/{name}" for name in config.selections]
+        return [*raw, f"{STAGE}fetch/<published data set>", *selected]
     tunings = [f"{STAGE}sft/{name}" for name in config.sft] or [f"{STAGE}sft/<name>"] if "sft" in stages else []
     return [*tunings, f"{STAGE}shapes-policy"]
 

@@ -207,6 +207,31 @@ class RawDataset(_Section):
         return self
 
 
+class Selection(_Section):
+    """Completions of a run to learn from, `stage:select/<name>`: of each group the best, and beside it the worst.
+
+    Rewards are those of the present `reward_final_reward`. Completions whose judgement failed, or that hold no finished
+    image, do not count; a group in which no other is better than their mean is left out. Of equal rewards the first
+    sample's is taken.
+    """
+
+    run: Path = _fixed(
+        ..., "Folder of the run. Where an experiment of the same workflow is this run, it is made first."
+    )
+    first_iteration: Positive = _fixed(1, "First iteration whose rollouts are read.")
+    last_iteration: Positive | None = _fixed(None, "Last one; null: the last that is complete.")
+    minimum_reward: float | None = _fixed(
+        None, "Reward below which the best of a group is not taken, 0..10; null: none.", ge=0, le=10
+    )
+
+    @model_validator(mode="after")
+    def _iterations_agree(self) -> Self:
+        if self.last_iteration is not None and self.last_iteration < self.first_iteration:
+            first = self.first_iteration
+            raise checks.wrong("last_iteration", f"is {self.last_iteration}, before first_iteration ({first})")
+        return self
+
+
 class SftValidation(_Section):
     """Held-out loss of a fine-tuning while it trains; it changes no weights."""
 
@@ -252,7 +277,18 @@ class Sft(_Section):
         "fine-tuning.",
     )
     train_paths_file: list[Path] = _fixed(
-        ..., "Tokenised data sets to train on, as in the field of the same name outside.", min_length=1
+        ...,
+        "Tokenised data sets to train on, as in the field of the same name outside; or `stage:select/<name>`, "
+        "completions of a run, which are learned as they were sampled, whatever `reasoning` says.",
+        min_length=1,
+    )
+    objective: Literal["sft", "dpo"] = _fixed(
+        "sft",
+        "`sft`: cross-entropy of the edits, of selected completions that of the best ones. `dpo`: direct preference "
+        "optimisation (Rafailov et al. 2023) on the best and worst ones, with `base_model` as its reference.",
+    )
+    dpo_beta: float | None = _fixed(
+        None, "dpo: how strongly it is held to the reference; 0.1 is usual, and smaller moves further.", gt=0
     )
     coefficients: list[Coefficient] = _fixed(
         list, "Mixing coefficients, one for each data set; empty upsamples all to the largest."
@@ -322,6 +358,16 @@ class Sft(_Section):
             raise checks.wrong("reasoning_keys", "is set, but reasoning is false; set that to true or leave this out")
         if self.reasoning_fraction < 1 and not self.reasoning:
             raise checks.wrong("reasoning_fraction", "is set, but reasoning is false; set that to true or drop this")
+        if (self.dpo_beta is not None) != (self.objective == "dpo"):
+            verb = "needs it; give a value (0.1 is usual)" if self.objective == "dpo" else "has no use for it; drop it"
+            raise checks.wrong("dpo_beta", f"is {self.dpo_beta}, but objective `{self.objective}` {verb}")
+        for name in ("reasoning", "instruction_loss_weight") if self.objective == "dpo" else ():
+            if getattr(self, name):
+                raise checks.wrong(name, "is set, but objective is `dpo`, which learns from what was sampled; drop it")
+        if self.objective == "dpo" and self.validation and not self.validation.paths_file:
+            raise checks.wrong(
+                "validation.paths_file", "is empty, but objective is `dpo`: name a selection to validate on"
+            )
         if len(set(self.reasoning_keys)) < len(self.reasoning_keys):
             raise checks.wrong("reasoning_keys", "names a key twice; name each once")
         return self
@@ -413,6 +459,11 @@ class Config(_Section):
         dict,
         "Supervised fine-tunings by name. Made are those that `model_path` names as `stage:sft/<name>`, and those that "
         "they start from.",
+    )
+    selections: dict[Name, Selection] = _fixed(
+        dict,
+        "Selections from the rollouts of runs, by the name that `stage:select/<name>` uses in `train_paths_file` of a "
+        "fine-tuning.",
     )
     assistant_prefill: str = _fixed(
         " Let's think step by step. <|start thinking|>",
@@ -615,8 +666,8 @@ class Config(_Section):
     vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
     device: Literal["auto", "cpu", "cuda"] = _free(
         "auto",
-        "Where models run. `auto` takes a GPU where there is one, and is an error in a job that was given GPUs and "
-        "cannot use them.",
+        "Where models run. `auto` takes a GPU where there is one, and is an error where there are some that torch does "
+        "not see.",
     )
     dtype: Literal["float32", "bfloat16"] = _fixed("bfloat16", "Type that models compute in.")
     cpu_threads: Positive = _fixed(

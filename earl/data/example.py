@@ -6,6 +6,8 @@ import numpy as np
 
 CODEBOOK_SIZE = "codebook_size"
 """Metadata of tokenised files: how many codes the vision tokenizer has."""
+TOKENIZER_DIGEST = "tokenizer_digest"
+"""Metadata of files with completions: the digest of ``tokenizer.json``, which gave their text its ids."""
 
 
 class Example(NamedTuple):
@@ -24,6 +26,10 @@ class Example(NamedTuple):
     original: bytes | None
     """Encoded image, None where the data set holds tokens alone."""
     target: bytes | None
+    chosen: np.ndarray | None = None
+    """int64 [L], of a completion that was sampled: the ids of all that follows the instruction."""
+    rejected: np.ndarray | None = None
+    """int64 [M], of a worse one."""
 
 
 class Dataset(Protocol):

@@ -12,10 +12,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from earl.data.example import CODEBOOK_SIZE, Dataset, Example
+from earl.data.example import CODEBOOK_SIZE, TOKENIZER_DIGEST, Dataset, Example
 from earl.data.grids import StoredGrids
 from earl.data.reference import ReferenceDataset
 from earl.data.shards import DATA
@@ -26,19 +27,26 @@ _HELD_BYTES = 64 * 2**20
 _OPEN_FILES = 64
 _GRIDS = ("original_tokens", "target_tokens")
 _IMAGES = ("original", "target")
+_COLUMNS = (*tables.TOKENISED.names, *tables.COMPLETIONS)
+"""In the order of the fields of `Example`."""
 
 __all__ = ["CODEBOOK_SIZE", "Example", "TokenisedDataset", "open_dataset"]
 
 
-def open_dataset(path: Path | str, codebook_size: int | None = None, images: bool = True) -> Dataset:
+def open_dataset(
+    path: Path | str, codebook_size: int | None = None, images: bool = True, tokenizer: str | None = None
+) -> Dataset:
     """Open a tokenised data set.
 
     Args:
         path: A sealed folder that holds Parquet files or `earl.data.shards.DATA` with them, this one in it, or one
-            Parquet file, all of schema `earl.files.tables.TOKENISED`; or the reference's ``tokenized_datalist.json``.
+            Parquet file, all of schema `earl.files.tables.TOKENISED` or `PREFERRED`; or the reference's
+            ``tokenized_datalist.json``.
         codebook_size: Number of visual tokens of the policy; token ids must lie below it. By default the number that
             the files themselves state.
         images: Whether examples bring the images beside their tokens; without, reading is quicker.
+        tokenizer: Digest of the policy's ``tokenizer.json``; completions must have been sampled with it. By default
+            they may be of any.
 
     Raises:
         EarlError: naming the file, and the column where there is one, when something is missing, damaged, of the
@@ -47,7 +55,7 @@ def open_dataset(path: Path | str, codebook_size: int | None = None, images: boo
     path = Path(path)
     if path.suffix == ".json":
         return ReferenceDataset(path, codebook_size)
-    return TokenisedDataset(path, codebook_size, images)
+    return TokenisedDataset(path, codebook_size, images, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,13 @@ class _Group:
 class TokenisedDataset:
     """A tokenised data set in Parquet. See `open_dataset`."""
 
-    def __init__(self, path: Path, codebook_size: int | None = None, images: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        codebook_size: int | None = None,
+        images: bool = True,
+        tokenizer: str | None = None,
+    ) -> None:
         self.path = path
         wanted = [name for name in tables.TOKENISED.names if images or name not in _IMAGES]
         self._codebook_size = codebook_size
@@ -77,10 +91,13 @@ class TokenisedDataset:
         metadata: dict[str, str] = {}
         for file in _members(path):
             with tables.open_table(file, remedies.TOKENISED) as source:
-                tables.check_columns(file, source.schema_arrow, tables.TOKENISED, wanted, remedies.TOKENISED)
+                sampled = [name for name in tables.COMPLETIONS if name in source.schema_arrow.names]
+                columns = [*wanted, *sampled]
+                tables.check_columns(file, source.schema_arrow, tables.PREFERRED, columns, remedies.TOKENISED)
                 metadata = tables.metadata_of(source)
-                self._groups += _groups(file, source, wanted)
+                self._groups += _groups(file, source, columns)
             self._check_codebook(file, metadata)
+            _check_tokenizer(file, metadata, tokenizer)
         self._ends = list(accumulate(group.rows for group in self._groups))
         if not len(self):
             raise EarlError(f"{path}: the data set is empty; leave it out, or tokenise data with at least one row")
@@ -126,7 +143,7 @@ class TokenisedDataset:
         group = self._groups[index]
         source = self._source(group.file)
         table = tables.read_group(
-            group.file, source, tables.TOKENISED, group.columns, group.index, group.start, remedies.TOKENISED
+            group.file, source, tables.PREFERRED, group.columns, group.index, group.start, remedies.TOKENISED
         )
         self._held[index] = _Rows(table, group, self._codebook_size)
         self._held_bytes += self._held[index].nbytes
@@ -152,10 +169,10 @@ class _Rows:
     """
 
     def __init__(self, table: pa.Table, group: _Group, codebook_size: int | None) -> None:
-        """Take over a table of columns of `tables.TOKENISED`; those that hold nothing may be missing."""
+        """Take over a table of columns of `_COLUMNS`; those that hold nothing may be missing."""
         (batch,) = table.combine_chunks().to_batches()
         self.nbytes = batch.get_total_buffer_size()
-        self._columns = [_cells(batch, name, group, codebook_size) for name in tables.TOKENISED.names]
+        self._columns = [_cells(batch, name, group, codebook_size) for name in _COLUMNS]
 
     def example(self, row: int) -> Example:
         return Example(*[cells[row] for cells in self._columns])
@@ -177,6 +194,8 @@ def _cells(batch: pa.RecordBatch, name: str, group: _Group, codebook_size: int |
         return _Pictures(column)
     if name == "reasoning":
         return _Reasoning(column, partial(group.where, name))
+    if name in tables.COMPLETIONS:
+        return _Ids(column)
     return column.to_pylist()
 
 
@@ -186,6 +205,14 @@ class _Pictures:
 
     def __getitem__(self, row: int) -> bytes | None:
         return (self._column[row].as_py() or {}).get("bytes")
+
+
+class _Ids:
+    def __init__(self, column: pa.ListArray) -> None:
+        self._column = column
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self._column[row].values.to_numpy().astype(np.int64)
 
 
 class _Reasoning:
@@ -205,9 +232,18 @@ class _Reasoning:
         return list(zip(self._keys[pairs], self._texts[pairs], strict=True))
 
 
+def _check_tokenizer(file: Path, metadata: dict[str, str], expected: str | None) -> None:
+    stated = metadata.get(TOKENIZER_DIGEST)
+    if None not in (stated, expected) and stated != expected:
+        raise EarlError(
+            f"{file}: its completions were sampled with another tokenizer ({stated[:12]}) than the policy's "
+            f"({expected[:12]}), so their ids mean something else; take a policy with the tokenizer of that run"
+        )
+
+
 def _groups(file: Path, source: pq.ParquetFile, wanted: list[str]) -> Iterator[_Group]:
     start = 0
-    for index, columns in enumerate(tables.filled_columns(source, tables.TOKENISED, wanted)):
+    for index, columns in enumerate(tables.filled_columns(source, tables.PREFERRED, wanted)):
         rows = source.metadata.row_group(index).num_rows
         yield _Group(file, index, start, rows, columns)
         start += rows

@@ -18,17 +18,16 @@ LEAST_SHARED = 2**30
 
 def gpus(wanted: Wanted) -> tuple[bool | None, str]:
     """Multiply matrices on every visible GPU."""
-    from earl.execution import gpus as environment
     from earl.execution import runtime
 
-    count, given = 0, environment.asked_for()
+    count, missed = 0, runtime.refusal("auto")
     if runtime.sees_gpu():
         import torch
 
         count = torch.cuda.device_count()
     if not count:
-        least = int(given is not None) if wanted.gpus is None else wanted.gpus
-        told = f"; {runtime.refusal('auto')}" if given and least else ""
+        least = int(missed is not None) if wanted.gpus is None else wanted.gpus
+        told = f"; device {missed}" if missed and least else ""
         return (False if least else None), f"none visible of {least} asked for{told}"
     details, sizes, is_right = [], {}, wanted.gpus is None or count >= wanted.gpus
     for index in range(count):
@@ -55,8 +54,7 @@ def multiplies(device: str) -> bool:
 def memory(wanted: Wanted) -> tuple[bool | None, str]:
     """Look at main memory that is free for this process, by the machine and by what its job was given."""
     free = min([_available(), *_left_in_groups()])
-    lack = wanted.memory.lack(free)
-    return not lack, f"{free / 1e9:.0f} GB free{lack}"
+    return free >= wanted.memory.size, f"{free / 1e9:.0f} GB free{wanted.memory.text}"
 
 
 def _available() -> int:
@@ -108,11 +106,11 @@ def disk(wanted: Wanted) -> tuple[bool | None, str]:
     try:
         for content in (text, text[::-1] + "y"):
             atomic.write_text(probe, content)
-        is_right = probe.read_text() == text[::-1] + "y"
+        is_right = probe.read_text() == text[::-1] + "y" and free >= wanted.disk.size
     finally:
         probe.unlink(missing_ok=True)
-    rate, lack = 2 * len(text) / (time.monotonic() - start) / 1e6, wanted.disk.lack(free)
-    return is_right and not lack, f"{wanted.path}: {free / 1e9:.0f} GB free{lack}, renames, {rate:.0f} MB/s"
+    rate = 2 * len(text) / (time.monotonic() - start) / 1e6
+    return is_right, f"{wanted.path}: {free / 1e9:.0f} GB free{wanted.disk.text}, renames, {rate:.0f} MB/s"
 
 
 def probe_file(path: Path, check: str) -> Path:

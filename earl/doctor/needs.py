@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PROCESS = 2_000_000_000
 """Bytes of main memory that a rank takes beside weights: Python, torch, CUDA, episodes of an iteration."""
+SHOWN = 50_000_000
+"""Bytes below which a part of that is not named."""
 LEARNER = 20
 """Bytes a weight of a learner on the CPU: float32 weights, two moments, gradients, reference."""
 
@@ -75,13 +77,12 @@ def _memory(config: "Config", ranks: int, by_segment: bool) -> Needs:
     """
     count = memory.weights_of(models.text(config))
     value = 2 if config.dtype == "bfloat16" else 4
-    parts = {
-        f"{ranks} {'process' if ranks == 1 else 'processes'}": ranks * PROCESS,
-        "a checkpoint's weights": 4 * count,
-    }
-    if by_segment and config.device != "cpu":
+    parts = {f"ranks: {ranks}": ranks * PROCESS, "weights of a checkpoint": 4 * count}
+    if config.device == "cpu":
+        parts |= {"engines": ranks * value * count, "learner": LEARNER * count}
+    elif by_segment:
         parts["engines asleep"] = ranks * value * count
     if config.reference_offload:
         parts["reference"] = value * count * ranks // resources.ranks(config, "train")
-    shown = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
-    return Needs(sum(parts.values()), shown)
+    shown = [f"{name}, {size / 1e9:.1f} GB" for name, size in parts.items() if size >= SHOWN]
+    return Needs(sum(parts.values()), "; ".join(shown))

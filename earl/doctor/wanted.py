@@ -27,9 +27,10 @@ class Needs:
     size: int = 0
     what: str = ""
 
-    def lack(self, free: int) -> str:
-        """Return how much is needed, where `free` bytes are too few, else an empty text."""
-        return f" of {self.size / 1e9:.0f} GB needed{f' ({self.what})' if self.what else ''}" * (free < self.size)
+    @property
+    def text(self) -> str:
+        """What follows "<n> GB free"; empty where nothing is known to be needed."""
+        return f" of {self.size / 1e9:.0f} GB needed{f' ({self.what})' if self.what else ''}" * bool(self.size)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     config.json                     of Emu3ForConditionalGeneration
     model-*.safetensors             its weights, text model and vision tokenizer, and their index
     causal_lm-*.safetensors         the text model again, with the names of Emu3ForCausalLM, and an index
+    vision_tokenizer/               the vision tokenizer again, as stages read it
     processor_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja
     generation_config.json
     README.md                       the model card
@@ -12,11 +13,15 @@
 The two classes name the same weights differently, and a safetensors file can give a tensor one name only. Without the
 second copy `AutoModelForCausalLM` would find none of its weights; transformers then warns and takes random ones. So its
 configuration names the files of that copy: where it was left out, loading fails.
+
+transformers loads a model in one type. In bfloat16 the vision tokenizer gives other tokens than in float32, which
+policies are trained with (37% of those of the shapes world). So the card's program takes it from a folder of its own.
 """
 
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +39,15 @@ if TYPE_CHECKING:
 
 CAUSAL_LM = "causal_lm"
 """What names of the files of the second copy begin with."""
+VISION_TOKENIZER = "vision_tokenizer"
+"""Folder of the vision tokenizer."""
 PLACEHOLDERS = ("<image>", "<|extra_0|>", ROLES["eol"])
 """Tokens that may stand for an image in a prompt, best first: transformers' own, one that Emu3 leaves unused, and the
 end of a row. The processor repeats it once for each token of the image, the ends of rows included, and the model puts
 the image's embeddings there, so the last one, which every vocabulary has, is as right as the others."""
+# transformers' processor puts <bos> before a prompt whatever the template says, vLLM does not: there `bos` is given.
 CHAT_TEMPLATE = """\
+{%- if bos is defined and bos -%}BOS{%- endif -%}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}{{ message['content'] }}
 {%- else -%}
@@ -117,6 +126,9 @@ def write(
         entries = weight_files.write(temporary, _whole_weights(policy, vision_tokenizer, dtype), indexed=True)
         if causal_lm:
             entries |= weight_files.write(temporary, _text_weights(policy, dtype), CAUSAL_LM, indexed=True)
+        for name in ("config.json", *(path.name for path in vision_tokenizer.glob("*.safetensors*"))):
+            (temporary / VISION_TOKENIZER).mkdir(exist_ok=True)
+            shutil.copyfile(vision_tokenizer / name, temporary / VISION_TOKENIZER / name)
         checkpoint.check_identity(temporary)
         return manifest.seal(temporary, entries)
 
@@ -130,7 +142,7 @@ def _config(
     return config | {
         "architectures": ["Emu3ForConditionalGeneration"],
         "tie_word_embeddings": text.tie_word_embeddings,
-        "vocabulary_map": names | {ROLES["eol"]: vocabulary.eol, "<image>": _id(vocabulary, _placeholder(vocabulary))},
+        "vocabulary_map": names | {ROLES["eol"]: vocabulary.eol, "<image>": _id(vocabulary, placeholder(vocabulary))},
         "vq_config": vision,
     }
 
@@ -140,7 +152,8 @@ def _vision_fields(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("architectures", "transformers_version")}
 
 
-def _placeholder(vocabulary: Vocabulary) -> str:
+def placeholder(vocabulary: Vocabulary) -> str:
+    """Return the token that stands for an image in a prompt."""
     return next(name for name in PLACEHOLDERS if _id(vocabulary, name) is not None)
 
 
@@ -151,7 +164,7 @@ def _id(vocabulary: Vocabulary, name: str) -> int | None:
 def _write_processor(policy: Path, vocabulary: Vocabulary, longest: int, use: Use, out: Path) -> None:
     from earl.emu3.models import Emu3ImageProcessor, Emu3Processor, PreTrainedTokenizerFast
 
-    image = _placeholder(vocabulary)
+    image = placeholder(vocabulary)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(policy / "tokenizer.json"),
         model_max_length=longest,
@@ -174,7 +187,8 @@ def _write_processor(policy: Path, vocabulary: Vocabulary, longest: int, use: Us
         max_pixels=use.image_area + margin,
         spatial_factor=SPATIAL_FACTOR,
     )
-    template = CHAT_TEMPLATE.replace("IMAGE", image).replace("PREFILL", use.constant_prefill)
+    template = CHAT_TEMPLATE.replace("BOS", ROLES["bos"]).replace("IMAGE", image)
+    template = template.replace("PREFILL", use.constant_prefill)
     Emu3Processor(images, tokenizer, chat_template=template).save_pretrained(out)
 
 

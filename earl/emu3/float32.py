@@ -1,7 +1,7 @@
 """Logits in float32, of engines and learner alike, where the policy computes in bfloat16.
 
-A bfloat16 number near 16 has neighbours 0.125 apart. Rounded to that, the logits of a sampler and of a learner whose
-hidden states differ in their last bits would differ by more than from all that comes before them.
+A bfloat16 number near 16 has neighbours 0.125 apart: logits that sampler and learner round each by itself would differ
+by that where their hidden states differ in the last bits.
 """
 
 import torch

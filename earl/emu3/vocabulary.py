@@ -46,6 +46,8 @@ class Vocabulary:
     eof: int
     first_visual: int
     num_visual: int
+    digest: str
+    """SHA-256 of ``tokenizer.json``, in hexadecimal."""
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> "Vocabulary":
@@ -64,13 +66,13 @@ class Vocabulary:
             )
         with manifest.reading(path.parent, [path.name]):
             content = path.read_bytes()
-        digest = hashlib.sha256(content).digest()
+        digest = hashlib.sha256(content).hexdigest()
         if digest not in _parsed:
-            _parsed[digest] = cls._from_tokenizer(_tokenizer(content, path), path)
+            _parsed[digest] = cls._from_tokenizer(_tokenizer(content, path), path, digest)
         return _parsed[digest]
 
     @classmethod
-    def _from_tokenizer(cls, tokenizer: "Tokenizer", path: Path) -> "Vocabulary":
+    def _from_tokenizer(cls, tokenizer: "Tokenizer", path: Path, digest: str) -> "Vocabulary":
         roles = {role: tokenizer.token_to_id(name) for role, name in ROLES.items()}
         for role, token_id in roles.items():
             if token_id is None:
@@ -81,7 +83,7 @@ class Vocabulary:
         first, count = _visual_block(tokenizer, path)
         if max(roles.values()) >= first:
             raise EarlError(f"{path}: a special token's id lies among the visual ids, which start at {first}")
-        return cls(text=tokenizer, first_visual=first, num_visual=count, **roles)
+        return cls(text=tokenizer, first_visual=first, num_visual=count, digest=digest, **roles)
 
     @property
     def size(self) -> int:
@@ -105,7 +107,7 @@ class Vocabulary:
         return self.text.decode(list(token_ids), skip_special_tokens=False)
 
 
-_parsed: dict[bytes, Vocabulary] = {}
+_parsed: dict[str, Vocabulary] = {}
 """By digest of ``tokenizer.json``: parsing Emu3's takes seconds, and every policy of a run has the same one."""
 
 

@@ -204,6 +204,7 @@ class VllmEngine:
         import torch.distributed as dist
         from vllm import LLM
 
+        vllm_process.quiet("vllm.renderers.base")  # It warns of having no tokenizer, which completions do not need.
         self._owns_group = not dist.is_initialized()
         if not self._owns_group and dist.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"

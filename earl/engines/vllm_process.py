@@ -23,13 +23,18 @@ def prepare_process(device: str) -> None:
     """Set the environment variables that vLLM reads, and make it importable; call it before importing vLLM."""
     # In this process: quicker to start, and it ends with it. Workers of a tensor-parallel engine are processes still.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # Warnings are what tells why it is slow or wrong; on INFO it talks a hundred lines at each start.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Warnings tell why it is slow or wrong. On a CPU there are a dozen at each start, all of a CPU; on INFO a hundred.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device == "cpu" else "WARNING")
     # Model Runner V2 where vLLM supports it, which is on GPUs; the variable says no, for one that should use V1.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(device == "cuda")))
     # Workers that are forked from a process that has asked torch for its GPUs cannot use them.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     torch_extensions.work_around()
+
+
+def quiet(module: str) -> None:
+    """Show errors alone of a module of vLLM whose warnings say what is meant to be."""
+    logging.getLogger(module).setLevel(logging.ERROR)
 
 
 def check_device(device: "torch.device", tensor_parallel_size: int, field: str) -> None:

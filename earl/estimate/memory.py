@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.estimate import models
 from earl.estimate.cases import Bytes, Case, VisionCase, simulate
 from earl.files import objects
 
@@ -175,6 +174,8 @@ def engine(
         gpu_bytes: memory of the GPU, of which vLLM takes a share.
         prompt_tokens, completion_tokens: of an episode; None: those of `models.lengths`.
     """
+    from earl.estimate import models  # which reads configurations; the rest does without their packages
+
     usual = models.lengths(config)
     prompt, completion = prompt_tokens or usual.prompt, completion_tokens or usual.completion
     value = 2 if config.dtype == "bfloat16" else 4

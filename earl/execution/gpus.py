@@ -105,8 +105,12 @@ def visible() -> list[Gpu]:
 
 
 def asked_for() -> str | None:
-    """Return the variable and value by which the environment gives this process GPUs; None where it gives none."""
-    found = [variable for variable in (VISIBLE,) if _names(os.environ.get(variable, ""))]
+    """Return the variable and value by which the environment gives this process GPUs; None where it gives none.
+
+    Those that it has claimed itself were not given.
+    """
+    named = os.environ.get(VISIBLE, "")
+    found = [VISIBLE] if _names(named) and named != os.environ.get(CLAIMED) else []
     found += [variable for variable in SLURM_LISTS if os.environ.get(variable)]
     found += [name for name in SLURM_COUNTS if os.environ.get(name, "").rpartition(":")[2] not in ("", "0")]
     return f"{found[0]}={os.environ[found[0]]}" if found else None

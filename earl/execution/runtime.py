@@ -1,6 +1,5 @@
 """How a stage's process computes: device, threads, determinism."""
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
     import torch
 
     from earl.config.schema import Config
-
-log = logging.getLogger(__name__)
 
 
 def prepare(config: "Config") -> "torch.device":
@@ -33,20 +30,22 @@ def prepare(config: "Config") -> "torch.device":
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor finds bugs, and costs time; no kernel here reads what it did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    device = torch.device("cuda" if config.device != "cpu" and sees_gpu() else "cpu")
-    if config.device == "auto" and device.type == "cpu" and gpus.visible():
-        log.warning("device is 'auto': this machine has GPUs, but torch %s sees none; using the CPU", torch.__version__)
-    return device
+    return torch.device("cuda" if config.device != "cpu" and sees_gpu() else "cpu")
 
 
 def refusal(device: str) -> str | None:
     """Return why the configuration's `device` cannot be had here, and what to do; None where it can.
 
-    `auto` is for machines of either kind, but not for a job that was given GPUs and cannot use them. Imports torch only
-    where a GPU is asked for.
+    `auto` is for machines of either kind, but not for one whose GPUs torch does not see, nor for a job that was given
+    GPUs there. Imports torch only where a GPU is asked for, or there.
     """
-    given = gpus.asked_for()
-    if device == "cpu" or (device == "auto" and given is None) or sees_gpu():
+    if device == "cpu":
+        return None
+    if given := gpus.asked_for():
+        why = f" and the environment says {given}"
+    else:
+        why = " and this machine has GPUs" if gpus.visible() else ""
+    if (device == "auto" and not why) or sees_gpu():
         return None
     import torch
 
@@ -55,7 +54,7 @@ def refusal(device: str) -> str | None:
         remedy = "install a build of torch for GPUs, or set device to 'cpu'"
     else:
         remedy = "look at what nvidia-smi says and at CUDA_VISIBLE_DEVICES, or set device to 'cpu'"
-    return f"is {device!r}{f' and the environment says {given}' if given else ''}, but {build}; {remedy}"
+    return f"is {device!r}{why}, but {build}; {remedy}"
 
 
 def sees_gpu() -> bool:

@@ -67,6 +67,21 @@ TOKENISED = _schema(
     pa.field("original", IMAGE),
     pa.field("target", IMAGE),
 )
+PREFERRED = _schema(
+    "tokenised examples",
+    *TOKENISED,
+    _required("chosen_token_ids", TOKENS),
+    _required("rejected_token_ids", TOKENS),
+    _required("episode_id", pa.string()),
+    _required("reward", pa.float32()),
+    _required("rejected_episode_id", pa.string()),
+    _required("rejected_reward", pa.float32()),
+)
+"""Tokenised examples whose edit a policy has sampled: the best completion of a group, and the worst.
+
+The two hold the ids of all that follows the instruction, the text that the completion was started from included.
+"""
+COMPLETIONS = ("chosen_token_ids", "rejected_token_ids")
 REJECTED = _schema(
     "rejected rows",
     _required("file", pa.string()),

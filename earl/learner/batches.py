@@ -93,12 +93,14 @@ def cut_episodes(episodes: Sequence[Episode], settings: "Settings", ranks: int) 
     """Cut the episodes into parts of at most `settings.micro_batch`, of fewer where a rank would otherwise get none.
 
     Those of a group are together where they are packed, else those of like length, the longest first, to pad little.
-    A part in which no token counts is left out: its loss and gradient are 0.
+    With `settings.whole_groups` no group is cut, though it have more episodes than that. A part in which no token
+    counts is left out: its loss and gradient are 0.
     """
-    size = min(settings.micro_batch, -(-len(episodes) // ranks))
+    units = mini_batches(episodes, len(episodes)) if settings.whole_groups else [[episode] for episode in episodes]
+    size = max(1, min(settings.micro_batch // max(map(len, units)), -(-len(units) // ranks)))
     by_group = settings.packed
-    ordered = sorted(episodes, key=lambda e: (e.group_id if by_group else -len(e), e.episode_id))
-    parts = (ordered[start : start + size] for start in range(0, len(ordered), size))
+    units.sort(key=lambda unit: (unit[0].group_id if by_group else -max(map(len, unit)), unit[0].episode_id))
+    parts = ([one for unit in units[start : start + size] for one in unit] for start in range(0, len(units), size))
     return [part for part in parts if any(len(counted_positions(episode, settings)) for episode in part)]
 
 

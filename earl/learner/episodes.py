@@ -73,12 +73,15 @@ class Source:
     left_out: int = 0  # prompts that were too long to be sampled
 
 
-def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -> Source:
+def read(
+    iteration: Iteration, shards: int, policy_digest: str, expected: int, columns: Sequence[str] = ROLLOUT_COLUMNS
+) -> Source:
     """Read the rollouts and scores of an iteration, in the order of their episode ids.
 
     Args:
         policy_digest: digest of the policy that must have generated them.
         expected: how many episodes the shards must hold together.
+        columns: of the rollouts, `episode_id` among them.
 
     Raises:
         EarlError: a file is missing, damaged or holds a value out of range; rollouts of another policy or iteration,
@@ -87,7 +90,7 @@ def read(iteration: Iteration, shards: int, policy_digest: str, expected: int) -
     rows, rollout_digests, score_digests, rubrics = [], [], [], {}
     for shard in range(shards):
         rollouts, scores = iteration.rollouts(shard), iteration.scores(shard)
-        rollout_rows = tables.read_table(rollouts, tables.ROLLOUTS, ROLLOUT_COLUMNS).to_pylist()
+        rollout_rows = tables.read_table(rollouts, tables.ROLLOUTS, columns).to_pylist()
         score_rows = tables.read_table(scores, tables.SCORES, SCORE_COLUMNS).to_pylist()
         _add_failures(score_rows, scores)
         rollout_digests.append(manifest.digest_file(rollouts))
@@ -214,14 +217,19 @@ def _column(outcomes: Sequence[Outcome], name: str) -> torch.Tensor:
 
 
 def _outcome(row: dict[str, Any], config: "Config", where: str) -> Outcome:
-    try:
-        reward = rewards.episode_reward(row, config.reward_final_reward)
-        components = {name: rewards.episode_reward(row, name) for name in config.advantage_components}
-    except EarlError as error:
-        raise EarlError(f"{where}/scores: episode {row['episode_id']}: {error}") from error
+    reward = reward_of(row, config.reward_final_reward, where)
+    components = {name: reward_of(row, name, where) for name in config.advantage_components}
     if reward is None:
         return Outcome(row, None, rewards.JUDGEMENT_FAILED)
     return Outcome(row, reward, TOO_LONG if _too_long(row, config) else None, components)
+
+
+def reward_of(row: dict[str, Any], which: str, where: str) -> float | None:
+    """Return `rewards.episode_reward`; its errors name the episode, and `where` its iteration lies."""
+    try:
+        return rewards.episode_reward(row, which)
+    except EarlError as error:
+        raise EarlError(f"{where}/scores: episode {row['episode_id']}: {error}") from error
 
 
 def _too_long(row: dict[str, Any], config: "Config") -> bool:

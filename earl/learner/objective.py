@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -264,6 +265,27 @@ def loss_denominator(normalization: str, lengths: Sequence[int], max_tokens: int
 def sft_loss(logp: Tensor, denominator: int) -> Tensor:
     """Cross-entropy: minus the log-probs [T] of the targets, summed and divided by `denominator`. Scalar."""
     return -logp.sum() / denominator
+
+
+def dpo_margins(logp: Tensor, reference_logp: Tensor, sequences: Tensor, beta: float) -> Tensor:
+    """beta * (log-ratio of a pair's better completion - that of its worse one), [P], each summed over its tokens.
+
+    The log-ratio is log policy - log reference, beta times it the implicit reward of DPO (Rafailov et al. 2023,
+    arXiv:2305.18290).
+
+    Args:
+        logp: [T] differentiable log-probabilities of all tokens of P pairs.
+        reference_logp: [T] under the frozen reference.
+        sequences: int64 [T], completion of each token: 2p the better one of pair p, 2p + 1 the worse one.
+    """
+    completions = torch.arange(int(sequences.max()) + 1, device=logp.device)
+    ratios = ((logp - reference_logp) * (sequences == completions[:, None])).sum(1)
+    return beta * (ratios[0::2] - ratios[1::2])
+
+
+def dpo_loss(margins: Tensor, denominator: int) -> Tensor:
+    """-log sigmoid of the margins [P], summed and divided by `denominator`, the pairs of the whole step. Scalar."""
+    return -F.logsigmoid(margins).sum() / denominator
 
 
 def counted_tokens(iteration: int, text_only: tuple[int, int] | None, vision_only: tuple[int, int] | None) -> str:

@@ -32,5 +32,6 @@ class Settings:
     optimizer_steps: int = 1  # mini-batches that the episodes are cut into
     parity_tolerance: float | None = None  # see check_parity
     packed: bool = False  # see packing
+    whole_groups: bool = False  # a micro-batch holds all episodes of a group, such as a pair's, or none
     attention: str = "sdpa"  # see attention.choose
     gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping what they need

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a loop over steps that can be killed at any time and goes on to the same bytes.
+"""Fine-tuning on examples, or with DPO on pairs: a loop that can be killed at any time and ends in the same bytes.
 
 Reads top to bottom: `fine_tune` is the loop. A step is that of `grpo` with another loss: its micro-batches, padded or
 packed, its log-probs by blocks, its clipping, its sharing out over several ranks, each of which runs this loop. What
@@ -11,15 +11,16 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from earl.emu3 import adapter
 from earl.execution import ranks
 from earl.execution.ranks import Ranks
 from earl.files import manifest
@@ -56,6 +57,7 @@ class Settings:
     schedule: str = "cosine"  # see schedule
     decay_steps: int | None = None  # see schedule
     instruction_loss_weight: float = 0.0  # of the instruction's tokens in the loss, where examples name them
+    dpo_beta: float | None = None  # of DPO, on examples that are pairs; None: cross-entropy
     adamw: AdamW = field(default_factory=AdamW)
     max_gradient_norm: float | None = grpo.MAX_GRADIENT_NORM  # None does not clip
     validate_every: int | None = None  # steps between two validations
@@ -77,6 +79,7 @@ class Settings:
             counted="all",
             bfloat16=self.bfloat16,
             packed=self.packed,
+            whole_groups=self.dpo_beta is not None,
             attention=self.attention,
             gradient_checkpointing=self.gradient_checkpointing,
         )
@@ -84,11 +87,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Example:
-    """Ids of one training sequence. The loss counts those of the completion."""
+    """Ids of one training sequence, or of two that share their prompt. The loss counts those of the completion."""
 
     prompt: np.ndarray  # int64 [P]
     completion: np.ndarray  # int64 [L]
     instruction_tokens: int = 0  # the first ones of the completion, which count by `instruction_loss_weight`
+    rejected: np.ndarray | None = None  # int64 [M], the worse completion of a pair
+
+    @property
+    def completions(self) -> list[np.ndarray]:
+        return [self.completion] if self.rejected is None else [self.completion, self.rejected]
 
     @property
     def answer_tokens(self) -> int:
@@ -96,22 +104,35 @@ class Example:
         return len(self.completion) - self.instruction_tokens
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+class Step(NamedTuple):
+    """What is measured of a step: of DPO also the mean margin of its pairs, and the share whose margin is above 0."""
+
+    loss: float  # in nats a token; of DPO, a pair
+    gradient_norm: float  # before clipping
+    margin: float | None = None
+    accuracy: float | None = None
 
 
 @dataclass
 class Progress:
-    """Steps done, and what `sft.json` says of each: loss in nats a token, gradient norm, held-out loss where due."""
+    """Steps done, and what `sft.json` says of each: see `Step`; held-out loss where due."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
+    accuracies: list[float | None] = field(default_factory=list)
     validation: dict[int, float] = field(default_factory=dict)  # by number of steps done
 
     def curve(self, settings: Settings) -> dict[str, Any]:
         """Return the lists by step that are written as JSON; `validation` only where there is any."""
         rates = [learning_rate(step, settings) for step in range(self.step)]
         found = {"loss": self.losses, "gradient_norm": self.gradient_norms, "learning_rate": rates}
+        if settings.dpo_beta is not None:
+            found |= {"margin": self.margins, "accuracy": self.accuracies}
         held_out = {"step": list(self.validation), "loss": list(self.validation.values())}
         return found | ({"validation": held_out} if self.validation else {})
 
@@ -126,6 +147,7 @@ def fine_tune(
     team: Ranks | None = None,
     held_out: Sequence[Example] = (),
     keep: Callable[[int], None] = lambda step: None,
+    reference: "Emu3ForCausalLM | None" = None,
 ) -> Progress:
     """Change `policy` in place; return the loss of every step, and what else was measured.
 
@@ -137,6 +159,7 @@ def fine_tune(
             process alone.
         held_out: sequences of `settings.validate_every`; the weights do not depend on them.
         keep: called by all ranks with the number of steps done where `settings.keep_every` keeps the policy.
+        reference: the frozen model of DPO.
 
     Raises:
         EarlError: loss or gradient is not finite, a checkpoint is damaged or cannot be written.
@@ -154,17 +177,19 @@ def fine_tune(
         while progress.step < settings.steps:
             indices = batch_indices(settings.seed, progress.step, settings.batch_size, count)
             batch = [sequence(index) for index in indices]
-            loss, norm = train_step(policy, optimizer, batch, settings, progress.step, team)
-            progress.losses.append(loss)
-            progress.gradient_norms.append(norm)
+            done = train_step(policy, optimizer, batch, settings, progress.step, team, reference)
+            progress.losses.append(done.loss)
+            progress.gradient_norms.append(done.gradient_norm)
+            progress.margins.append(done.margin)
+            progress.accuracies.append(done.accuracy)
             progress.step += 1
             tokens += sum(map(len, batch))
             rate = tokens / (time.monotonic() - started)
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+            bar.set_postfix(loss=f"{done.loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             bar.update()
             last = progress.step == settings.steps
             if settings.validate_every and (last or progress.step % settings.validate_every == 0):
-                held_out_loss = validation_loss(policy, held_out, settings, team)
+                held_out_loss = validation_loss(policy, held_out, settings, team, reference)
                 progress.validation[progress.step] = held_out_loss
                 log.info("sft: step %d, validation loss %.4f", progress.step, held_out_loss)
             if settings.keep_every and progress.step % settings.keep_every == 0 and not last:
@@ -192,47 +217,72 @@ def train_step(
     settings: Settings,
     step: int,
     team: Ranks | None = None,
-) -> tuple[float, float]:
-    """One optimizer step on the mean cross-entropy of the batch's counted tokens; return that loss, in nats a token,
-    and the norm of its gradient before clipping.
+    reference: "Emu3ForCausalLM | None" = None,
+) -> Step:
+    """One optimizer step on the mean cross-entropy of the batch's counted tokens, or the mean DPO loss of its pairs.
 
     Instructions add the cross-entropy of their tokens times `instruction_loss_weight`, divided by the same number.
 
-    Of several ranks each computes its share of the batch, divided by the tokens of all of it.
+    Of several ranks each computes its share of the batch, divided by the tokens, or pairs, of all of it.
     """
     team = team or ranks.alone(policy.device)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     optimizer.zero_grad(set_to_none=True)
-    denominator = sum(example.answer_tokens for example in batch)
-    own = 0.0
+    own, margins = 0.0, []
     for part, counts in batches.micro_batches(as_episodes(batch), settings.objective, team):
-        logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
-        loss = objective.sft_loss(logp * _weights(batch, part, settings.instruction_loss_weight), denominator)
+        loss, of_pairs = _part_loss(policy, reference, part, batch, settings)
         (loss if counts else 0 * loss).backward()
         if counts:
             own += loss.item()
+            margins += of_pairs
     total = sum(team.gather(own))
+    margins = [margin for part in team.gather(margins) for margin in part]
     try:
-        totals = grpo.Totals(loss=total, tokens=denominator)
+        totals = grpo.Totals(loss=total, tokens=sum(example.answer_tokens for example in batch))
         norm = grpo.optimizer_step(policy, optimizer, totals, settings.max_gradient_norm)
     except EarlError as error:
         raise EarlError(f"sft step {step}: {error}") from error
-    return total, norm
+    if not margins:
+        return Step(total, norm)
+    return Step(total, norm, sum(margins) / len(margins), sum(margin > 0 for margin in margins) / len(margins))
 
 
 def validation_loss(
-    policy: "Emu3ForCausalLM", examples: Sequence[Example], settings: Settings, team: Ranks | None = None
+    policy: "Emu3ForCausalLM",
+    examples: Sequence[Example],
+    settings: Settings,
+    team: Ranks | None = None,
+    reference: "Emu3ForCausalLM | None" = None,
 ) -> float:
-    """Mean cross-entropy of the completions' tokens, in nats; of several ranks each computes its share."""
+    """The loss of a step on all of these examples, without instructions; of several ranks each computes its share."""
     team = team or ranks.alone(policy.device)
+    settings = replace(settings, instruction_loss_weight=0.0)
     own = 0.0
     with torch.no_grad():
         for part, counts in batches.micro_batches(as_episodes(examples), settings.objective, team):
-            logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
-            own -= (logp.double() * _weights(examples, part, 0.0)).sum().item() if counts else 0.0
+            loss, _ = _part_loss(policy, reference, part, examples, settings)
+            own += loss.item() if counts else 0.0
     sharding.split_again(policy)
-    return sum(team.gather(own)) / sum(example.answer_tokens for example in examples)
+    return sum(team.gather(own))
+
+
+def _part_loss(
+    policy: "Emu3ForCausalLM",
+    reference: "Emu3ForCausalLM | None",
+    part: batches.MicroBatch,
+    batch: Sequence[Example],
+    settings: Settings,
+) -> tuple[torch.Tensor, list[float]]:
+    """Return what a micro-batch adds to the loss of its batch, and the margins of its pairs, none without DPO."""
+    logp, _, _ = grpo.completion_logprobs(policy, part, settings.objective)
+    if settings.dpo_beta is None:
+        denominator = sum(example.answer_tokens for example in batch)
+        return objective.sft_loss(logp * _weights(batch, part, settings.instruction_loss_weight), denominator), []
+    with torch.no_grad(), adapter.disabled(reference):
+        reference_logp, _, _ = grpo.completion_logprobs(reference, part, settings.objective)
+    margins = objective.dpo_margins(logp, reference_logp, part.sequences, settings.dpo_beta)
+    return objective.dpo_loss(margins, len(batch)), margins.tolist()
 
 
 def _weights(examples: Sequence[Example], part: batches.MicroBatch, of_instructions: float) -> torch.Tensor:
@@ -255,18 +305,22 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def as_episodes(batch: Sequence[Example]) -> list[Episode]:
-    """Training sequences as the learner of RL takes them: episodes that nobody sampled, of which every token counts."""
+    """Training sequences as the learner of RL takes them: episodes that nobody sampled, of which every token counts.
+
+    A pair is a group of two, the better one first.
+    """
     return [
         Episode(
-            episode_id=f"{place:06d}",
+            episode_id=f"{place:06d}" if example.rejected is None else f"{place:06d}-{side}",
             group_id=f"{place:06d}",
             prompt=example.prompt,
-            completion=example.completion,
-            forced=np.zeros(len(example.completion), dtype=bool),
-            behavior_logprobs=np.zeros(len(example.completion), dtype=np.float32),
+            completion=completion,
+            forced=np.zeros(len(completion), dtype=bool),
+            behavior_logprobs=np.zeros(len(completion), dtype=np.float32),
             advantage=1.0,
         )
         for place, example in enumerate(batch)
+        for side, completion in enumerate(example.completions)
     ]
 
 

@@ -17,8 +17,6 @@ from earl.report.contents import Comparison
 
 SHARE = 5
 """The first and the last fifth of the iterations are compared."""
-NOISE = 0.1
-"""Cosine of the gradients of two halves of a step, below which it is mostly noise."""
 UNIFORM = 0.5
 """Share of groups with equal rewards, from which on half of the sampling teaches nothing."""
 COLLAPSE = 0.3
@@ -44,7 +42,7 @@ class Trend:
 
 def trend(metrics: Sequence[Mapping[str, Any]], measure: str) -> Trend | None:
     """Return how a measure has changed; None where fewer than ten iterations know it."""
-    values = [row[measure] for row in metrics if row.get(measure) is not None]
+    values = _known(metrics, measure)
     size = len(values) // SHARE
     if size < 2:
         return None
@@ -96,17 +94,22 @@ def _rewards(training: Trend | None, held_out: Comparison | None, times_seen: fl
 
 
 def _signal(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    def mean(measure: str) -> float | None:
-        values = [row[measure] for row in metrics if row.get(measure) is not None]
-        return fmean(values) if values else None
-
-    cosine, uniform, entropy = mean("gradient_cosine"), mean("zero_std_fraction"), trend(metrics, "entropy")
-    if cosine is not None:
-        agree = "hardly agree" if cosine < NOISE else "agree"
-        noise = "; steps are mostly noise, which larger batches or clearer rewards reduce" if cosine < NOISE else ""
-        yield f"The gradients of two halves of a step {agree} (cosine {cosine:.2f}){noise}."
-    if uniform is not None and uniform >= UNIFORM:
-        yield f"In {uniform:.0%} of the groups all rewards are equal, so that they teach nothing."
+    cosines, uniform = (_known(metrics, name) for name in ("gradient_cosine", "zero_std_fraction"))
+    if len(cosines) > 1:
+        mean, error = fmean(cosines), sqrt(variance(cosines) / len(cosines))
+        value = f"{mean:.2f} \N{PLUS-MINUS SIGN} {error:.2f}"
+        told = f"The gradients of two halves of a step have a cosine of {value} on average"
+        if mean > 2 * error:
+            yield f"{told}: {mean:.0%} of what a half has in squared norm is signal, the rest noise."
+        else:
+            yield f"{told}: no signal is to be seen in single steps; larger batches or clearer rewards have more."
+    if uniform and fmean(uniform) >= UNIFORM:
+        yield f"In {fmean(uniform):.0%} of the groups all rewards are equal, so that they teach nothing."
+    entropy = trend(metrics, "entropy")
     if entropy is not None and entropy.before > 0 and entropy.after < COLLAPSE * entropy.before:
         fallen = f"from {entropy.before:.3g} to {entropy.after:.3g} nats a token"
         yield f"Entropy has fallen {fallen}: samples hardly differ."
+
+
+def _known(metrics: Sequence[Mapping[str, Any]], measure: str) -> list[float]:
+    return [row[measure] for row in metrics if row.get(measure) is not None]

@@ -49,6 +49,8 @@ def _problem(config: Config, reference: str) -> str | None:
     stage, _, name = reference.removeprefix(STAGE).partition("/")
     if stage == "fetch":
         return "is a published data set of photographs"
+    if stage == "select":  # Its pictures are those of a run.
+        return None
     side = int(config.image_area**0.5 / SPATIAL_FACTOR + 0.5) * SPATIAL_FACTOR
     if side != world.SIZE:
         return (

@@ -5,7 +5,7 @@ in, and the remedy. What the pipeline makes counts as there; only what is still 
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from earl.execution import runtime
 from earl.files import hub_names, listing, manifest, objects
 from earl.judges import rubric
 from earl.messages.errors import EarlError
-from earl.run import judged_data
+from earl.run import judged_data, selections
+from earl.run.plan import Plan
 
 _TOKENISE = f"{STAGE}tokenise/"
 _RUBRICS = {
@@ -34,18 +35,25 @@ Problem = tuple[str, str]
 """A field's dotted name, and what is wrong with its value, with the remedy."""
 
 
-def check(config: Config, origin: Callable[[str], str] | None = None, started: bool = False, here: bool = True) -> None:
+def check(
+    config: Config,
+    origin: Callable[[str], str] | None = None,
+    started: bool = False,
+    here: bool = True,
+    plans: Sequence[Plan] = (),
+) -> None:
     """Raise where a run is sure to fail.
 
     Args:
         origin: where the value of a field was written (`earl.config.load.Loaded.origin`), if that is known.
         started: the run has its starting policy, so the fields that it comes from are not looked at.
         here: stages run on this machine, so what is not installed here is not installed there, and the GPUs are these.
+        plans: of the runs that are made together.
 
     Raises:
         EarlError: naming field, origin and remedy of everything that is wrong.
     """
-    problems = [*_raw_data(config), *_tokenised_data(config)]
+    problems = [*_raw_data(config), *_tokenised_data(config), *_selections(config, plans)]
     problems += [] if problems else [*_rows(config), *judged_data.problems(config, _prompts_from(config))]
     problems += _judge(config)
     if not started:
@@ -126,6 +134,15 @@ def _tokenised_data(config: Config) -> Iterator[Problem]:
                     datalist.read(path)
                 except EarlError as error:
                     yield data.field, f"cannot be drawn from: {error}"
+
+
+def _selections(config: Config, plans: Sequence[Plan]) -> Iterator[Problem]:
+    """Look for the runs that are to be selected from."""
+    for output, stage in paths.shared_stages(config).items():
+        if stage.stage == "select" and not _is_made(output):
+            problem = selections.problem(config, stage.name, plans)
+            if problem:
+                yield problem
 
 
 def _remedy(path: Path) -> str:

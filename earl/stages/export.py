@@ -45,15 +45,30 @@ def of_run(run: Path, iteration: int | None, out: Path, options: Options = Optio
     _write(config, folder, out, f"{config.run_name}, iteration {index}", options)
 
 
-def of_folder(policy: Path, config_file: Path, out: Path, options: Options = Options()) -> None:
-    """Export any policy folder, for use as a configuration says: an experiment, or the frozen one of a run.
+def of_folder(policy: Path, config_file: Path | None, out: Path, options: Options = Options()) -> None:
+    """Export any policy folder, for use as a configuration says.
+
+    Args:
+        policy: The folder.
+        config_file: An experiment, or the frozen configuration of a run; None: the folder is one of a run's iterations.
+        out: The folder to write, sealed.
+        options: What is written.
 
     Raises:
-        EarlError: see `of_run`.
+        EarlError: there is no configuration; see also `of_run`.
     """
-    config = read(config_file) if config_file.suffix == ".json" else load(config_file).config
     remedies.check_policy_folder(policy)
-    _write(config, policy, out, policy.resolve().name, options)
+    iteration = policy.absolute().parent
+    if config_file is None and iteration.parent.name == "iterations" and iteration.name.isdigit():
+        of_run(iteration.parent.parent, int(iteration.name), out, options)
+        return
+    if config_file is None:
+        raise EarlError(
+            f"{policy}: give --config, the experiment that this policy was trained by: it says which vision tokenizer "
+            "belongs to it, the size of images, and how completions begin"
+        )
+    config = read(config_file) if config_file.suffix == ".json" else load(config_file).config
+    _write(config, policy, out, policy.absolute().name, options)
 
 
 def _write(config: "Config", policy: Path, out: Path, title: str, options: Options) -> None:

@@ -1,4 +1,4 @@
-"""SFT stage: fine-tune a base model on tokenised pairs; its result is the starting policy and reference of RL."""
+"""SFT stage: fine-tune a base model on tokenised pairs, or on completions of a run; RL starts from its result."""
 
 import hashlib
 import json
@@ -37,6 +37,8 @@ from earl.messages.errors import EarlError
 from earl.statistics import seeds
 
 if TYPE_CHECKING:
+    from transformers import Emu3ForCausalLM
+
     from earl.config.schema import Config, Sft
 
 CURVE = "sft.json"
@@ -60,7 +62,10 @@ def run(config: "Config", name: str, out: Path) -> None:
             vocabulary, or too long for the model; the loss is not finite.
     """
     tuning = fine_tuning(config, name)
-    with ranks.joined(runtime.prepare(config)) as team:
+    lora, bfloat16 = tuning.lora is not None, config.dtype == "bfloat16"
+    # So that the frozen base of an adapter is held in bfloat16, and a reference can wait in main memory.
+    splits_alone = (lora and bfloat16) or (tuning.objective == "dpo" and config.reference_offload)
+    with ranks.joined(runtime.prepare(config), splits_alone) as team:
         _run(config, name, tuning, Path(out), team)
 
 
@@ -76,6 +81,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
         if lora
         else sharding.load(base, team, bfloat16)
     )
+    reference = _reference(config, tuning, policy, base, team)
     with data.named():
         sizes = [len(dataset) for dataset in build.datasets]
         mixture = mixing.mixture(sizes, tuning.coefficients, tuning.random_seed)
@@ -94,7 +100,8 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
         with ranks.folder(kept / f"step-{step:06d}", team) as folder:
             saving.save_policy(policy, folder, beside, torch.float32, team, lora)
 
-    done = sft.fine_tune(policy, sequence, len(mixture), settings, checkpoints, identity, team, held_out, keep)
+    loop = (len(mixture), settings, checkpoints, identity, team, held_out, keep, reference)
+    done = sft.fine_tune(policy, sequence, *loop)
     with ranks.folder(out, team) as folder:
         if team.first:
             # Neither time nor code version: the folder's digest is that of the policy, whoever made the same weights.
@@ -113,7 +120,21 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
 
 def _opened(config: "Config", references: list[str], vocabulary: Vocabulary) -> list[Dataset]:
     found = [resolve(config, reference) for reference in references]
-    return [open_dataset(path, codebook_size=vocabulary.num_visual, images=False) for path in found]
+    return [open_dataset(path, vocabulary.num_visual, images=False, tokenizer=vocabulary.digest) for path in found]
+
+
+def _reference(
+    config: "Config", tuning: "Sft", policy: "Emu3ForCausalLM", base: Path, team: Ranks
+) -> "Emu3ForCausalLM | None":
+    """Return the frozen reference of DPO, the model that it starts from; None where there is none.
+
+    Of an adapter it is `policy` itself, which computes it without the adapter.
+    """
+    if tuning.objective != "dpo":
+        return None
+    if tuning.lora is not None:
+        return policy
+    return sharding.load(base, team, config.dtype == "bfloat16", frozen=True, offload=config.reference_offload)
 
 
 class _Builder:
@@ -127,6 +148,7 @@ class _Builder:
         self.reasoning, self.keys = tuning.reasoning, tuning.reasoning_keys
         self.fraction, self.seed = tuning.reasoning_fraction, tuning.random_seed
         self.learns_instructions = tuning.instruction_loss_weight > 0
+        self.pairs = tuning.objective == "dpo"
         self.datasets = datasets
         self.vocabulary = vocabulary
         self.missing: dict[tuple[str, str], str] = {}
@@ -135,24 +157,32 @@ class _Builder:
         """Return the name of a row and its sequence.
 
         Raises:
-            EarlError: the example lacks its edit or the reasoning that is wanted.
+            EarlError: the example lacks its edit, the reasoning that is wanted, or the other completion of a pair.
         """
         example = self.datasets[row[0]][row[1]]
         where = f"{example.dataset}: example {example.example_id}"
         if example.target_tokens is None:
             raise EarlError(f"{where}: column 'target_tokens' is empty: there is no edit to learn from; leave it out")
-        reasoning = self._reasoning(example, where) if self._reasons(row) else None
+        if self.pairs and example.rejected is None:
+            raise EarlError(f"{where}: is no pair of completions, which dpo learns from; name stage:select/<selection>")
+        reasoning = self._reasoning(example, where) if example.chosen is None and self._reasons(row) else None
         try:
-            ids, prompt_length = grammar.sft_ids(
-                example.original_tokens, example.instruction, example.target_tokens, reasoning, self.vocabulary
-            )
+            ids, prompt_length = self._ids(example, reasoning)
         except EarlError as error:
             raise EarlError(f"{where}: {error}") from error
         instruction = 0
         if self.learns_instructions:
             instruction = prompt_length - 1 - len(grammar.image_ids(example.original_tokens, self.vocabulary))
         prompt, completion = np.split(np.array(ids, dtype=np.int64), [prompt_length - instruction])
-        return where, sft.Example(prompt, completion, instruction)
+        return where, sft.Example(prompt, completion, instruction, example.rejected if self.pairs else None)
+
+    def _ids(self, example: Example, reasoning: list[tuple[str, str]] | None) -> tuple[list[int], int]:
+        """Return a sequence and the length of its prompt; a completion that was sampled stays as it is."""
+        asked = example.original_tokens, example.instruction
+        if example.chosen is None:
+            return grammar.sft_ids(*asked, example.target_tokens, reasoning, self.vocabulary)
+        prompt = grammar.prompt_ids(*asked, "", self.vocabulary)
+        return [*prompt, *example.chosen], len(prompt)
 
     def _reasons(self, row: mixing.Row) -> bool:
         """Return whether the sequence of a row holds its reasoning; the same rows for any number of steps."""
@@ -278,6 +308,7 @@ def _settings(config: "Config", tuning: "Sft", device: torch.device) -> sft.Sett
         schedule=tuning.schedule,
         decay_steps=tuning.decay_steps,
         instruction_loss_weight=tuning.instruction_loss_weight,
+        dpo_beta=tuning.dpo_beta,
         warmup_steps=tuning.warmup_steps,
         adamw=AdamW((tuning.adam_beta1, tuning.adam_beta2), tuning.adam_epsilon, tuning.weight_decay),
         max_gradient_norm=tuning.max_gradient_norm,

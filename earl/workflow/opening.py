@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,7 @@ def make_plans(
             of every experiment at once.
     """
     plans: list[Plan] = []
+    sources: list[load.Loaded] = []
     problems: list[str] = []
     experiments: list[load.Loaded] = []
     for path in settings.experiment:
@@ -52,8 +53,10 @@ def make_plans(
                 freeze.check(loaded.config, run.config, load.WORKFLOW)
             freeze.check_evaluations(loaded.config, run)
             plans.append(planning.plan(loaded.config, settings.granularity == "segment"))
-            if is_main:
-                _check(plans[-1], loaded, stages_run_here, resources if settings.check_memory else None)
+            sources.append(loaded)
+    for plan, loaded in zip(plans, sources, strict=True) if is_main else ():
+        with _kept(problems):
+            _check(plan, loaded, stages_run_here, plans, resources if settings.check_memory else None)
     by_run: dict[str, Plan] = {}
     with _kept(problems):
         by_run = planning.by_run(plans)
@@ -72,11 +75,13 @@ def _kept(problems: list[str]) -> Iterator[None]:
             problems.append(str(error))
 
 
-def _check(plan: Plan, loaded: load.Loaded, stages_run_here: bool, resources: gpus.Resources | None) -> None:
+def _check(
+    plan: Plan, loaded: load.Loaded, stages_run_here: bool, plans: Sequence[Plan], resources: gpus.Resources | None
+) -> None:
     """Stop where what is left of a run is sure to fail; say what is left, and what it will only miss."""
     started = state.start_record(plan.run.iteration(0)).is_file()
     if not started or plan.segments or plan.iterations or plan.evaluations:
-        preflight.check(plan.config, loaded.origin, started, stages_run_here)
+        preflight.check(plan.config, loaded.origin, started, stages_run_here, plans)
         if resources is not None:
             _check_memory(plan, loaded, stages_run_here, resources)
     tracking.check_hub(plan.config)

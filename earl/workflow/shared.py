@@ -10,6 +10,7 @@ from typing import Any
 from earl.config import paths
 from earl.config.schema import Config
 from earl.files import manifest
+from earl.run import selections
 from earl.run.plan import Plan
 
 
@@ -20,6 +21,7 @@ class Shared:
     """
 
     def __init__(self, plans: Mapping[str, Plan]) -> None:
+        self.plans = plans
         # By output, with a plan that needs it. Any will do: they agree in what the stage depends on.
         self.stages = {
             output: (stage, plan)
@@ -59,7 +61,11 @@ class Shared:
         return self.stages[path if path in self.stages else path.with_name(f"{path.name}.parquet")]
 
     def inputs(self, w: Any, kind: str) -> list[str]:
-        return list(map(self.file_of, self._at(w, kind)[0].inputs))
+        stage, plan = self._at(w, kind)
+        if stage.stage == "select":
+            found = selections.inputs(plan.config.selections[stage.name], self.plans.values())
+            return [path.as_posix() for path in found]
+        return list(map(self.file_of, stage.inputs))
 
     def config(self, w: Any, kind: str) -> Config:
         return self._at(w, kind)[1].config
@@ -89,6 +95,8 @@ class Shared:
             case "tokenised":
                 words = ["tokenise", *frozen, "--dataset", stage.name]
                 words += ["--raw", paths.raw_file(plan.config, stage.name).as_posix()]
+            case "selected":
+                words = ["select", *frozen, "--name", stage.name]
             case "sft":
                 words = ["sft", *frozen, "--name", stage.name]
         return shlex.join(map(str, words))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.toy_workflow import Bench, LocalBench, SlurmBench, wait_until
+from tests.support.toy_workflow import Bench, LocalBench, SlurmBench
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def local_bench(tmp_path):
     bench = LocalBench(tmp_path)
     yield bench
     bench.hurry()
-    wait_until(lambda: not bench.jobs())
+    bench.idle()
 
 
 @pytest.fixture(params=["local", "slurm"])

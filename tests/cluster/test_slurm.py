@@ -24,8 +24,9 @@ pytestmark = pytest.mark.slow
 
 RULES = ["iterate", "restore", "generate", "score", "train", "evaluate_generate", "evaluate_score", "sft", "tokenise"]
 TRAIN_2 = "train --config runs/a/config.json --iteration 000002"
+TWO = {"num_iterations": 2}
+UNTUNED = SHORT | {"model_path": "package:shapes/base_policy"}
 GENERATE_1 = "generate --config runs/a/config.json --iteration 000001"
-HELD_OUT = {"evaluations": {"held_out": {"prompts": 4, "every_n_iterations": 3}}}
 
 
 def sized(*resources: str) -> list[str]:
@@ -96,7 +97,7 @@ def contents(run: Run) -> dict[str, bytes]:
 def undisturbed(tmp_path_factory) -> Workplace:
     """The run on this machine, without evaluations."""
     place = Workplace(tmp_path_factory.mktemp("undisturbed"))
-    place.run(place.experiment("a"))
+    place.run(place.experiment("a", **TWO))
     return place
 
 
@@ -126,7 +127,7 @@ def says(started: subprocess.Popen, text: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["segment", "stage"])
 def test_the_driver_is_killed_and_its_jobs_go_on(place, undisturbed, granularity):
-    experiment = place.experiment("a")
+    experiment = place.experiment("a", **TWO)
     for moment in (GENERATE_1, TRAIN_2):
         started = place.begin(experiment, granularity)
         place.hold_at(moment)
@@ -139,7 +140,7 @@ def test_the_driver_is_killed_and_its_jobs_go_on(place, undisturbed, granularity
 
 
 def test_a_segment_that_is_preempted_keeps_the_iterations_before(place, undisturbed):
-    started = place.begin(place.experiment("a"), "segment")
+    started = place.begin(place.experiment("a", **TWO), "segment")
     place.hold_at(TRAIN_2)
     _, node = place.job()
     place.cluster.call("srun", "--partition=urgent", "--exclusive", f"--nodelist={node}", "true")
@@ -150,7 +151,7 @@ def test_a_segment_that_is_preempted_keeps_the_iterations_before(place, undistur
 
 def test_a_segment_at_its_time_limit_continues_as_the_same_job(place, undisturbed):
     # Slurm warns up to 30 s early: 26 s after the start at the soonest, when the program listens.
-    started = place.begin(place.experiment("a"), "segment", "iterate:runtime=1", "iterate:warn_seconds=4")
+    started = place.begin(place.experiment("a", **TWO), "segment", "iterate:runtime=1", "iterate:warn_seconds=4")
     place.hold_at(TRAIN_2)
     job, _ = place.job()
     place.begun_twice(TRAIN_2)
@@ -161,7 +162,7 @@ def test_a_segment_at_its_time_limit_continues_as_the_same_job(place, undisturbe
 
 
 def test_a_stage_whose_node_is_lost_starts_on_another(place, undisturbed):
-    started = place.begin(place.experiment("a"), "stage")
+    started = place.begin(place.experiment("a", **TWO), "stage")
     place.hold_at(TRAIN_2)
     _, node = place.job()
     place.cluster.kill_node(node)
@@ -176,7 +177,7 @@ def test_a_stage_whose_node_is_lost_starts_on_another(place, undisturbed):
 
 
 def test_a_cancelled_stage_is_tried_again(place, undisturbed):
-    started = place.begin(place.experiment("a"), "stage")
+    started = place.begin(place.experiment("a", **TWO), "stage")
     place.hold_at(TRAIN_2)
     place.cluster.call("scancel", place.job()[0])
     place.begun_twice(TRAIN_2)
@@ -187,22 +188,22 @@ def test_a_cancelled_stage_is_tried_again(place, undisturbed):
 
 @pytest.fixture(scope="module")
 def one_process_demo(tmp_path_factory):
-    """The short demo, made in one process."""
+    """The short demo without its fine-tuning, made in one process."""
     base = tmp_path_factory.mktemp("one-process")
-    return bare_loop.run_all(load.load(DEMO, SHORT | {"base_exp_dir": str(base), "run_name": "demo"}).config)
+    return bare_loop.run_all(load.load(DEMO, UNTUNED | {"base_exp_dir": str(base), "run_name": "demo"}).config)
 
 
 @pytest.mark.parametrize(
     ("granularity", "resources", "fields"),
     [
-        ("stage", [], {}),
+        ("stage", [], {"num_iterations": 1}),
         # A rank on each node samples, one trains.
         ("segment", ["iterate:nodes=2", "iterate:gpu=1"], {"segment_processes": 2, "rollout_shards": 1}),
     ],
     ids=["stage", "segment on two nodes"],
 )
 def test_the_demo_ends_in_the_bytes_of_one_process(slurm, tmp_path, one_process_demo, granularity, resources, fields):
-    settings = SHORT | {"base_exp_dir": str(tmp_path), "run_name": one_process_demo.path.name} | fields
+    settings = UNTUNED | {"base_exp_dir": str(tmp_path), "run_name": one_process_demo.path.name} | fields
     overrides = json.dumps([f"{name}={json.dumps(value)}" for name, value in settings.items()])
     memory = [f"{rule}:mem_mb=3000" for rule in ("iterate", "train", "sft", "generate", "tokenise")]
     command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *sized(*memory, *resources)]
@@ -212,7 +213,8 @@ def test_the_demo_ends_in_the_bytes_of_one_process(slurm, tmp_path, one_process_
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     run = Run(tmp_path / one_process_demo.path.name)
-    policies = {manifest.digest_folder(each.iteration(2).policy) for each in (run, one_process_demo)}
+    last = settings["num_iterations"]
+    policies = {manifest.digest_folder(each.iteration(last).policy) for each in (run, one_process_demo)}
     assert len(policies) == 1
     found, expected = contents(run), contents(one_process_demo)
     made = [name for name in found if "/rollouts/" in name or "/scores/" in name]

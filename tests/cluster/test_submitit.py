@@ -1,4 +1,7 @@
-"""The executor on a real Slurm, with a toy workflow: whatever comes in a job's way, one writer and the whole output."""
+"""The executor on a real Slurm, with a toy workflow: whatever comes in a job's way, one writer and the whole output.
+
+Jobs that are preempted, that reach their time limit or whose node is lost: see test_slurm.py.
+"""
 
 import contextlib
 import os
@@ -95,43 +98,10 @@ sleep 60
     assert bench.words() == ["begin", "end"]
 
 
-def test_a_preempted_job_is_queued_again_and_waited_for(bench, slurm):
-    driver, [[job, node, _]] = bench.start(gpu=4), bench.begun()
-    slurm.call("srun", "--partition=urgent", "--gres=gpu:4", f"--nodelist={node}", "sleep", "1")
-    assert bench.begun(2)[1][0] == job
-    bench.hurry()
-    bench.ended(driver)
-    assert bench.words() == ["begin", "begin", "end"]
-    assert "queued again" in bench.said()
-
-
-def test_a_job_is_warned_of_its_time_limit_and_continues_as_the_same_job(bench):
-    driver, [[job, *_]] = bench.start(runtime=1, warn_seconds=20), bench.begun()
-    assert bench.begun(2)[1][0] == job
-    bench.hurry()
-    bench.ended(driver)
-    assert bench.words() == ["begin", "begin", "end"]
-
-
 def test_a_job_at_its_last_time_limit_fails(bench):
     bench.ended(bench.start(runtime=1, warn_seconds=20, timeouts=0), status=1)
     assert "timed-out too many times" in bench.said()
     assert bench.words() == ["begin"]
-
-
-def test_a_node_that_is_given_up_does_not_make_a_second_writer(bench, slurm):
-    driver, [[job, node, _]] = bench.start(), bench.begun()
-    slurm.kill_node(node)
-    try:
-        # Its processes run on; Slurm takes the node for dead and starts the job on the other one.
-        _, (again, other, _) = bench.begun(2)
-        assert (again, other) == (job, next(name for name in ("n1", "n2") if name != node))
-        bench.hurry()
-        bench.ended(driver)
-        assert bench.words() == ["begin", "begin", "end"], "no clash, one end"
-    finally:
-        slurm.start_node(node)
-        wait_until(lambda: slurm.nodes().get(node) == "idle")
 
 
 def test_a_command_starts_ranks_on_several_nodes(bench):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -49,15 +48,11 @@ def test_what_a_job_left_that_ended_without_a_driver_is_removed_later(bench):
 def test_a_job_that_is_killed_fails(bench):
     driver, _ = bench.start(), bench.begun()
     wait_until(lambda: "log: " in bench.said())
-    (controller,) = (pid for pid in bench.jobs() if b"local._local" in command_of(pid))
+    (controller,) = (int(pid) for pid, command in bench.jobs().items() if "local._local" in command)
     os.kill(controller, signal.SIGTERM)
     os.kill(controller, signal.SIGINT)
     bench.ended(driver, status=1)
     assert "ended without a result" in bench.said()
-
-
-def command_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_a_wrong_resource_is_refused_before_anything_runs(bench):

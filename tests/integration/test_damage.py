@@ -78,7 +78,7 @@ def test_a_damaged_policy_is_not_read(policy, reader, file):
 def test_a_digit_that_changed_in_the_configuration_is_found(policy):
     file = policy / "config.json"
     before = file.read_text()
-    theta = json.loads(before)["rms_norm_eps"]
+    theta = json.loads(before)["text_config"]["rms_norm_eps"]
     file.write_text(before.replace(str(theta), str(theta).replace("1", "9", 1), 1))
     assert len(file.read_text()) == len(before)
     assert file.read_text() != before

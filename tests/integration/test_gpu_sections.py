@@ -1,4 +1,4 @@
-"""Every section of the GPU check once, shrunk, on a CPU, with only what torch and transformers bring."""
+"""Every section of the GPU check once, shrunk, on a CPU, with only what torch, transformers and peft bring."""
 
 import os
 import shutil
@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu import results, supervisor
+from benchmarks.gpu import learner, results, supervisor
 from benchmarks.gpu.__main__ import SECTIONS
+from benchmarks.gpu.context import Context
+from earl.estimate import memory
+from earl.learner import grpo
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -24,7 +28,9 @@ ABSENT = (
     "jinja2",
     "datasets",
 )
-"""Packages that a machine with torch and transformers alone may lack."""
+"""Packages that a machine with torch and transformers may lack."""
+VARIANTS = {"learner.padded": learner.padded, "learner.activations_kept": learner.activations_kept}
+"""The same as `learner.packed` but for a setting; a process and an estimate of their own would take long."""
 HIDE = f"""
 import sys
 
@@ -51,10 +57,11 @@ def check(out: Path, *arguments: str, **environment: str) -> tuple[subprocess.Co
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """All sections, where packages are hidden."""
+    """Most sections, where packages are hidden."""
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "sitecustomize.py").write_text(HIDE)
-    return check(tmp_path_factory.mktemp("gpu"), PYTHONPATH=str(hidden))
+    names = ",".join(section.name for section in SECTIONS if section.name not in VARIANTS)
+    return check(tmp_path_factory.mktemp("gpu"), "--only", names, PYTHONPATH=str(hidden))
 
 
 @pytest.mark.slow
@@ -62,7 +69,7 @@ def test_every_section_runs_without_other_packages(bare):
     done, found = bare
     assert [result for result in found if result.verdict == results.FAILED] == []
     assert done.returncode == 0, done.stderr
-    assert {result.section for result in found} == {section.name for section in SECTIONS}
+    assert {result.section for result in found} | VARIANTS.keys() == {section.name for section in SECTIONS}
     skipped = {(result.section, result.found) for result in found if result.verdict == results.SKIPPED}
     assert {section for section, _ in skipped} == {"learner.flash", "vllm"}
     assert ("vllm", "vllm is not installed here") in skipped
@@ -79,9 +86,9 @@ def test_every_section_runs_without_other_packages(bare):
         ("constraint", "vLLM's constraint: mask equal to the CPU's"),
         ("vision", "tokens that differ from the CPU's"),
         ("parity", "packed: mean difference"),
-        ("learner.padded", "peak memory"),
+        ("learner.packed", "peak memory"),
         ("learner.packed", "price of determinism"),
-        ("learner.activations_kept", "rate"),
+        ("learner.lora", "rate"),
         ("handoff", "/dev/shm: written, hashed and sealed"),
         ("decode", "8 rows: rate"),
     ],
@@ -100,6 +107,34 @@ def test_sampler_and_learner_are_near_each_other_in_bfloat16(bare):
     ]
     assert len(gaps) == 5
     assert all(gap < 0.3 for gap in gaps)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_the_learner(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "learner", lambda *_: memory.Memory({"overhead": 0}, at_rest=1, peak=2))
+    path = tmp_path / supervisor.RESULTS
+    VARIANTS[name](Context(name, True, path, end=float("inf")))
+    found = {result.check: result for result in results.Reader(path).new()}
+    assert found.keys() >= {"layers", "peak memory", "seconds a step", "rate"}
+    assert {result.verdict for result in found.values()} == {results.MEASURED}
+
+
+def test_where_memory_does_not_suffice_fewer_layers_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "learner", lambda *_: memory.Memory({"overhead": 0}, at_rest=1, peak=2))
+    whole = grpo.train_iteration
+
+    def too_much(policy, *arguments, **options):
+        if policy.config.num_hidden_layers > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        return whole(policy, *arguments, **options)
+
+    monkeypatch.setattr(grpo, "train_iteration", too_much)
+    path = tmp_path / supervisor.RESULTS
+    learner.packed(Context("learner.packed", True, path, end=float("inf")))
+    first, second, *_ = results.Reader(path).new()
+    assert (first.check, first.verdict) == ("memory", results.FAILED)
+    assert first.found.startswith("2 layers: OutOfMemoryError: CUDA out of memory")
+    assert (second.check, second.value) == ("layers", 1.0)
 
 
 @pytest.mark.slow

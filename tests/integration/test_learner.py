@@ -145,13 +145,13 @@ def launch(size: int, *arguments: object) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "changes"),
-    [(1, {}), (2, {"dtype": "bfloat16", "policy_dtype": "bfloat16"})],
+    ("count", "last", "changes"),
+    [(1, 2, {}), (2, 1, {"dtype": "bfloat16", "policy_dtype": "bfloat16"})],
     ids=["one", "two in bfloat16"],
 )
-def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary, count, changes):
+def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary, count, last, changes):
     config, staged = new_run("run", train_processes=count, **changes)
-    for index in (1, 2):
+    for index in range(1, last + 1):
         write_inputs(staged, index, vocabulary)
         if count == 1:
             train.run(config, staged.path, index)
@@ -159,15 +159,15 @@ def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary,
             stage = ["train", "--config", staged.config, "--iteration", index, "--run", staged.path]
             launch(count, "-m", "--", "earl", *stage)
     _, kept = new_run("kept", train_processes=count, **changes)
-    take_inputs(staged, kept, 2)
-    told = launch(3, first_ranks_program.__file__, count, staged.config, kept.path, 2).splitlines()
+    take_inputs(staged, kept, last)
+    told = launch(3, first_ranks_program.__file__, count, staged.config, kept.path, last).splitlines()
     *team, total_and_digest = {line.partition(": ")[2] for line in told[:count]}
     assert team == [], "every rank had the same whole weights, and knew the digest"
     assert [line.partition(":")[0] for line in told[:count]] == [f"{rank} of {count}" for rank in range(count)]
     assert told[count:] == ["waits"] * (3 - count)
-    for index in (1, 2):
+    for index in range(1, last + 1):
         assert record(kept, index) == record(staged, index)
-    assert checkpoint(kept, 2) == checkpoint(staged, 2)
+    assert checkpoint(kept, last) == checkpoint(staged, last)
     assert json.loads(record(kept, 1)[0])["ranks"] == count
 
     several = kept.path / "several"
@@ -175,7 +175,7 @@ def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary,
     assert total_and_digest.split()[1] == manifest.digest_folder(several)
     assert len(list(several.glob("model-*-of-*.safetensors"))) > 3
     weights, found = {}, {}
-    for folder, into in ((several, found), (staged.iteration(2).policy, weights)):
+    for folder, into in ((several, found), (staged.iteration(last).policy, weights)):
         for path in folder.glob("*.safetensors"):
             into |= load_file(path)
     assert found.keys() == weights.keys()

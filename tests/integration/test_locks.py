@@ -110,16 +110,22 @@ def test_stages_write_side_by_side_and_a_segment_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["rewind", "--iteration", "5"], ["prune"]])
-def test_nothing_is_removed_below_a_job_that_writes(run, command):
+def test_nothing_is_removed_below_a_job_that_writes(run):
     environment = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
-    earl = [sys.executable, "-m", "earl", *command, "--run", str(run.path)]
+    commands = [
+        [sys.executable, "-m", "earl", *words, "--run", str(run.path)]
+        for words in (["rewind", "--iteration", "5"], ["prune"])
+    ]
+    pipes = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with state.writing(run, alone=False):
-        ended = subprocess.run(earl, env=environment, capture_output=True, text=True)
-    assert ended.returncode != 0
+        # Side by side, since each of them waits a while for the job.
+        for refused in [subprocess.Popen(command, **pipes) for command in commands]:
+            _, said = refused.communicate(timeout=120)
+            assert refused.returncode != 0
+            assert f"process {os.getpid()} (stage on " in said
     assert (state.newest_complete(run), state.has_checkpoint(run.iteration(1))) == (6, True)
-    assert f"process {os.getpid()} (stage on " in ended.stderr
-    assert subprocess.run(earl, env=environment, capture_output=True, text=True).returncode == 0
+    for command in commands:
+        assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
 
 
 def test_what_lies_outside_of_the_run_may_always_be_written(tmp_path):

@@ -18,10 +18,11 @@ from earl.messages.errors import EarlError
 from earl.run import preflight, state, verify
 from earl.stages import iterate, restore, train
 from tests.support import adapters, bare_loop
-from tests.support.segment_runs import LAST, assert_same, begin, configure
+from tests.support.segment_runs import assert_same, begin, configure
 from tests.support.train_files import made_of, make_config, train_iterations, write_inputs
 
 LORA = {"rank": 4}
+SHORT = {"lora": LORA, "learning_rate": 3e-3, "num_iterations": 2, "random_seed": 1}
 ALONE = ranks.alone(torch.device("cpu"))
 
 
@@ -181,21 +182,21 @@ def test_the_order_of_targets_changes_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def by_stage(tmp_path_factory) -> Run:
     """A run of the shapes world as the stages make it."""
-    return bare_loop.run_all(configure(tmp_path_factory.mktemp("by-stage"), lora=LORA, learning_rate=3e-3))
+    return bare_loop.run_all(configure(tmp_path_factory.mktemp("by-stage"), **SHORT))
 
 
 @pytest.mark.slow
 def test_a_segment_writes_the_bytes_of_the_stages(by_stage, tmp_path):
-    run = begin(tmp_path, by_stage, lora=LORA, learning_rate=3e-3)
-    iterate.run(load.read(run.config), run.path, LAST)
-    assert_same(run, by_stage)
+    run = begin(tmp_path, by_stage, **SHORT)
+    iterate.run(load.read(run.config), run.path, 2)
+    assert_same(run, by_stage, checkpoints=(2,))
     assert verify.verify(run, deep=True).problems == []
 
 
 @pytest.mark.slow
 def test_sampler_and_learner_agree_on_an_adapter(by_stage):
-    assert metrics(by_stage, LAST)["kl"] > 1e-6, "the adapter is not that of the start any more"
-    assert metrics(by_stage, LAST)["logprob_mismatch_mean"] < 1e-5
+    assert metrics(by_stage, 2)["kl"] > 1e-6, "the adapter is not that of the start any more"
+    assert metrics(by_stage, 2)["logprob_mismatch_mean"] < 1e-5
 
 
 @pytest.mark.slow

@@ -44,36 +44,33 @@ def test_episodes_are_cut_so_that_no_rank_goes_without(vocabulary):
 # Steps in memory
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, policy_folder):
-    """Folder of the cases of `ranks_program`, done by one process whose models are split for bfloat16 alone."""
-    out = tmp_path_factory.mktemp("alone")
-    # Not in this process, in which vLLM may have opened a process group of its own.
-    subprocess.run([sys.executable, ranks_program.__file__, policy_folder, out], check=True)
-    return out
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_change_the_step_by_rounding_alone(size, alone, policy_folder, tmp_path):
+def test_ranks_change_the_step_by_rounding_alone(policy_folder, tmp_path):
     """Loss, gradient norm and every other metric, and the weights after one and after two steps."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command = [sys.executable, *launch, ranks_program.__file__, str(policy_folder), str(tmp_path)]
+    alone, together = tmp_path / "alone", tmp_path / "three"
+    for folder in (alone, together):
+        folder.mkdir()
+    # Not in this process, in which vLLM may have opened a process group; models are split for bfloat16 alone.
+    subprocess.run([sys.executable, ranks_program.__file__, policy_folder, alone], check=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [sys.executable, *launch, ranks_program.__file__, str(policy_folder), str(together)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, timeout=600)
     start = load_file(policy_folder / "model.safetensors")
     for case in ranks_program.CASES:
-        expected, found = (_known(out / f"{case}.json") for out in (alone, tmp_path))
+        expected, found = (_known(out / f"{case}.json") for out in (alone, together))
         tolerance = 1e-2 if "bfloat16" in case else 1e-5
         assert found == pytest.approx(expected, rel=tolerance, abs=1e-6), case
         if "bfloat16" not in case:
-            weights, others = (load_file(out / case / "model.safetensors") for out in (alone, tmp_path))
+            weights, others = (load_file(out / case / "model.safetensors") for out in (alone, together))
             moved = sum((weights[name] - start[name].float()).square().sum() for name in weights).sqrt()
             apart = sum((weights[name] - others[name]).square().sum() for name in weights).sqrt()
             assert apart < 1e-4 * moved, case
 
 
 def _known(path: Path) -> dict[str, float]:
-    return {name: value for name, value in json.loads(path.read_text()).items() if value is not None}
+    """Known metrics, but for the one that compares halves: what is in a half depends on the number of ranks."""
+    metrics = json.loads(path.read_text())
+    return {name: value for name, value in metrics.items() if value is not None and name != "gradient_cosine"}
 
 
 # The stage, as a command

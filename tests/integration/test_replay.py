@@ -79,6 +79,13 @@ def test_another_learner_is_off_policy_from_the_second_iteration_on(source, besi
     assert "Nothing in the objective corrects for that" in replayed.notes()[0]
 
 
+def test_what_full_weights_sampled_trains_an_adapter(source, beside):
+    replayed = replay.run(source.path, beside("adapter"), {"lora.rank": 4, "learning_rate": 1e-3})
+    assert replayed.off_policy == [2, 3]
+    assert ("lora.rank", None, 4) in replay.changes(source, replayed.run)
+    assert metrics(replayed.run, 1)["loss"] == pytest.approx(metrics(source, 1)["loss"], abs=1e-6)
+
+
 def test_the_parity_gate_holds_where_the_policy_is_the_one_that_sampled(source, beside):
     with pytest.raises(EarlError, match="parity_tolerance = 1e-12; no step was done"):
         replay.run(source.path, beside("strict"), {"parity_tolerance": 1e-12})

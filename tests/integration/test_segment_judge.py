@@ -14,7 +14,7 @@ import torch
 
 from earl import judges
 from earl.config import freeze
-from earl.execution import ranks
+from earl.execution import gpus, ranks
 from earl.judges import segment
 from earl.messages.errors import EarlError
 from scripts import write_tiny_judge
@@ -156,7 +156,9 @@ def test_the_server_is_no_rank_and_holds_the_model_as_a_stage_does(tmp_path, mon
     for name in ranks_own:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("EARL_JUDGE_API_KEY", "k")
+    monkeypatch.setenv(gpus.CLAIMED, "2,3")  # which the server then does not wait for
     found = segment._environment("3")
+    assert found[gpus.CLAIMED] == "2,3"
     assert not set(ranks_own) & set(found)
     assert (found["CUDA_VISIBLE_DEVICES"], found["EARL_JUDGE_API_KEY"], found["PATH"]) == ("3", "k", os.environ["PATH"])
     fields = {"judge_context_size": 999, "dtype": "float32", "reward_function_api_model_revision": "abc"}

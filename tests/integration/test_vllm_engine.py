@@ -142,3 +142,28 @@ def test_the_plugin_makes_any_process_of_vllm_know_emu3():
     command = [sys.executable, "-c", textwrap.dedent(program)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "earl.engines.vllm_policy" in child.stdout, child.stderr
+
+
+def test_the_class_takes_the_text_model_out_of_a_policys_configuration(policy_folder, monkeypatch):
+    """As `vllm serve <policy folder>` finds it; the engine gives vLLM the configuration of the text model alone."""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    from earl.engines.vllm_policy import Emu3ForCausalLM
+
+    seen = []
+
+    def settings(config):
+        return SimpleNamespace(model_config=SimpleNamespace(hf_config=config), with_hf_config=settings)
+
+    def build(self, *, vllm_config, prefix):
+        seen.append(vllm_config.model_config.hf_config.to_dict())
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", build)
+    text = checkpoint.text_config(policy_folder)
+    for config in (AutoConfig.from_pretrained(policy_folder), text):
+        Emu3ForCausalLM(vllm_config=settings(config))
+    assert [found["model_type"] for found in seen] == ["emu3_text_model"] * 2
+    assert [found["hidden_size"] for found in seen] == [text.hidden_size] * 2

@@ -71,6 +71,7 @@ class TestGpus:
 
 
 class TestSettings:
+    @pytest.mark.slow
     def test_texts_reach_the_configuration_as_they_were_typed(self, place):
         place.run(place.experiment("a", num_iterations=1), set="run_name=007,assistant_prefill=say: this # that")
         config = json.loads((place.path / "runs" / "007" / "config.json").read_text())
@@ -118,6 +119,7 @@ class TestPaths:
         output = place.run(place.experiment("a", base_exp_dir="runs/{x}"), "-n", fails=True)
         assert "field base_exp_dir (in a.jsonnet) is runs/{x}: Snakemake takes no braces" in output
 
+    @pytest.mark.slow
     def test_another_working_folder(self, place):
         elsewhere = place.path / "elsewhere"
         elsewhere.mkdir()
@@ -154,6 +156,7 @@ class TestOptions:
         place.run(experiment, "-R", "report", "--notemp", "--latency-wait", "1")
         assert [line.split()[0] for line in place.commands()] == ["report"]
 
+    @pytest.mark.slow
     def test_a_report_shows_pages_curves_and_tables(self, place):
         place.run(place.experiment("a", num_iterations=1))
         place.run("a.jsonnet", "--report", "report.zip")

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.slurm_cluster import Cluster
@@ -122,13 +122,13 @@ class Bench:
         """Return what the jobs have printed beside what went to the rules' logs."""
         return "".join(path.read_text() for path in self.path.glob(".snakemake/submitit/*/*.out"))
 
-    def jobs(self) -> Collection[str | int]:
-        """Return the jobs that have not ended."""
+    def jobs(self) -> Mapping[str, str]:
+        """Return the jobs that have not ended, each with its state."""
         raise NotImplementedError
 
     def idle(self) -> None:
         """Wait until no job is left."""
-        wait_until(lambda: not self.jobs())
+        wait_until(lambda: not self.jobs(), lambda: str(self.jobs()))
 
 
 class LocalBench(Bench):
@@ -137,13 +137,13 @@ class LocalBench(Bench):
     def __init__(self, path: Path) -> None:
         super().__init__(path, {}, "--submitit-cluster", "local")
 
-    def jobs(self) -> list[int]:
-        """Return the processes whose working directory the folder is."""
-        found = []
-        for each in Path("/proc").iterdir():
+    def jobs(self) -> dict[str, str]:
+        """Return the processes whose working directory the folder is, with their command lines."""
+        found = {}
+        for each in Path("/proc").glob("[0-9]*"):
             try:
-                if each.name.isdigit() and Path(os.readlink(each / "cwd")) == self.path:
-                    found.append(int(each.name))
+                if Path(os.readlink(each / "cwd")) == self.path:
+                    found[each.name] = (each / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
         return found

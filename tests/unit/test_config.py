@@ -490,3 +490,11 @@ def test_a_frozen_configuration_below_a_file_is_not_to_be_removed(tmp_path: Path
     (tmp_path / "run").write_text("")
     with pytest.raises(EarlError, match=r"run/config\.json: cannot be read \(Not a directory\); check the path"):
         load.read(tmp_path / "run" / "config.json")
+
+
+def test_a_dotted_name_sets_a_section_that_is_null_and_fails_where_there_is_none():
+    config = load.validate(MINIMAL, "here")
+    assert config.lora is None
+    assert load.changed(config, {"lora.rank": 4, "lora.alpha": 2}).lora.settings.scale == 0.5
+    with pytest.raises(EarlError, match="learning_rate"):
+        load.changed(config, {"learning_rate.peak": 1.0})

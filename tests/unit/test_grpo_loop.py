@@ -15,6 +15,7 @@ from earl.emu3 import checkpoint
 from earl.learner import batches, grpo, head, logprobs, objective, sharding, signal
 from earl.learner.settings import Settings
 from earl.messages.errors import EarlError
+from tests.support import adapters
 
 GROUPS, SAMPLES = 4, 2
 
@@ -341,17 +342,20 @@ def test_flash_attention_is_asked_for_the_same(episodes, settings, policy_folder
 
 
 @pytest.mark.slow
-def test_compiled_layers_change_the_step_by_rounding_alone(episodes, settings, policy_folder, monkeypatch):
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "adapter"])
+def test_compiled_layers_change_the_step_by_rounding_alone(episodes, settings, policy_folder, lora):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     gradients = []
     for compiled in (False, True):
-        model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+        model = adapters.strong(policy_folder) if lora else checkpoint.load_policy(policy_folder, torch.float32, "cpu")
         if compiled:
             sharding.compile_layers(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        grpo.train_iteration(model, None, optimizer, episodes, replace(settings, packed=True))
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        weights = sharding.trained(model).values()
+        optimizer = torch.optim.SGD(weights, lr=0.0)
+        reference = model if lora else None
+        grpo.train_iteration(model, reference, optimizer, episodes, replace(settings, packed=True, kl_coeff=0.1))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in weights]))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     assert_same_gradient(gradients[1], gradients[0])
 

@@ -20,9 +20,10 @@ from tests.support.evaluation_files import demo_config
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
     """What a test sets is gone afterwards, and what this test's own job was given does not matter."""
-    for name in (gpus.VISIBLE, *gpus.SLURM_LISTS, *gpus.SLURM_COUNTS, "PYTORCH_NVML_BASED_CUDA_CHECK"):
+    for name in (gpus.VISIBLE, gpus.CLAIMED, *gpus.SLURM_LISTS, *gpus.SLURM_COUNTS, "PYTORCH_NVML_BASED_CUDA_CHECK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setattr(gpus, "_listed", dict)
 
 
 @pytest.fixture
@@ -52,13 +53,16 @@ def test_without_gpus_auto_is_the_cpu_and_cuda_is_refused(sees_gpu):
         runtime.prepare(demo_config(device="cuda"))
 
 
-def test_gpus_that_torch_does_not_see_are_told_of(sees_gpu, monkeypatch, caplog):
+@pytest.mark.parametrize("claimed", [False, True])
+def test_a_machine_whose_gpus_torch_does_not_see_is_no_cpu_machine(sees_gpu, monkeypatch, claimed):
     sees_gpu(False)
     monkeypatch.setattr(gpus, "visible", lambda: [gpus.Gpu("GPU-a", "GPU-a")])
-    runtime.prepare(demo_config(device="cpu"))
-    assert not caplog.messages
-    runtime.prepare(demo_config(device="auto"))
-    assert "this machine has GPUs, but torch" in caplog.text
+    if claimed:
+        monkeypatch.setenv(gpus.VISIBLE, "GPU-a")
+        monkeypatch.setenv(gpus.CLAIMED, "GPU-a")
+    with pytest.raises(EarlError, match=r"'auto' and this machine has GPUs, but torch .* set device to 'cpu'"):
+        runtime.prepare(demo_config(device="auto"))
+    assert runtime.prepare(demo_config(device="cpu")).type == "cpu"
 
 
 def test_looking_for_gpus_does_not_start_cuda(monkeypatch):
@@ -85,7 +89,9 @@ def test_the_plan_refuses_a_gpu_only_where_stages_run_on_a_machine_without(sees_
 def test_planning_for_a_cpu_imports_no_torch():
     looks = "import sys; from earl.execution import runtime; assert not runtime.refusal('cpu'); assert not "
     looks += "runtime.refusal('auto'); assert 'torch' not in sys.modules; from earl.run import preflight"
-    subprocess.run([sys.executable, "-c", f"{looks}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
+    environment = os.environ | {gpus.VISIBLE: ""}
+    command = [sys.executable, "-c", f"{looks}; assert 'torch' not in sys.modules"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def test_the_torch_engine_takes_a_gpu_without_a_number():

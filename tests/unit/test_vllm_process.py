@@ -41,6 +41,7 @@ def test_vllm_starts_its_workers_anew_and_shows_its_warnings(vllm_environment):
     found = vllm_environment("cuda")
     assert (found["WORKER_MULTIPROC_METHOD"], found["LOGGING_LEVEL"]) == ("spawn", "WARNING")
     assert found["USE_V2_MODEL_RUNNER"] == "1"
+    assert vllm_environment("cpu")["LOGGING_LEVEL"] == "ERROR", "a CPU's warnings are about the CPU"
     assert vllm_environment("cpu", VLLM_LOGGING_LEVEL="DEBUG")["LOGGING_LEVEL"] == "DEBUG"
 
 

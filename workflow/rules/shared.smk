@@ -53,6 +53,23 @@ rule tokenise:
         "earl {params.command} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
+# Completions of a run to learn from. Where the run is in the plan, its iterations come first.
+rule select:
+    input:
+        lambda w: SHARED.inputs(w, "selected"),
+    output:
+        "{shared}/selected/{name}/manifest.json",
+    log:
+        "{shared}/logs/selected/{name}.log",
+    benchmark:
+        "{shared}/benchmarks/select/{name}.tsv"
+    params:
+        command=lambda w: SHARED.command(w, "selected"),
+        out=subpath(output[0], parent=True),
+    shell:
+        "earl {params.command} --out {params.out:q} 2>&1 | tee {log:q}"
+
+
 # Supervised fine-tuning: the policy that RL, or another fine-tuning, starts from.
 rule sft:
     input:

@@ -1,0 +1,54 @@
+"""RL, then fine-tunings on the best completions and on preferences, then evaluations, in one plan of real stages."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from earl.data.tokenised import open_dataset
+from earl.execution import processes
+from earl.files import manifest
+from earl.files.layout import Run
+from tests.support.demo import DEMO, ROOT, SMALL
+
+SELECTED = """
+(import '%s') + {
+  run_name: '%s', base_exp_dir: '%s', num_iterations: 0,
+  selections: { x: { run: $.base_exp_dir + '/rl' } },
+  sft+: {
+    tuned: $.sft.shapes + { base_model: 'stage:sft/shapes', train_paths_file: ['stage:select/x'], steps: 3 } + %s,
+  },
+  model_path: 'stage:sft/tuned',
+}
+"""
+
+
+@pytest.mark.slow
+def test_from_rl_to_evaluations_in_one_plan(tmp_path):
+    runs = tmp_path / "runs"
+    experiments = {
+        "best": SELECTED % (DEMO, "best", runs, "{}"),
+        "dpo": SELECTED % (DEMO, "dpo", runs, "{ objective: 'dpo', dpo_beta: 0.1 }"),
+        "rl": f"(import '{DEMO}') + {{ run_name: 'rl', base_exp_dir: '{runs}', num_iterations: 1 }}",
+    }
+    for name, text in experiments.items():
+        (tmp_path / f"{name}.jsonnet").write_text(text)
+    changes = [f"{name}={value}" for name, value in SMALL.items() if name != "num_iterations"]
+    files = ",".join(str(tmp_path / f"{name}.jsonnet") for name in experiments)
+    command = [sys.executable, "-m", "snakemake", "--config", f"experiment={files}", f"set={json.dumps(changes)}"]
+    env = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    (selected,) = (runs / "shared" / "selected").glob(f"*/{manifest.NAME}")
+    metrics = json.loads(Run(runs / "rl").iteration(1).metrics.read_text())
+    assert 0 < len(open_dataset(selected.parent)) <= metrics["groups"] == 4
+    policies = {name: Run(runs / name).iteration(0).policy.resolve() for name in experiments}
+    assert len(set(policies.values())) == 3
+    curve = json.loads((policies["dpo"] / "sft.json").read_text())
+    assert len(curve["margin"]) == 3
+    for name in experiments:
+        summary = json.loads(Run(runs / name).evaluation("heldout", 0).summary.read_text())
+        assert summary["policy_digest"] == manifest.digest_folder(policies[name])
