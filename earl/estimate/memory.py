@@ -98,7 +98,7 @@ def learner(
     Args:
         ranks: that train together.
         prompt_tokens, completion_tokens: of every episode of a micro-batch.
-        tuning: a fine-tuning, whose step it is, without a reference; None: of RL.
+        tuning: a fine-tuning, whose step it is; None: of RL.
 
     Raises:
         NotSimulated: see `cases.simulate`.
@@ -124,27 +124,36 @@ def learner_cases(
 ) -> list[Case]:
     """Return what `learner` simulates: the step with few layers, and with some more."""
     truncated = config.resolved_logprob_support == "sampled" and tuning is None
-    lora = (tuning or config).lora
+    lora, reference, bfloat16 = (tuning or config).lora, has_reference(config, tuning), config.dtype == "bfloat16"
+    splits_alone, group = bfloat16 or config.reference_offload, config.generations_per_sample
+    if tuning is not None:  # As in `earl.stages.sft`; pairs share their prompt, examples none.
+        splits_alone = (lora is not None and bfloat16) or (reference and config.reference_offload)
+        group = 2 if reference else 1
     return [
         Case(
             text=_json(text.to_dict() | {"num_hidden_layers": layers}),
             ranks=ranks,
-            splits=ranks > 1 or config.dtype == "bfloat16" or config.reference_offload,
+            splits=ranks > 1 or splits_alone,
             episodes=config.per_device_batch_size,
-            group=config.generations_per_sample,
+            group=group,
             prompt=prompt_tokens,
             completion=completion_tokens,
             top_k=config.top_k if truncated else -1,
             top_p=config.top_p if truncated else 1.0,
-            bfloat16=config.dtype == "bfloat16",
+            bfloat16=bfloat16,
             packed=config.packing == "groups",
             checkpointing=config.gradient_checkpointing,
-            reference=config.kl_coeff > 0 and tuning is None,
+            reference=reference,
             offload=config.reference_offload,
             lora=lora and dataclasses.astuple(lora.settings),
         )
         for layers in LAYERS
     ]
+
+
+def has_reference(config: "Config", tuning: "Sft | None" = None) -> bool:
+    """Return whether a step of RL, or of a fine-tuning, looks at a frozen reference."""
+    return config.kl_coeff > 0 if tuning is None else tuning.objective == "dpo"
 
 
 def _json(fields: dict[str, Any]) -> str:

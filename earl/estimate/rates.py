@@ -101,7 +101,7 @@ def flops_per_token(config: "Config", text: "Emu3TextConfig", tuning: "Sft | Non
     """
     layers = memory.weights_of(text) - 2 * text.vocab_size * text.hidden_size
     passes = 2 + ((tuning or config).lora is None) + config.gradient_checkpointing
-    return 2.0 * layers * (passes + (config.kl_coeff > 0 and tuning is None))
+    return 2.0 * layers * (passes + memory.has_reference(config, tuning))
 
 
 def questions(config: "Config") -> int:

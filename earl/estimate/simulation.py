@@ -136,7 +136,8 @@ def _model(
         model = sharding.empty(text, team, case.bfloat16, frozen, offload, lora)
     else:
         with torch.device("meta"):
-            model = Emu3ForCausalLM(text).float().requires_grad_(not frozen)
+            dtype = torch.bfloat16 if frozen and case.bfloat16 else torch.float32
+            model = Emu3ForCausalLM(text).to(dtype).requires_grad_(not frozen)
         if lora is not None:
             adapter.add(model, lora)
     with fake or nullcontext():

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from earl.config import load
-from earl.config.schema import Lora
+from earl.config.schema import Config, Lora, Sft
 from earl.emu3.models import Emu3TextConfig, Emu3VQVAEConfig
-from earl.estimate import memory
+from earl.estimate import cases, memory
 from earl.estimate.cases import Bytes, Case, NotSimulated, simulate
 from earl.execution import ranks
 
@@ -39,6 +40,7 @@ STEPS = {
     "no reference, nothing computed twice": {"reference": False, "checkpointing": False},
     "offloaded reference": {"offload": True},
     "whole, float32": {"splits": False, "bfloat16": False},
+    "whole, bfloat16 by autocast": {"splits": False},
     "what top_p leaves": {"top_p": 0.9},
     "adapter": {"lora": (8, 16, ("q_proj", "v_proj", "down_proj"))},
     "adapter, whole, float32": {"lora": (8, 16, ("q_proj",)), "splits": False, "bfloat16": False},
@@ -82,10 +84,13 @@ def test_layers_that_are_not_simulated_take_what_they_would(together: None) -> N
     assert found.peaks == pytest.approx(whole.peaks, rel=0.02)
 
 
-@pytest.mark.slow
-def test_a_simulation_that_fails_says_what_it_said() -> None:
-    with pytest.raises(NotSimulated, match="num_hidden_layers"):
-        simulate([case(text='{"num_hidden_layers": "many"}')])
+def test_a_simulation_that_fails_says_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho another torch >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cases.sys, "executable", str(broken))
+    with pytest.raises(NotSimulated, match="another torch"):
+        simulate([case(layers=7)])
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +127,24 @@ def test_the_published_policy_takes_what_was_audited(config) -> None:
         assert sum(found.parts.values()) == found.needed
         # 5 to 10 GB beside tensors: contexts, NCCL, fragmentation.
         assert 3e9 < found.parts["overhead"] < 12e9
+
+
+def test_a_fine_tuning_has_no_groups_and_no_reference_unless_it_learns_from_pairs(config) -> None:
+    """And one process splits its model only for an adapter in bfloat16, or for a reference in main memory."""
+    tuning = Sft(base_model="x", train_paths_file=["x"], steps=1)
+    pairs = tuning.model_copy(update={"objective": "dpo", "dpo_beta": 0.1})
+    adapted = tuning.model_copy(update={"lora": Lora(rank=8)})
+    offloading = config.model_copy(update={"reference_offload": True})
+
+    def of(fields: Config, tuning: Sft | None) -> tuple[int, bool, bool]:
+        [one, _] = memory.learner_cases(fields, Emu3TextConfig(), 1, 10, 10, tuning)
+        return one.group, one.reference, one.splits
+
+    assert of(config, None) == (8, True, True)
+    assert of(config, tuning) == (1, False, False)
+    assert of(config, pairs) == (2, True, False)
+    assert of(offloading, pairs) == (2, True, True)
+    assert of(config, adapted) == (1, False, True)
 
 
 def test_weights_of_an_adapter(config) -> None:
@@ -170,6 +193,7 @@ def test_the_weights_of_a_judge_in_a_folder_are_counted(config, tmp_path) -> Non
 @pytest.mark.slow
 def test_an_image_in_the_published_vision_tokenizer(config) -> None:
     """Four times the pixels take four times the activations; weights are 271M in float32."""
+    simulate([memory.vision_case(Emu3VQVAEConfig(), side) for side in (256, 512)])
     small, large = (memory.vision(config, Emu3VQVAEConfig(), side) for side in (256, 512))
     assert small.parts["vision"] == large.parts["vision"] == pytest.approx(1.08e9, rel=0.01)
     assert large.parts["activations"] == pytest.approx(4 * small.parts["activations"], rel=0.25)
