@@ -184,7 +184,7 @@ def test_what_was_removed_is_made_again(copy, by_stage):
     record = iterate.run(config, copy.path, LAST)
     assert (record["trained"], record["trained_again"]) == ([4], [3])
     assert kept.items() <= facts(copy).items()
-    assert_same(copy, by_stage)
+    assert_same(copy, by_stage, checkpoints=(2, 3, 4))  # and of iteration 3, which it caught up with
     assert_sound(copy)
 
 
