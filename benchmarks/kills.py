@@ -98,9 +98,16 @@ def _mark(process: psutil.Process) -> str | None:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Digest of every file of iterations and evaluations, links not followed."""
+    """Digest of every file of iterations and evaluations, links not followed; of checkpoints, of the last one alone.
+
+    A segment that has caught up with an earlier one writes a checkpoint where an undisturbed one has none.
+    """
+    last = max(run.glob("iterations/*"))
+    checkpoints = [path for path in run.glob("iterations/*/*") if path.name in ("policy", "trainer")]
+    left_out = [path for path in checkpoints if path.parent != last]
     files = [path for kind in ("iterations", "evaluations") for path in (run / kind).rglob("*")]
     kept = [path for path in files if path.is_file() and path.name not in MAY_DIFFER]
+    kept = [path for path in kept if not any(path.is_relative_to(folder) for folder in left_out)]
     return {path.relative_to(run).as_posix(): manifest.digest_file(path) for path in kept}
 
 
