@@ -160,11 +160,11 @@ def _hours(config: "Config", rule: str, found: Estimate, gpu: Gpu) -> float:
             evaluated = share * (seconds.get("generate", 0.0) + seconds.get("score", 0.0))
             return (count * sum(seconds.values()) + evaluated) / 3600
         case "generate":
-            return config.rollout_shards * (count + share / config.rollout_shards) * seconds["generate"] / 3600
+            return config.rollout_shards * (count + share / config.rollout_shards) * seconds.get("generate", 0.0) / 3600
         case "score":
-            return (count + share) * seconds["score"] / 3600
+            return (count + share) * seconds.get("score", 0.0) / 3600
         case "train":
-            return count * seconds["train"] / 3600
+            return count * seconds.get("train", 0.0) / 3600
         case "sft":
             return sum(_tuning_seconds(config, name, gpu, found.rates) for name in loads.fine_tunings(config)) / 3600
     return 0.0
@@ -186,6 +186,8 @@ def _seconds(
     found, count = measured_segments(run) if by_segment else measured_stages(run)
     if count:
         return found, count
+    if config.device == "cpu":  # of which nothing is assumed
+        return {}, 0
     # Evaluations of a run without iterations are made by stage.
     how = rates.segment_iteration if by_segment and config.num_iterations else rates.stage_iteration
     return how(config, text, gpu, checkpoint, assumed), 0

@@ -348,6 +348,13 @@ class TestCommand:
         assert done.returncode == 0
         assert "--profile or --gpu say which GPUs there are" in done.stdout
 
+    def test_of_a_cpu_nothing_is_assumed(self, earl) -> None:
+        done = earl("plan", "--config", ROOT / "config/demo.jsonnet", "--gpu", "h100", "--set", "base_exp_dir=none")
+        assert done.returncode == 0, done.stderr
+        assert "not known on a CPU" in done.stdout
+        assert "GB of a GPU" not in done.stdout
+        assert earl("plan", "--config", ROOT / "config/demo.jsonnet", "--granularity", "stage").returncode == 0
+
     def test_several_experiments_are_rows_of_a_table(self, earl) -> None:
         files = [ROOT / "config" / f"sft_s__rl_{data}.jsonnet" for data in ("s", "c")]
         done = earl("plan", "--gpu", "h100", "--table", *(word for file in files for word in ("--config", file)))
