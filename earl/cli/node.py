@@ -47,8 +47,6 @@ def doctor(
     from earl.doctor import wanted
     from earl.execution import launch, ranks
 
-    if processes > 1 and not ranks.is_launched():
-        raise typer.Exit(launch.launch(None, sys.argv[1:], processes))
     if config is None:
         asked = wanted.Wanted(path or Path("runs"), gpus, judge)
     else:
@@ -57,6 +55,13 @@ def doctor(
         asked = needs.of(_read(config), path, gpus, judge, granularity == Granularity.segment)
     if minimum_free is not None:
         asked = dataclasses.replace(asked, disk=wanted.Needs(int(minimum_free * 2**30)))
+    if processes > 1 and not ranks.is_launched():
+        status = launch.launch(None, sys.argv[1:], processes)
+        if config is None:
+            raise typer.Exit(status)
+        [(place, fit)] = checks.fit(asked)
+        typer.echo(checks.table([(place, fit)]))
+        raise typer.Exit(status or fit.passed is False)
     found = checks.examine(asked)
     has_failed = any(finding.passed is False for _, finding in found)
     if has_failed or os.environ.get("RANK", "0") == "0":

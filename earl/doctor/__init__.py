@@ -41,6 +41,8 @@ def examine(wanted: Wanted) -> list[tuple[str, Finding]]:
         "shared files": lambda: together.shared_files(wanted, ranks),
         "judge": lambda: judge.check(wanted),
     }
+    if ranks.count == 1:
+        checks["fit"] = lambda: machine.fit(wanted)  # Ranks do not wait for each other as long as that takes.
     place = f"{socket.gethostname()} rank {ranks.rank}" if ranks.count > 1 else socket.gethostname()
     mine = [(place, guarded(name, check)) for name, check in checks.items()]
     try:
@@ -49,6 +51,11 @@ def examine(wanted: Wanted) -> list[tuple[str, Finding]]:
         everywhere = [mine]
     ranks.disconnect()
     return [item for findings in everywhere for item in findings] if ranks.rank == 0 else mine
+
+
+def fit(wanted: Wanted) -> list[tuple[str, Finding]]:
+    """Return whether stages fit on this node's GPUs: what ranks leave out of `examine`."""
+    return [(socket.gethostname(), guarded("fit", lambda: machine.fit(wanted)))]
 
 
 def guarded(name: str, check: Callable[[], tuple[bool | None, str]]) -> Finding:

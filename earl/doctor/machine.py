@@ -29,19 +29,27 @@ def gpus(wanted: Wanted) -> tuple[bool | None, str]:
         least = int(missed is not None) if wanted.gpus is None else wanted.gpus
         told = f"; device {missed}" if missed and least else ""
         return (False if least else None), f"none visible of {least} asked for{told}"
-    details, sizes, is_right = [], {}, wanted.gpus is None or count >= wanted.gpus
+    details, is_right = [], wanted.gpus is None or count >= wanted.gpus
     for index in range(count):
         is_right &= multiplies(f"cuda:{index}")
         free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        sizes[name] = total
-        details.append(f"{name} {free / 1e9:.0f}/{total / 1e9:.0f} GB free")
+        details.append(f"{torch.cuda.get_device_name(index)} {free / 1e9:.0f}/{total / 1e9:.0f} GB free")
     few = f" of {wanted.gpus} asked for" if wanted.gpus is not None and count < wanted.gpus else ""
-    # The ranks of a node see the same ones.
-    smallest = min(sizes, key=lambda name: sizes[name])
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    misfits = list(wanted.fits(smallest, sizes[smallest], count)) if first else []
-    return is_right and not misfits, "; ".join([f"{count}{few}: {', '.join(details)}", *misfits])
+    return is_right, f"{count}{few}: {', '.join(details)}"
+
+
+def fit(wanted: Wanted) -> tuple[bool | None, str]:
+    """Compare what stages take with the smallest GPU of this node, by simulating them: some minutes of the CPU."""
+    from earl.execution import runtime
+
+    if wanted.misfits is None or not runtime.sees_gpu():
+        return None, "no experiment or no GPU"
+    import torch
+
+    count = torch.cuda.device_count()
+    size, name = min((torch.cuda.mem_get_info(index)[1], torch.cuda.get_device_name(index)) for index in range(count))
+    misfits = wanted.misfits(name, size, count)
+    return not misfits, "; ".join(misfits) or f"every stage fits on {count} times {name}, {size / 1e9:.0f} GB"
 
 
 def multiplies(device: str) -> bool:

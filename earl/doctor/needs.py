@@ -42,7 +42,7 @@ def of(
     if judge is None and config.judge == "openai":
         judge = config.reward_function_api_base
 
-    def fits(name: str, size: int, count: int) -> Sequence[str]:
+    def misfits(name: str, size: int, count: int) -> Sequence[str]:
         gpu = gpus.Gpu(name, size, *gpus.UNKNOWN)
         return [str(one) for one in fit.check(config, by_segment, lambda rule: gpus.Asked(gpu, count, nodes))]
 
@@ -52,7 +52,7 @@ def of(
         judge,
         disk=_disk(config, by_segment),
         memory=_memory(config, -(-resources.ranks(config, heaviest) // nodes), by_segment),
-        fits=fits,
+        misfits=misfits,
         splits_gpus=resources.gpus(config, heaviest) > nodes,
     )
 

@@ -7,13 +7,6 @@ from pathlib import Path
 MINIMUM_FREE = 10 * 2**30
 """Bytes of disk where no configuration says more: some checkpoints of a small policy."""
 
-Fits = Callable[[str, int, int], Sequence[str]]
-"""From a GPU's name, its bytes and how many there are on a node to why stages do not fit on them."""
-
-
-def _anything_fits(name: str, size: int, count: int) -> Sequence[str]:
-    return ()
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -42,7 +35,7 @@ class Wanted:
         gpus: that are to be visible; None: as many as there are, and one at least in a job that was given some.
         judge: address of a judge, or the file that holds it.
         disk, memory: free, on the file system of `path` and of main memory.
-        fits: whether stages fit on its GPUs.
+        misfits: from the name and bytes of its smallest GPU and how many there are to why stages do not fit on them.
         splits_gpus: whether processes of this node will work together on several GPUs.
     """
 
@@ -51,5 +44,5 @@ class Wanted:
     judge: str | None = None
     disk: Needs = field(default_factory=lambda: Needs(MINIMUM_FREE))
     memory: Needs = field(default_factory=Needs)
-    fits: Fits = _anything_fits
+    misfits: Callable[[str, int, int], Sequence[str]] | None = None
     splits_gpus: bool = False

@@ -45,8 +45,8 @@ def test_a_sound_node_passes_and_nothing_is_left(tmp_path):
     assert {name: passed for name, (passed, _) in checks.items()} == {
         "network": None, "all reduce": None, "versions": True, "gpus": None, "memory": True,
         "shared memory": checks["shared memory"][0], "disk": True, "clock": True, "shared files": True, "judge": None,
+        "fit": None,
     }  # fmt: skip
-    assert len(checks) == CHECKS
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -91,24 +91,30 @@ def two_gpus(monkeypatch):
     return monkeypatch
 
 
-def test_every_gpu_is_looked_at_and_stages_have_to_fit_on_the_smallest(two_gpus, tmp_path):
+def test_every_gpu_is_looked_at(two_gpus, tmp_path):
+    assert machine.gpus(Wanted(tmp_path)) == (True, "2: H80 1/80 GB free, H40 1/40 GB free")
+    passed, told = machine.gpus(Wanted(tmp_path, gpus=4))
+    assert passed is False
+    assert told.startswith("2 of 4 asked for: H80")
+    two_gpus.setattr(machine, "multiplies", lambda device: device == "cuda:0")
+    assert machine.gpus(Wanted(tmp_path))[0] is False
+
+
+def test_stages_have_to_fit_on_the_smallest_gpu(two_gpus, tmp_path):
     asked = []
 
-    def fits(name: str, size: int, count: int) -> list[str]:
+    def misfits(name: str, size: int, count: int) -> list[str]:
         asked.append((name, size, count))
         return ["iterate: train_processes = 1: needs more"] * (size < 80e9)
 
-    assert machine.gpus(Wanted(tmp_path)) == (True, "2: H80 1/80 GB free, H40 1/40 GB free")
-    passed, told = machine.gpus(Wanted(tmp_path, gpus=4, fits=fits))
-    assert passed is False
-    assert told.startswith("2 of 4 asked for: H80")
-    assert told.endswith("; iterate: train_processes = 1: needs more")
+    wanted = Wanted(tmp_path, misfits=misfits)
+    assert machine.fit(wanted) == (False, "iterate: train_processes = 1: needs more")
     assert asked == [("H40", 40e9, 2)]
-    assert machine.gpus(Wanted(tmp_path, fits=fits))[0] is False
-    two_gpus.setenv("LOCAL_RANK", "1")
-    assert machine.gpus(Wanted(tmp_path, fits=fits))[0] is True, "the first rank of a node says it"
-    two_gpus.setattr(machine, "multiplies", lambda device: device == "cuda:0")
-    assert machine.gpus(Wanted(tmp_path))[0] is False
+    two_gpus.setattr("torch.cuda.mem_get_info", lambda index: (1e9, 81e9))
+    assert machine.fit(wanted) == (True, "every stage fits on 2 times H40, 81 GB")
+    assert machine.fit(Wanted(tmp_path))[0] is None
+    two_gpus.setattr("torch.cuda.is_available", lambda: False)
+    assert machine.fit(wanted)[0] is None
 
 
 VERSIONS = {

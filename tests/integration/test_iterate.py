@@ -184,7 +184,7 @@ def test_what_was_removed_is_made_again(copy, by_stage):
     record = iterate.run(config, copy.path, LAST)
     assert (record["trained"], record["trained_again"]) == ([4], [3])
     assert kept.items() <= facts(copy).items()
-    assert_same(copy, by_stage)
+    assert_same(copy, by_stage, checkpoints=(2, 3, 4))  # and of iteration 3, which it caught up with
     assert_sound(copy)
 
 
@@ -201,7 +201,7 @@ def test_training_again_that_gives_another_policy_starts_anew_from_there(copy, b
     path = copy.iteration(3).scores(0)
     table = pq.read_table(path)
     place = table.schema.get_field_index("edit_success")
-    other = [0.0 if value else 9.0 for value in table["edit_success"].to_pylist()]
+    other = [9.0 * (row % 2) for row in range(table.num_rows)]  # so that groups have something to teach
     told = {key: value for key, value in tables.read_metadata(path).items() if key not in ("huggingface", "earl_table")}
     tables.write_table(path, tables.SCORES, table.set_column(place, "edit_success", [other]), told)
     old = {index: json.loads(copy.iteration(index).metrics.read_text())["policy_digest"] for index in (3, 4)}

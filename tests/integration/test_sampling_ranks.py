@@ -32,7 +32,9 @@ def test_ranks_sample_what_one_process_samples(engine, policy_folder, other, tmp
         env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
         timeout=600,
     )
-    sampling_program.sample_by(request.getfixturevalue(f"{engine}_engine"), policy_folder, other, tmp_path / "alone")
+    # The torch engine's batches must be as large as those of the ranks; vLLM is started once for all tests.
+    own = request.getfixturevalue("vllm_engine") if engine == "vllm" else sampling_program.engine(engine)
+    sampling_program.sample_by(own, policy_folder, other, tmp_path / "alone")
     found = {
         name: [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in (0, 1)]
         for name in ("alone", "ranks")

