@@ -90,15 +90,21 @@ def _learner_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
             return loads.segment(changed, gpu)[1].bytes
         return loads.learner(changed).needed
 
-    def fits(change: dict[str, Any]) -> bool:
-        return needed(config.model_copy(update=change)) <= gpu.memory
-
     taken = needed(config)
     if taken <= gpu.memory:
         return []
+    [first, *_] = loads.of(config, "train" if rule == "iterate" else rule, gpu)
+    kept = {name: first.parts[name] for name in ("weights", "moments", "gradients", "reference")}
+
+    def fits(change: dict[str, Any]) -> bool:
+        # What a rank keeps of models and optimizer is known without a simulation.
+        least = sum(kept.values()) - (kept["reference"] if change.get("reference_offload") else 0)
+        least = least * config.train_processes // change.get("train_processes", config.train_processes)
+        return ("lora" in change or least < gpu.memory) and needed(config.model_copy(update=change)) <= gpu.memory
+
     changes = _savings(config) if rule == "sft" else [*_savings(config), *_savings_of_rl(config)]
     cheapest = next((change for change in changes if fits(change)), None)
-    more = next((change for change in _more_ranks(config, rule, gpu) if fits(change)), None)
+    more = next((change for change in _more_ranks(config) if fits(change)), None)
     fitting = " or ".join(_said(change) for change in (cheapest, more) if change)
     remedy = f"fits with {fitting}" if fitting else "no field makes it fit; use larger GPUs"
     text = f"= {config.train_processes}: a rank that trains needs {_gb(taken)} of {gpu.text}; {remedy}"
@@ -125,16 +131,12 @@ def _savings_of_rl(config: "Config") -> list[dict[str, Any]]:
     return [*offloads, {"lora": Lora(rank=LORA_RANK)}]
 
 
-def _more_ranks(config: "Config", rule: str, gpu: Gpu) -> Iterator[dict[str, Any]]:
-    """Numbers of ranks with which at least what a rank holds of models and optimizer fits."""
-    [first, *_] = loads.of(config, "train" if rule == "iterate" else rule, gpu)
-    kept = sum(first.parts[name] for name in ("weights", "moments", "gradients", "reference")) * config.train_processes
-    for count in RANKS:
-        if count > config.train_processes and kept / count < gpu.memory:
-            ranks = {"train_processes": count}
-            if config.segment_processes is not None:
-                ranks["segment_processes"] = max(count, config.segment_processes)
-            yield ranks
+def _more_ranks(config: "Config") -> Iterator[dict[str, Any]]:
+    for count in (count for count in RANKS if count > config.train_processes):
+        ranks = {"train_processes": count}
+        if config.segment_processes is not None:
+            ranks["segment_processes"] = max(count, config.segment_processes)
+        yield ranks
 
 
 def _said(change: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """`earl plan`: what each stage of a run takes of its GPUs, of the disk and of time, before it starts."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from earl.estimate.loads import Load
 from earl.estimate.rates import Rates, Work
 from earl.files import objects
 from earl.files.layout import Run
-from earl.run import resources
+from earl.run import resources, state
 
 if TYPE_CHECKING:
     from transformers import Emu3TextConfig
@@ -109,7 +109,7 @@ def _known(rules: Mapping[str, Asked]) -> dict[str, Gpu]:
 def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assumed: Rates) -> Estimate:
     text, known = models.text(config), _known(rules)
     gpu = known.get("iterate") or known.get("train") or next(iter(known.values()), SPEEDLESS)
-    evaluated = evaluation_episodes(config)
+    evaluated, trains = evaluation_episodes(config), {"iterate", "train"}
     taken = disk.of(config, text, by_segment, evaluated or 0)
     seconds, measured = _seconds(config, text, by_segment, gpu, taken.checkpoint, assumed)
     found = Estimate(
@@ -124,7 +124,11 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
         evaluated,
         rates.questions(config) * (config.num_iterations * config.episodes_per_iteration + (evaluated or 0)),
         [problem for rule, wanted in rules.items() for problem in fit.problems(config, rule, wanted)],
-        [*disk.notes(config, taken), *(note for rule, one in known.items() for note in fit.notes(config, rule, one))],
+        [
+            *disk.notes(config, taken),
+            *(note for rule, one in known.items() for note in fit.notes(config, rule, one)),
+            *(_compared(config) if trains & known.keys() else ()),
+        ],
         assumed,
     )
     for rule in rules:
@@ -156,11 +160,11 @@ def _hours(config: "Config", rule: str, found: Estimate, gpu: Gpu) -> float:
             evaluated = share * (seconds.get("generate", 0.0) + seconds.get("score", 0.0))
             return (count * sum(seconds.values()) + evaluated) / 3600
         case "generate":
-            return config.rollout_shards * (count + share / config.rollout_shards) * seconds["generate"] / 3600
+            return config.rollout_shards * (count + share / config.rollout_shards) * seconds.get("generate", 0.0) / 3600
         case "score":
-            return (count + share) * seconds["score"] / 3600
+            return (count + share) * seconds.get("score", 0.0) / 3600
         case "train":
-            return count * seconds["train"] / 3600
+            return count * seconds.get("train", 0.0) / 3600
         case "sft":
             return sum(_tuning_seconds(config, name, gpu, found.rates) for name in loads.fine_tunings(config)) / 3600
     return 0.0
@@ -182,9 +186,26 @@ def _seconds(
     found, count = measured_segments(run) if by_segment else measured_stages(run)
     if count:
         return found, count
+    if config.device == "cpu":  # of which nothing is assumed
+        return {}, 0
     # Evaluations of a run without iterations are made by stage.
     how = rates.segment_iteration if by_segment and config.num_iterations else rates.stage_iteration
     return how(config, text, gpu, checkpoint, assumed), 0
+
+
+def _compared(config: "Config") -> Iterator[str]:
+    """Say what the learner's tensors took of a GPU in the newest iteration, beside the estimate."""
+    run = Run(Path(config.base_exp_dir) / config.run_name)
+    newest = run.iteration(state.newest_complete(run))
+    if not newest.index or not newest.performance.is_file():
+        return
+    found = objects.read(newest.performance)
+    if found["device"] != "cpu" and found["ranks"] == config.train_processes:
+        taken, expected = max(found["peak_memory_bytes"]), loads.learner(config).peak
+        yield (
+            f"in iteration {newest.index} the learner's tensors took {taken / 1e9:.1f} GB of a {found['device']}; "
+            f"{expected / 1e9:.1f} GB by the estimate"
+        )
 
 
 def measured_segments(run: Run) -> tuple[dict[str, float], int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-from earl.estimate.gpus import Gpu
 from earl.estimate.loads import Load
 from earl.estimate.rates import described
 from earl.estimate.run import Estimate, Stage
@@ -43,9 +42,10 @@ def _lines(found: Estimate, price: float | None) -> Iterator[str]:
         parts = [part for part in PARTS if any(load.parts.get(part) for load in loads)]
         rows = [(load.what, *(_gb(load.parts.get(part, 0)) for part in parts), _gb(load.bytes)) for load in loads]
         yield from _table([("GB of a GPU", *parts, "sum"), *rows])
-    else:
+        yield ""
+    elif any(stage.gpus for stage in found.stages):
         yield "What a GPU holds: not known here; --profile or --gpu say which GPUs there are"
-    yield ""
+        yield ""
     yield from _table(list(_rest(found, price)))
     yield ""
     assumed = described(found.rates).items()
@@ -56,8 +56,10 @@ def _lines(found: Estimate, price: float | None) -> Iterator[str]:
 
 def _stage_rows(stages: Sequence[Stage]) -> Iterator[tuple[str, ...]]:
     for stage in stages:
-        fullest = max(stage.loads, key=lambda load: load.bytes, default=None)
-        held = (f"{_gb(fullest.bytes)} GB", _size(stage.gpu), fullest.what) if fullest else ("?", _size(stage.gpu), "")
+        held: tuple[str, ...] = ("?", "?", "") if stage.gpus else ("", "", "")
+        if stage.loads and stage.gpu:
+            fullest = max(stage.loads, key=lambda load: load.bytes)
+            held = (f"{_gb(fullest.bytes)} GB", stage.gpu.text, fullest.what)
         yield (stage.rule, str(stage.ranks), str(stage.gpus), *held)
 
 
@@ -65,15 +67,11 @@ def _distinct(loads: Sequence[Load]) -> list[Load]:
     return [load for index, load in enumerate(loads) if load not in loads[:index]]
 
 
-def _size(gpu: Gpu | None) -> str:
-    return gpu.text if gpu else "?"
-
-
 def _rest(found: Estimate, price: float | None) -> Iterator[tuple[str, str]]:
     disk, work = found.disk, found.work
     yield (
         "checkpoint",
-        f"{_bytes(disk.checkpoint)}; {disk.checkpoints} are kept, {disk.most_checkpoints} there are at once",
+        f"{_bytes(disk.checkpoint)} each: {disk.checkpoints} at the end, {disk.most_checkpoints} at most",
     )
     yield (
         "disk",
@@ -87,6 +85,9 @@ def _rest(found: Estimate, price: float | None) -> Iterator[tuple[str, str]]:
         f"{work.generated:,} tokens sampled, {work.trained:,} through the learner ({work.flops / 1e15:.1f} PFLOP), "
         f"{work.questions} questions to the judge",
     )
+    if not found.seconds:
+        yield "seconds", "not known on a CPU until there are iterations"
+        return
     measured = f"measured in {found.measured} iterations" if found.measured else "assumed"
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in found.seconds.items() if seconds >= 0.05)
     yield "seconds", f"{sum(found.seconds.values()):.1f} an iteration: {phases} ({measured})"

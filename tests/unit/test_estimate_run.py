@@ -291,6 +291,20 @@ def test_what_stages_took_replaces_what_is_assumed() -> None:
     assert hours == {"generate": pytest.approx(10 * 2 * 15 / 3600), "train": pytest.approx(10 * 30 * 4 / 3600)}
 
 
+def test_what_the_learner_took_of_a_gpu_stands_beside_the_estimate() -> None:
+    """5 x 8.5 GB on each of four ranks, and 8 for activations."""
+    config = experiment(base_exp_dir="runs", train_processes=4)
+    folder = Path("runs/a/iterations/000003/train")
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    taken = {"device": "NVIDIA H100", "ranks": 4, "peak_memory_bytes": [49 * 10**9, 51 * 10**9]}
+    for changes, told in (({}, True), ({"device": "cpu"}, False), ({"ranks": 8}, False)):
+        (folder / "performance.json").write_text(json.dumps(taken | changes))
+        [found] = run.make([config], True, everywhere(H100))
+        note = "in iteration 3 the learner's tensors took 51.0 GB of a NVIDIA H100; 50.5 GB by the estimate"
+        assert (note in found.notes) == told
+
+
 def test_fine_tunings_that_are_to_be_made_are_planned() -> None:
     config = experiment(make_sft_models=True, num_iterations=0)
     assert loads.rules(config, True) == ["sft", "generate"]
@@ -333,6 +347,13 @@ class TestCommand:
         done = earl("plan", "--config", ROOT / "config/sft_s__rl_s.jsonnet")
         assert done.returncode == 0
         assert "--profile or --gpu say which GPUs there are" in done.stdout
+
+    def test_of_a_cpu_nothing_is_assumed(self, earl) -> None:
+        done = earl("plan", "--config", ROOT / "config/demo.jsonnet", "--gpu", "h100", "--set", "base_exp_dir=none")
+        assert done.returncode == 0, done.stderr
+        assert "not known on a CPU" in done.stdout
+        assert "GB of a GPU" not in done.stdout
+        assert earl("plan", "--config", ROOT / "config/demo.jsonnet", "--granularity", "stage").returncode == 0
 
     def test_several_experiments_are_rows_of_a_table(self, earl) -> None:
         files = [ROOT / "config" / f"sft_s__rl_{data}.jsonnet" for data in ("s", "c")]
