@@ -34,8 +34,9 @@ def vocabulary(config: Emu3TextConfig) -> Vocabulary:
     """The ids of the published vocabulary, or of a small one, by role; it cannot encode text."""
     if config.vocab_size < 1000:
         roles = {"pad": 3, "bos": 1, "eos": 2, "boi": 4, "img": 5, "eoi": 6, "eol": 7, "eof": 8}
-        return Vocabulary(text=None, first_visual=88, num_visual=512, **roles)
+        return Vocabulary(text=None, first_visual=88, num_visual=512, digest="", **roles)
     return Vocabulary(
+        digest="",
         text=None,
         pad=151643,
         bos=151849,

@@ -264,7 +264,8 @@ def test_an_evaluation_starts_completions_from_its_own_prefill(tmp_path: Path) -
     raw = published(tmp_path / "a.parquet", rows=2, original=PICTURE, edited=PICTURE, instruction=TEXT)
     fields = {
         "raw_datasets.d": {"source": "parquet", "path": str(raw)}, "val_paths_file": [str(tmp_path / "out")],
-        "evaluations": {name: {"prompts": None} for name in ("told", "asked")}, "engine_batch_size": 2,
+        "evaluations": {name: {"prompts": None, "temperature": 0.1} for name in ("told", "asked")},
+        "engine_batch_size": 2,
     }  # fmt: skip
     config: Config = demo_config(**fields)
     tokenise.run(config, "d", raw, tmp_path / "out")
