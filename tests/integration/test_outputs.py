@@ -106,6 +106,7 @@ COMMANDS = {
     "download": "download hf://datasets/a/b/c.parquet --out {out}",
     "judge check": "judge check --config missing.json --out {out}",
     "tokenise": "tokenise --config missing.json --dataset d --raw r --out {out}",
+    "select": "select --config missing.json --name n --out {out}",
     "sft": "sft --config missing.json --name n --out {out}",
     "generate": "generate --config missing.json --iteration 1 --policy p --shard 0 --out {out}",
     "score": "score --config missing.json --rollouts r --out {out}",

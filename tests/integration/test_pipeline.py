@@ -77,7 +77,7 @@ def test_policies_load_in_transformers_alone(run):
 
     folder = run.iteration(2).policy
     model, tokenizer = Emu3ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.config.architectures == ["Emu3ForCausalLM"]
+    assert model.get_output_embeddings().weight.isfinite().all()
     assert tokenizer.convert_tokens_to_ids("<|image token|>") == Vocabulary.from_folder(folder).img
 
 

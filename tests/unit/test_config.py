@@ -285,7 +285,7 @@ class TestFrozen:
         summary = {"iteration": 5, "prompts": 3, **freeze.recorded(first, "heldout")}
         (results / "000005.json").write_text(json.dumps(summary))
         other = load.load(ROOT / "config" / "demo.jsonnet", {"evaluations.heldout.prompts": 100}).config
-        with pytest.raises(EarlError, match=r"evaluations\.heldout\.prompts +210 +100"):
+        with pytest.raises(EarlError, match=r"evaluations\.heldout\.prompts +504 +100"):
             freeze.write(other, path)
         freeze.write(first, path)
 

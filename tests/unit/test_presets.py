@@ -16,6 +16,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.files import images, tables
 from earl.files.hub_names import data_files
 from earl.messages.errors import EarlError
+from earl.shapes import dataset
 from earl.stages import generate, tokenise
 from tests.support.evaluation_files import demo_config
 
@@ -261,11 +262,11 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_an_evaluation_starts_completions_from_its_own_prefill(tmp_path: Path) -> None:
     """The shapes base policy, told the size, goes on with the image; told nothing, it says the size first."""
-    raw = published(tmp_path / "a.parquet", rows=2, original=PICTURE, edited=PICTURE, instruction=TEXT)
+    raw = tmp_path / "a.parquet"
+    dataset.write_raw(raw, count=2, seed=0)
     fields = {
-        "raw_datasets.d": {"source": "parquet", "path": str(raw)}, "val_paths_file": [str(tmp_path / "out")],
-        "evaluations": {name: {"prompts": None, "temperature": 0.1} for name in ("told", "asked")},
-        "engine_batch_size": 2,
+        "raw_datasets.d": {"source": "shapes", "count": 2, "seed": 0}, "val_paths_file": [str(tmp_path / "out")],
+        "evaluations": {name: {"prompts": None} for name in ("told", "asked")}, "engine_batch_size": 2,
     }  # fmt: skip
     config: Config = demo_config(**fields)
     tokenise.run(config, "d", raw, tmp_path / "out")
