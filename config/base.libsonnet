@@ -70,6 +70,8 @@
   reward_final_reward: 'viescore',
   // Greedy, as the reference's server judged. A server that several runs share is slow to start and to answer.
   judge_temperature: 0.0,
+  // All questions of an iteration: a server of one's own computes them together.
+  judge_concurrency: 256,
   judge_timeout_seconds: 1000.0,
   judge_startup_seconds: 7200.0,
 

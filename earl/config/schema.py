@@ -728,7 +728,7 @@ class Config(_Section):
         True, "Hold answers to a JSON schema; false for a server that knows none, whose answers are read tolerantly."
     )
     judge_concurrency: Positive = _free(
-        256,
+        64,
         "Questions that are under way at once, of each process and for the judge `openai`; fewer where the server is "
         "overloaded.",
     )

@@ -65,7 +65,7 @@ class OpenAIModel:
     api_base: str
     """URL, or a file that holds it: see `earl.config.address`."""
     model: str
-    concurrency: int = 256
+    concurrency: int = 64
     timeout: float = 120.0
     """Seconds that one try may take from connecting to the last byte."""
     startup: float = 1800.0
