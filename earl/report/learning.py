@@ -70,7 +70,8 @@ def sentences(metrics: Sequence[Mapping[str, Any]], held_out: Comparison | None,
         held_out: the reward of its headline evaluation under the first and the last policy.
         times_seen: how often a training prompt came; see `repeats`.
     """
-    return [*_rewards(trend(metrics, "reward_mean"), held_out, times_seen), *_signal(metrics)]
+    rises = held_out is not None and held_out.change is not None and held_out.change.low > 0
+    return [*_rewards(trend(metrics, "reward_mean"), held_out, times_seen), *_signal(metrics, rises)]
 
 
 def _rewards(training: Trend | None, held_out: Comparison | None, times_seen: float | None) -> Iterator[str]:
@@ -93,7 +94,7 @@ def _rewards(training: Trend | None, held_out: Comparison | None, times_seen: fl
         yield f"Training prompts came {times_seen:.1f} times each: watch that held-out rewards keep up."
 
 
-def _signal(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _signal(metrics: Sequence[Mapping[str, Any]], rises: bool) -> Iterator[str]:
     cosines, uniform = (_known(metrics, name) for name in ("gradient_cosine", "zero_std_fraction"))
     if len(cosines) > 1:
         mean, error = fmean(cosines), sqrt(variance(cosines) / len(cosines))
@@ -101,7 +102,7 @@ def _signal(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         told = f"The gradients of two halves of a step have a cosine of {value} on average"
         if mean > 2 * error:
             yield f"{told}: {mean:.0%} of what a half has in squared norm is signal, the rest noise."
-        else:
+        elif not rises:  # Over many steps, what no single one shows may add up.
             yield f"{told}: no signal is to be seen in single steps; larger batches or clearer rewards have more."
     if uniform and fmean(uniform) >= UNIFORM:
         yield f"In {fmean(uniform):.0%} of the groups all rewards are equal, so that they teach nothing."

@@ -56,6 +56,7 @@ def test_noise_equal_rewards_and_a_collapse():
     # A mean of 0.04, a standard deviation of 0.46 * sqrt(20 / 19), over the root of 20.
     said = learning.sentences(noisy, None, None)
     assert "a cosine of 0.04 ± 0.11 on average: no signal" in said[0]
+    assert not [told for told in learning.sentences(noisy, held_out(2.0, 1.5, 2.5), 1.0) if "signal" in told]
     assert said[1].startswith("In 60% of the groups")
     assert said[2] == "Entropy has fallen from 1 to 0.1 nats a token: samples hardly differ."
     clear = rows(5, 5, zero_std_fraction=0.1, entropy=1.0)
