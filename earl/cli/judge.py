@@ -26,7 +26,7 @@ def judge_check(
 ) -> None:
     """Have the judge score images whose order is known; fails where it does not reach the minimum."""
     from earl.config.load import read
-    from earl.config.schema import JudgeGate
+    from earl.config.sections import JudgeGate
     from earl.judges import check
     from earl.run import claims
 

@@ -11,7 +11,8 @@ from earl.config import address
 from earl.statistics import rewards
 
 if TYPE_CHECKING:
-    from earl.config.schema import Config, Sft
+    from earl.config.schema import Config
+    from earl.config.sections import Sft
 
 VLLM_TEMPERATURES = (0.01, 2.0)
 """vLLM refuses what lies above, and takes the lowest, without failing, for what lies below."""

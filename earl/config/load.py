@@ -11,8 +11,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from earl.config.fields import NAME
 from earl.config.jsonnet_values import Evaluated, evaluate, shown
-from earl.config.schema import NAME, Config
+from earl.config.schema import Config
 from earl.messages import names
 from earl.messages.errors import EarlError
 
@@ -275,7 +276,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _hint(location: list[str]) -> str:
-    return names.hint(location[-1], _model_at(location).model_fields, "earl/config/schema.py lists all fields")
+    model = _model_at(location)
+    where = f"{model.__module__.replace('.', '/')}.py lists all fields"
+    return names.hint(location[-1], model.model_fields, where)
 
 
 def _description(location: list[str]) -> str:

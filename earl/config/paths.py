@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from earl.config.references import PACKAGE, STAGE
-from earl.config.schema import Config, Selection, Sft
+from earl.config.schema import Config
+from earl.config.sections import Selection, Sft
 from earl.data import catalogue
 from earl.files import hub_names, listing
 from earl.messages.errors import EarlError

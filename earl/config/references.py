@@ -6,7 +6,8 @@ from earl.config.checks import wrong
 from earl.data import catalogue
 
 if TYPE_CHECKING:
-    from earl.config.schema import Config, Sft
+    from earl.config.schema import Config
+    from earl.config.sections import Sft
 
 STAGE = "stage:"
 """Prefix of a path that names an output of the pipeline: ``stage:tokenise/<raw dataset>``, ``stage:fetch/<published

@@ -1,38 +1,18 @@
-"""Every field of an experiment: name, type, range, default and meaning, in one place.
+"""Every field of an experiment, with type, range, default and meaning; those of sections are in `earl.config.sections`.
 
 Names, meanings and defaults are those of EARL's RL configuration where it has the field. A field either determines
 results, and then it is part of the configuration's digest and frozen under a ``run_name``, or it is free to change
-between two calls of the same run (``free`` below): how long to run, what to log and keep, where files lie.
+between two calls of the same run (`earl.config.fields.free`): how long to run, what to log and keep, where files lie.
 """
 
-import re
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, field_validator, model_validator
 
 from earl.config import checks, defaults, references
-from earl.emu3 import adapter
-from earl.files import hub_names
+from earl.config.fields import Coefficient, Integer, Name, Path, Positive, Section, fixed, free
+from earl.config.sections import Evaluation, JudgeGate, Lora, RawDataset, Selection, Sft
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-Name = Annotated[str, StringConstraints(pattern=NAME)]
-"""A name that becomes part of a file's path: letters, digits, dot, underscore, hyphen."""
-
-Integer = Annotated[int, BeforeValidator(checks.check_exact)]
-"""A whole number that Jsonnet keeps as it was written."""
-Positive = Annotated[Integer, Field(ge=1)]
-Coefficient = Annotated[float, Field(gt=0)]
-Path = Annotated[str, Field(min_length=1), AfterValidator(checks.check_path)]
 RewardComponent = Literal[
     "semantic_consistency",
     "perceptual_quality",
@@ -42,585 +22,223 @@ RewardComponent = Literal[
     "artifacts",
     "ground_score",
 ]
-BoxUnit = Literal["pixels", "relative", "none"]
-
-COLUMNS = ("example_id", "task", "instruction", "reasoning", "original", "edited")
-"""Columns of a raw data set."""
-PLACE = r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*"
-Place = Annotated[str, StringConstraints(pattern=rf"^{PLACE}$")]
-"""A place in a row of a raw data set: a column, then names of fields and numbers of items."""
-ROW_FIELDS = ("filter", "pairing", "subset", "instruction_prefix", "task_name")
-"""Fields of a raw data set that say which rows of its files are taken, and what they lack."""
 
 
-def _places(value: Any) -> Any:
-    if value is None:
-        return value
-    for place in value if isinstance(value, list) else [value]:
-        if not (isinstance(place, str) and re.fullmatch(PLACE, place)):
-            raise PydanticCustomError("place", "is no place in a row, such as `src_img`, `prompts[0]` or `edit.text`")
-    return value
-
-
-def _filter_values(value: Any) -> Any:
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(one, str | int) for one in values):
-        raise PydanticCustomError("filter", "must be a text, a whole number, true or false, or a list of these")
-    return value
-
-
-Places = Annotated[Any, AfterValidator(_places)]
-"""A place, a list of places, or null. Checked in one, since a union has a message for each of its members."""
-FilterValues = Annotated[Any, AfterValidator(_filter_values)]
-"""A value, or a list of values."""
-
-
-def _fixed(default: Any, description: str, **limits: Any) -> Any:
-    """A field that determines results."""
-    return _field(default, description, False, limits)
-
-
-def _free(default: Any, description: str, **limits: Any) -> Any:
-    """A field that may change under the same run name."""
-    return _field(default, description, True, limits)
-
-
-def _field(default: Any, description: str, free: bool, limits: dict[str, Any]) -> Any:
-    kind = {"default_factory": default} if callable(default) else {"default": default}
-    return Field(description=description, json_schema_extra={"free": free}, **kind, **limits)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Subset(_Section):
-    """Rows drawn by chance: those of `shuffle(seed=...).select(range(...))` of Hugging Face's `datasets`."""
-
-    rows: Positive = _fixed(..., "Rows to draw.")
-    seed: Integer = _fixed(..., "Seed of the shuffle.", ge=0)
-
-
-class Pairing(_Section):
-    """How pairs are put together where a row holds one image, and an edit names the row of its original."""
-
-    image_id: Place = _fixed(..., "Place of a row's own id.")
-    original_id: Place = _fixed(
-        ..., "Place of the id of the row that holds the original image; null or empty in a row that is no edit."
-    )
-
-
-class RawDataset(_Section):
-    """Image pairs that the pipeline tokenises: generated by the shapes world, or read from Parquet or Arrow files."""
-
-    source: Literal["shapes", "parquet"] = _fixed(
-        ..., "Where the pairs come from: `shapes` generates them, `parquet` reads them from Parquet or Arrow files."
-    )
-    path: Path | None = _fixed(
-        None,
-        "parquet: a file, a folder of files, or a pattern such as `data/train-*.parquet` in a folder; or files on the "
-        "hub, `hf://datasets/<owner>/<name>[@<revision>]/<file or pattern>`, which the pipeline downloads.",
-    )
-    columns: dict[Literal[COLUMNS], Places] = _fixed(
-        dict,
-        "parquet: where instruction, original, edited (images), example_id, task and reasoning stand, by place in a "
-        "row: `src_img`, `prompts[0]`, `edit.text`; null: not there. What is left out has its own name; example_id, "
-        "task and reasoning may be missing. Without `edited`, rows are prompts to evaluate on, no examples to learn. "
-        "reasoning may be a list of text columns, whose names become the keys of its parts; blank texts are left out.",
-    )
-    filter: dict[Place, FilterValues] = _fixed(
-        dict, "parquet: take the rows that have this value, or one of these, at a place: `{source: 'ag'}`."
-    )
-    pairing: Pairing | None = _fixed(
-        None,
-        "parquet: a row holds one image. Rows that name another row are taken, with that row's `original` as theirs.",
-    )
-    subset: Subset | None = _fixed(None, "parquet: of the rows that filter and pairing leave, take some at random.")
-    instruction_prefix: str | None = _fixed(
-        None, "parquet: text to cut off the beginning of instructions that begin with it.", min_length=1
-    )
-    task_name: str | None = _fixed(None, "parquet: task of every row, where no column holds it.", min_length=1)
-    keep_images: bool = _fixed(
-        True,
-        "Store the images, resized and lossless, beside their tokens; without, files take about a fiftieth of the room "
-        "and judges see the images that the tokens decode to.",
-    )
-    boxes: BoxUnit = _fixed(
-        "pixels",
-        "parquet: unit of the boxes `[x1, y1, x2, y2]` in reasoning. `pixels`: of the original; they scale with it. "
-        "`relative`: 0..1 of width and height; they hold at any size. `none`: four numbers are not boxes. Numbers that "
-        "cannot be a box in that unit (x2 < x1, beyond the image, in `pixels` all of them at most 1, after `RGBA`) "
-        "stay as they are, and tokenising reports how many there were.",
-    )
-    max_rejected_fraction: float = _fixed(
-        0.05, "parquet: share of the rows that may be unusable before tokenising stops.", ge=0, le=1
-    )
-    count: Positive | None = _fixed(None, "shapes: number of pairs.")
-    seed: Integer | None = _fixed(None, "shapes: seed of the generator; give disjoint data sets different seeds.", ge=0)
-    tasks: list[str] | None = _fixed(
-        None, "shapes: edit types to draw from; null draws from all of them.", min_length=1
-    )
-    unchanged_fraction: float = _fixed(
-        0.0,
-        "shapes: share of the pairs whose edited image is the original, as in data that an editor failed on.",
-        ge=0,
-        le=1,
-    )
-    damaged_fraction: float = _fixed(
-        0.0,
-        "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well.",
-        ge=0,
-        le=1,
-    )
-
-    @model_validator(mode="after")
-    def _source_has_its_fields(self) -> Self:
-        needed, foreign = (
-            (("count", "seed"), ("path", "columns", "boxes", *ROW_FIELDS))
-            if self.source == "shapes"
-            else (("path",), ("count", "seed", "tasks", "unchanged_fraction", "damaged_fraction"))
-        )
-        for name in needed:
-            if getattr(self, name) is None:
-                raise checks.wrong(name, f"is needed when source is `{self.source}`")
-        for name in foreign:
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
-                raise checks.wrong(name, f"has no meaning when source is `{self.source}`; leave it out")
-        if (mistaken := self.unchanged_fraction + self.damaged_fraction) > 1:
-            raise checks.wrong("damaged_fraction", f"and unchanged_fraction make {mistaken:g}, above 1; lower one")
-        try:
-            hub_names.data_files(self.path or "")
-        except ValueError as error:
-            raise checks.wrong("path", f"is `{self.path}`, which {error}") from error
-        for name, place in self.columns.items():
-            if isinstance(place, list) and (name != "reasoning" or not place):
-                raise checks.wrong(
-                    "columns", f"has the list {place} for {name}; a list of one column or more is for reasoning alone"
-                )
-        if self.task_name is not None and self.columns.get("task") is not None:
-            raise checks.wrong("task_name", "is set, but columns.task names a column for it; leave one of the two out")
-        for name in ("instruction", "original"):
-            if self.columns.get(name, name) is None:
-                raise checks.wrong(
-                    "columns", f"says that there is no {name}, which every row needs; say where it stands"
-                )
-        return self
-
-
-class Selection(_Section):
-    """Completions of a run to learn from, `stage:select/<name>`: of each group the best, and beside it the worst.
-
-    Rewards are those of the present `reward_final_reward`. Completions whose judgement failed, or that hold no finished
-    image, do not count; a group in which no other is better than their mean is left out. Of equal rewards the first
-    sample's is taken.
-    """
-
-    run: Path = _fixed(
-        ..., "Folder of the run. Where an experiment of the same workflow is this run, it is made first."
-    )
-    first_iteration: Positive = _fixed(1, "First iteration whose rollouts are read.")
-    last_iteration: Positive | None = _fixed(None, "Last one; null: the last that is complete.")
-    minimum_reward: float | None = _fixed(
-        None, "Reward below which the best of a group is not taken, 0..10; null: none.", ge=0, le=10
-    )
-
-    @model_validator(mode="after")
-    def _iterations_agree(self) -> Self:
-        if self.last_iteration is not None and self.last_iteration < self.first_iteration:
-            first = self.first_iteration
-            raise checks.wrong("last_iteration", f"is {self.last_iteration}, before first_iteration ({first})")
-        return self
-
-
-class SftValidation(_Section):
-    """Held-out loss of a fine-tuning while it trains; it changes no weights."""
-
-    paths_file: list[Path] = _fixed(
-        list, "Tokenised data sets to take examples from, as many of each; empty: those of `val_paths_file`."
-    )
-    examples: Positive = _fixed(1000, "Examples to take, all together; the same ones every time.")
-    every_n_steps: Positive = _fixed(100, "Compute the loss after every n-th step, and after the last one.")
-
-
-class Lora(_Section):
-    """An adapter that is trained in place of the full weights, which stay as they are: LoRA (Hu et al. 2021)."""
-
-    rank: Positive = _fixed(
-        ..., f"Rank of the product of two matrices that is added to each target; at most {adapter.LARGEST_RANK}."
-    )
-    alpha: Positive | None = _fixed(None, "The product is multiplied by alpha / rank; null: 2 x rank.")
-    targets: list[Literal[adapter.TARGETS]] = _fixed(
-        lambda: list(adapter.TARGETS), "Linear layers that get an adapter, in every layer of the policy.", min_length=1
-    )
-
-    @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
-        if self.rank > adapter.LARGEST_RANK:
-            raise checks.wrong("rank", f"is {self.rank}, above {adapter.LARGEST_RANK}, vLLM's largest; lower it")
-        if len(set(self.targets)) < len(self.targets):
-            raise checks.wrong("targets", "names a layer twice; name each once")
-        return self
-
-    @property
-    def settings(self) -> adapter.Lora:
-        """The section as models take it, its targets in one order however they were written."""
-        targets = tuple(name for name in adapter.TARGETS if name in self.targets)
-        return adapter.Lora(self.rank, self.alpha or 2 * self.rank, targets)
-
-
-class Sft(_Section):
-    """A supervised fine-tuning. RL starts from it by `model_path: "stage:sft/<name>"`, another one by `base_model`."""
-
-    base_model: Path = _fixed(
-        ...,
-        "Model to start from: a folder, a hub name, `stage:shapes-policy`, or `stage:sft/<name>` to go on from a "
-        "fine-tuning.",
-    )
-    train_paths_file: list[Path] = _fixed(
-        ...,
-        "Tokenised data sets to train on, as in the field of the same name outside; or `stage:select/<name>`, "
-        "completions of a run, which are learned as they were sampled, whatever `reasoning` says.",
-        min_length=1,
-    )
-    objective: Literal["sft", "dpo"] = _fixed(
-        "sft",
-        "`sft`: cross-entropy of the edits, of selected completions that of the best ones. `dpo`: direct preference "
-        "optimisation (Rafailov et al. 2023) on the best and worst ones, with `base_model` as its reference.",
-    )
-    dpo_beta: float | None = _fixed(
-        None, "dpo: how strongly it is held to the reference; 0.1 is usual, and smaller moves further.", gt=0
-    )
-    coefficients: list[Coefficient] = _fixed(
-        list, "Mixing coefficients, one for each data set; empty upsamples all to the largest."
-    )
-    steps: Positive = _fixed(..., "Optimizer steps.")
-    batch_size: Positive = _fixed(16, "Sequences in an optimizer step.")
-    learning_rate: float = _fixed(1e-4, "Peak learning rate of AdamW.", gt=0)
-    final_learning_rate: float = _fixed(
-        0.0, "Learning rate that `linear` and `cosine` fall to at the end of the last step.", ge=0
-    )
-    schedule: Literal["constant", "linear", "cosine"] = _fixed(
-        "cosine", "How the learning rate goes from its peak, after the warm-up, to its final value."
-    )
-    decay_steps: Positive | None = _fixed(
-        None, "Last steps, over which `linear` and `cosine` fall; the rate stays at its peak before. null: all steps."
-    )
-    warmup_steps: Integer = _fixed(0, "Steps over which the learning rate rises linearly from 0 to its peak.", ge=0)
-    weight_decay: float = _fixed(
-        0.0, "Decoupled weight decay of AdamW, on matrices and embeddings; norms and biases have none.", ge=0
-    )
-    adam_beta1: float = _fixed(0.9, "AdamW: decay of the mean gradient.", ge=0, lt=1)
-    adam_beta2: float = _fixed(0.999, "AdamW: decay of the mean squared gradient.", ge=0, lt=1)
-    adam_epsilon: float = _fixed(1e-8, "AdamW: added to the root of the mean squared gradient.", gt=0)
-    max_gradient_norm: float | None = _fixed(1.0, "Norm that gradients are clipped to; null: they are not.", gt=0)
-    instruction_loss_weight: float = _fixed(
-        0.0,
-        "Weight in the loss of the instruction's own tokens, beside 1 for those of reasoning and edited image. A model "
-        "that is to understand instructions from few pairs learns faster what their words mean.",
-        ge=0,
-    )
-    reasoning: bool = _fixed(False, "Whether sequences hold the reasoning text before the edited image.")
-    reasoning_fraction: float = _fixed(
-        1.0,
-        "reasoning: share of the examples whose sequences hold it; in the others the image comes at once, so that the "
-        "model can do both.",
-        gt=0,
-        le=1,
-    )
-    reasoning_keys: list[str] = _fixed(
-        list,
-        "reasoning: keys of the examples' reasoning to train on, in this order; an example's missing keys are left "
-        "out. Empty: all keys, in the order of the data.",
-    )
-    lora: Lora | None = _fixed(
-        None,
-        "Train an adapter on the frozen base model; the result holds the sum of both, so that anything can start from "
-        "it. null: train all weights.",
-    )
-    random_seed: Integer = _fixed(42, "Seed of the mixture and of the order of examples.", ge=0)
-    validation: SftValidation | None = _fixed(None, "Held-out loss while it trains; null: none.")
-    save_checkpoints_every_n_steps: Positive | None = _fixed(
-        None,
-        "Of every n-th step, the latest checkpoint is kept until the fine-tuning is complete, to resume from; null: "
-        "of every twentieth part.",
-    )
-    keep_checkpoints_every_n_steps: Positive | None = _fixed(
-        None,
-        "The policy of every n-th step is kept for good, beside the last one, in `<folder>.checkpoints/step-<n>`; "
-        "null: of the last alone.",
-    )
-
-    @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
-        checks.check_coefficients("coefficients", self.coefficients, "train_paths_file", self.train_paths_file)
-        checks.check_schedule(self, "schedule", "steps", "steps")
-        if self.reasoning_keys and not self.reasoning:
-            raise checks.wrong("reasoning_keys", "is set, but reasoning is false; set that to true or leave this out")
-        if self.reasoning_fraction < 1 and not self.reasoning:
-            raise checks.wrong("reasoning_fraction", "is set, but reasoning is false; set that to true or drop this")
-        if (self.dpo_beta is not None) != (self.objective == "dpo"):
-            verb = "needs it; give a value (0.1 is usual)" if self.objective == "dpo" else "has no use for it; drop it"
-            raise checks.wrong("dpo_beta", f"is {self.dpo_beta}, but objective `{self.objective}` {verb}")
-        for name in ("reasoning", "instruction_loss_weight") if self.objective == "dpo" else ():
-            if getattr(self, name):
-                raise checks.wrong(name, "is set, but objective is `dpo`, which learns from what was sampled; drop it")
-        if self.objective == "dpo" and self.validation and not self.validation.paths_file:
-            raise checks.wrong(
-                "validation.paths_file", "is empty, but objective is `dpo`: name a selection to validate on"
-            )
-        if len(set(self.reasoning_keys)) < len(self.reasoning_keys):
-            raise checks.wrong("reasoning_keys", "names a key twice; name each once")
-        return self
-
-
-class Evaluation(_Section):
-    """How policies are sampled on held-out prompts."""
-
-    prompts: Positive | None = _fixed(..., "Prompts to draw, the same ones for every iteration; null: all there are.")
-    paths_file: list[Path] = _fixed(
-        list, "Tokenised data sets to draw prompts from, each taken once; empty: those of `val_paths_file`."
-    )
-    samples_per_prompt: Positive = _fixed(1, "Completions for each prompt.")
-    assistant_prefill: str | None = _fixed(
-        None, "Text that completions start from, as the field of the same name outside; null: that of the run."
-    )
-    temperature: float = _fixed(1.0, "Sampling temperature; 0.1 is near-greedy.", gt=0)
-    top_p: float = _fixed(1.0, "Nucleus sampling; 1 turns it off.", gt=0, le=1)
-    top_k: Integer = _fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
-    every_n_iterations: Positive = _free(5, "Evaluate the starting policy, every n-th one and the last one.")
-
-    @model_validator(mode="after")
-    def _top_k_is_on_or_off(self) -> Self:
-        checks.check_top_k(self.top_k)
-        return self
-
-
-class JudgeGate(_Section):
-    """How a judge is checked on images whose order is known, and what it must reach (`earl judge check`)."""
-
-    pairs: Path | None = _fixed(
-        None, "Parquet file of images with ranks (`earl.files.tables.RANKED`); null: those of the shapes world."
-    )
-    examples: Positive = _fixed(32, "Examples to take.")
-    seed: Integer = _fixed(0, "shapes world: seed of the examples.", ge=0)
-    minimum_accuracy: float = _fixed(0.0, "Pairwise accuracy below which RL does not start, 0..1.", ge=0, le=1)
-
-
-class Config(_Section):
+class Config(Section):
     """One experiment, resolved."""
 
     # Run and data
-    run_name: Name = _free(
+    run_name: Name = free(
         ...,
         "Name of the run: its folder is <base_exp_dir>/<run_name>; the same name resumes it. null: the name of the "
         "experiment's file.",
     )
-    base_exp_dir: Path = _free(..., "Folder of all runs and of the stages that they share.")
-    train_paths_file: list[Path] = _fixed(
+    base_exp_dir: Path = free(..., "Folder of all runs and of the stages that they share.")
+    train_paths_file: list[Path] = fixed(
         list,
         "Tokenised data sets to draw prompts from: `tokenized_datalist.json` files, Parquet files or folders, "
         "`stage:tokenise/<name>`, or `stage:fetch/<name>`, a published one by its name in `earl data list`.",
     )
-    coefficients: list[Coefficient] = _fixed(
+    coefficients: list[Coefficient] = fixed(
         list,
         "Mixing, one for each data set: c >= 1 repeats it floor(c) times and adds a random fraction c - floor(c); "
         "c < 1 takes a random fraction c; an empty list upsamples every data set to the largest.",
     )
-    val_paths_file: list[Path] = _fixed(..., "Tokenised held-out data sets that evaluations draw prompts from.")
-    val_coefficients: list[Coefficient] = _fixed(lambda: [1.0], "Mixing of the held-out data sets, as `coefficients`.")
-    raw_datasets: dict[Name, RawDataset] = _fixed(
+    val_paths_file: list[Path] = fixed(..., "Tokenised held-out data sets that evaluations draw prompts from.")
+    val_coefficients: list[Coefficient] = fixed(lambda: [1.0], "Mixing of the held-out data sets, as `coefficients`.")
+    raw_datasets: dict[Name, RawDataset] = fixed(
         dict, "Data sets that the pipeline tokenises, by the name that `stage:tokenise/<name>` uses."
     )
-    random_seed: Integer = _fixed(42, "Seed of everything random in RL and evaluation.", ge=0)
+    random_seed: Integer = fixed(42, "Seed of everything random in RL and evaluation.", ge=0)
 
     # Models
-    model_path: Path = _fixed(
+    model_path: Path = fixed(
         "kazemnejad/Emu3-Base-SFT-got-Apr13_post_stochastic_256_lr1e-5-checkpoint-10800",
         "Starting policy and frozen reference: a folder, `stage:sft/<name>`, `stage:shapes-policy`, or a hub name, "
         "<owner>/<name>: a checkpoint that `earl convert model` takes; the pipeline converts it, once for all runs.",
     )
-    model_revision: str | None = _fixed(
+    model_revision: str | None = fixed(
         None, "Revision of `model_path` on the hub, a branch, tag or commit; null takes its main one.", min_length=1
     )
-    tokenizer_path: Path = _fixed(
+    tokenizer_path: Path = fixed(
         "BAAI/Emu3-Gen",
         "Tokenizer that policies from the hub are converted with: a folder, a hub name or `stage:shapes-policy`. A "
         "folder of a policy holds its own.",
     )
-    vision_tokenizer_path: Path = _fixed(
+    vision_tokenizer_path: Path = fixed(
         "BAAI/Emu3-VisionTokenizer",
         "Emu3VQVAE that turns images into tokens and back: a folder, `package:<path>`, or a hub name of a format that "
         "`earl convert model` takes.",
     )
-    image_area: Positive = _fixed(
+    image_area: Positive = fixed(
         65536, "Pixels that images are resized to before tokenising, keeping the aspect ratio: width x height."
     )
-    sft: dict[Name, Sft] = _fixed(
+    sft: dict[Name, Sft] = fixed(
         dict,
         "Supervised fine-tunings by name. Made are those that `model_path` names as `stage:sft/<name>`, and those that "
         "they start from.",
     )
-    selections: dict[Name, Selection] = _fixed(
+    selections: dict[Name, Selection] = fixed(
         dict,
         "Selections from the rollouts of runs, by the name that `stage:select/<name>` uses in `train_paths_file` of a "
         "fine-tuning.",
     )
-    assistant_prefill: str = _fixed(
+    assistant_prefill: str = fixed(
         " Let's think step by step. <|start thinking|>",
         "Text that every completion starts from: this one forces reasoning, `<|image start|>` an image at once. "
         "`{H}` and `{W}` stand for the height and width of the original image in visual tokens.",
     )
 
     # Training
-    learning_rate: float = _fixed(3e-6, "Learning rate of AdamW; its peak where it changes.", gt=0)
-    learning_rate_schedule: Literal["constant", "linear", "cosine"] = _fixed(
+    learning_rate: float = fixed(3e-6, "Learning rate of AdamW; its peak where it changes.", gt=0)
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = fixed(
         "constant",
         "How the rate goes after its warm-up: `linear` and `cosine` fall to `final_learning_rate` by the end of "
         "iteration `schedule_iterations`, and it stays there.",
     )
-    final_learning_rate: float = _fixed(0.0, "Learning rate that `linear` and `cosine` fall to.", ge=0)
-    schedule_iterations: Positive | None = _fixed(
+    final_learning_rate: float = fixed(0.0, "Learning rate that `linear` and `cosine` fall to.", ge=0)
+    schedule_iterations: Positive | None = fixed(
         None, "Iterations that `linear` and `cosine` are spread over, whatever `num_iterations` is."
     )
-    decay_iterations: Positive | None = _fixed(
+    decay_iterations: Positive | None = fixed(
         None, "Last ones of `schedule_iterations`, over which the rate falls; null: all after the warm-up."
     )
-    warmup_iterations: Integer = _fixed(
+    warmup_iterations: Integer = fixed(
         0, "Iterations over which the learning rate rises linearly to `learning_rate`.", ge=0
     )
-    num_iterations: Integer = _free(
+    num_iterations: Integer = free(
         2000,
         "Iterations of the whole run; raising it continues a finished run. 0: no RL; data and fine-tunings are made, "
         "and the starting policy is evaluated.",
         ge=0,
     )
-    advantage: Literal["mean_std", "mean", "leave_one_out"] = _fixed(
+    advantage: Literal["mean_std", "mean", "leave_one_out"] = fixed(
         "mean_std",
         "Advantage within a group: `mean_std` is (reward - mean) / std (GRPO), `mean` is reward - mean (Dr. GRPO), so "
         "that groups count by how much their rewards differ, `leave_one_out` is reward - mean of the others (RLOO).",
     )
-    advantage_components: dict[RewardComponent, Coefficient] = _fixed(
+    advantage_components: dict[RewardComponent, Coefficient] = fixed(
         dict,
         "Components of the reward, with a weight each, whose `advantage` is computed one by one, weighed, summed and "
         "divided by the iteration's standard deviation (GDPO, Liu et al. 2026); none: that of the reward. "
         "`semantic_consistency` is min(edit_success, overedit), `perceptual_quality` min(naturalness, artifacts), the "
         "others are sub-scores; all are 0 where there is no finished image.",
     )
-    zero_variance_groups: Literal["keep", "mask"] = _fixed(
+    zero_variance_groups: Literal["keep", "mask"] = fixed(
         "keep",
         "Groups whose rewards are all equal, so that they have no advantage: `keep` them in the step, where their "
         "tokens count in the KL term and in what the loss is divided by; `mask` them out of it (DAPO, arXiv "
         "2503.14476, filters them and samples others in their place, which is not done here).",
     )
-    kl_coeff: float = _fixed(
+    kl_coeff: float = fixed(
         0.0003, "Weight of the estimate of KL(policy || reference) in the loss; 0: none, no reference is loaded.", ge=0
     )
-    kl_estimator: Literal["k1", "k2", "k3", "k3+", "weighted_k3"] = _fixed(
+    kl_estimator: Literal["k1", "k2", "k3", "k3+", "weighted_k3"] = fixed(
         "k3",
         "Estimate of the KL by d = reference - policy log-prob (Schulman 2020): `k1` is -d, which has no gradient on "
         "average, `k2` is d^2 / 2, `k3` is exp(d) - 1 - d (GRPO). With an unbiased gradient: `k3+` has the value of k3 "
         "and the gradient of k2 (verl); `weighted_k3` is k3 times the ratio of policy to sampler, and unbiased for an "
         "older policy's episodes too (DeepSeek-V3.2).",
     )
-    loss_normalization: Literal["tokens", "sequences", "constant"] = _fixed(
+    loss_normalization: Literal["tokens", "sequences", "constant"] = fixed(
         "tokens",
         "What the loss of an optimizer step is divided by: `tokens`, its completion tokens (DAPO); `sequences`, each "
         "episode by its length and then by their number (GRPO's paper); `constant`, episodes x `max_response_tokens` "
         "(Dr. GRPO). In a text-only or vision-only iteration the first two count tokens of that kind alone.",
     )
-    optimizer_steps_per_iteration: Positive = _fixed(
+    optimizer_steps_per_iteration: Positive = fixed(
         1, "Mini-batches of whole groups that an iteration is cut into, one optimizer step on each."
     )
-    importance_ratio: Literal["none", "behavior", "sequence"] = _fixed(
+    importance_ratio: Literal["none", "behavior", "sequence"] = fixed(
         "none",
         "`behavior`: PPO's surrogate, whose ratio is to the log-probs of the sampler, token by token; `sequence`: the "
         "same with the geometric mean over each completion (GSPO, with loss_normalization `sequences`); `none`: the "
         "policy gradient, as if every episode came from the policy that takes the step. CISPO is `none` with "
         "sampler_correction `truncate`.",
     )
-    clip_ratio_low: float | None = _fixed(
+    clip_ratio_low: float | None = fixed(
         None, "importance_ratio: clips it at 1 - this (PPO: 0.2, GSPO: 3e-4); null does not clip there.", gt=0, le=1
     )
-    clip_ratio_high: float | None = _fixed(
+    clip_ratio_high: float | None = fixed(
         None,
         "importance_ratio: clips it at 1 + this (PPO: 0.2, DAPO: 0.28, GSPO: 4e-4); null does not clip there.",
         gt=0,
     )
-    sampler_correction: Literal["none", "truncate", "filter"] = _fixed(
+    sampler_correction: Literal["none", "truncate", "filter"] = fixed(
         "none",
         "For log-probs of sampler and learner that differ: `truncate` weighs each token by their ratio, at most "
         "`sampler_correction_high` (truncated importance sampling, Yao et al. 2025); `filter` leaves out sequences "
         "whose ratios' geometric mean is outside `sampler_correction_low`..`sampler_correction_high`.",
     )
-    sampler_correction_low: float | None = _fixed(None, "Lower bound of `filter`.", gt=0, le=1)
-    sampler_correction_high: float | None = _fixed(None, "Upper bound of `truncate` (2 is common) and `filter`.", ge=1)
-    parity_tolerance: float | None = _fixed(
+    sampler_correction_low: float | None = fixed(None, "Lower bound of `filter`.", gt=0, le=1)
+    sampler_correction_high: float | None = fixed(None, "Upper bound of `truncate` (2 is common) and `filter`.", ge=1)
+    parity_tolerance: float | None = fixed(
         0.05,
         "Before an iteration's first step, log-probs of sampler and learner may differ by this many nats a token on "
         "average, else training stops and prints both; about 1e-6 in float32 and 0.01 in bfloat16 are usual; null: no "
         "check.",
         gt=0,
     )
-    temperature: float = _fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
-    per_device_batch_size: Positive = _fixed(8, "Episodes in a micro-batch of the learner, on each of its processes.")
-    train_processes: Positive = _free(
+    temperature: float = fixed(1.0, "Sampling temperature; the learner divides logits by it too.", gt=0)
+    per_device_batch_size: Positive = fixed(8, "Episodes in a micro-batch of the learner, on each of its processes.")
+    train_processes: Positive = free(
         1,
         "Processes that the policy is trained by, in RL and fine-tuning, which split it, each on a GPU of its own: "
         "torchrun starts them. The same step within rounding; metrics.json says how many there were.",
     )
-    lora: Lora | None = _fixed(
+    lora: Lora | None = fixed(
         None,
         "RL trains an adapter, some MB in `policy/`, and the starting policy stays as it is: base of every iteration's "
         "adapter, and reference, of which no second copy is held. null: RL trains all weights.",
     )
-    reference_offload: bool = _free(
+    reference_offload: bool = free(
         False, "Keep the reference model in main memory, and take a layer at a time to the GPU."
     )
-    gradient_checkpointing: bool = _free(
+    gradient_checkpointing: bool = free(
         True,
         "Keep the input of each layer alone, and compute the layer again in the backward pass: less memory, more work, "
         "the same step.",
     )
-    attention: Literal["auto", "sdpa", "flash"] = _free(
+    attention: Literal["auto", "sdpa", "flash"] = free(
         "auto",
         "Kernel of the learner's attention: torch's own, or the package flash-attn 2 on a GPU in bfloat16, which "
         "`auto` takes where it can be imported.",
     )
-    compile: bool = _free(False, "Compile norms and MLPs of the learner's layers (torch.compile); needs a compiler.")
-    policy_dtype: Literal["float32", "bfloat16"] = _fixed(
+    compile: bool = free(False, "Compile norms and MLPs of the learner's layers (torch.compile); needs a compiler.")
+    policy_dtype: Literal["float32", "bfloat16"] = fixed(
         "float32",
         "Type of the weights in `policy/`, which engines sample from. The learner updates float32 weights in any case: "
         "with `bfloat16`, half the size, they stand in `trainer/`.",
     )
-    packing: Literal["none", "groups"] = _fixed(
+    packing: Literal["none", "groups"] = fixed(
         "none",
         "`groups`: a micro-batch of the learner is one row without padding, in which the completions of a prompt share "
         "it; `none`: one padded row an episode. The same loss and gradient within rounding, in RL and fine-tuning.",
     )
-    train_text_tokens_only: bool = _fixed(
+    train_text_tokens_only: bool = fixed(
         False, "Train text tokens in the first `text_only_steps` iterations of each cycle, visual ones in the rest."
     )
-    text_only_cycle_steps: Positive = _fixed(10, "Length of a cycle of `train_text_tokens_only`, in iterations.")
-    text_only_steps: Integer = _fixed(10, "Iterations of each cycle that train text tokens alone.", ge=0)
-    train_vision_tokens_only: bool = _fixed(
+    text_only_cycle_steps: Positive = fixed(10, "Length of a cycle of `train_text_tokens_only`, in iterations.")
+    text_only_steps: Integer = fixed(10, "Iterations of each cycle that train text tokens alone.", ge=0)
+    train_vision_tokens_only: bool = fixed(
         False, "Train visual tokens in the first `vision_only_steps` iterations of each cycle, all tokens in the rest."
     )
-    vision_only_cycle_steps: Positive = _fixed(10, "Length of a cycle of `train_vision_tokens_only`, in iterations.")
-    vision_only_steps: Integer = _fixed(10, "Iterations of each cycle that train visual tokens alone.", ge=0)
+    vision_only_cycle_steps: Positive = fixed(10, "Length of a cycle of `train_vision_tokens_only`, in iterations.")
+    vision_only_steps: Integer = fixed(10, "Iterations of each cycle that train visual tokens alone.", ge=0)
 
     # Generation
-    episodes_per_iteration: Positive = _fixed(128, "Episodes in an iteration: prompts x `generations_per_sample`.")
-    generations_per_sample: Positive = _fixed(
+    episodes_per_iteration: Positive = fixed(128, "Episodes in an iteration: prompts x `generations_per_sample`.")
+    generations_per_sample: Positive = fixed(
         8, "Completions for each prompt, the group that advantages are relative to."
     )
-    max_response_tokens: Positive = _fixed(
+    max_response_tokens: Positive = fixed(
         2048,
         "Longest completion in tokens; cut there, or where `model_context_size` ends, its finish_reason is `length`.",
     )
-    max_prompt_len: Positive | None = _fixed(
+    max_prompt_len: Positive | None = fixed(
         None, "Longest prompt, in tokens; null: as long as `model_context_size` has room for. See `long_prompts`."
     )
-    long_prompts: Literal["leave_out", "stop"] = _free(
+    long_prompts: Literal["leave_out", "stop"] = free(
         "leave_out",
         "Prompts of training that are longer than `max_prompt_len`, or whose edited image, of their image's size, does "
         "not fit in `max_response_tokens` or what they leave of `model_context_size`. `leave_out`: the next draw takes "
@@ -629,187 +247,187 @@ class Config(_Section):
         "and the run stops. Evaluations always stop; a fine-tuning does the same with sequences longer than "
         "`model_context_size`, which `sft.json` counts.",
     )
-    max_completion_len: Positive | None = _fixed(
+    max_completion_len: Positive | None = fixed(
         None, "Longest completion that the learner takes, in tokens; null: as long as they come."
     )
-    top_p: float = _fixed(1.0, "Nucleus sampling; 1 turns it off.", gt=0, le=1)
-    top_k: Integer = _fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
-    model_context_size: Positive = _fixed(4096, "Longest sequence, prompt and completion together, in tokens.")
-    emu3_use_logit_processor: bool = _fixed(True, "Constrain completions to the grid of the original image.")
-    separate_language_and_vision_vocabs: bool = _fixed(
+    top_p: float = fixed(1.0, "Nucleus sampling; 1 turns it off.", gt=0, le=1)
+    top_k: Integer = fixed(-1, "Sample among the k likeliest tokens; -1 turns it off.", ge=-1)
+    model_context_size: Positive = fixed(4096, "Longest sequence, prompt and completion together, in tokens.")
+    emu3_use_logit_processor: bool = fixed(True, "Constrain completions to the grid of the original image.")
+    separate_language_and_vision_vocabs: bool = fixed(
         True,
         "Normalise the log-probability of a visual token over visual ids, of any other over the ids below the first "
         "visual one.",
     )
-    logprob_support: Literal["sampled", "split_vocab", "full"] | None = _fixed(
+    logprob_support: Literal["sampled", "split_vocab", "full"] | None = fixed(
         None,
         "Ids that the learner normalises log-probabilities over. `split_vocab`: as "
         "`separate_language_and_vision_vocabs` says; `full`: all of the model's; `sampled`: those that the sampler "
         "drew from, by `emu3_use_logit_processor`, `top_k` and `top_p`, the latter two found again from the learner's "
         "own logits; null: `split_vocab` or `full` by `separate_language_and_vision_vocabs`.",
     )
-    engine: Literal["vllm", "torch"] = _fixed("vllm", "Rollout engine.")
-    engine_batch_size: Positive = _fixed(
+    engine: Literal["vllm", "torch"] = fixed("vllm", "Rollout engine.")
+    engine_batch_size: Positive = fixed(
         32,
         "Completions in a batch of the torch engine, always this many, so that results do not depend on shards; its "
         "shards are cut at multiples of this. vLLM batches by itself, and its shards are cut between any two prompts.",
     )
-    rollout_shards: Positive = _free(
+    rollout_shards: Positive = free(
         1, "Parts that the prompts of an iteration are generated and scored in, in parallel."
     )
-    vllm_gpu_memory_utilization: float = _free(
+    vllm_gpu_memory_utilization: float = free(
         0.3,
         "Share of GPU memory that vLLM takes for weights and cache; of main memory for its cache on a CPU.",
         gt=0,
         le=1,
     )
-    vllm_tensor_parallel_size: Positive = _free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
-    device: Literal["auto", "cpu", "cuda"] = _free(
+    vllm_tensor_parallel_size: Positive = free(1, "GPUs that vLLM splits the policy over; the torch engine takes one.")
+    device: Literal["auto", "cpu", "cuda"] = free(
         "auto",
         "Where models run. `auto` takes a GPU where there is one, and is an error where there are some that torch does "
         "not see.",
     )
-    dtype: Literal["float32", "bfloat16"] = _fixed("bfloat16", "Type that models compute in.")
-    cpu_threads: Positive = _fixed(
+    dtype: Literal["float32", "bfloat16"] = fixed("bfloat16", "Type that models compute in.")
+    cpu_threads: Positive = fixed(
         2, "Threads of each stage; fixed, since sums over another number of threads differ in the last bits."
     )
 
     # Reward
-    judge: Literal["openai", "vllm", "program"] = _fixed(
+    judge: Literal["openai", "vllm", "program"] = fixed(
         "openai", "Who scores: a server, vLLM in the process, or the shapes world's own program."
     )
-    reward_function_api_base: Path | None = _free(
+    reward_function_api_base: Path | None = free(
         None,
         "Address of the judge server, needed by the judge `openai`: http://<host>:<port>, or a file that holds it, "
         "which may appear later.",
     )
-    reward_function_api_model_name: Path = _fixed(
+    reward_function_api_model_name: Path = fixed(
         "Qwen/Qwen2.5-VL-72B-Instruct",
         "Model that judges: a hub name or a folder; for `openai`, the server's name of it.",
     )
-    reward_function_api_model_revision: str | None = _fixed(
+    reward_function_api_model_revision: str | None = fixed(
         None, "Revision of that model: the judge `vllm` loads it, every judge records it; null takes the main one."
     )
-    reward_compute_viescore: bool = _fixed(True, "Ask the judge model for semantic consistency and perceptual quality.")
-    reward_compute_ground_score: bool = _fixed(False, "Ask the judge model to compare with the ground-truth edit.")
-    reward_final_reward: Literal["viescore", "ground_score", "sqrt(viescore_pqxground_score)"] = _fixed(
+    reward_compute_viescore: bool = fixed(True, "Ask the judge model for semantic consistency and perceptual quality.")
+    reward_compute_ground_score: bool = fixed(False, "Ask the judge model to compare with the ground-truth edit.")
+    reward_final_reward: Literal["viescore", "ground_score", "sqrt(viescore_pqxground_score)"] = fixed(
         "viescore", "Score that becomes the reward, 0..10."
     )
-    judge_rubric_semantic_consistency: Path = _fixed(
+    judge_rubric_semantic_consistency: Path = fixed(
         "package:judges/rubrics/semantic_consistency.jsonnet",
         "Rubric that gives edit_success and overedit: a file of the form that earl/judges/rubric.py describes.",
     )
-    judge_rubric_perceptual_quality: Path = _fixed(
+    judge_rubric_perceptual_quality: Path = fixed(
         "package:judges/rubrics/perceptual_quality.jsonnet", "Rubric that gives naturalness and artifacts."
     )
-    judge_rubric_ground_score: Path = _fixed(
+    judge_rubric_ground_score: Path = fixed(
         "package:judges/rubrics/ground_score.jsonnet", "Rubric that gives ground_score."
     )
-    judge_samples: Integer = _fixed(
+    judge_samples: Integer = fixed(
         1, "Answers to each question, from one reading of the prompt; a score is their mean.", ge=1, le=64
     )
-    judge_readout: Literal["sampled", "expected"] = _fixed(
+    judge_readout: Literal["sampled", "expected"] = fixed(
         "sampled",
         "Score of an answer: the number it gives, or the mean over the distribution that this number was drawn from; "
         "the latter needs a server that gives log-probabilities.",
     )
-    judge_retries: Integer = _fixed(
+    judge_retries: Integer = fixed(
         3, "Times that an answer without usable scores is asked for again, with a new seed each.", ge=0, le=20
     )
-    judge_temperature: float = _fixed(1.0, "Sampling temperature of the judge; 0 makes all answers alike.", ge=0, le=2)
-    judge_max_tokens: Positive = _fixed(512, "Longest answer, in tokens.")
-    judge_reasoning_length: Positive = _fixed(
+    judge_temperature: float = fixed(1.0, "Sampling temperature of the judge; 0 makes all answers alike.", ge=0, le=2)
+    judge_max_tokens: Positive = fixed(512, "Longest answer, in tokens.")
+    judge_reasoning_length: Positive = fixed(
         300, "Longest reasoning before the scores, in characters, where the server keeps to a schema."
     )
-    judge_image_size: Positive | None = _fixed(
+    judge_image_size: Positive | None = fixed(
         None, "Longer side that images are resized to before a model judges them, in pixels; null: as they are decoded."
     )
-    judge_structured_output: bool = _fixed(
+    judge_structured_output: bool = fixed(
         True, "Hold answers to a JSON schema; false for a server that knows none, whose answers are read tolerantly."
     )
-    judge_concurrency: Positive = _free(
+    judge_concurrency: Positive = free(
         64,
         "Questions that are under way at once, of each process and for the judge `openai`; fewer where the server is "
         "overloaded.",
     )
-    judge_timeout_seconds: float = _free(120.0, "Seconds that a server may take for one question.", gt=0)
-    judge_retry_seconds: float = _free(
+    judge_timeout_seconds: float = free(120.0, "Seconds that a server may take for one question.", gt=0)
+    judge_retry_seconds: float = free(
         300.0,
         "Seconds after which the judge `openai` gives up a question whose tries all fail, and a server that has time "
         "for none. Waiting for a turn does not count.",
         gt=0,
     )
-    judge_startup_seconds: float = _free(1800.0, "Seconds to wait for a server to come up.", gt=0)
-    judge_tensor_parallel_size: Positive = _free(
+    judge_startup_seconds: float = free(1800.0, "Seconds to wait for a server to come up.", gt=0)
+    judge_tensor_parallel_size: Positive = free(
         defaults.judge_gpus,
         "GPUs that the judge `vllm` is split over; by default 1, 2, 4 or 8, so that the weights of a model with that "
         "number in its name, such as 72B, take at most half of an 80 GB GPU.",
     )
-    judge_context_size: Positive = _free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")
-    judge_gpu_memory_utilization: float = _free(
+    judge_context_size: Positive = free(4096, "Longest question and answer together in the judge `vllm`, in tokens.")
+    judge_gpu_memory_utilization: float = free(
         0.9,
         "Share of the memory of each of its GPUs that the judge `vllm` takes. It has them to itself: lower this where "
         "processes that are not EARL's use them, too.",
         gt=0,
         le=1,
     )
-    judge_cache: bool = _free(
+    judge_cache: bool = free(
         True, "Keep answers in <base_exp_dir>/shared/judgements.sqlite, so that what is identical is asked once."
     )
-    judge_gate: JudgeGate | None = _free(
+    judge_gate: JudgeGate | None = free(
         None, "What the judge must reach on pairs with a known order before RL starts; null: nothing is checked."
     )
-    max_failed_fraction: float = _free(
+    max_failed_fraction: float = free(
         0.05, "Share of an iteration's episodes that the judge may fail on before the iteration stops.", ge=0, le=1
     )
 
     # Evaluation, logging, checkpoints
-    evaluations: dict[Name, Evaluation] = _free(dict, "Held-out evaluations by name.")
-    segment_length: Positive = _free(
+    evaluations: dict[Name, Evaluation] = free(dict, "Held-out evaluations by name.")
+    segment_length: Positive = free(
         50, "Iterations of one segment: one program (`earl iterate`) that keeps its models in memory."
     )
-    segment_processes: Positive | None = _free(
+    segment_processes: Positive | None = free(
         None,
         "Ranks of a segment. Each samples with an engine of its own, on a GPU of its own; the first `train_processes` "
         "of them train. At least `train_processes`; null: `train_processes`.",
     )
-    segment_checkpoint_every_n_iterations: Positive = _free(
+    segment_checkpoint_every_n_iterations: Positive = free(
         25,
         "Iterations after which a segment writes a checkpoint. It also writes one at its end, and those that "
         "`save_checkpoints_every_n_iterations` and `keep_checkpoints_every_n_iterations` keep. After a crash it trains "
         "again from the newest one, over stored rollouts and scores.",
     )
-    log_episodes_every_n_iterations: Positive = _free(
+    log_episodes_every_n_iterations: Positive = free(
         5, "Iterations whose episodes, with their pictures, `earl track` shows; all of them are on disk."
     )
-    keep_checkpoints_every_n_iterations: Positive | None = _free(
+    keep_checkpoints_every_n_iterations: Positive | None = free(
         100,
         "Keep the checkpoint of every n-th iteration for good; null: all that `save_checkpoints_every_n_iterations` "
         "saves.",
     )
-    save_checkpoints_every_n_iterations: Positive | None = _free(
+    save_checkpoints_every_n_iterations: Positive | None = free(
         100,
         "Save a checkpoint every n-th iteration. The latest is kept; older ones are deleted unless "
         "`keep_checkpoints_every_n_iterations` keeps them. null: none but those of the last two iterations.",
     )
-    wandb_mode: Literal["disabled", "offline", "online"] = _free(
+    wandb_mode: Literal["disabled", "offline", "online"] = free(
         "disabled",
         "Weights & Biases: `online` sends as the run goes on, `offline` writes a folder for `wandb sync` at the end; "
         "both need wandb: pip install -e '.[tracking]' in EARL's folder.",
     )
-    wandb_project: Name = _free("earl", "Project of the run's page on Weights & Biases.")
-    wandb_entity: str | None = _free(None, "User or team whose project it is; null: wandb's own default.", min_length=1)
-    wandb_every_n_iterations: Positive = _free(10, "online: iterations between two sends while the run goes on.")
-    push_to_hub: bool = _free(False, "Push policies to the Hugging Face hub; needs a token.")
-    push_to_hub_every_n_iterations: Positive | None = _free(
+    wandb_project: Name = free("earl", "Project of the run's page on Weights & Biases.")
+    wandb_entity: str | None = free(None, "User or team whose project it is; null: wandb's own default.", min_length=1)
+    wandb_every_n_iterations: Positive = free(10, "online: iterations between two sends while the run goes on.")
+    push_to_hub: bool = free(False, "Push policies to the Hugging Face hub; needs a token.")
+    push_to_hub_every_n_iterations: Positive | None = free(
         100, "Policies of every n-th iteration and of the last are pushed; null: of the last alone."
     )
-    push_to_hub_repo_id: Path | None = _free(
+    push_to_hub_repo_id: Path | None = free(
         lambda data: f"imged_rl__{data.get('run_name', '')}",
         "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing. null: "
         "nothing is pushed.",
     )
-    push_to_hub_private: bool = _free(True, "Whether a repository that is made is private.")
+    push_to_hub_private: bool = free(True, "Whether a repository that is made is private.")
 
     @field_validator("reward_function_api_base", mode="before")
     @classmethod

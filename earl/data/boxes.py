@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from earl.config.schema import BoxUnit
+    from earl.config.sections import BoxUnit
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _FOUR = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")

@@ -19,7 +19,7 @@ from earl.data.places import Place
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
-    from earl.config.schema import RawDataset
+    from earl.config.sections import RawDataset
 
 Value = str | int | bool
 _SHOWN = 10
@@ -28,7 +28,7 @@ _REMEDY = "name one of its columns, or a field or an item in one"
 
 @dataclass(frozen=True)
 class Selection:
-    """What the entry of ``raw_datasets`` says; see the fields of these names in `earl.config.schema.RawDataset`."""
+    """What the entry of ``raw_datasets`` says; see the fields of these names in `earl.config.sections.RawDataset`."""
 
     filter: Mapping[str, Sequence[Value]] = field(default_factory=dict)
     """Place and the values of which one has to stand there."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from earl.config.schema import Lora
+from earl.config.sections import Lora
 from earl.estimate import loads, memory
 from earl.estimate.gpus import Asked, Gpu
 from earl.messages.errors import EarlError

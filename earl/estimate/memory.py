@@ -19,7 +19,8 @@ from earl.files import objects
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM, Emu3TextConfig, Emu3VQVAEConfig
 
-    from earl.config.schema import Config, Lora, Sft
+    from earl.config.schema import Config
+    from earl.config.sections import Lora, Sft
 
 CONTEXT = 1_500_000_000
 """CUDA's context, cuBLAS and what else a process takes of a GPU beside its tensors."""

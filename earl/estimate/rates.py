@@ -13,7 +13,8 @@ from earl.run import segments
 if TYPE_CHECKING:
     from transformers import Emu3TextConfig
 
-    from earl.config.schema import Config, Sft
+    from earl.config.schema import Config
+    from earl.config.sections import Sft
 
 
 @dataclass(frozen=True)

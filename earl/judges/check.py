@@ -22,7 +22,8 @@ from earl.statistics import intervals, rewards
 from earl.statistics.agreement import spearman
 
 if TYPE_CHECKING:
-    from earl.config.schema import Config, JudgeGate
+    from earl.config.schema import Config
+    from earl.config.sections import JudgeGate
 
 Prices = tuple[float, float]
 """What a million tokens cost, in and out, in any currency."""

@@ -9,7 +9,8 @@ from earl.files.layout import Run
 from earl.run import replays, state
 
 if TYPE_CHECKING:
-    from earl.config.schema import Config, Selection
+    from earl.config.schema import Config
+    from earl.config.sections import Selection
     from earl.run.plan import Plan
 
 

@@ -39,7 +39,8 @@ from earl.statistics import seeds
 if TYPE_CHECKING:
     from transformers import Emu3ForCausalLM
 
-    from earl.config.schema import Config, Sft
+    from earl.config.schema import Config
+    from earl.config.sections import Sft
 
 CURVE = "sft.json"
 

@@ -32,7 +32,8 @@ from earl.files.pictures import Rejected
 if TYPE_CHECKING:
     from transformers import Emu3VQVAE
 
-    from earl.config.schema import BoxUnit, Config
+    from earl.config.schema import Config
+    from earl.config.sections import BoxUnit
 
 ROWS_PER_FILE = 1024
 ROWS_AT_ONCE = 128

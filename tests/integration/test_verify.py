@@ -12,7 +12,7 @@ import pytest
 
 from earl.config import load
 from earl.config.freeze import config_digest, frozen_text
-from earl.config.schema import Evaluation
+from earl.config.sections import Evaluation
 from earl.files import manifest, tables
 from earl.files.layout import Run
 from earl.run import verify

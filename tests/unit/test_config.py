@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from earl.config import freeze, load, paths
-from earl.config.schema import Config, Evaluation, JudgeGate, RawDataset, Sft, SftValidation
+from earl.config.schema import Config
+from earl.config.sections import Evaluation, JudgeGate, RawDataset, Sft, SftValidation
 from earl.messages.errors import EarlError
 from tests.support.experiments import ASKED, MINIMAL, VARIABLES, error_of, experiment
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from earl.config import load
-from earl.config.schema import Config, Lora, Sft
+from earl.config.schema import Config
+from earl.config.sections import Lora, Sft
 from earl.emu3.models import Emu3TextConfig, Emu3VQVAEConfig
 from earl.estimate import cases, memory
 from earl.estimate.cases import Bytes, Case, NotSimulated, simulate

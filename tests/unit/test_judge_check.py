@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from earl.config import freeze
-from earl.config.schema import JudgeGate
+from earl.config.sections import JudgeGate
 from earl.files import images
 from earl.judges import Judgement, Verdict, check, known_order
 from earl.judges.known_order import Ranked

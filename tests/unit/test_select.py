@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from earl.config import freeze, paths
-from earl.config.schema import Config, Sft
+from earl.config.schema import Config
+from earl.config.sections import Sft
 from earl.data.tokenised import open_dataset
 from earl.emu3 import sequence
 from earl.files import manifest, tables

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from earl.config import load
-from earl.config.schema import RawDataset
+from earl.config.sections import RawDataset
 from earl.data import row_files
 from earl.data.raw import RawRow, RawSource
 from earl.data.selection import Selection
