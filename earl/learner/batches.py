@@ -77,7 +77,8 @@ def micro_batches(
 
     Without a description no progress is shown.
     """
-    cut, count = cut_episodes(episodes, settings, team.size), rounds_of(episodes, settings, team)
+    cut = cut_episodes(episodes, settings, team.size)
+    count = -(-len(cut) // team.size)
     silent = description is None or not team.first
     shares = tqdm(rounds(cut, team), description, count, unit="batch", leave=False, disable=silent)
     for part, counts in shares:
