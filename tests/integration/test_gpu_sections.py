@@ -14,6 +14,7 @@ from benchmarks.gpu.__main__ import SECTIONS
 from benchmarks.gpu.context import Context
 from earl.estimate import memory
 from earl.learner import grpo
+from tests.support.make import make
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -179,7 +180,7 @@ def test_a_section_that_there_is_not_is_refused(tmp_path):
 def test_make_passes_on_what_it_is_given(tmp_path, given, asked):
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    command = ["make", "--dry-run", "gpu", f"PYTHON={sys.executable}", *given]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = make(tmp_path, "--dry-run", "gpu", f"PYTHON={sys.executable}", *given)
+    assert done.returncode == 0, done.stderr
     _, _, options = done.stdout.replace("\\\n", " ").partition(" -m benchmarks.gpu ")
     assert options.split() == asked.split()

@@ -1,6 +1,5 @@
 """What `make` says where it cannot go on, and what it installs into: with a stand-in for Python and pip, no network."""
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.make import make as make_with
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,9 +36,7 @@ def python(path: Path, version: tuple[int, int, int]) -> Path:
 
 
 def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    env["PATH"] = f"{checkout / 'tools'}:{env['PATH']}"
-    return subprocess.run(["make", *arguments], cwd=checkout, env=env, capture_output=True, text=True)
+    return make_with(checkout, *arguments, first_on_path=checkout / "tools")
 
 
 def refusal(done: subprocess.CompletedProcess) -> str:

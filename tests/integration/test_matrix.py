@@ -2,9 +2,7 @@
 those with several fine-tunings or data sets in this process."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +11,11 @@ import pytest
 from earl.config import load
 from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
-from earl.execution import processes
 from earl.files import manifest, tables
 from earl.files.layout import Run
 from tests.support import bare_loop
 from tests.support.html_page import Page
+from tests.support.make import make
 
 ROOT = Path(__file__).parents[2]
 MADE = ("sft_s__rl_s", "sft_think_s__rl_s")
@@ -48,13 +46,11 @@ def test_make_matrix_names_all_ten():
 def matrix(tmp_path_factory) -> tuple[Path, str]:
     """Run the target with this Python's packages; return the folder of the runs and what was printed."""
     runs = tmp_path_factory.mktemp("matrix") / "runs"
-    command = ["make", "matrix", f"VENV={sys.prefix}", f"RUNS={runs}", "ITERATIONS=1"]
+    arguments = ["matrix", f"VENV={sys.prefix}", f"RUNS={runs}", "ITERATIONS=1"]
     # What is installed here may be older than pyproject.toml, and is not for a test to change.
-    command += ["--old-file", f"{sys.prefix}/.installed", f"MATRIX={' '.join(MADE)}"]
-    command.append("SET=" + " ".join(f"{field}={value}" for field, value in SMALL.items()))
-    # Neither what the `make` around the tests was called with, nor whose process it shall end with.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", processes.WATCHED)}
-    done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
+    arguments += ["--old-file", f"{sys.prefix}/.installed", f"MATRIX={' '.join(MADE)}"]
+    arguments.append("SET=" + " ".join(f"{field}={value}" for field, value in SMALL.items()))
+    done = make(ROOT, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return runs, done.stdout
 
