@@ -1,37 +1,38 @@
-"""The reference's recipe for the learner against ours, on the shapes world: held-out scores at the same episodes.
+"""The reference's recipe for the learner, ours, and other ways to learn: held-out scores at the same episodes.
 
-    python benchmarks/recipes.py --seeds 42 43 44 45 46
+    PYTHONPATH=. python benchmarks/recipes.py --seeds 42 43 44 45 46
 
-Arms differ in three things, and in nothing else (policy, prompts, episodes, learning rate, advantages divided by the
-group's spread as in EARL):
-
-* groups of equal rewards stay in the step, or are masked;
-* the judge's readout is sampled, or expected;
-* one optimizer step an iteration, or two, the second off-policy, with a clipped ratio to the sampler.
+Every arm starts from the demo's SFT policy and differs from the reference's in what `ARMS` says, in nothing else
+(prompts, episodes, learning rate). Two arms do not do RL: they are fine-tuned on the episodes of the reference's run of
+their seed, on the best of each group, or by DPO on the best and the worst.
 
 The world's judge is a program whose scores are exact. What a model judge would give is a *stand-in*: for an exact score
 s an integer is drawn from Binomial(10, s / 10), whose mean is s, so that s itself is the expected readout
 (`SampledReadout`). Held-out evaluations are scored exactly in all arms.
 
-Resumable: what is on disk is not made again, and `--report` shows what there is. Both arms that matter most come first.
+Intervals are over seeds and prompts, see `earl.statistics.intervals.over_seeds_and_prompts`; CPU seconds are those of
+training, with sampling and scoring, without evaluations. Resumable: what is on disk is not made again, and `--report`
+shows what there is. The arms that matter most come first.
 """
 
 import argparse
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks import learning
 from earl import code_version
 from earl.config import load
 from earl.config.schema import Config
-from earl.files import atomic
+from earl.files import atomic, objects
 from earl.files.layout import Run
 from earl.judges import Judgement, Verdict
 from earl.judges.program import ProgramJudge
@@ -46,14 +47,18 @@ log = logging.getLogger("recipes")
 
 @dataclass(frozen=True)
 class Arm:
-    """What a recipe sets beside the experiment's own fields."""
+    """What a recipe sets beside the reference's fields."""
 
     title: str
-    sampled_readout: bool
+    sampled_readout: bool = True
     fields: Mapping[str, object] = field(default_factory=dict)
+    fine_tuning: Mapping[str, object] | None = None
+    """In place of RL, of a fine-tuning on the reference's episodes: what it sets beside the demo's own."""
 
 
-MASKING = {"zero_variance_groups": "mask"}
+REFERENCE_FIELDS = {"advantage": "mean_std", "temperature": 1.0, "kl_coeff": 0.0003}
+MEAN = {"advantage": "mean"}
+COOLER = {"temperature": 0.6, "kl_coeff": 0.025}
 OFF_POLICY = {
     "optimizer_steps_per_iteration": 2,
     "importance_ratio": "behavior",
@@ -61,14 +66,19 @@ OFF_POLICY = {
     "clip_ratio_high": 0.28,
 }
 ARMS = {
-    "reference": Arm("the reference's recipe", True),
-    "ours": Arm("ours: all three", False, {**MASKING, **OFF_POLICY}),
-    "masking": Arm("reference + masking", True, MASKING),
+    "reference": Arm("the reference's recipe"),
+    "ours": Arm("ours: the demo's recipe", False, MEAN | COOLER),
+    "best-of-n": Arm("best-of-n", fine_tuning={"steps": 250}),
+    "dpo": Arm("DPO", fine_tuning={"steps": 150, "objective": "dpo", "dpo_beta": 0.1, "learning_rate": 5e-5}),
+    "mean": Arm("reference + advantages not divided", fields=MEAN),
+    "cooler": Arm("reference + T = 0.6, kl 0.025", fields=COOLER),
     "expected": Arm("reference + expected readout", False),
-    "off-policy": Arm("reference + off-policy step", True, OFF_POLICY),
+    "masking": Arm("reference + masking", fields={"zero_variance_groups": "mask"}),
+    "off-policy": Arm("reference + off-policy step", fields=OFF_POLICY),
 }
-FIRST = ("reference", "ours")
+FIRST = ("reference", "ours", "best-of-n", "dpo")
 REFERENCE = "reference"
+CPU_SECONDS = "cpu_seconds.json"
 Found = dict[tuple[str, int], Run]
 """Finished runs by arm and seed."""
 
@@ -102,19 +112,39 @@ class SampledReadout:
 
 
 def configure(experiment: str, overrides: dict, name: str, seed: int) -> Config:
-    own = {"advantage": "mean_std", **ARMS[name].fields, "random_seed": seed, "run_name": f"recipes-{name}-{seed}"}
+    arm = ARMS[name]
+    own = {**REFERENCE_FIELDS, **arm.fields, "random_seed": seed, "run_name": f"recipes-{name}-{seed}"}
+    if arm.fine_tuning is not None:
+        config = load.load(experiment, overrides).config
+        (start,) = config.sft
+        learns = {"base_model": config.model_path, "train_paths_file": ["stage:select/episodes"], "random_seed": seed}
+        learns = config.sft[start].model_dump(exclude_unset=True) | learns | arm.fine_tuning
+        own |= {
+            "num_iterations": 0,
+            "selections.episodes": {"run": f"{config.base_exp_dir}/recipes-{REFERENCE}-{seed}"},
+            "sft.tuned": learns,
+            "model_path": "stage:sft/tuned",
+        }
     return load.load(experiment, {**overrides, **own}).config
 
 
 def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     """Train a run to its end, evaluating on the way; of the starting policy, only the first arm makes evaluations."""
+    began = time.process_time()
     run = bare_loop.start(config)
+    spent = time.process_time() - began if arm.fine_tuning is not None else 0.0
     for index in range(config.num_iterations + 1):
         if index > state.newest_complete(run):
+            began = time.process_time()
             run_iteration(config, run, index, arm)
-        wanted = config.evaluations_at(index) if index or with_start else []
+            spent += time.process_time() - began
+        due = index > 0 or with_start or arm.fine_tuning is not None
+        wanted = config.evaluations_at(index) if due else []
         if not all(run.evaluation(name, index).summary.is_file() for name in wanted):
             bare_loop.evaluate(config, run, index)
+    seconds = run.path / CPU_SECONDS
+    spent += objects.read(seconds)["seconds"] if seconds.is_file() else 0.0
+    objects.write(seconds, {"seconds": spent})
 
 
 def run_iteration(config: Config, run: Run, index: int, arm: Arm) -> None:
@@ -138,16 +168,15 @@ def finished(configs: Mapping[tuple[str, int], Config]) -> Found:
 # Figures
 
 
-def held_out(found: Found, arm: str, seed: int, name: str, index: int) -> dict[str, dict]:
-    """Episodes of an evaluation by example; the starting policy is the same in all arms."""
-    return learning.rows(found[REFERENCE if index == 0 else arm, seed], name, index)
+def held_out(found: Found, arm: str, of_seeds: Sequence[int], name: str, index: int, measure: str) -> np.ndarray:
+    """Return a measure of an evaluation, [seeds, prompts]; the starting policy is the same in all arms.
 
-
-def by_prompt(rows: Sequence[Mapping[str, dict]], measure: str) -> dict:
-    """Mean over seeds of a measure by prompt; a completion without an image has done nothing of the edit."""
-    return intervals.mean_by_prompt(
-        (example, row[measure] or 0.0) for one in rows for example, row in sorted(one.items())
-    )
+    A completion without an image has done nothing of the edit.
+    """
+    at = 0 if ARMS[arm].fine_tuning is not None else index
+    runs = [found[REFERENCE if index == 0 else arm, seed] for seed in of_seeds]
+    rows = [learning.rows(run, name, at) for run in runs]
+    return np.array([[one[example][measure] or 0.0 for example in sorted(rows[0])] for one in rows])
 
 
 def own_seeds(found: Found, arm: str) -> list[int]:
@@ -169,30 +198,36 @@ def training_rewards(run: Run, last: int) -> list[float]:
     return means
 
 
-def difference(before: Mapping, after: Mapping) -> str:
-    change = intervals.paired_bootstrap(before, after)
-    return f"{change.mean:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+def text(interval: intervals.Interval, sign: str = "+") -> str:
+    return f"{interval.mean:{sign}.2f} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
 
 
 def table(found: Found, name: str, last: int) -> str:
-    """Return a Markdown table: a line an arm, after RL, against the SFT policy and against the reference."""
+    """Return a Markdown table: a line an arm, after training, against the SFT policy and against the reference."""
     against = [f"{title}, against the reference" for title in learning.MEASURES.values()]
-    head = ["", "seeds", "reward, SFT -> RL", "difference", *against]
+    head = ["", "seeds", "reward, SFT -> end", "gain", "gain by the reference's", *against, "CPU s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm, described in ARMS.items():
         if not (chosen := own_seeds(found, arm)):
             continue
-        start, end, reference = (
-            [held_out(found, which, seed, name, index) for seed in chosen]
-            for which, index in ((arm, 0), (arm, last), (REFERENCE, last))
-        )
-        before, after = by_prompt(start, "reward"), by_prompt(end, "reward")
-        means = f"{fmean(before.values()):.2f} -> {fmean(after.values()):.2f}"
-        cells = [described.title, str(len(chosen)), means, difference(before, after)]
-        for measure in learning.MEASURES:
-            same = arm == REFERENCE
-            cells.append("" if same else difference(by_prompt(reference, measure), by_prompt(end, measure)))
-        lines.append("| " + " | ".join(cells) + " |")
+        at = {
+            (which, measure): held_out(found, which, chosen, name, last, measure)
+            for which in (arm, REFERENCE)
+            for measure in learning.MEASURES
+        }
+        start = held_out(found, arm, chosen, name, 0, "reward")
+        gain, usual = at[arm, "reward"] - start, at[REFERENCE, "reward"] - start
+        cells = [described.title, str(len(chosen)), f"{start.mean():.2f} -> {at[arm, 'reward'].mean():.2f}"]
+        cells += [text(intervals.over_seeds_and_prompts(gain))]
+        if arm == REFERENCE:
+            cells += [""] * (1 + len(learning.MEASURES))
+        else:
+            cells.append(text(intervals.ratio(gain, usual), ""))
+            cells += [
+                text(intervals.over_seeds_and_prompts(at[arm, one] - at[REFERENCE, one])) for one in learning.MEASURES
+            ]
+        spent = [objects.read(found[arm, seed].path / CPU_SECONDS)["seconds"] for seed in chosen]
+        lines.append("| " + " | ".join([*cells, f"{fmean(spent):.0f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -201,14 +236,12 @@ def seed_table(found: Found, name: str, last: int) -> str:
     every = sorted({seed for _, seed in found})
     lines = ["| reward gained, seed | " + " | ".join(map(str, every)) + " |", "|" + "---|" * (1 + len(every))]
     for arm, described in ARMS.items():
-        cells = []
-        for seed in every:
-            if (arm, seed) not in found or (REFERENCE, seed) not in found:
-                cells.append("")
-                continue
-            ends = [by_prompt([held_out(found, arm, seed, name, index)], "reward") for index in (0, last)]
-            cells.append(f"{fmean(ends[1].values()) - fmean(ends[0].values()):+.2f}")
-        if any(cells):
+        gains = {
+            seed: np.subtract(*(held_out(found, arm, [seed], name, index, "reward").mean() for index in (last, 0)))
+            for seed in own_seeds(found, arm)
+        }
+        if gains:
+            cells = [f"{gains[seed]:+.2f}" if seed in gains else "" for seed in every]
             lines.append(f"| {described.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -221,48 +254,49 @@ def training_table(found: Found, last: int) -> str:
         "entropy": "entropy, last iteration",
     }
     lines = ["| | " + " | ".join(figures.values()) + " |", "|" + "---|" * (1 + len(figures))]
-    for arm, described in ARMS.items():
+    for arm, described in rl_arms(found).items():
         metrics = [
             [json.loads(found[arm, seed].iteration(index).metrics.read_text()) for index in range(1, last + 1)]
             for seed in own_seeds(found, arm)
         ]
-        if metrics:
-            equal = fmean(row["zero_std_fraction"] for one in metrics for row in one)
-            ends = [fmean(one[-1][key] for one in metrics) for key in ("kl", "entropy")]
-            lines.append(f"| {described.title} | {equal:.0%} | " + " | ".join(f"{end:.3f}" for end in ends) + " |")
+        equal = fmean(row["zero_std_fraction"] for one in metrics for row in one)
+        ends = [fmean(one[-1][key] for one in metrics) for key in ("kl", "entropy")]
+        lines.append(f"| {described.title} | {equal:.0%} | " + " | ".join(f"{end:.3f}" for end in ends) + " |")
     return "\n".join(lines)
 
 
+def rl_arms(found: Found) -> dict[str, Arm]:
+    return {name: arm for name, arm in ARMS.items() if arm.fine_tuning is None and own_seeds(found, name)}
+
+
 def curves(found: Found, config: Config) -> dict[str, list[charts.Line]]:
-    """Mean reward over seeds by iteration: of each evaluation, and of the training episodes."""
-    last, drawn = config.num_iterations, {}
+    """Mean reward over seeds by iteration of RL: of each evaluation, and of the training episodes."""
+    last, arms, drawn = config.num_iterations, rl_arms(found), {}
     for name, evaluation in config.evaluations.items():
         indices = [index for index in range(last + 1) if name in config.evaluations_at(index)]
         drawn[f"Held-out reward, T = {evaluation.temperature:g}"] = [
             charts.line(
-                described.title,
-                [
-                    (index, fmean(by_prompt([held_out(found, arm, s, name, index) for s in chosen], "reward").values()))
-                    for index in indices
-                ],
+                arm.title,
+                [(i, held_out(found, key, own_seeds(found, key), name, i, "reward").mean()) for i in indices],
                 place,
             )
-            for place, (arm, described) in enumerate(ARMS.items())
-            if (chosen := own_seeds(found, arm))
+            for place, (key, arm) in enumerate(arms.items())
         ]
-    drawn[f"Training reward, T = {config.temperature:g}"] = [
+    drawn["Training reward"] = [
         charts.line(
-            described.title,
-            enumerate(map(fmean, zip(*(training_rewards(found[arm, s], last) for s in chosen), strict=True)), start=1),
+            arm.title,
+            enumerate(
+                map(fmean, zip(*(training_rewards(found[key, s], last) for s in own_seeds(found, key)), strict=True)),
+                start=1,
+            ),
             place,
         )
-        for place, (arm, described) in enumerate(ARMS.items())
-        if (chosen := own_seeds(found, arm))
+        for place, (key, arm) in enumerate(arms.items())
     ]
     return drawn
 
 
-COLOURS = ("#646b76", "#0d7468", "#c2681a", "#4a5fb0", "#95497f")
+COLOURS = ("#646b76", "#0d7468", "#c2681a", "#4a5fb0", "#95497f", "#a8324a", "#7a7a1e")
 WIDTH, HEIGHT, GAP, HEAD, FOOT = 400, 260, 24, 34, 34
 
 
@@ -337,7 +371,7 @@ def main() -> None:
         if not arguments.report:
             log.info("arm %s, seed %d", name, seed)
             run_arm(config, ARMS[name], with_start=name == REFERENCE)
-    report(finished(configs), next(iter(configs.values())), arguments.out)
+    report(finished(configs), configs[REFERENCE, arguments.seeds[0]], arguments.out)
 
 
 if __name__ == "__main__":

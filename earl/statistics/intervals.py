@@ -1,5 +1,6 @@
 """Percentile bootstrap intervals (Efron 1979), resampling prompts. Deterministic: equal values give equal intervals.
 
+Where training runs with several seeds are evaluated on the same prompts, both are resampled (`over_seeds_and_prompts`).
 The unit that is drawn again is the prompt, never the episode: several samples of one prompt are averaged first,
 because they share its difficulty and would make an interval too narrow.
 """
@@ -55,8 +56,7 @@ def bootstrap(values: Iterable[float], resamples: int = RESAMPLES, confidence: f
             for count in _portions(resamples, max(1, _DRAWS_AT_ONCE // len(sample)))
         ]
     )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(sample.mean()), float(low), float(high), len(sample))
+    return _interval(sample, float(sample.mean()), means, confidence)
 
 
 def expected_best(values: Sequence[float], count: int) -> float:
@@ -116,13 +116,47 @@ def best_of(values: Iterable[tuple[Hashable, float | None]]) -> dict[str, dict[s
     return found
 
 
-def _portions(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
-
-
 def paired_bootstrap(before: Mapping[Hashable, float], after: Mapping[Hashable, float]) -> Interval | None:
     """Mean of after - before over the prompts that both hold, with its 95% interval; None when they share none.
 
     Pairing removes the spread between easy and hard prompts, which two separate intervals would carry.
     """
     return bootstrap(after[prompt] - before[prompt] for prompt in before if prompt in after)
+
+
+def over_seeds_and_prompts(values: np.ndarray) -> Interval:
+    """Mean of values [seeds, prompts] with its 95% interval over both: what another seed and other prompts would give.
+
+    Each draw takes seeds and, independently, prompts, with replacement, the same prompts for all seeds: the
+    hierarchical bootstrap of crossed factors (Owen 2007, "The pigeonhole bootstrap"). With few seeds it is narrower
+    than it should be, as every bootstrap of a small sample.
+    """
+    return _interval(values, float(values.mean()), _crossed_means(values))
+
+
+def ratio(over: np.ndarray, under: np.ndarray) -> Interval:
+    """Ratio of the means of two arrays of values [seeds, prompts], paired, with its 95% interval over both.
+
+    Where the mean below may be 0 the interval says nothing.
+    """
+    return _interval(over, float(over.mean() / under.mean()), _crossed_means(over) / _crossed_means(under))
+
+
+def _crossed_means(values: np.ndarray) -> np.ndarray:
+    """Means of draws of seeds and prompts, [RESAMPLES]; equal draws for arrays of equal shape."""
+    generator = seeds.generator("crossed bootstrap", *values.shape, RESAMPLES)
+    means = []
+    for count in _portions(RESAMPLES, max(1, _DRAWS_AT_ONCE // values.shape[1])):
+        by_prompt = values[generator.integers(values.shape[0], size=(count, values.shape[0]))].mean(axis=1)
+        prompts = generator.integers(values.shape[1], size=(count, values.shape[1]))
+        means.append(np.take_along_axis(by_prompt, prompts, axis=1).mean(axis=1))
+    return np.concatenate(means)
+
+
+def _interval(values: np.ndarray, mean: float, means: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean, float(low), float(high), values.size)
+
+
+def _portions(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]

@@ -56,5 +56,13 @@ def test_arms_differ_in_what_they_say_alone():
     assert (reference.advantage, reference.zero_variance_groups, reference.random_seed) == ("mean_std", "keep", 7)
     for name, config in configs.items():
         differing = {field for field, value in config if value != getattr(reference, field)}
-        assert differing - {"run_name", "push_to_hub_repo_id"} == set(recipes.ARMS[name].fields)
+        tuned = {"num_iterations", "selections", "sft", "model_path"} if recipes.ARMS[name].fine_tuning else set()
+        assert differing - {"run_name", "push_to_hub_repo_id"} == set(recipes.ARMS[name].fields) | tuned
     assert not recipes.ARMS["ours"].sampled_readout
+
+
+def test_fine_tuning_arms_learn_from_the_episodes_of_the_reference():
+    config = recipes.configure(ROOT / "config" / "demo.jsonnet", {"base_exp_dir": "elsewhere"}, "dpo", 7)
+    assert config.selections["episodes"].run == "elsewhere/recipes-reference-7"
+    assert config.sft["tuned"].base_model == "stage:sft/shapes"
+    assert config.sft["tuned"].objective == "dpo"

@@ -20,7 +20,7 @@ def make_shared(config: Config) -> None:
     from earl.data import catalogue, fetch, hub_files
     from earl.emu3 import published
     from earl.shapes import dataset, policy, world
-    from earl.stages import sft, tokenise
+    from earl.stages import select, sft, tokenise
 
     for output, stage in paths.shared_stages(config).items():
         if output.exists():
@@ -40,6 +40,8 @@ def make_shared(config: Config) -> None:
                 published.make(stage.conversion, output)
             case "tokenise":
                 tokenise.run(config, stage.name, paths.raw_file(config, stage.name), output)
+            case "select":
+                select.run(config, stage.name, output)
             case "sft":
                 sft.run(config, stage.name, output)
 
