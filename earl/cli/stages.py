@@ -96,14 +96,20 @@ def generate(
     from earl.files.layout import Run
     from earl.run import claims, state
     from earl.stages import generate as stage
+    from earl.stages import rounds
 
-    claims.claim(settings, "generate")
-    with state.writing_to(out, Run(config.parent)):
-        sampler = stage.Sampler.load(settings, policy)
-        if evaluation is not None:
-            stage.run_evaluation(settings, evaluation, iteration, sampler, out)
-        else:
-            stage.run(settings, iteration, shard, sampler, out)
+    run = Run(config.parent)
+    with state.writing_to(out, run):
+        if shard is None:
+            claims.claim(settings, "generate")
+            stage.run_evaluation(settings, evaluation, iteration, stage.Sampler.load(settings, policy), out)
+            return
+        sampled, number = stage.Policy.of(policy), shard // settings.rollout_shards
+        earlier = rounds.earlier(settings, run.iteration(iteration), number, sampled.policy_digest)
+        if stage.wanted(settings, shard, earlier):
+            claims.claim(settings, "generate")
+            sampled = stage.Sampler.load(settings, policy)
+        stage.run(settings, iteration, shard, sampled, out, earlier)
 
 
 @app.command()

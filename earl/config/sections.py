@@ -110,9 +110,7 @@ class RawDataset(Section):
     )
     count: Positive | None = fixed(None, "shapes: number of pairs.")
     seed: Integer | None = fixed(None, "shapes: seed of the generator; give disjoint data sets different seeds.", ge=0)
-    tasks: list[str] | None = fixed(
-        None, "shapes: edit types to draw from; null draws from all of them.", min_length=1
-    )
+    tasks: list[str] | None = fixed(None, "shapes: edit types to draw from; null draws from all of them.", min_length=1)
     unchanged_fraction: float = fixed(
         0.0,
         "shapes: share of the pairs whose edited image is the original, as in data that an editor failed on.",
@@ -160,6 +158,22 @@ class RawDataset(Section):
         return self
 
 
+class DynamicSampling(Section):
+    """Sampling on until enough groups can be learned from (DAPO, arXiv 2503.14476)."""
+
+    usable_groups: Positive = fixed(
+        ...,
+        "Groups whose rewards are not all equal that an iteration is trained on: the first ones, in the order of the "
+        "prompts. While there are fewer, further prompts are sampled; where too few are found, those that there are.",
+    )
+    max_rounds: Positive = fixed(
+        ..., "Rounds of further prompts that an iteration samples at most, beside its `episodes_per_iteration`."
+    )
+    prompts_per_round: Positive | None = fixed(
+        None, "Prompts of such a round; null: as many as the iteration has at first."
+    )
+
+
 class Selection(Section):
     """Completions of a run to learn from, `stage:select/<name>`: of each group the best, and beside it the worst.
 
@@ -168,9 +182,7 @@ class Selection(Section):
     sample's is taken.
     """
 
-    run: Path = fixed(
-        ..., "Folder of the run. Where an experiment of the same workflow is this run, it is made first."
-    )
+    run: Path = fixed(..., "Folder of the run. Where an experiment of the same workflow is this run, it is made first.")
     first_iteration: Positive = fixed(1, "First iteration whose rollouts are read.")
     last_iteration: Positive | None = fixed(None, "Last one; null: the last that is complete.")
     minimum_reward: float | None = fixed(

@@ -46,11 +46,12 @@ def make_shared(config: Config) -> None:
 
 def run_iteration(config: Config, run: Run, index: int) -> None:
     """Generate, score and train iteration ``index``."""
-    from earl.stages import generate, score, train
+    from earl.stages import generate, rounds, score, train
 
     files, sampler = run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy)
-    for shard in range(config.rollout_shards):
-        generate.run(config, index, shard, sampler, files.rollouts(shard))
+    for shard in range(config.rollout_files):
+        earlier = rounds.earlier(config, files, shard // config.rollout_shards, sampler.policy_digest)
+        generate.run(config, index, shard, sampler, files.rollouts(shard), earlier)
         score.run(config, files.rollouts(shard), files.scores(shard))
     train.run(config, run.path, index)
 
