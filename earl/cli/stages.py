@@ -93,23 +93,24 @@ def generate(
     from earl.config.load import read
 
     settings = read(config)
+    from earl.files import manifest
     from earl.files.layout import Run
     from earl.run import claims, state
     from earl.stages import generate as stage
     from earl.stages import rounds
 
-    run = Run(config.parent)
+    run, number = Run(config.parent), (shard or 0) // settings.rollout_shards
+    digest = manifest.digest_folder(policy) if number else ""
+    earlier = rounds.earlier(settings, run.iteration(iteration), number, digest)
+    samples = shard is None or bool(stage.wanted(settings, shard, earlier))
+    if samples:
+        claims.claim(settings, "generate")
     with state.writing_to(out, run):
-        if shard is None:
-            claims.claim(settings, "generate")
+        if evaluation is not None:
             stage.run_evaluation(settings, evaluation, iteration, stage.Sampler.load(settings, policy), out)
-            return
-        sampled, number = stage.Policy.of(policy), shard // settings.rollout_shards
-        earlier = rounds.earlier(settings, run.iteration(iteration), number, sampled.policy_digest)
-        if stage.wanted(settings, shard, earlier):
-            claims.claim(settings, "generate")
-            sampled = stage.Sampler.load(settings, policy)
-        stage.run(settings, iteration, shard, sampled, out, earlier)
+        else:
+            sampled = stage.Sampler.load(settings, policy) if samples else stage.Policy.of(policy)
+            stage.run(settings, iteration, shard, sampled, out, earlier)
 
 
 @app.command()
