@@ -84,7 +84,7 @@ def write_rounds(config: Config, run: Run, vocabulary, *groups: tuple[int, int])
     for shard in range(config.rollout_files):
         earlier = rounds.earlier(config, here, shard // config.rollout_shards, digest)
         part = generate.wanted(config, shard, earlier)
-        rows = [train_files.row(1, group, sample, vocabulary) for group in part for sample in range(SAMPLES)]
+        rows = [train_files.made_up_row(1, group, sample, vocabulary) for group in part for sample in range(SAMPLES)]
         for row in rows:
             score = groups[int(row["example_id"])][row["sample_index"]]
             row |= dict.fromkeys(("edit_success", "overedit", "naturalness", "artifacts"), score)
