@@ -69,15 +69,16 @@ def sampled(config: "Config", groups: int) -> int:
     return 1 + (groups - config.prompts_per_iteration) // len(config.prompts_of_round(config.rounds - 1))
 
 
-def check(config: "Config", iteration: Iteration, scores: list[str]) -> None:
-    """Check that the further rounds of an iteration were sampled, or not, by the scores that are there.
+def check(config: "Config", iteration: Iteration, source: episodes.Source) -> None:
+    """Check that the further rounds of an iteration were sampled, or not, by the scores and fields of now.
 
     Args:
-        scores: digests of its files of scores.
+        source: what was read of the iteration.
 
     Raises:
         EarlError: by other scores, or for another number of usable groups.
     """
+    scores, needed = source.scores, 0
     shards = len(scores) // config.rounds
     for shard in range(shards, len(scores)):
         path = iteration.rollouts(shard)
@@ -87,3 +88,10 @@ def check(config: "Config", iteration: Iteration, scores: list[str]) -> None:
                 f"{path}: whether this round is needed was decided by other scores of the rounds before it than are "
                 "there now; generate and score it again"
             )
+        needed += shard % shards == 0 and int(told[tables.USABLE]) < config.most_trained_groups
+    if len(source.rows) != counts(config, config.rounds)[needed]:
+        raise EarlError(
+            f"{iteration.path}/rollouts: {needed} further rounds are needed for the {config.most_trained_groups} "
+            f"groups of dynamic_sampling.usable_groups, but shards hold {len(source.rows)} episodes; generate and "
+            "score the further rounds again"
+        )

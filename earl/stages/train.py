@@ -118,7 +118,7 @@ def _read(
     source = episodes.read(stored.files, stored.shards, stored.sampled_by, rounds.counts(config, config.rounds))
     stored.check(source)
     if stored.recorded is None:
-        rounds.check(config, stored.files, source.scores)
+        rounds.check(config, stored.files, source)
     outcomes = episodes.reward_all(source, config, path)
     used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, path)
     settings = _settings(config, iteration, vocabulary, team)

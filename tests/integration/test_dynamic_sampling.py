@@ -170,6 +170,14 @@ def test_rounds_that_other_scores_decided_are_named(new_run, vocabulary):
         train.run(config, run.path, 1)
 
 
+def test_rounds_for_another_number_of_groups_are_named(new_run, vocabulary):
+    config, run = new_run(**few())
+    write_rounds(config, run, vocabulary, EQUAL, DIFFERENT, OTHER)
+    more = Config(**config.model_dump() | {"dynamic_sampling": SAMPLING | {"usable_groups": 3}})
+    with pytest.raises(EarlError, match=r"2 further rounds are needed for the 3 groups .* shards hold 6 episodes"):
+        train.run(more, run.path, 1)
+
+
 def test_a_round_of_which_a_shard_is_missing_rows_is_named(new_run, vocabulary):
     config, run = new_run(**few(rollout_shards=1, dynamic_sampling=SAMPLING | {"prompts_per_round": 2}))
     write_rounds(config, run, vocabulary, EQUAL, DIFFERENT, OTHER, EQUAL)
