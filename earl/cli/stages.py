@@ -93,17 +93,24 @@ def generate(
     from earl.config.load import read
 
     settings = read(config)
+    from earl.files import manifest
     from earl.files.layout import Run
     from earl.run import claims, state
     from earl.stages import generate as stage
+    from earl.stages import rounds
 
-    claims.claim(settings, "generate")
-    with state.writing_to(out, Run(config.parent)):
-        sampler = stage.Sampler.load(settings, policy)
+    run, number = Run(config.parent), (shard or 0) // settings.rollout_shards
+    digest = manifest.digest_folder(policy) if number else ""
+    earlier = rounds.earlier(settings, run.iteration(iteration), number, digest)
+    samples = shard is None or bool(stage.wanted(settings, shard, earlier))
+    if samples:
+        claims.claim(settings, "generate")
+    with state.writing_to(out, run):
         if evaluation is not None:
-            stage.run_evaluation(settings, evaluation, iteration, sampler, out)
+            stage.run_evaluation(settings, evaluation, iteration, stage.Sampler.load(settings, policy), out)
         else:
-            stage.run(settings, iteration, shard, sampler, out)
+            sampled = stage.Sampler.load(settings, policy) if samples else stage.Policy.of(policy)
+            stage.run(settings, iteration, shard, sampled, out, earlier)
 
 
 @app.command()

@@ -52,6 +52,7 @@ def check(config: "Config") -> None:
     _check_iteration(config)
     _check_engine(config)
     _check_objective(config)
+    _check_dynamic_sampling(config)
     _check_support(config)
     _check_learner(config)
     _check_learning_rate(config)
@@ -192,10 +193,10 @@ def _check_objective(config: "Config") -> None:
             f"`{correction}`, which does not trust them; set one of the two to `k3+` or `none`",
         )
     steps = config.optimizer_steps_per_iteration
-    if steps > config.prompts_per_iteration:
+    if steps > config.most_trained_groups:
         raise wrong(
             "optimizer_steps_per_iteration",
-            f"is {steps}, but an iteration has only {config.prompts_per_iteration} groups; lower it",
+            f"is {steps}, but an iteration is trained on only {config.most_trained_groups} groups; lower it",
         )
     if steps > 1 and not ratio and correction != "truncate":
         raise wrong(
@@ -212,6 +213,23 @@ def _check_objective(config: "Config") -> None:
         if (getattr(config, name) is not None) != (side in bounds):
             verb = "needs it; give a value" if side in bounds else "has no use for it; leave it out"
             raise wrong(name, f"is {getattr(config, name)}, but sampler_correction `{correction}` {verb}")
+
+
+def _check_dynamic_sampling(config: "Config") -> None:
+    wanted = config.dynamic_sampling
+    if wanted is None:
+        return
+    if config.zero_variance_groups == "keep":
+        raise wrong(
+            "zero_variance_groups",
+            "is `keep`, but dynamic_sampling trains on other groups in the place of those; set it to `mask`",
+        )
+    if wanted.usable_groups > config.most_prompts:
+        raise wrong(
+            "dynamic_sampling.usable_groups",
+            f"is {wanted.usable_groups}, but an iteration has at most {config.most_prompts} groups; lower it, or raise "
+            "max_rounds or prompts_per_round",
+        )
 
 
 def _check_support(config: "Config") -> None:

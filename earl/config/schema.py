@@ -11,7 +11,7 @@ from pydantic import BaseModel, field_validator, model_validator
 
 from earl.config import checks, defaults, references
 from earl.config.fields import Coefficient, Integer, Name, Path, Positive, Section, fixed, free
-from earl.config.sections import Evaluation, JudgeGate, Lora, RawDataset, Selection, Sft
+from earl.config.sections import DynamicSampling, Evaluation, JudgeGate, Lora, RawDataset, Selection, Sft
 
 RewardComponent = Literal[
     "semantic_consistency",
@@ -128,7 +128,7 @@ class Config(Section):
         "keep",
         "Groups whose rewards are all equal, so that they have no advantage: `keep` them in the step, where their "
         "tokens count in the KL term and in what the loss is divided by; `mask` them out of it (DAPO, arXiv "
-        "2503.14476, filters them and samples others in their place, which is not done here).",
+        "2503.14476). `dynamic_sampling` samples others in their place.",
     )
     kl_coeff: float = fixed(
         0.0003, "Weight of the estimate of KL(policy || reference) in the loss; 0: none, no reference is loaded.", ge=0
@@ -231,6 +231,11 @@ class Config(Section):
     generations_per_sample: Positive = fixed(
         8, "Completions for each prompt, the group that advantages are relative to."
     )
+    dynamic_sampling: DynamicSampling | None = fixed(
+        None,
+        "Sample further prompts while too few groups have rewards that differ (DAPO); null: an iteration has "
+        "`episodes_per_iteration`, whatever their rewards.",
+    )
     max_response_tokens: Positive = fixed(
         2048,
         "Longest completion in tokens; cut there, or where `model_context_size` ends, its finish_reason is `length`.",
@@ -273,7 +278,9 @@ class Config(Section):
         "shards are cut at multiples of this. vLLM batches by itself, and its shards are cut between any two prompts.",
     )
     rollout_shards: Positive = free(
-        1, "Parts that the prompts of an iteration are generated and scored in, in parallel."
+        1,
+        "Parts that the prompts of an iteration, or of a further round of `dynamic_sampling`, are generated and scored "
+        "in, in parallel.",
     )
     vllm_gpu_memory_utilization: float = free(
         0.3,
@@ -458,6 +465,42 @@ class Config(Section):
     @property
     def prompts_per_iteration(self) -> int:
         return self.episodes_per_iteration // self.generations_per_sample
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that an iteration may sample: one, and the further ones of `dynamic_sampling`."""
+        return 1 + (self.dynamic_sampling.max_rounds if self.dynamic_sampling else 0)
+
+    def prompts_of_round(self, number: int) -> range:
+        """Return the indices within the iteration of the prompts of a round, from 0 on."""
+        first = self.prompts_per_iteration
+        if number == 0 or self.dynamic_sampling is None:
+            return range(first)
+        size = self.dynamic_sampling.prompts_per_round or first
+        return range(first + (number - 1) * size, first + number * size)
+
+    @property
+    def most_prompts(self) -> int:
+        """Prompts of an iteration that samples all of its rounds."""
+        return self.prompts_of_round(self.rounds - 1).stop
+
+    @property
+    def most_episodes(self) -> int:
+        return self.most_prompts * self.generations_per_sample
+
+    @property
+    def most_trained_groups(self) -> int:
+        """Groups that an iteration is trained on at most."""
+        return self.dynamic_sampling.usable_groups if self.dynamic_sampling else self.prompts_per_iteration
+
+    @property
+    def rollout_files(self) -> int:
+        """Files that the rollouts of an iteration are in: `rollout_shards` a round, also of one that is not needed."""
+        return self.rollout_shards * self.rounds
+
+    def in_files(self, files: int) -> Self:
+        """Return the configuration with the `rollout_shards` that an iteration of so many files was made in."""
+        return self.model_copy(update={"rollout_shards": files // self.rounds})
 
     @property
     def prompts_per_batch(self) -> int:

@@ -158,6 +158,22 @@ class RawDataset(Section):
         return self
 
 
+class DynamicSampling(Section):
+    """Sampling on until enough groups can be learned from (DAPO, arXiv 2503.14476)."""
+
+    usable_groups: Positive = fixed(
+        ...,
+        "Groups whose rewards are not all equal that an iteration is trained on: the first ones, in the order of the "
+        "prompts. While there are fewer, further prompts are sampled; where too few are found, those that there are.",
+    )
+    max_rounds: Positive = fixed(
+        ..., "Rounds of further prompts that an iteration samples at most, beside its `episodes_per_iteration`."
+    )
+    prompts_per_round: Positive | None = fixed(
+        None, "Prompts of such a round; null: as many as the iteration has at first."
+    )
+
+
 class Selection(Section):
     """Completions of a run to learn from, `stage:select/<name>`: of each group the best, and beside it the worst.
 

@@ -68,7 +68,7 @@ def of(config: "Config", text: "Emu3TextConfig", by_segment: bool, evaluated: in
     """
     image = int(PIXEL_BYTES * config.image_area)
     length = models.lengths(config)
-    episodes, prompts = config.episodes_per_iteration, config.prompts_per_iteration
+    episodes, prompts = config.most_episodes, config.most_prompts
     # An image that several rows have is stored once: those of a group share original and target.
     episode = image + length.completion * TOKEN_BYTES + SCORE_BYTES
     iteration = episodes * episode + 2 * prompts * image

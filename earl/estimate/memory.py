@@ -202,7 +202,8 @@ def engine(
     weights, token_bytes = math.ceil(weights / split), math.ceil(token_bytes / split)
     taken = int(config.vllm_gpu_memory_utilization * gpu_bytes)
     cache = max(0, taken - weights - VLLM)
-    shard = -(-config.episodes_per_iteration // config.rollout_shards)
+    most = max(len(config.prompts_of_round(number)) for number in range(config.rounds))
+    shard = -(-most * config.generations_per_sample // config.rollout_shards)
     prompts = -(-shard // config.generations_per_sample)
     together = min(shard, MAX_SEQUENCES)
     parts = {"weights": weights, "cache": cache, "overhead": VLLM}

@@ -58,7 +58,7 @@ def assumed(items: list[str]) -> Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What an iteration does.
+    """What an iteration does, with `dynamic_sampling` at most.
 
     Attributes:
         generated: tokens that are sampled.
@@ -78,16 +78,16 @@ class Work:
 def work(config: "Config", text: "Emu3TextConfig") -> Work:
     """Return what an iteration does with episodes of usual length."""
     length = models.lengths(config)
-    episodes, prompts = config.episodes_per_iteration, config.prompts_per_iteration
+    episodes = config.most_trained_groups * config.generations_per_sample
     # Packed, a micro-batch has the prompt of its group once.
     shared = min(config.generations_per_sample, config.per_device_batch_size) if config.packing == "groups" else 1
     trained = episodes * length.completion + -(-episodes // shared) * length.prompt
     return Work(
-        episodes * length.completion,
-        prompts * length.prompt,
+        config.most_episodes * length.completion,
+        config.most_prompts * length.prompt,
         trained,
         trained * flops_per_token(config, text),
-        episodes * questions(config),
+        config.most_episodes * questions(config),
     )
 
 
@@ -116,13 +116,15 @@ def sample_seconds(config: "Config", text: "Emu3TextConfig", engines: int, gpu: 
     """Seconds in which engines sample an iteration: at each step an engine reads its weights and its cache once."""
     length = models.lengths(config)
     engine = memory.engine(config, text, gpu.memory)
-    wanted = -(-config.episodes_per_iteration // engines)
     room = max(1, engine.cache_tokens // (length.completion + length.prompt // config.generations_per_sample))
-    together = min(wanted, room, memory.MAX_SEQUENCES)
-    half_full = together * (length.prompt // config.generations_per_sample + length.completion // 2)
-    read = engine.parts["weights"] + half_full * engine.token_bytes
-    steps = -(-wanted // together) * length.completion
-    return steps * read / (gpu.bandwidth * rates.decode_utilization)
+    read = 0
+    for number in range(config.rounds):  # one after another
+        wanted = -(-len(config.prompts_of_round(number)) * config.generations_per_sample // engines)
+        together = min(wanted, room, memory.MAX_SEQUENCES)
+        half_full = together * (length.prompt // config.generations_per_sample + length.completion // 2)
+        steps = -(-wanted // together) * length.completion
+        read += steps * (engine.parts["weights"] + half_full * engine.token_bytes)
+    return read / (gpu.bandwidth * rates.decode_utilization)
 
 
 def train_seconds(config: "Config", text: "Emu3TextConfig", gpu: Gpu, rates: Rates) -> float:
@@ -130,7 +132,7 @@ def train_seconds(config: "Config", text: "Emu3TextConfig", gpu: Gpu, rates: Rat
 
 
 def score_seconds(config: "Config", rates: Rates) -> float:
-    return config.episodes_per_iteration * questions(config) / rates.judge_questions_per_second
+    return config.most_episodes * questions(config) / rates.judge_questions_per_second
 
 
 def checkpoint_seconds(size: int, rates: Rates) -> float:

@@ -122,10 +122,11 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
         seconds,
         measured,
         evaluated,
-        rates.questions(config) * (config.num_iterations * config.episodes_per_iteration + (evaluated or 0)),
+        rates.questions(config) * (config.num_iterations * config.most_episodes + (evaluated or 0)),
         [problem for rule, wanted in rules.items() for problem in fit.problems(config, rule, wanted)],
         [
             *disk.notes(config, taken),
+            *(_rounds(config) if config.dynamic_sampling else ()),
             *(note for rule, one in known.items() for note in fit.notes(config, rule, one)),
             *(_compared(config) if trains & known.keys() else ()),
         ],
@@ -153,7 +154,7 @@ def evaluation_episodes(config: "Config") -> int | None:
 
 def _hours(config: "Config", rule: str, found: Estimate, gpu: Gpu) -> float:
     """Return the hours of all jobs of a rule, one after another."""
-    share = (found.evaluated or 0) / config.episodes_per_iteration  # evaluations, in iterations
+    share = (found.evaluated or 0) / config.most_episodes  # evaluations, in iterations
     seconds, count = found.seconds, config.num_iterations
     match rule:
         case "iterate":
@@ -206,6 +207,13 @@ def _compared(config: "Config") -> Iterator[str]:
             f"in iteration {newest.index} the learner's tensors took {taken / 1e9:.1f} GB of a {found['device']}; "
             f"{expected / 1e9:.1f} GB by the estimate"
         )
+
+
+def _rounds(config: "Config") -> Iterator[str]:
+    yield (
+        f"dynamic_sampling: iterations that sample all {config.rounds} rounds, {config.most_episodes} episodes, and "
+        f"train on {config.most_trained_groups} groups are counted: the most there can be"
+    )
 
 
 def measured_segments(run: Run) -> tuple[dict[str, float], int]:

@@ -26,7 +26,11 @@ TOKENS = pa.list_(pa.uint32())
 TOKEN_GRID = pa.struct([("height", pa.uint16()), ("width", pa.uint16()), ("ids", pa.binary())])
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 LEFT_OUT = "left_out_prompts"
-"""Metadata of an iteration's rollouts: prompts that the whole iteration passed over, being too long."""
+"""Metadata of an iteration's rollouts: prompts passed over, being too long, up to the last one of the round."""
+USABLE = "usable_groups"
+"""Metadata of the rollouts of a further round: usable groups of the rounds before, by which it is needed or not."""
+DECIDED_BY = "scores_digests"
+"""The same: digests of the files of scores that say so, as JSON."""
 SAMPLING = "sampling"
 """Metadata of an evaluation's rollouts: `earl.config.freeze.sampling` as JSON."""
 SCORE_RANGE = (0.0, 10.0)

@@ -37,6 +37,7 @@ ROLLOUT_COLUMNS = (
 SCORE_COLUMNS = ("episode_id", "status", *rewards.SUB_SCORES, "ground_score")
 TOO_LONG = "longer than the learner takes"
 ZERO_VARIANCE = "the rewards of its group are all equal"
+SURPLUS = "enough groups before it are usable"
 REWARD = "reward"
 SCORES = ("viescore", *rewards.COMPONENTS)
 """Scores whose means are metrics."""
@@ -59,7 +60,7 @@ class Outcome:
     @property
     def compared(self) -> bool:
         """Whether its reward counts in its group: of what is used, and of what is masked only after comparing."""
-        return self.used or self.reason == ZERO_VARIANCE
+        return self.used or self.reason in (ZERO_VARIANCE, SURPLUS)
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ class Source:
 
 
 def read(
-    iteration: Iteration, shards: int, policy_digest: str, expected: int, columns: Sequence[str] = ROLLOUT_COLUMNS
+    iteration: Iteration, shards: int, policy_digest: str, expected: range, columns: Sequence[str] = ROLLOUT_COLUMNS
 ) -> Source:
     """Read the rollouts and scores of an iteration, in the order of their episode ids.
 
     Args:
         policy_digest: digest of the policy that must have generated them.
-        expected: how many episodes the shards must hold together.
+        expected: how many episodes the shards may hold together, as `earl.stages.rounds.episodes` says.
         columns: of the rollouts, `episode_id` among them.
 
     Raises:
@@ -106,8 +107,8 @@ def read(
         )
     _check_complete(rows, iteration, expected)
     ordered = sorted(rows, key=lambda row: row["episode_id"])
-    # Every shard tells of the whole iteration.
-    left_out = int(tables.read_metadata(iteration.rollouts(0)).get(tables.LEFT_OUT, 0))
+    # Every shard tells of all prompts up to its round's last.
+    left_out = max(int(tables.read_metadata(iteration.rollouts(i)).get(tables.LEFT_OUT, 0)) for i in range(shards))
     return Source(ordered, rollout_digests, score_digests, *rubrics, left_out)
 
 
@@ -138,38 +139,72 @@ def _joined(rollouts: list[dict], scores: list[dict], path: Path) -> list[dict]:
     return [{**row, **by_id[row["episode_id"]]} for row in rollouts]
 
 
-def _check_complete(rows: list[dict], iteration: Iteration, expected: int) -> None:
+def _check_complete(rows: list[dict], iteration: Iteration, expected: range) -> None:
     ids = [row["episode_id"] for row in rows]
     if len(set(ids)) < len(ids):
         double = next(name for name in ids if ids.count(name) > 1)
         raise EarlError(f"{iteration.path}/rollouts: episode {double} is doubled; remove what is left of other shards")
-    if len(ids) != expected:
+    if len(ids) not in expected:
+        more = f", and a further round has {expected.step}, up to {expected[-1]}" if len(expected) > 1 else ""
         raise EarlError(
-            f"{iteration.path}/rollouts: shards hold {len(ids)} episodes, but episodes_per_iteration is {expected}; "
-            "check rollout_shards, or generate them again"
+            f"{iteration.path}/rollouts: shards hold {len(ids)} episodes, but episodes_per_iteration is "
+            f"{expected.start}{more}; check rollout_shards, or generate them again"
         )
 
 
 def reward_all(source: Source, config: "Config", where: str) -> list[Outcome]:
     """Give every episode its reward and its advantage within the group.
 
-    With `zero_variance_groups: mask`, groups that have no preference are not used; none may be left then.
+    With `zero_variance_groups: mask`, groups that have no preference are not used; none may be left then. With
+    `dynamic_sampling`, neither are those after the first `usable_groups` that have one.
 
     Raises:
         EarlError: more judgements failed than `max_failed_fraction` allows, or no episode can be used; `where` is
             named then.
     """
-    outcomes = [_outcome(row, config, where) for row in source.rows]
-    failed = [outcome.row.get("failure") for outcome in outcomes if outcome.reward is None]
-    words = next(filter(None, failed), None)
-    rewards.check_failed_fraction(len(failed), len(outcomes), config.max_failed_fraction, where, words)
+    outcomes = judged(source, config, where)
     if not any(outcome.used for outcome in outcomes):
         raise EarlError(f"{where}: none of {len(outcomes)} episodes can be used: {outcomes[0].reason}")
     if config.zero_variance_groups == "mask":
         outcomes = _masked(outcomes)
+    if config.dynamic_sampling is not None:
+        outcomes = _first_groups(outcomes, config.dynamic_sampling.usable_groups)
     return [
         replace(outcome, advantage=value if outcome.used else None)
         for outcome, value in zip(outcomes, _advantages(outcomes, config).tolist(), strict=True)
+    ]
+
+
+def judged(source: Source, config: "Config", where: str) -> list[Outcome]:
+    """Give every episode its reward.
+
+    Raises:
+        EarlError: as `reward_all`, but for iterations of which no episode can be used.
+    """
+    outcomes = [_outcome(row, config, where) for row in source.rows]
+    failed = [outcome.row.get("failure") for outcome in outcomes if outcome.reward is None]
+    words = next(filter(None, failed), None)
+    rewards.check_failed_fraction(len(failed), len(outcomes), config.max_failed_fraction, where, words)
+    return outcomes
+
+
+def usable_groups(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the ids of the groups that can be learned from, in the order of their prompts.
+
+    Their rewards, or where `advantage_components` names some one of these, are not all equal.
+    """
+    equal = torch.stack(list(_equal_groups(outcomes).values())).all(0).tolist()
+    names = dict.fromkeys(outcome.row["group_id"] for outcome in outcomes)
+    usable = [name for name, same in zip(names, equal, strict=True) if not same]
+    return sorted(usable, key=lambda name: (len(name), name))  # Of numbers with as many digits, or more.
+
+
+def _first_groups(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
+    """Leave out the episodes of usable groups after the first ``count``."""
+    surplus = set(usable_groups(outcomes)[count:])
+    return [
+        replace(outcome, reason=SURPLUS) if outcome.used and outcome.row["group_id"] in surplus else outcome
+        for outcome in outcomes
     ]
 
 
@@ -190,7 +225,7 @@ def _equal_groups(outcomes: Sequence[Outcome]) -> dict[str, torch.Tensor]:
     """
     groups = group_index([outcome.row for outcome in outcomes])
     compared = torch.tensor([outcome.compared for outcome in outcomes])
-    components = next(outcome.components for outcome in outcomes if outcome.compared)
+    components = next((outcome.components for outcome in outcomes if outcome.compared), {})
     return {
         name: advantage.zero_std_groups(_column(outcomes, name), groups, compared)
         for name in sorted(components) or [REWARD]
@@ -367,18 +402,27 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "failed_episodes": failed,
         "too_long_episodes": sum(outcome.reason == TOO_LONG for outcome in outcomes),
         "zero_variance_episodes": sum(outcome.reason == ZERO_VARIANCE for outcome in outcomes),
+        "surplus_episodes": sum(outcome.reason == SURPLUS for outcome in outcomes),
         "groups": len(zero_std),
+        "usable_groups": int((~zero_std).sum()),
+        "trained_groups": len({outcome.row["group_id"] for outcome in used}),
         "completion_tokens": int(sum(len(outcome.row["completion_token_ids"]) for outcome in used)),
     }
 
 
-def warnings(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return why an iteration teaches nothing, in words; nothing where it does."""
+def warnings(outcomes: Sequence[Outcome], wanted: int | None = None) -> list[str]:
+    """Return why an iteration teaches nothing, or less than it should, in words; nothing where it does.
+
+    Args:
+        wanted: `usable_groups` of `dynamic_sampling`.
+    """
     found = []
     if all(outcome.row["status"] == "no_image" for outcome in outcomes if outcome.reward is not None):
         found.append("no completion holds a finished image")
     if bool(torch.stack(list(_equal_groups(outcomes).values())).all()):
         found.append("no group's rewards differ, so no episode has an advantage")
+    elif wanted is not None and len(usable_groups(outcomes)) < wanted:
+        found.append(f"after all rounds, fewer than the {wanted} groups of dynamic_sampling.usable_groups are usable")
     return found
 
 

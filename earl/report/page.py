@@ -210,6 +210,7 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
         return row["iteration"], mean, *((max(0.0, mean - std), min(10.0, mean + std)) if known else (None, None))
 
     reasons = any(row.get("reasoning_fraction") for row in metrics)
+    filled = any(row.get("rounds", 1) > 1 for row in metrics)
     scores = [of(f"{key}_mean", SCORE_LABELS[key], colour) for colour, key in enumerate(list(SCORE_LABELS)[:4])]
     drawn = [
         chart("Training reward", "shaded: ± one standard deviation", [charts.line("mean", map(spread, metrics))]),
@@ -248,6 +249,12 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
                 of("truncated_fraction", "cut off", 2),
                 of("no_image_fraction", "ended without an image", 3),
             ],
+            floor=0.0,
+        ),
+        chart(
+            "Groups",
+            "of an iteration, with dynamic sampling",
+            [of("groups", "sampled"), of("usable_groups", "usable", 1), of("trained_groups", "trained", 2)] * filled,
             floor=0.0,
         ),
         chart("Reasoning", "fraction of episodes that have some", [of("reasoning_fraction", "reasoning")] * reasons),

@@ -175,7 +175,9 @@ def _rows(config: Config) -> Iterator[Problem]:
     draws: list[tuple[paths.Mixed, str, int | None, str]] = []
     if config.num_iterations:
         one = f"episodes_per_iteration / generations_per_sample = {config.prompts_per_iteration}"
-        draws.append((paths.training_data(config), "episodes_per_iteration", config.prompts_per_iteration, one))
+        field = "dynamic_sampling.max_rounds" if config.dynamic_sampling else "episodes_per_iteration"
+        one = f"{config.rounds - 1} rounds after {one}, together {config.most_prompts}" if config.rounds > 1 else one
+        draws.append((paths.training_data(config), field, config.most_prompts, one))
     for name, evaluation in config.evaluations.items():
         field = f"evaluations.{name}.prompts"
         draws.append((paths.evaluation_data(config, name), field, evaluation.prompts, str(evaluation.prompts)))

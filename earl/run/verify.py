@@ -380,6 +380,9 @@ def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) ->
     expectations = {"policy_digest": sampled_by or metrics["inputs"]["policy"]}
     if sampled_by is None:
         expectations["config_digest"] = metrics["config_digest"]
+        if tables.DECIDED_BY in told:  # Of a further round: the scores of the rounds before, which are the first ones.
+            scores = metrics["inputs"]["scores"][: told[tables.DECIDED_BY].count(",") + 1]
+            expectations[tables.DECIDED_BY] = json.dumps(scores)
     differing = {key: expected for key, expected in expectations.items() if told.get(key) != expected}
     if differing.keys() == {"config_digest"} and told.get("config_digest"):
         before, then = told["config_digest"], metrics["config_digest"]

@@ -33,10 +33,12 @@ def run(config: "Config", name: str, iteration: int, rollouts: Path, scores: Pat
     """Write the evaluation's table to ``out`` and its summary beside it (suffix ``.json``).
 
     Raises:
-        EarlError: when rollouts and scores do not belong together, the rollouts were sampled with other settings, or
-            a score that the reward needs is missing.
+        EarlError: when rollouts and scores do not belong together or hold no episode, the rollouts were sampled with
+            other settings, or a score that the reward needs is missing.
     """
     episodes = joined(rollouts, scores, WITHOUT_IMAGES)
+    if not episodes.num_rows:
+        raise EarlError(f"{rollouts}: holds no episode; run the generate stage again")
     columns = _with_rewards(episodes, config.reward_final_reward, scores)
     metadata = tables.read_metadata(rollouts)
     _check_sampling(config, name, rollouts, metadata)
@@ -71,8 +73,6 @@ def joined(rollouts: Path, scores: Path, columns: Sequence[str]) -> pa.Table:
     """
     left, right = tables.read_table(rollouts, tables.ROLLOUTS, columns), tables.read_table(scores, tables.SCORES)
     remedy = f"run the score stage again on {rollouts}"
-    if not left.num_rows:
-        raise EarlError(f"{rollouts}: holds no episode; run the generate stage again")
     expected = tables.read_metadata(scores).get("rollouts_digest")
     if expected is not None and expected != manifest.digest_file(rollouts):
         raise EarlError(f"{scores}: rollouts_digest is not that of {rollouts}, which has changed since; {remedy}")
@@ -83,7 +83,7 @@ def joined(rollouts: Path, scores: Path, columns: Sequence[str]) -> pa.Table:
     if place.keys() != set(ids):
         odd = sorted(place.keys() ^ set(ids))[0]
         raise EarlError(f"{scores}: column 'episode_id' differs from that of {rollouts}, first in {odd!r}; {remedy}")
-    right = right.take([place[episode] for episode in ids])
+    right = right.take(pa.array([place[episode] for episode in ids], pa.int64()))
     for column in right.column_names:
         if column not in left.column_names:
             left = left.append_column(right.schema.field(column), right[column])

@@ -15,7 +15,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.execution import runtime
 from earl.files import images, layout, manifest, tables
 from earl.messages.errors import EarlError
-from earl.stages import prompts
+from earl.stages import prompts, rounds
 from earl.statistics import seeds
 
 if TYPE_CHECKING:
@@ -26,13 +26,24 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Sampler:
-    """A policy in memory, ready to sample, with what turns its tokens into images."""
+class Policy:
+    """What rollouts record of the policy that they are of."""
 
-    engine: engines.Engine
     vocabulary: Vocabulary
     policy_digest: str
     """Digest of the folder that holds the policy, or would if it were written."""
+
+    @classmethod
+    def of(cls, policy: Path) -> "Policy":
+        """Read of a policy folder what needs no weights."""
+        return cls(Vocabulary.from_folder(policy), manifest.digest_folder(policy))
+
+
+@dataclass
+class Sampler(Policy):
+    """A policy in memory, ready to sample, with what turns its tokens into images."""
+
+    engine: engines.Engine
     vision_tokenizer: "Emu3VQVAE"
 
     @classmethod
@@ -47,7 +58,7 @@ class Sampler:
         vision_tokenizer = checkpoint.load_vision_tokenizer(vision_tokenizer_folder(config), device)
         engine = engines.get(config)
         engine.load(policy)
-        return cls(engine, vocabulary, manifest.digest_folder(policy), vision_tokenizer)
+        return cls(vocabulary, manifest.digest_folder(policy), engine, vision_tokenizer)
 
     def update(self, weights: "Iterable[tuple[str, torch.Tensor]]", policy_digest: str) -> None:
         """Go on with other weights of the same architecture and tokenizer; see `engines.Engine.update`."""
@@ -68,17 +79,21 @@ class Plan:
     params: engines.SamplingParams
 
 
-def run(config: "Config", iteration: int, shard: int, sampler: Sampler, out: Path) -> None:
+def run(
+    config: "Config", iteration: int, shard: int, policy: Policy, out: Path, earlier: rounds.Earlier | None = None
+) -> None:
     """Write one shard of an iteration's rollouts.
 
     Args:
         config: The run's resolved configuration.
         iteration: From 1 on; sets which prompts are drawn and every sample's seed.
-        shard: From 0 to ``rollout_shards - 1``. Groups never straddle shards.
-        sampler: Holds the policy to sample from, that of the iteration before.
+        shard: From 0 to ``rollout_files - 1``. Groups never straddle shards.
+        policy: The policy to sample from, that of the iteration before: a `Sampler`, unless `wanted` has no prompts.
         out: The Parquet file to write, schema `earl.files.tables.ROLLOUTS`.
+        earlier: Of a further round of `dynamic_sampling`: what the rounds before it have come to.
     """
-    drawn = prompts.of_iteration(config, iteration, sampler.vocabulary, shard_of(config, shard))
+    indices = wanted(config, shard, earlier)
+    drawn = prompts.of_iteration(config, iteration, policy.vocabulary, indices) if indices else prompts.Drawn([])
     plan = Plan(
         name=layout.iteration_name(iteration),
         examples=drawn.examples,
@@ -87,7 +102,7 @@ def run(config: "Config", iteration: int, shard: int, sampler: Sampler, out: Pat
         params=engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens),
     )
     where = {"iteration": str(iteration), "shard": str(shard), tables.LEFT_OUT: str(drawn.left_out)}
-    _sample_and_write(config, plan, sampler, out, where)
+    _sample_and_write(config, plan, policy, out, where | (earlier.metadata() if earlier else {}))
 
 
 def run_evaluation(config: "Config", name: str, iteration: int, sampler: Sampler, out: Path) -> None:
@@ -109,39 +124,55 @@ def run_evaluation(config: "Config", name: str, iteration: int, sampler: Sampler
     _sample_and_write(config, plan, sampler, out, where)
 
 
+def wanted(config: "Config", shard: int, earlier: rounds.Earlier | None = None) -> range:
+    """Return the indices of the prompts to sample for a shard: none where its round is not needed."""
+    return range(0) if earlier is not None and earlier.is_enough else shard_of(config, shard)
+
+
 def shard_of(config: "Config", shard: int) -> range:
-    """Return the indices of the prompts of a shard within the iteration."""
-    return shard_slice(config.prompts_per_iteration, config.rollout_shards, shard, config.prompts_per_batch)
+    """Return the indices of the prompts of a shard within the iteration; a further round may have fewer than shards.
+
+    Raises:
+        EarlError: there is no such shard; when an iteration has more shards than batches.
+    """
+    shards, files = config.rollout_shards, config.rollout_files
+    if not 0 <= shard < files:
+        raise EarlError(f"shard {shard} does not exist; an iteration has {files} of them, so they are 0..{files - 1}")
+    number, part = divmod(shard, shards)
+    indices = config.prompts_of_round(number)
+    cut = shard_slice(len(indices), shards, part, config.prompts_per_batch, may_be_empty=number > 0)
+    return indices[cut.start : cut.stop]
 
 
-def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int) -> range:
+def shard_slice(prompts: int, shards: int, shard: int, prompts_per_batch: int, may_be_empty: bool = False) -> range:
     """Return the prompts of a shard: whole engine batches, so that the cut between shards changes no batch.
 
     Raises:
-        EarlError: when there are more shards than batches.
+        EarlError: when there are more shards than batches, unless some ``may_be_empty``.
     """
     batches = -(-prompts // prompts_per_batch)
-    if shards > batches:
+    if shards > batches and not may_be_empty:
         raise EarlError(
             f"rollout_shards is {shards}, but {prompts} prompts make only {batches} batches of {prompts_per_batch}; "
             "lower rollout_shards"
         )
-    if not 0 <= shard < shards:
-        raise EarlError(f"shard {shard} does not exist; rollout_shards is {shards}, so shards are 0..{shards - 1}")
     start, stop = (edge * batches // shards * prompts_per_batch for edge in (shard, shard + 1))
     return range(start, min(stop, prompts))
 
 
-def _sample_and_write(config: "Config", plan: Plan, sampler: Sampler, out: Path, where: dict[str, str]) -> None:
-    vocabulary = sampler.vocabulary
-    requests = [_request(config, plan, index, example, vocabulary) for index, example in plan.examples]
-    completions = sampler.engine.generate(requests, plan.params)
-    columns = _columns(plan, requests, completions, vocabulary)
-    columns |= _image_columns(plan, completions, vocabulary, sampler.vision_tokenizer)
+def _sample_and_write(config: "Config", plan: Plan, policy: Policy, out: Path, where: dict[str, str]) -> None:
+    vocabulary = policy.vocabulary
+    columns: dict[str, list] = {name: [] for name in tables.ROLLOUTS.names}
+    if plan.examples:
+        assert isinstance(policy, Sampler)
+        requests = [_request(config, plan, index, example, vocabulary) for index, example in plan.examples]
+        completions = policy.engine.generate(requests, plan.params)
+        columns = _columns(plan, requests, completions, vocabulary)
+        columns |= _image_columns(plan, completions, vocabulary, policy.vision_tokenizer)
     metadata = {
         "run": config.run_name,
         **where,
-        "policy_digest": sampler.policy_digest,
+        "policy_digest": policy.policy_digest,
         "config_digest": freeze.config_digest(config),
         "code_version": code_version(),
     }

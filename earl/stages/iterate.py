@@ -13,18 +13,20 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from earl import code_version, judges
 from earl.config import freeze
+from earl.emu3.vocabulary import Vocabulary
 from earl.execution import broadcast, ranks, runtime
 from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import replays, segments, state
-from earl.stages import evaluate, generate, present, score, train
+from earl.stages import evaluate, generate, present, rounds, score, train
 from earl.stages.progress import KINDS, Progress
 
 if TYPE_CHECKING:
@@ -56,8 +58,9 @@ def run(config: "Config", run_path: Path, to: int) -> dict[str, Any]:
         if segment.index <= to:
             segment.evaluate()
         for index in range(segment.index + 1, to + 1):
-            segment.sample(index)
-            segment.score(index)
+            for number in segment.rounds_of(index):
+                segment.sample(index, number)
+                segment.score(index, number)
             segment.train(index)
             segment.evaluate()
         return segment.end()
@@ -89,6 +92,7 @@ class _Segment:
         complete: the newest iteration that was complete when the segment started.
         recorded: the metrics of the iteration after ``index``, where that is complete already.
         learner: on ranks that train, from the first iteration on.
+        earlier: what the rounds before the one that is sampled have come to.
         sampler, judge: from the first time that a rank needs them.
     """
 
@@ -105,6 +109,7 @@ class _Segment:
     progress: Progress
     recorded: dict[str, Any] | None = None
     learner: train.Learner | None = None
+    earlier: rounds.Earlier | None = None
     sampler: generate.Sampler | None = None
     judge: judges.Judge | None = None
 
@@ -144,26 +149,34 @@ class _Segment:
                 evaluate.run(config, name, self.index, files[name].rollouts, files[name].scores, files[name].table)
                 self.progress.wrote("evaluations", files[name].table, files[name].summary)
 
-    def sample(self, index: int) -> None:
-        """Write this rank's rollouts of iteration ``index`` that are missing or not of the policy in memory."""
+    def rounds_of(self, index: int) -> range:
+        """Return the rounds of iteration ``index``; none where it is trained on another run's rollouts."""
+        return range(0 if index <= replays.length(self.files) else self.config.rounds)
+
+    def sample(self, index: int, number: int) -> None:
+        """Write this rank's rollouts of a round that are missing or not of the policy in memory, or of these scores."""
         config, files, digest = self._config_of_next(), self.files.iteration(index), self.policy_digest
         with self.progress.phase("generate"):
-            missing = [shard for shard in self._shards(index) if not present.rollouts(config, files, shard, digest)]
-            sampler = self._sampler_for(missing)
+            read = rounds.earlier(config, files, number, digest) if self.world.first else None
+            self.earlier = earlier = self.world.of_first(read)
+            shards = self._shards(number)
+            missing = [shard for shard in shards if not present.rollouts(config, files, shard, digest, earlier)]
+            sampler = self._sampler_for([shard for shard in missing if generate.wanted(config, shard, earlier)])
             for shard in missing:
-                generate.run(config, index, shard, sampler, files.rollouts(shard))
+                policy = sampler or generate.Policy(self.vocabulary, digest)
+                generate.run(config, index, shard, policy, files.rollouts(shard), earlier)
                 self.progress.wrote("rollouts", files.rollouts(shard))
 
-    def score(self, index: int) -> None:
-        """Write this rank's scores of iteration ``index`` that are missing or not of its rollouts."""
-        config, files = self.config, self.files.iteration(index)
+    def score(self, index: int, number: int) -> None:
+        """Write this rank's scores of a round that are missing or not of its rollouts."""
+        config, files = self._config_of_next(), self.files.iteration(index)
         with self.progress.phase("score"):
-            pairs = [(files.rollouts(shard), files.scores(shard)) for shard in self._shards(index)]
-            missing = [(rollouts, scores) for rollouts, scores in pairs if not present.scores(config, rollouts, scores)]
-            judge = self._judge_for(missing)
-            for rollouts, scores in missing:
-                score.run(config, rollouts, scores, judge)
-                self.progress.wrote("scores", scores)
+            shards = self._shards(number)
+            missing = [one for one in shards if not present.scores(config, files.rollouts(one), files.scores(one))]
+            judge = self._judge_for([one for one in missing if generate.wanted(config, one, self.earlier)])
+            for shard in missing:
+                score.run(config, files.rollouts(shard), files.scores(shard), judge)
+                self.progress.wrote("scores", files.scores(shard))
         with self.progress.phase("wait"):
             self.world.gather(None)
 
@@ -225,6 +238,10 @@ class _Segment:
 
     # What the steps share.
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.from_folder(self.files.iteration(0).policy)
+
     def _sampler_for(self, missing: Sequence[Item]) -> generate.Sampler | None:
         """Return the policy in memory, ready to sample, where any rank has something to; all ranks call this."""
         if not any(self.world.gather(bool(missing))):
@@ -253,13 +270,12 @@ class _Segment:
         """Return the configuration, with the number of shards that the next iteration has if it is complete."""
         if self.recorded is None:
             return self.config
-        return self.config.model_copy(update={"rollout_shards": len(self.recorded["inputs"]["rollouts"])})
+        return self.config.in_files(len(self.recorded["inputs"]["rollouts"]))
 
-    def _shards(self, index: int) -> list[int]:
-        """Return this rank's shards of the next iteration; none where it is trained on another run's rollouts."""
-        if index <= replays.length(self.files):
-            return []
-        return self._share(range(self._config_of_next().rollout_shards))
+    def _shards(self, number: int) -> list[int]:
+        """Return this rank's shards of a round of the next iteration."""
+        shards = self._config_of_next().rollout_shards
+        return self._share(range(number * shards, (number + 1) * shards))
 
     def _share(self, items: Sequence[Item]) -> list[Item]:
         return list(items[self.world.rank :: self.world.size])

@@ -13,19 +13,27 @@ from earl.config import freeze
 from earl.files import manifest, objects, tables
 from earl.files.layout import Evaluation, Iteration, iteration_name
 from earl.messages.errors import EarlError
-from earl.stages.generate import shard_of
+from earl.stages.generate import wanted
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
+    from earl.stages.rounds import Earlier
 
 log = logging.getLogger(__name__)
 
 
-def rollouts(config: "Config", iteration: Iteration, shard: int, policy_digest: str) -> bool:
-    """Return whether a shard's rollouts are there: of this policy and these prompts."""
+def rollouts(
+    config: "Config", iteration: Iteration, shard: int, policy_digest: str, earlier: "Earlier | None" = None
+) -> bool:
+    """Return whether a shard's rollouts are there: of this policy and these prompts.
+
+    Args:
+        earlier: what the rounds before that of the shard have come to; see `earl.stages.generate.run`.
+    """
     path = iteration.rollouts(shard)
     told = _metadata(path)
-    if told.get("policy_digest") != policy_digest:
+    expected = {"policy_digest": policy_digest} | (earlier.metadata() if earlier else {})
+    if expected.items() - told.items():
         return False
     # With another rollout_shards, a file of this name holds other prompts.
     try:
@@ -33,7 +41,7 @@ def rollouts(config: "Config", iteration: Iteration, shard: int, policy_digest: 
     except EarlError as error:
         log.warning("%s", error)
         return False
-    if groups != [f"{iteration_name(iteration.index)}-{index:04d}" for index in shard_of(config, shard)]:
+    if groups != [f"{iteration_name(iteration.index)}-{index:04d}" for index in wanted(config, shard, earlier)]:
         return False
     _warn_of_change(path, told, config)
     return True

@@ -35,17 +35,18 @@ class Drawn:
     examples: list[tuple[int, Example]]
     """Index of each prompt within the iteration, and its example."""
     left_out: int = 0
-    """Prompts of the whole iteration that were passed over since they are too long."""
+    """Prompts that were passed over since they are too long, of all that were drawn: an iteration's up to the round."""
 
 
 def of_iteration(config: "Config", iteration: int, vocabulary: Vocabulary, wanted: range) -> Drawn:
-    """Draw the prompts of an iteration, and read those whose index is ``wanted``.
+    """Draw the prompts of an iteration up to the round of those whose index is ``wanted``, and read these.
 
     Raises:
         EarlError: a data set is missing or damaged; there are too few prompts, or too few that are not too long; one is
             too long and `long_prompts` is `stop`.
     """
-    data, count = paths.training_data(config), config.prompts_per_iteration
+    data = paths.training_data(config)
+    count = next(one.stop for one in map(config.prompts_of_round, range(config.rounds)) if wanted.stop <= one.stop)
     with data.named():
         datasets = _open(config, data, vocabulary)
         mixture = mixing.mixture([len(dataset) for dataset in datasets], data.coefficients, config.random_seed)

@@ -170,21 +170,20 @@ def _replay(config: "Config", files: Run, scratch: Run, stretch: list[int]) -> N
     with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as team:
         learner = train.load(config, scratch, stretch[0] - 1, team)
         for index in stretch:
-            shards = _shards(files.iteration(index))
+            shards = _files(files.iteration(index))
             train.step(config, scratch, learner, team, checkpoint=index == stretch[-1], shards=shards)
             _compare(files.iteration(index), scratch.iteration(index))
 
 
 def _train_by(processes: int, config: "Config", files: Run, scratch: Run, index: int) -> None:
-    shards = _shards(files.iteration(index))
-    freeze.write(config.model_copy(update={"rollout_shards": shards}), scratch.config, accept_changes=True)
+    freeze.write(config.in_files(_files(files.iteration(index))), scratch.config, accept_changes=True)
     arguments = ["train", "--config", scratch.config, "--iteration", index, "--run", scratch.path]
     if launch.launch(config, [str(argument) for argument in arguments], processes):
         raise EarlError(f"{scratch.iteration(index).path}: training again by {processes} ranks failed, see above")
     _compare(files.iteration(index), scratch.iteration(index))
 
 
-def _shards(iteration: Iteration) -> int:
+def _files(iteration: Iteration) -> int:
     return len(_recorded(iteration)["inputs"]["rollouts"])
 
 

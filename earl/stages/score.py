@@ -23,7 +23,8 @@ _READ = ("episode_id", "group_id", "task", "instruction", "finish_reason", "orig
 def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None = None) -> None:
     """Write the scores of one file of rollouts, in its order.
 
-    An episode that did not finish or holds no image is not shown to the judge: its status is ``no_image``.
+    An episode that did not finish or holds no image is not shown to the judge: its status is ``no_image``. Where there
+    is nothing to show, the judge is not asked, and no model loaded.
 
     Args:
         config: The run's resolved configuration.
@@ -37,7 +38,7 @@ def run(config: "Config", rollouts: Path, out: Path, judge: judges.Judge | None 
     rows = table.to_pylist()
     asked = [i for i, row in enumerate(rows) if row["finish_reason"] == "stop" and row["edited"] is not None]
     decode = images.Decoder()
-    verdicts = judge.score([_judgement(rows[index], rollouts, index, decode) for index in asked])
+    verdicts = judge.score([_judgement(rows[index], rollouts, index, decode) for index in asked]) if asked else []
     if len(verdicts) != len(asked):
         raise EarlError(f"judge {judge.name!r} answered {len(verdicts)} of {len(asked)} questions about {rollouts}")
     answers: list[judges.Verdict | None] = [None] * len(rows)

@@ -103,7 +103,8 @@ def _read(files: Run, index: int) -> episodes.Source:
     metrics = state.read_metrics(files, index)
     inputs, stored_in = metrics["inputs"], replays.iteration_of(files, index)
     sampled_by = inputs.get("sampled_by", inputs["policy"])
-    return episodes.read(stored_in, len(inputs["rollouts"]), sampled_by, metrics["episodes"], COLUMNS)
+    there = range(metrics["episodes"], metrics["episodes"] + 1)
+    return episodes.read(stored_in, len(inputs["rollouts"]), sampled_by, there, COLUMNS)
 
 
 def _groups(source: episodes.Source, which: str, where: str) -> Iterator[list[Row]]:

@@ -28,6 +28,7 @@ from earl.learner.settings import Settings
 from earl.learner.trainer_state import TrainerState
 from earl.messages.errors import EarlError
 from earl.run import replays, state
+from earl.stages import rounds
 from earl.stages.learner import Learner, digest_of, load, splits_alone
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
             policy in iteration 0 as reference, and the rollouts and scores of this iteration (of a replay: its source
             does, see `earl.run.replays`).
         iteration: 1 is the first.
-        shards: number of rollout shards on disk, `rollout_shards` by default.
+        shards: number of files of rollouts on disk, `rollout_files` by default.
 
     Raises:
         EarlError: an input is missing, damaged or another's; too many judgements failed; the loss is not finite.
@@ -79,7 +80,7 @@ def step(
 
     Args:
         checkpoint: whether to write `policy/` and `trainer/`; `write_checkpoint` can still do it before the next step.
-        shards: number of rollout shards on disk, `rollout_shards` by default.
+        shards: number of files of rollouts on disk, `rollout_files` by default.
 
     Raises:
         EarlError: an input is missing, damaged or another's; too many judgements failed; the loss is not finite. The
@@ -113,9 +114,11 @@ def _read(
 ) -> _Batch:
     """Read and check the rollouts and scores of an iteration, which the policy of this digest has sampled."""
     path = str(files.iteration(iteration).path)
-    stored = replays.stored(files, iteration, policy_digest, shards or config.rollout_shards)
-    source = episodes.read(stored.files, stored.shards, stored.sampled_by, config.episodes_per_iteration)
+    stored = replays.stored(files, iteration, policy_digest, shards or config.rollout_files)
+    source = episodes.read(stored.files, stored.shards, stored.sampled_by, rounds.counts(config, config.rounds))
     stored.check(source)
+    if stored.recorded is None:
+        rounds.check(config, stored.files, source)
     outcomes = episodes.reward_all(source, config, path)
     used = episodes.learner_episodes(outcomes, vocabulary, config.emu3_use_logit_processor, path)
     settings = _settings(config, iteration, vocabulary, team)
@@ -131,7 +134,7 @@ def _step(
     config: "Config", files: Run, learner: Learner, batch: _Batch, team: Ranks, clock: Clock, checkpointed: bool
 ) -> dict[str, Any]:
     current = files.iteration(learner.iteration + 1)
-    warnings = episodes.warnings(batch.outcomes)
+    warnings = episodes.warnings(batch.outcomes, config.dynamic_sampling and config.dynamic_sampling.usable_groups)
     for text in warnings if team.first else ():
         log.warning("train: iteration %d: %s", current.index, text)
     learned = grpo.train_iteration(
@@ -161,7 +164,8 @@ def _step(
             _clear(current, team, current.policy, current.trainer)
     metrics = {
         "iteration": current.index,
-        **episodes.metrics(batch.outcomes),
+        **(described := episodes.metrics(batch.outcomes)),
+        "rounds": rounds.sampled(config, described["groups"]),
         "warnings": warnings,
         **learned,
         "counted": batch.settings.counted,

@@ -78,14 +78,17 @@ class Inputs:
 
     def generate(self, w: Any) -> dict[str, Any]:
         plan, index = self._in_shards(w)
-        made = plan.run.iteration(index).rollouts(int(w.shard))
-        policy = self._checkpoint(plan, index - 1, "generate", [made], ["policy"])
-        return {"policy": policy, **self._sampling(plan, plan.config.train_paths_file)}
+        here, shard = plan.run.iteration(index), int(w.shard)
+        policy = self._checkpoint(plan, index - 1, "generate", [here.rollouts(shard)], ["policy"])
+        # Whether a further round is needed follows from the rounds before.
+        earlier = range(shard - shard % plan.config.rollout_shards)
+        files = [path.as_posix() for one in earlier for path in (here.rollouts(one), here.scores(one))]
+        return {"policy": policy, "earlier": files, **self._sampling(plan, plan.config.train_paths_file)}
 
     def train(self, w: Any) -> dict[str, Any]:
         """The checkpoint before comes first: Snakemake follows inputs in this order, one step an iteration."""
         plan, index = self._in_shards(w)
-        here, shards = plan.run.iteration(index), range(plan.config.rollout_shards)
+        here, shards = plan.run.iteration(index), range(plan.config.rollout_files)
         made = [here.episodes, here.metrics]
         return {
             "checkpoint": self._checkpoint(plan, index - 1, "train", made, ["policy", "trainer"]),
@@ -178,12 +181,14 @@ class Inputs:
         return plan, index
 
     def _in_shards(self, w: Any) -> tuple[Plan, int]:
-        """As `_by_stage`; EarlError where the iteration was made in another number of shards, too."""
+        """As `_by_stage`; EarlError where the iteration was made in another number of files, too."""
         plan, index = self._by_stage(w)
         is_there = plan.run.iteration(index).metrics.is_file()
-        shards = len(state.read_metrics(plan.run, index)["inputs"]["rollouts"]) if is_there else 0
-        if shards not in (0, plan.config.rollout_shards):
-            raise EarlError(f"{plan.key}: iteration {index} was made in other shards; set rollout_shards={shards}")
+        files = len(state.read_metrics(plan.run, index)["inputs"]["rollouts"]) if is_there else 0
+        if files not in (0, plan.config.rollout_files):
+            shards, odd = divmod(files, plan.config.rounds)
+            remedy = "set dynamic_sampling as it was then" if odd else f"set rollout_shards={shards}"
+            raise EarlError(f"{plan.key}: iteration {index} was made in other shards; {remedy}")
         return plan, index
 
 

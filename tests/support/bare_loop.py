@@ -6,13 +6,18 @@ from its folder anew, as a stage would; `run_in_memory` keeps models as a segmen
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from earl.config import freeze, load, paths
 from earl.config.schema import Config
 from earl.execution import ranks, runtime
 from earl.files import hub_names
-from earl.files.layout import Run
+from earl.files.layout import Iteration, Run
 from earl.run import preflight, segments, state
+
+if TYPE_CHECKING:
+    from earl.judges import Judge
+    from earl.stages.generate import Sampler
 
 
 def make_shared(config: Config) -> None:
@@ -48,13 +53,20 @@ def make_shared(config: Config) -> None:
 
 def run_iteration(config: Config, run: Run, index: int) -> None:
     """Generate, score and train iteration ``index``."""
-    from earl.stages import generate, score, train
+    from earl.stages import generate, train
 
-    files, sampler = run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy)
-    for shard in range(config.rollout_shards):
-        generate.run(config, index, shard, sampler, files.rollouts(shard))
-        score.run(config, files.rollouts(shard), files.scores(shard))
+    sample(config, run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy))
     train.run(config, run.path, index)
+
+
+def sample(config: Config, files: Iteration, sampler: "Sampler", judge: "Judge | None" = None) -> None:
+    """Generate and score an iteration."""
+    from earl.stages import generate, rounds, score
+
+    for shard in range(config.rollout_files):
+        earlier = rounds.earlier(config, files, shard // config.rollout_shards, sampler.policy_digest)
+        generate.run(config, files.index, shard, sampler, files.rollouts(shard), earlier)
+        score.run(config, files.rollouts(shard), files.scores(shard), judge)
 
 
 def evaluate(config: Config, run: Run, index: int) -> None:
@@ -93,16 +105,13 @@ def run_all(config: Config) -> Run:
 def run_in_memory(config: Config) -> Run:
     """Run the iterations of an experiment without evaluations, with models that stay in memory; return its files."""
     from earl import judges
-    from earl.stages import generate, score, train
+    from earl.stages import generate, train
 
     run, team, judge = start(config), ranks.alone(runtime.prepare(config)), judges.get(config)
     learner = train.load(config, run, 0, team)
     sampler = generate.Sampler.load(config, run.iteration(0).policy)
     for index in range(1, config.num_iterations + 1):
-        files = run.iteration(index)
-        for shard in range(config.rollout_shards):
-            generate.run(config, index, shard, sampler, files.rollouts(shard))
-            score.run(config, files.rollouts(shard), files.scores(shard), judge)
+        sample(config, run.iteration(index), sampler, judge)
         train.step(config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations))
         sampler.update(learner.weights(runtime.dtype(config)), learner.policy_digest)
     return run

@@ -107,7 +107,7 @@ def train(command: str, options: Options) -> None:
     run, index = Run(Path(options["--run"])), int(options["--iteration"])
     config = read(run.config)
     here = run.iteration(index)
-    shards = range(config.rollout_shards)
+    shards = range(config.rollout_files)
     # A segment has it in memory, and says so.
     before = options.get("--policy-digest") or manifest.digest_folder(run.iteration(index - 1).policy)
     inputs = {
@@ -168,7 +168,7 @@ def iterate(command: str, options: Options) -> None:
             break
         index += 1
         here, step = run.iteration(index), f"{index:06d}"
-        for shard in range(config.rollout_shards):
+        for shard in range(config.rollout_files):
             rollouts, scores = here.rollouts(shard), here.scores(shard)
             if not rollouts.is_file():
                 words = ["--iteration", step, "--shard", f"{shard:04d}", *memory, "--out", f"{rollouts}"]

@@ -57,7 +57,7 @@ def new_run(folder: Path, policy: Path, name: str = "run", **changes) -> tuple[C
 
 def write_inputs(run: Run, iteration: int, vocabulary, shards: int = 1, edit=lambda row: None) -> None:
     """Write the rollouts and scores of an iteration in `shards` files; `edit` changes a row (both tables' columns)."""
-    rows = [_row(iteration, group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
+    rows = [made_up_row(iteration, group, sample, vocabulary) for group in range(GROUPS) for sample in range(SAMPLES)]
     for row in rows:
         edit(row)
     size = len(rows) // shards
@@ -77,7 +77,7 @@ def write_scores(run: Run, iteration: int, shard: int, columns: dict[str, list],
     tables.write_table(current.scores(shard), tables.SCORES, columns, metadata)
 
 
-def _row(iteration: int, group: int, sample: int, vocabulary) -> dict:
+def made_up_row(iteration: int, group: int, sample: int, vocabulary) -> dict:
     rng = np.random.default_rng([iteration, group, sample])
     original = np.random.default_rng([iteration, group]).integers(0, vocabulary.num_visual, SHAPE)
     prompt = sequence.prompt_ids(original, INSTRUCTIONS[group], "<|image start|>", vocabulary)

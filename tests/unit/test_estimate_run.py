@@ -392,3 +392,21 @@ class TestWorkflow:
         monkeypatch.setattr(cases, "simulate", fails)
         assert self.plans(lambda rule: {"gpu": "h100:8"})
         assert "was not checked: another torch" in capsys.readouterr().err
+
+
+def test_dynamic_sampling_is_counted_with_all_of_its_rounds() -> None:
+    """16 prompts at first and 8 in each of 2 rounds; 10 of these 32 groups are trained on."""
+    sampling = {"usable_groups": 10, "max_rounds": 2, "prompts_per_round": 8}
+    config = experiment(zero_variance_groups="mask", dynamic_sampling=sampling)
+    plain, policy = experiment(), models.text(experiment())
+    most, usual = rates.work(config, policy), rates.work(plain, policy)
+    assert (most.generated, most.read, most.questions) == (2 * usual.generated, 2 * usual.read, 2 * usual.questions)
+    assert most.trained == usual.trained * 10 / 16
+    assert disk.of(config, policy, True).iteration == 2 * disk.of(plain, policy, True).iteration
+    # Each round decodes for as long as its longest completion takes: all 128 samples, or 64, at once.
+    seconds = [rates.sample_seconds(each, policy, 1, H100, rates.Rates()) for each in (config, plain)]
+    assert seconds[1] < seconds[0] < 3 * seconds[1]
+    assert rates.score_seconds(config, rates.Rates()) == 2 * rates.score_seconds(plain, rates.Rates())
+    [found] = run.make([config], True, everywhere(None))
+    assert found.questions == 2000 * 2 * 128 * 2
+    assert "iterations that sample all 3 rounds, 256 episodes, and train on 10 groups" in " ".join(found.notes)

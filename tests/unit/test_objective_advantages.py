@@ -180,7 +180,8 @@ def test_masked_groups_leave_the_step_but_not_the_figures():
     assert [outcome.advantage for outcome in masked[4:]] == pytest.approx([-1, 1], abs=1e-3)
     figures = [episodes.metrics(found) for found in (kept, masked)]
     unlike = {name for name in figures[0] if figures[0][name] != figures[1][name]}
-    assert unlike == {"used_episodes", "zero_variance_episodes", "completion_tokens"}
+    assert unlike == {"used_episodes", "trained_groups", "zero_variance_episodes", "completion_tokens"}
+    assert [found["trained_groups"] for found in figures] == [3, 1]
     assert [found["used_episodes"] for found in figures] == [5, 2]
     assert [found["zero_variance_episodes"] for found in figures] == [0, 3]
     assert [found["completion_tokens"] for found in figures] == [10, 4]
