@@ -129,27 +129,40 @@ def _check_iterations(run: Run, current: "Config", found: Verification) -> dict[
     """Check that each iteration was trained from the policy of the one before it; return the readable metrics."""
     trained: dict[int, dict[str, Any]] = {}
     newest = state.newest_complete(run)
-    policy = _starting_policy(run, found)
+    made = {0: _starting_policy(run, found)}
+    present = config_digest(current)
     for index in range(1, newest + 1):
         path = run.iteration(index).metrics
         metrics = _read(path, found)
         if metrics is None:
-            policy = None
             continue
         trained[index] = metrics
-        before = metrics["inputs"]["policy"]
+        if current.kl_coeff and metrics["config_digest"] == present:
+            _check_reference(path, metrics, made.get(state.reference_at(current, index)), found)
+        before, policy = metrics["inputs"]["policy"], made.get(index - 1)
         if policy is not None and before != policy:
             found.add(
                 path,
                 f"was trained from policy {before[:12]}, but iteration {index - 1} made {policy[:12]}; "
                 f"`earl rewind --iteration {index}` trains from here again",
             )
-        policy = metrics["policy_digest"]
+        made[index] = metrics["policy_digest"]
     found.iterations = len(trained)
-    _note_changes(run, trained, config_digest(current), found)
+    _note_changes(run, trained, present, found)
     _check_rubrics(run, trained, current, found)
     found.code_versions = len({metrics["code_version"] for metrics in trained.values()})
     return trained
+
+
+def _check_reference(path: Path, metrics: dict[str, Any], wanted: str | None, found: Verification) -> None:
+    """Check that an iteration was trained with the reference that the configuration says."""
+    reference = metrics["inputs"].get("reference")
+    if wanted is not None and reference != wanted:
+        found.add(
+            path,
+            f"was trained with reference {str(reference)[:12]}, but by "
+            f"reference_refresh_iterations that is {wanted[:12]}; `earl rewind` to this iteration and run on",
+        )
 
 
 def _starting_policy(run: Run, found: Verification) -> str | None:

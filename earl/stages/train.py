@@ -44,9 +44,9 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     calls this, and gets the same metrics.
 
     Args:
-        run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the starting
-            policy in iteration 0 as reference, and the rollouts and scores of this iteration (of a replay: its source
-            does, see `earl.run.replays`).
+        run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the policy that
+            is the reference (`earl.run.state.reference_at`), and the rollouts and scores of this iteration (of a
+            replay: its source does, see `earl.run.replays`).
         iteration: 1 is the first.
         shards: number of rollout shards on disk, `rollout_shards` by default.
 
@@ -131,6 +131,7 @@ def _step(
     config: "Config", files: Run, learner: Learner, batch: _Batch, team: Ranks, clock: Clock, checkpointed: bool
 ) -> dict[str, Any]:
     current = files.iteration(learner.iteration + 1)
+    learner.refresh_reference(config)
     warnings = episodes.warnings(batch.outcomes)
     for text in warnings if team.first else ():
         log.warning("train: iteration %d: %s", current.index, text)
