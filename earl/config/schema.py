@@ -146,6 +146,12 @@ class Config(Section):
         "Take the policy as the new reference of the KL term after every n-th iteration (TRL: `ref_model_sync_steps`); "
         "null: the reference is the starting policy throughout.",
     )
+    entropy_coeff: float = fixed(
+        0.0,
+        "Weight of the entropy of counted tokens, which the loss is lowered by, so that the policy keeps exploring "
+        "(TRL: `entropy_coef`): exact, over `logprob_support` at `temperature`. 0: none.",
+        ge=0,
+    )
     loss_normalization: Literal["tokens", "sequences", "constant"] = fixed(
         "tokens",
         "What the loss of an optimizer step is divided by: `tokens`, its completion tokens (DAPO); `sequences`, each "

@@ -192,6 +192,7 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        entropy_coeff=config.entropy_coeff,
         learning_rate=_schedule(config).rate(iteration - 1),
         options=objective.Options(
             kl_estimator=config.kl_estimator,
