@@ -94,16 +94,18 @@ def generate(
 
     settings = read(config)
     from earl.files.layout import Run
-    from earl.run import claims, state
+    from earl.run import claims, curriculum, state
     from earl.stages import generate as stage
 
+    run = Run(config.parent)
+    ledger = curriculum.ledger(settings, run, iteration) if evaluation is None else None
     claims.claim(settings, "generate")
-    with state.writing_to(out, Run(config.parent)):
+    with state.writing_to(out, run):
         sampler = stage.Sampler.load(settings, policy)
         if evaluation is not None:
             stage.run_evaluation(settings, evaluation, iteration, sampler, out)
         else:
-            stage.run(settings, iteration, shard, sampler, out)
+            stage.run(settings, iteration, shard, sampler, out, ledger)
 
 
 @app.command()

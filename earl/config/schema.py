@@ -11,7 +11,7 @@ from pydantic import BaseModel, field_validator, model_validator
 
 from earl.config import checks, defaults, references
 from earl.config.fields import Coefficient, Integer, Name, Path, Positive, Section, fixed, free
-from earl.config.sections import Evaluation, JudgeGate, Lora, RawDataset, Selection, Sft
+from earl.config.sections import Curriculum, Evaluation, JudgeGate, Lora, RawDataset, Selection, Sft
 
 RewardComponent = Literal[
     "semantic_consistency",
@@ -239,6 +239,11 @@ class Config(Section):
     vision_only_steps: Integer = fixed(10, "Iterations of each cycle that train visual tokens alone.", ge=0)
 
     # Generation
+    curriculum: Curriculum | None = fixed(
+        None,
+        "Which prompts iterations pass over, their last groups in this run having been of no use; null: none. It "
+        "changes nothing while no prompt comes again within `rest_iterations`.",
+    )
     episodes_per_iteration: Positive = fixed(128, "Episodes in an iteration: prompts x `generations_per_sample`.")
     generations_per_sample: Positive = fixed(
         8, "Completions for each prompt, the group that advantages are relative to."

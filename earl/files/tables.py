@@ -27,6 +27,10 @@ TOKEN_GRID = pa.struct([("height", pa.uint16()), ("width", pa.uint16()), ("ids",
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 LEFT_OUT = "left_out_prompts"
 """Metadata of an iteration's rollouts: prompts that the whole iteration passed over, being too long."""
+LEDGER = "curriculum_digest"
+"""The same: digest of the prompts that rest in the iteration, see `earl.run.curriculum`."""
+PASSED_OVER = "passed_over_prompts"
+"""The same: prompts that the whole iteration passed over since they rest."""
 SAMPLING = "sampling"
 """Metadata of an evaluation's rollouts: `earl.config.freeze.sampling` as JSON."""
 SCORE_RANGE = (0.0, 10.0)
@@ -185,6 +189,7 @@ EPISODES = _schema(
     pa.field("reason", pa.string()),
     pa.field("viescore", pa.float32()),
     _required("completion_tokens", pa.int32()),
+    _required("prompt_digest", pa.string()),
 )
 
 

@@ -22,7 +22,7 @@ from earl.emu3 import adapter
 from earl.files import atomic, manifest
 from earl.files.layout import Evaluation, Run
 from earl.messages.errors import EarlError
-from earl.run import replays, state
+from earl.run import curriculum, replays, state
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -115,7 +115,7 @@ def verify(run: Run, deep: bool = False) -> Verification:
     _check_start(run, found)
     _check_evaluations(run, current, trained, found)
     for index, metrics in trained.items():
-        _check_files(run, index, metrics, found)
+        _check_files(run, current, index, metrics, found)
     _check_shared(current, found)
     return found
 
@@ -303,7 +303,7 @@ def _check_evaluation(evaluation: Evaluation, digest: str, found: Verification) 
         _check_file(path, told.get(key), f"the evaluation {evaluation.summary} is of it; rerun the evaluation", found)
 
 
-def _check_files(run: Run, index: int, metrics: dict[str, Any], found: Verification) -> None:
+def _check_files(run: Run, current: "Config", index: int, metrics: dict[str, Any], found: Verification) -> None:
     """Compare the files of an iteration with the digests that its training recorded."""
     iteration, stored = run.iteration(index), replays.iteration_of(run, index)
     remedy = f"iteration {index} was trained on it: put it back, or `earl rewind --iteration {index}`"
@@ -311,7 +311,7 @@ def _check_files(run: Run, index: int, metrics: dict[str, Any], found: Verificat
         for shard, digest in enumerate(metrics["inputs"][kind]):
             is_sound = _check_file(path_of(shard), digest, remedy, found)
             if found.deep and is_sound and kind == "rollouts":
-                _check_metadata(path_of(shard), metrics, found)
+                _check_metadata(path_of(shard), metrics, _ledger(run, current, index, metrics), found)
     again = f"`earl rewind --iteration {index}` trains it again"
     _check_file(iteration.episodes, metrics.get("episodes_digest"), again, found)
     if iteration.policy.is_dir():
@@ -379,7 +379,17 @@ def _check_shared(current: "Config", found: Verification) -> None:
             found.add(path, f"is missing or incomplete; {elsewhere}run the workflow again, or put it back")
 
 
-def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) -> None:
+def _ledger(run: Run, current: "Config", index: int, metrics: dict[str, Any]) -> str | None:
+    """Return the digest of what rested in an iteration; None where there was no curriculum or nobody knows it."""
+    if current.curriculum is None or metrics["config_digest"] != config_digest(current):
+        return None
+    try:
+        return curriculum.ledger(current, run, index).digest
+    except EarlError:
+        return None  # Episodes that are missing or damaged are reported where they lie.
+
+
+def _check_metadata(path: Path, metrics: dict[str, Any], ledger: str | None, found: Verification) -> None:
     """Rollouts must be of the policy that training says. A rewind keeps them when the configuration changes."""
     from earl.files import tables
 
@@ -393,6 +403,7 @@ def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) ->
     expectations = {"policy_digest": sampled_by or metrics["inputs"]["policy"]}
     if sampled_by is None:
         expectations["config_digest"] = metrics["config_digest"]
+        expectations |= {tables.LEDGER: ledger} if ledger is not None else {}
     differing = {key: expected for key, expected in expectations.items() if told.get(key) != expected}
     if differing.keys() == {"config_digest"} and told.get("config_digest"):
         before, then = told["config_digest"], metrics["config_digest"]

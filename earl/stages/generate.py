@@ -15,6 +15,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.execution import runtime
 from earl.files import images, layout, manifest, tables
 from earl.messages.errors import EarlError
+from earl.run.curriculum import Ledger
 from earl.stages import prompts
 from earl.statistics import seeds
 
@@ -68,7 +69,9 @@ class Plan:
     params: engines.SamplingParams
 
 
-def run(config: "Config", iteration: int, shard: int, sampler: Sampler, out: Path) -> None:
+def run(
+    config: "Config", iteration: int, shard: int, sampler: Sampler, out: Path, ledger: Ledger | None = None
+) -> None:
     """Write one shard of an iteration's rollouts.
 
     Args:
@@ -77,8 +80,9 @@ def run(config: "Config", iteration: int, shard: int, sampler: Sampler, out: Pat
         shard: From 0 to ``rollout_shards - 1``. Groups never straddle shards.
         sampler: Holds the policy to sample from, that of the iteration before.
         out: The Parquet file to write, schema `earl.files.tables.ROLLOUTS`.
+        ledger: What rests in the iteration, see `earl.run.curriculum`.
     """
-    drawn = prompts.of_iteration(config, iteration, sampler.vocabulary, shard_of(config, shard))
+    drawn = prompts.of_iteration(config, iteration, sampler.vocabulary, shard_of(config, shard), ledger)
     plan = Plan(
         name=layout.iteration_name(iteration),
         examples=drawn.examples,
@@ -87,6 +91,8 @@ def run(config: "Config", iteration: int, shard: int, sampler: Sampler, out: Pat
         params=engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens),
     )
     where = {"iteration": str(iteration), "shard": str(shard), tables.LEFT_OUT: str(drawn.left_out)}
+    if ledger is not None:
+        where |= {tables.LEDGER: ledger.digest, tables.PASSED_OVER: str(drawn.passed_over)}
     _sample_and_write(config, plan, sampler, out, where)
 
 

@@ -23,7 +23,7 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run import replays, segments, state
+from earl.run import curriculum, replays, segments, state
 from earl.stages import evaluate, generate, present, score, train
 from earl.stages.progress import KINDS, Progress
 
@@ -148,10 +148,11 @@ class _Segment:
         """Write this rank's rollouts of iteration ``index`` that are missing or not of the policy in memory."""
         config, files, digest = self._config_of_next(), self.files.iteration(index), self.policy_digest
         with self.progress.phase("generate"):
-            missing = [shard for shard in self._shards(index) if not present.rollouts(config, files, shard, digest)]
+            shards, ledger = self._shards(index), curriculum.ledger(config, self.files, index)
+            missing = [shard for shard in shards if not present.rollouts(config, files, shard, digest, ledger)]
             sampler = self._sampler_for(missing)
             for shard in missing:
-                generate.run(config, index, shard, sampler, files.rollouts(shard))
+                generate.run(config, index, shard, sampler, files.rollouts(shard), ledger)
                 self.progress.wrote("rollouts", files.rollouts(shard))
 
     def score(self, index: int) -> None:

@@ -17,15 +17,18 @@ from earl.stages.generate import shard_of
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
+    from earl.run.curriculum import Ledger
 
 log = logging.getLogger(__name__)
 
 
-def rollouts(config: "Config", iteration: Iteration, shard: int, policy_digest: str) -> bool:
-    """Return whether a shard's rollouts are there: of this policy and these prompts."""
+def rollouts(
+    config: "Config", iteration: Iteration, shard: int, policy_digest: str, ledger: "Ledger | None" = None
+) -> bool:
+    """Return whether a shard's rollouts are there: of this policy and these prompts, by this ledger."""
     path = iteration.rollouts(shard)
     told = _metadata(path)
-    if told.get("policy_digest") != policy_digest:
+    if told.get("policy_digest") != policy_digest or told.get(tables.LEDGER) != (ledger and ledger.digest):
         return False
     # With another rollout_shards, a file of this name holds other prompts.
     try:

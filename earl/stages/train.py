@@ -169,6 +169,7 @@ def _step(
         "learning_rate": batch.settings.learning_rate,
         "optimizer_steps": learner.optimizer_steps,
         "left_out_prompts": batch.source.left_out,
+        "passed_over_prompts": batch.source.passed_over,
         "rubrics_digest": batch.source.rubrics,
         "ranks": team.size,
         "inputs": batch.inputs | {"reference": learner.reference_digest},

@@ -12,7 +12,7 @@ from earl.config.schema import Config
 from earl.execution import ranks, runtime
 from earl.files import hub_names
 from earl.files.layout import Run
-from earl.run import preflight, segments, state
+from earl.run import curriculum, preflight, segments, state
 
 
 def make_shared(config: Config) -> None:
@@ -50,7 +50,8 @@ def run_iteration(config: Config, run: Run, index: int) -> None:
 
     files, sampler = run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy)
     for shard in range(config.rollout_shards):
-        generate.run(config, index, shard, sampler, files.rollouts(shard))
+        ledger = curriculum.ledger(config, run, index)
+        generate.run(config, index, shard, sampler, files.rollouts(shard), ledger)
         score.run(config, files.rollouts(shard), files.scores(shard))
     train.run(config, run.path, index)
 
