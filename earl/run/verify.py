@@ -307,11 +307,12 @@ def _check_files(run: Run, current: "Config", index: int, metrics: dict[str, Any
     """Compare the files of an iteration with the digests that its training recorded."""
     iteration, stored = run.iteration(index), replays.iteration_of(run, index)
     remedy = f"iteration {index} was trained on it: put it back, or `earl rewind --iteration {index}`"
+    ledger = _ledger(run, current, index, metrics) if found.deep else None
     for kind, path_of in (("rollouts", stored.rollouts), ("scores", stored.scores)):
         for shard, digest in enumerate(metrics["inputs"][kind]):
             is_sound = _check_file(path_of(shard), digest, remedy, found)
             if found.deep and is_sound and kind == "rollouts":
-                _check_metadata(path_of(shard), metrics, _ledger(run, current, index, metrics), found)
+                _check_metadata(path_of(shard), metrics, ledger, found)
     again = f"`earl rewind --iteration {index}` trains it again"
     _check_file(iteration.episodes, metrics.get("episodes_digest"), again, found)
     if iteration.policy.is_dir():
