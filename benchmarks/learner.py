@@ -109,8 +109,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def our_loss(model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int) -> torch.Tensor:
-    logp, _, _ = grpo.completion_logprobs(model, batch, settings)
-    return grpo.batch_loss(logp, None, batch, denominator, settings)
+    logp, entropy, _ = grpo.completion_logprobs(model, batch, settings)
+    return grpo.batch_loss(logp, entropy, None, batch, denominator, settings)
 
 
 def reference_loss(

@@ -58,7 +58,8 @@ def write_iteration(run: Run, index: int, episodes: int, side: int) -> None:
     tables.write_table(
         here.scores(0), tables.SCORES, columns, {"rollouts_digest": manifest.digest_file(here.rollouts(0))}
     )
-    same = {"reward": 5.0, "advantage": 0.0, "used": True, "reason": None, "viescore": 5.0, "completion_tokens": 1}
+    same = {"reward": 5.0, "advantage": 0.0, "used": True, "reason": None, "viescore": 5.0}
+    same |= {"completion_tokens": 1, "prompt_digest": "p"}
     outcomes = {name: columns[name] for name in ("episode_id", "group_id")}
     outcomes |= {name: [value] * episodes for name, value in same.items()}
     tables.write_table(here.episodes, tables.EPISODES, outcomes, {})

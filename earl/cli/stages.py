@@ -95,13 +95,14 @@ def generate(
     settings = read(config)
     from earl.files import manifest
     from earl.files.layout import Run
-    from earl.run import claims, state
+    from earl.run import claims, curriculum, state
     from earl.stages import generate as stage
     from earl.stages import rounds
 
     run, number = Run(config.parent), (shard or 0) // settings.rollout_shards
     digest = manifest.digest_folder(policy) if number else ""
     earlier = rounds.earlier(settings, run.iteration(iteration), number, digest)
+    ledger = curriculum.ledger(settings, run, iteration) if evaluation is None else None
     samples = shard is None or bool(stage.wanted(settings, shard, earlier))
     if samples:
         claims.claim(settings, "generate")
@@ -110,7 +111,7 @@ def generate(
             stage.run_evaluation(settings, evaluation, iteration, stage.Sampler.load(settings, policy), out)
         else:
             sampled = stage.Sampler.load(settings, policy) if samples else stage.Policy.of(policy)
-            stage.run(settings, iteration, shard, sampled, out, earlier)
+            stage.run(settings, iteration, shard, sampled, out, earlier, ledger)
 
 
 @app.command()

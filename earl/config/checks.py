@@ -192,6 +192,14 @@ def _check_objective(config: "Config") -> None:
             f"is `weighted_k3`, which weighs the KL term by ratios as they are, but sampler_correction is "
             f"`{correction}`, which does not trust them; set one of the two to `k3+` or `none`",
         )
+    refresh = "reference_refresh_iterations"
+    if config.reference_refresh_iterations is not None and config.kl_coeff == 0:
+        raise wrong(refresh, "is set, but kl_coeff is 0, so there is no reference; raise kl_coeff, or leave this out")
+    if config.reference_refresh_iterations is not None and config.lora is not None:
+        raise wrong(
+            refresh,
+            "is set, but with lora the reference is the policy without its adapter, which never changes; leave one out",
+        )
     steps = config.optimizer_steps_per_iteration
     if steps > config.most_trained_groups:
         raise wrong(

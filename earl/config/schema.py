@@ -11,7 +11,7 @@ from pydantic import BaseModel, field_validator, model_validator
 
 from earl.config import checks, defaults, references
 from earl.config.fields import Coefficient, Integer, Name, Path, Positive, Section, fixed, free
-from earl.config.sections import DynamicSampling, Evaluation, JudgeGate, Lora, RawDataset, Selection, Sft
+from earl.config.sections import Curriculum, DynamicSampling, Evaluation, JudgeGate, Lora, RawDataset, Selection, Sft
 
 RewardComponent = Literal[
     "semantic_consistency",
@@ -54,8 +54,9 @@ class Config(Section):
     # Models
     model_path: Path = fixed(
         "kazemnejad/Emu3-Base-SFT-got-Apr13_post_stochastic_256_lr1e-5-checkpoint-10800",
-        "Starting policy and frozen reference: a folder, `stage:sft/<name>`, `stage:shapes-policy`, or a hub name, "
-        "<owner>/<name>: a checkpoint that `earl convert model` takes; the pipeline converts it, once for all runs.",
+        "Starting policy, and frozen reference unless `reference_refresh_iterations` takes later ones: a folder, "
+        "`stage:sft/<name>`, `stage:shapes-policy`, or a hub name, <owner>/<name>: a checkpoint that `earl convert "
+        "model` takes; the pipeline converts it, once for all runs.",
     )
     model_revision: str | None = fixed(
         None, "Revision of `model_path` on the hub, a branch, tag or commit; null takes its main one.", min_length=1
@@ -139,6 +140,17 @@ class Config(Section):
         "average, `k2` is d^2 / 2, `k3` is exp(d) - 1 - d (GRPO). With an unbiased gradient: `k3+` has the value of k3 "
         "and the gradient of k2 (verl); `weighted_k3` is k3 times the ratio of policy to sampler, and unbiased for an "
         "older policy's episodes too (DeepSeek-V3.2).",
+    )
+    reference_refresh_iterations: Positive | None = fixed(
+        None,
+        "Take the policy as the new reference of the KL term after every n-th iteration (TRL: `ref_model_sync_steps`); "
+        "null: the reference is the starting policy throughout.",
+    )
+    entropy_coeff: float = fixed(
+        0.0,
+        "Weight of the entropy of counted tokens, which the loss is lowered by, so that the policy keeps exploring "
+        "(TRL: `entropy_coef`): exact, over `logprob_support` at `temperature`. 0: none.",
+        ge=0,
     )
     loss_normalization: Literal["tokens", "sequences", "constant"] = fixed(
         "tokens",
@@ -227,6 +239,11 @@ class Config(Section):
     vision_only_steps: Integer = fixed(10, "Iterations of each cycle that train visual tokens alone.", ge=0)
 
     # Generation
+    curriculum: Curriculum | None = fixed(
+        None,
+        "Which prompts iterations pass over, their last groups in this run having been of no use; null: none. It "
+        "changes nothing while no prompt comes again within `rest_iterations`.",
+    )
     episodes_per_iteration: Positive = fixed(128, "Episodes in an iteration: prompts x `generations_per_sample`.")
     generations_per_sample: Positive = fixed(
         8, "Completions for each prompt, the group that advantages are relative to."

@@ -3,6 +3,7 @@
 `earl.config.schema` has the fields outside of sections.
 """
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -358,6 +359,41 @@ class Evaluation(Section):
     def _top_k_is_on_or_off(self) -> Self:
         checks.check_top_k(self.top_k)
         return self
+
+
+class Curriculum(Section):
+    """Which prompts iterations pass over: those whose last group in the run was of no use.
+
+    That is one whose judged rewards, two or more, are all alike, so that no episode has an advantage, or whose mean
+    reward is outside the band of `minimum_mean_reward` and `maximum_mean_reward`.
+    """
+
+    rest_iterations: Positive = fixed(
+        ...,
+        "Iterations that such a prompt is passed over for after its group. Where too few others are left, those passed "
+        "over come back in the order of the draws.",
+    )
+    minimum_mean_reward: float | None = fixed(
+        None, "A prompt is too hard where its group's mean reward is lower; null: none is.", ge=0, le=10
+    )
+    maximum_mean_reward: float | None = fixed(
+        None, "A prompt is too easy where its group's mean reward is higher; null: none is.", ge=0, le=10
+    )
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        low, high = self.minimum_mean_reward, self.maximum_mean_reward
+        if low is not None and high is not None and low > high:
+            raise checks.wrong("minimum_mean_reward", f"is {low}, above maximum_mean_reward ({high}); lower it")
+        return self
+
+    def allows(self, rewards: list[float]) -> bool:
+        """Return whether the mean of a group's rewards is in the band; of a group without any, nothing is known."""
+        if not rewards:
+            return True
+        mean = math.fsum(rewards) / len(rewards)
+        low, high = self.minimum_mean_reward, self.maximum_mean_reward
+        return (low is None or mean >= low) and (high is None or mean <= high)
 
 
 class JudgeGate(Section):

@@ -8,6 +8,7 @@
     SFT        = bos  IMG(original)  instruction  [reasoning]  IMG(edited)  eos
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -62,6 +63,11 @@ def prompt_ids(original_tokens: np.ndarray, instruction: str, prefill: str, voca
         *vocabulary.encode_plain(instruction),
         *vocabulary.encode(prefill.replace("{H}", str(height)).replace("{W}", str(width))),
     ]
+
+
+def digest(ids: Sequence[int]) -> str:
+    """Return the SHA-256, in hexadecimal, of ids, such as those of a prompt: the same ones have the same."""
+    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
 
 
 def reasoning_text(reasoning: Sequence[tuple[str, str]]) -> str:

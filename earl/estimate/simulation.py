@@ -113,7 +113,7 @@ def _step(
         if reference is not None:
             with count.phase("reference"), torch.no_grad(), adapter.disabled(reference):
                 reference_logp, _, _ = grpo.completion_logprobs(reference, batch, settings, kept)
-        loss = grpo.batch_loss(logp, reference_logp, batch, len(batch.targets), settings)
+        loss = grpo.batch_loss(logp, entropy, reference_logp, batch, len(batch.targets), settings)
         with count.phase("backward"):
             loss.backward()
         del logp, entropy, kept, reference_logp, loss

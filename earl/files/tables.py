@@ -27,6 +27,10 @@ TOKEN_GRID = pa.struct([("height", pa.uint16()), ("width", pa.uint16()), ("ids",
 REASONING = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 LEFT_OUT = "left_out_prompts"
 """Metadata of an iteration's rollouts: prompts passed over, being too long, up to the last one of the round."""
+LEDGER = "curriculum_digest"
+"""The same: digest of the prompts that rest in the iteration, see `earl.run.curriculum`."""
+PASSED_OVER = "passed_over_prompts"
+"""The same: prompts passed over since they rest, up to the last one of the round."""
 USABLE = "usable_groups"
 """Metadata of the rollouts of a further round: usable groups of the rounds before, by which it is needed or not."""
 DECIDED_BY = "scores_digests"
@@ -189,6 +193,7 @@ EPISODES = _schema(
     pa.field("reason", pa.string()),
     pa.field("viescore", pa.float32()),
     _required("completion_tokens", pa.int32()),
+    _required("prompt_digest", pa.string()),
 )
 
 

@@ -72,6 +72,7 @@ class Source:
     scores: list[str]
     rubrics: str | None  # digest of what the judge was asked by; None where it has no rubrics
     left_out: int = 0  # prompts that were too long to be sampled
+    passed_over: int = 0  # prompts that a curriculum has passed over
 
 
 def read(
@@ -108,8 +109,9 @@ def read(
     _check_complete(rows, iteration, expected)
     ordered = sorted(rows, key=lambda row: row["episode_id"])
     # Every shard tells of all prompts up to its round's last.
-    left_out = max(int(tables.read_metadata(iteration.rollouts(i)).get(tables.LEFT_OUT, 0)) for i in range(shards))
-    return Source(ordered, rollout_digests, score_digests, *rubrics, left_out)
+    told = [tables.read_metadata(iteration.rollouts(shard)) for shard in range(shards)]
+    counts = (max(int(one.get(name, 0)) for one in told) for name in (tables.LEFT_OUT, tables.PASSED_OVER))
+    return Source(ordered, rollout_digests, score_digests, *rubrics, *counts)
 
 
 def _check_metadata(path: Path, key: str, expected: str, remedy: str) -> None:
@@ -359,6 +361,7 @@ def write(path: Path, outcomes: Sequence[Outcome], metadata: dict[str, str]) -> 
         "reason": [outcome.reason for outcome in outcomes],
         "viescore": [_viescore(outcome.row) for outcome in outcomes],
         "completion_tokens": [len(outcome.row["completion_token_ids"]) for outcome in outcomes],
+        "prompt_digest": [sequence.digest(outcome.row["prompt_token_ids"]) for outcome in outcomes],
     }
     tables.write_table(path, tables.EPISODES, columns, metadata)
 

@@ -56,6 +56,7 @@ class Totals:
     loss: float = 0.0
     policy_loss: float = 0.0
     kl_loss: float = 0.0
+    entropy_loss: float = 0.0
     tokens: int = 0
     active: int = 0  # tokens of the kind that trains, forced ones included
     entropy: float = 0.0
@@ -78,12 +79,12 @@ class Totals:
     def metrics(self, settings: Settings, with_kl: bool) -> dict[str, float | int | None]:
         """Means in nats a counted token, fractions of the counted tokens; None for what the objective does not have.
 
-        Losses, gradient norm and cosine are means over the optimizer steps: `loss` = `policy_loss` + `kl_loss`, the
-        latter with its coefficient. `kl` is k3 and `kl_k1` k1, whatever the loss has. `active_tokens` are what the
-        normalization "tokens" divides by: those that count and those that were forced. `gradient_cosine` is that of
-        `signal.Halves`. Of the mismatch, `logprob_mismatch_kl` is k3 of KL(sampler || learner), and
-        `effective_sample_size` (sum w)^2 / (n sum w^2), w the importance ratios: 1 where all are equal, 1 / n where one
-        token outweighs all others (Kish 1965). Where no step was done, nothing is known.
+        Losses, gradient norm and cosine are means over the optimizer steps: `loss` = `policy_loss` + `kl_loss` +
+        `entropy_loss`, the latter two with their coefficients. `kl` is k3 and `kl_k1` k1, whatever the loss has.
+        `active_tokens` are what the normalization "tokens" divides by: those that count and those that were forced.
+        `gradient_cosine` is that of `signal.Halves`. Of the mismatch, `logprob_mismatch_kl` is k3 of KL(sampler ||
+        learner), and `effective_sample_size` (sum w)^2 / (n sum w^2), w the importance ratios: 1 where all are equal, 1
+        / n where one token outweighs all others (Kish 1965). Where no step was done, nothing is known.
         """
         tokens, first, steps = self.tokens, self.mismatch_tokens, len(self.gradient_norms)
         ratio, corrects = settings.options.ratio, settings.options.correction != "none"
@@ -91,6 +92,7 @@ class Totals:
             "loss": _mean(self.loss, steps),
             "policy_loss": _mean(self.policy_loss, steps),
             "kl_loss": _mean(self.kl_loss, steps if with_kl else 0),
+            "entropy_loss": _mean(self.entropy_loss, steps if settings.entropy_coeff else 0),
             "entropy": _mean(self.entropy, tokens),
             "logprob_mean": _mean(self.logp, tokens),
             "reference_logprob_mean": _mean(self.reference_logp, tokens if with_kl else 0),
@@ -181,12 +183,13 @@ def train_iteration(
                 if reference is not None:
                     with clock.phase("reference"), torch.no_grad(), adapter.disabled(reference):
                         reference_logp, _, _ = completion_logprobs(reference, batch, settings, kept)
-                loss = batch_loss(logp, reference_logp, batch, denominator, settings)
+                loss = batch_loss(logp, entropy, reference_logp, batch, denominator, settings)
                 with clock.phase("backward"):
                     (loss if counts else 0 * loss).backward()
                     halves.accumulated()
                 if counts:
-                    add_to(seen, batch, loss.detach(), logp.detach(), entropy, reference_logp, denominator, settings)
+                    values = loss.detach(), logp.detach(), entropy.detach()
+                    add_to(seen, batch, *values, reference_logp, denominator, settings)
                     if step == 0:
                         add_mismatch(seen, batch, logp.detach())
             step_totals = total_of(team.gather(seen))
@@ -217,7 +220,7 @@ def ready_to_learn(policy: "Emu3ForCausalLM", settings: Settings) -> Iterator[No
 
 Logprobs = tuple[Tensor, Tensor, list[Tensor] | None]
 """Log-probability and entropy, float32 [T] each in nats, of the counted tokens, and the ids that they are over
-(`head.kept_ids`)."""
+(`head.kept_ids`). The entropy is differentiable where the loss has it."""
 
 
 def completion_logprobs(
@@ -245,11 +248,17 @@ def _completion_logprobs(
     tokens = batch.targets, settings.temperature, settings.support, settings.bfloat16
     if kept is None:
         kept = head.kept_ids(hidden, weight, *tokens)
-    return *head.token_logprobs(hidden, weight, *tokens, kept, accumulate=True), kept
+    logp, entropy = head.token_logprobs(hidden, weight, *tokens, kept, accumulate=True)
+    return logp, entropy if settings.entropy_coeff else entropy.detach(), kept
 
 
 def batch_loss(
-    logp: Tensor, reference_logp: Tensor | None, batch: MicroBatch, denominator: int, settings: Settings
+    logp: Tensor,
+    entropy: Tensor,
+    reference_logp: Tensor | None,
+    batch: MicroBatch,
+    denominator: int,
+    settings: Settings,
 ) -> Tensor:
     return objective.grpo_loss(
         logp,
@@ -260,6 +269,8 @@ def batch_loss(
         behavior_logprobs=batch.behavior_logprobs,
         sequences=batch.sequences,
         lengths=divided_by(batch, settings),
+        entropy=entropy,
+        entropy_coeff=settings.entropy_coeff,
         options=settings.options,
     )
 
@@ -284,6 +295,9 @@ def add_to(
     totals.policy_loss += objective.normalized(policy, denominator, divided_by(batch, settings)).item()
     totals.tokens += len(logp)
     totals.entropy += entropy.double().sum().item()
+    if settings.entropy_coeff:
+        entropy_loss = objective.normalized(entropy, denominator, divided_by(batch, settings))
+        totals.entropy_loss -= settings.entropy_coeff * entropy_loss.item()
     totals.logp += logp.double().sum().item()
     if reference_logp is not None:
         totals.reference_logp += reference_logp.double().sum().item()

@@ -129,7 +129,7 @@ def _sum_type(hidden: Tensor) -> torch.dtype:
 
 
 class _BlockedLogprobs(torch.autograd.Function):
-    """The arguments of `apply` below -> (logp, entropy); no gradient from the entropy."""
+    """The arguments of `apply` below -> (logp, entropy)."""
 
     @staticmethod
     def forward(
@@ -148,24 +148,30 @@ class _BlockedLogprobs(torch.autograd.Function):
         for rows, first, last, kept in _token_blocks(parts):
             block = _Block(hidden[rows], targets[rows], temperatures[rows], bfloat16)
             logp[rows], entropy[rows], normalizer[rows] = block.normalised(weight, first, last, kept)
-        ctx.save_for_backward(hidden, weight, targets, temperatures, normalizer)
+        ctx.save_for_backward(hidden, weight, targets, temperatures, normalizer, entropy)
         ctx.parts, ctx.bfloat16 = parts, bfloat16
         ctx.accumulate = accumulate and _can_accumulate(weight, _sum_type(hidden))
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # None for what the loss does not have
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, temperatures, normalizer = ctx.saved_tensors
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, temperatures, normalizer, entropy = ctx.saved_tensors
+        grad_logp = torch.zeros_like(normalizer) if grad_logp is None else grad_logp
         grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = _gradient_of(weight, normalizer.dtype, ctx.accumulate) if ctx.needs_input_grad[1] else None
         for rows, first, last, kept in _token_blocks(ctx.parts):
             block = _Block(hidden[rows], targets[rows], temperatures[rows], ctx.bfloat16)
             scale = (grad_logp[rows] / temperatures[rows]).to(normalizer.dtype).unsqueeze(1)
             for start, end in _id_blocks(first, last):
-                # d logp / d logit = (one-hot of the target - softmax) / temperature
                 logits = block.logits(weight, start, end, _unpack(kept, start - first, end - first))
-                grad = logits.sub_(normalizer[rows].unsqueeze(1)).exp_().mul_(-scale)
+                logprobs_ = logits.sub_(normalizer[rows].unsqueeze(1))
+                # d logp / d logit = (one-hot of the target - softmax) / temperature
+                factor = -scale
+                if grad_entropy is not None:  # d entropy / d logit = -softmax (log softmax + entropy) / temperature
+                    own = (grad_entropy[rows] / temperatures[rows]).unsqueeze(1)
+                    factor = (logprobs_ + entropy[rows].unsqueeze(1)).mul_(-own).sub_(scale)
+                grad = logprobs_.exp_().mul_(factor)
                 inside = block.inside(start, end)
                 grad[inside, block.targets[inside] - start] += scale.squeeze(1)[inside]
                 grad = grad.to(block.hidden.dtype)

@@ -84,7 +84,7 @@ def token_logprobs(
         temperature: > 0, one number or float [T].
 
     Returns:
-        (logp [T] in nats, <= 0; entropy [T] in nats, >= 0, detached: it is a metric here, not part of a loss).
+        (logp [T] in nats, <= 0; entropy [T] in nats, >= 0, of the softmax over the support), both differentiable.
 
     Raises:
         ValueError: a target lies in no part of the support.
@@ -98,7 +98,7 @@ def token_logprobs(
         logprobs = F.log_softmax(part, dim=-1)
         # index_copy keeps the autograd path of every part and restores the order of the targets.
         logp = logp.index_copy(0, rows, logprobs.gather(-1, own.unsqueeze(-1)).squeeze(-1))
-        entropy = entropy.index_copy(0, rows, _entropy(logprobs.detach()))
+        entropy = entropy.index_copy(0, rows, _entropy(logprobs))
     return logp, entropy
 
 
@@ -118,5 +118,5 @@ def kept_ids(logits: Tensor, targets: Tensor, support: Support) -> Tensor:
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    # An id masked to -inf has probability 0 and adds nothing; without the clamp it would add 0 * inf = NaN.
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    # An id masked to -inf has probability 0 and adds nothing, nor to the gradient; unmasked it would add 0 * inf = NaN.
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(-1)

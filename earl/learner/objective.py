@@ -184,9 +184,11 @@ def grpo_loss(
     behavior_logprobs: Tensor | None = None,
     sequences: Tensor | None = None,
     lengths: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coeff: float = 0.0,
     options: Options = SPEC,
 ) -> Tensor:
-    """sum_t mask_t / length_t * (policy_t + kl_coeff * kl_t) / denominator.
+    """sum_t mask_t / length_t * (policy_t + kl_coeff * kl_t - entropy_coeff * entropy_t) / denominator.
 
     By default policy_t = -A_t * logp_t, kl_t = k3 and no lengths: the on-policy GRPO loss of nano-aha-moment. `options`
     choose the others; a correction weighs or masks policy_t alone and leaves the denominator as it is.
@@ -203,6 +205,8 @@ def grpo_loss(
         sequences: int64 [T], needed by the correction "filter" and by ratios `of_sequences`.
         lengths: [T], length of the token's episode (as of `loss_denominator`), to weigh episodes equally; None weighs
             tokens equally.
+        entropy: [T] differentiable entropies of the policy where the tokens were sampled, or None when entropy_coeff is
+            0. A bonus for whoever explores (Williams & Peng 1991; A3C, Mnih et al. 2016).
 
     Returns:
         scalar.
@@ -210,6 +214,8 @@ def grpo_loss(
     per_token = policy_term(logp, advantages, behavior_logprobs, sequences, options)
     if reference_logp is not None and kl_coeff != 0.0:
         per_token = per_token + kl_coeff * kl_estimate(logp, reference_logp, options.kl_estimator, behavior_logprobs)
+    if entropy is not None and entropy_coeff != 0.0:
+        per_token = per_token - entropy_coeff * entropy
     return normalized(per_token, denominator, lengths, mask)
 
 

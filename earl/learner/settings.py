@@ -25,6 +25,7 @@ class Settings:
     support: logprobs.Support  # what log-probs are normalised over
     counted: str  # "all", "text" or "visual": see objective.counted_tokens
     bfloat16: bool
+    entropy_coeff: float = 0.0
     learning_rate: float | None = None  # of this iteration; None: that of the optimizer
     options: objective.Options = objective.SPEC
     normalization: str = "tokens"  # see objective.loss_denominator

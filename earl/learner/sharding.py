@@ -19,6 +19,7 @@ import torch
 
 from earl.emu3 import adapter, checkpoint
 from earl.execution.ranks import Ranks
+from earl.files import tensors
 from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
@@ -122,6 +123,15 @@ def _read(model: "Emu3ForCausalLM", folder: Path, team: Ranks) -> "Emu3ForCausal
         for weight in adapter.weights(model).values():
             weight.zero_()
     return model.eval()
+
+
+@torch.no_grad()
+def copy_weights(source: "Emu3ForCausalLM", target: "Emu3ForCausalLM") -> None:
+    """Copy the weights of a model to another that is split over the same ranks, in the other's type and memory."""
+    for (name, weight), (other, copy) in zip(source.named_parameters(), target.named_parameters(), strict=True):
+        if name != other:
+            raise ValueError(f"{name} is not {other}: the models are not alike")
+        tensors.own_part(copy).copy_(tensors.own_part(weight))
 
 
 def _config(folder: Path) -> "Emu3TextConfig":

@@ -261,7 +261,12 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
         chart(
             "Loss",
             "its gradient teaches, its value says little",
-            [of("policy_loss", "policy"), of("kl_loss", "KL", 1), of("loss", "both", 2)],
+            [
+                of("policy_loss", "policy"),
+                of("kl_loss", "KL", 1),
+                of("loss", "sum", 2),
+                of("entropy_loss", "entropy", 3),
+            ],
         ),
     ]
     return [each for each in drawn if each]

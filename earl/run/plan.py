@@ -145,6 +145,8 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
         segments.check(config)
     if made.segments or made.iterations:
         state.check_policy(run, made.checkpoint)
+        if made.segments and config.kl_coeff:
+            state.check_reference(run, config, made.checkpoint + 1)
         if made.checkpoint == 0 or config.kl_coeff or config.lora is not None:  # what is trained next needs it
             state.check_start(run)
         segments.start(config, run)  # By stage, the newest checkpoint is restored from there.

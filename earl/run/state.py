@@ -32,18 +32,35 @@ RESTORING = "restore.partial"
 """Folder of a run in which checkpoints are made again, each in one of its own."""
 
 
+def reference_of(index: int, refresh_every: int | None) -> int:
+    """Return the iteration whose policy is the reference while ``index`` trains; 0 is the starting policy.
+
+    Args:
+        index: of an iteration, from 1 on.
+        refresh_every: `reference_refresh_iterations`.
+    """
+    return (index - 1) // refresh_every * refresh_every if refresh_every else 0
+
+
+def reference_at(config: "Config", index: int) -> int:
+    """Return `reference_of` by the configuration."""
+    return reference_of(index, config.reference_refresh_iterations)
+
+
 @dataclass(frozen=True)
 class Retention:
     """Which checkpoints (``policy`` and ``trainer``) of a run stay on disk.
 
-    The newest checkpoint, and that of the iteration before it, stay to resume from. Of the others, the latest multiple
-    of ``save_every`` is kept, every multiple of ``keep_every`` (None: every multiple of ``save_every``), and the last
-    iteration. Iteration 0 is a link and always stays.
+    The newest checkpoint, and that of the iteration before it, stay to resume from, and so do the references that
+    training needs from there, multiples of ``refresh_every``. Of the others, the latest multiple of ``save_every`` is
+    kept, every multiple of ``keep_every`` (None: every multiple of ``save_every``), and the last iteration. Iteration 0
+    is a link and always stays.
     """
 
     save_every: int | None
     keep_every: int | None
     last: int
+    refresh_every: int | None = None
 
     @classmethod
     def of(cls, config: "Config") -> "Retention":
@@ -51,11 +68,13 @@ class Retention:
             config.save_checkpoints_every_n_iterations,
             config.keep_checkpoints_every_n_iterations,
             config.num_iterations,
+            config.reference_refresh_iterations,
         )
 
     def saves(self, index: int) -> bool:
         """Return whether the checkpoint of iteration ``index`` is kept beyond the next one, for a while or for good."""
-        return index == self.last or any(every and index % every == 0 for every in (self.save_every, self.keep_every))
+        every = (self.save_every, self.keep_every, self.refresh_every)
+        return index == self.last or any(n and index % n == 0 for n in every)
 
     def keeps(self, index: int, newest: int) -> bool:
         """Return whether the checkpoint of iteration ``index`` stays when ``newest`` is the newest checkpoint."""
@@ -64,11 +83,13 @@ class Retention:
         keep_every = self.save_every if self.keep_every is None else self.keep_every
         if keep_every and index % keep_every == 0:
             return True
+        if index in (reference_of(newest, self.refresh_every), reference_of(newest + 1, self.refresh_every)):
+            return True
         return bool(self.save_every) and index == newest - newest % self.save_every
 
     def dropped_by(self, newest: int) -> list[int]:
-        """Return the iterations, at most two, whose checkpoints go after ``newest`` where every iteration has one."""
-        candidates = {newest - 2}
+        """Return the iterations, at most three, whose checkpoints go after ``newest`` where every iteration has one."""
+        candidates = {newest - 2, reference_of(newest - 1, self.refresh_every)}
         if self.save_every:
             candidates.add((newest - 1) - (newest - 1) % self.save_every)
         return sorted(i for i in candidates if i > 0 and self.keeps(i, newest - 1) and not self.keeps(i, newest))
@@ -283,6 +304,22 @@ def check_policy(run: Run, index: int, digest: str | None = None) -> None:
                 else f"link that one again: earl start --run {run.path} --policy <its folder>, or give a new run_name"
             )
             raise EarlError(f"{policy}: is policy {digest[:12]}, but {path} says {before[:12]}; {remedy}")
+
+
+def check_reference(run: Run, config: "Config", index: int) -> None:
+    """Check that the reference that training iteration ``index`` needs is there, where it is a trained policy.
+
+    Raises:
+        EarlError: it is gone, or is another policy than the one on record.
+    """
+    reference = reference_at(config, index)
+    folder = run.iteration(reference).policy
+    if reference and not folder.is_dir():
+        raise EarlError(
+            f"{folder}: is missing, but reference_refresh_iterations makes it the reference of iteration {index}; have "
+            f"it made again: earl restore --run {run.path} --iteration {reference}"
+        )
+    check_policy(run, reference)
 
 
 def read_metrics(run: Run, index: int) -> dict[str, Any]:

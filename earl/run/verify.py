@@ -22,7 +22,7 @@ from earl.emu3 import adapter
 from earl.files import atomic, manifest
 from earl.files.layout import Evaluation, Run
 from earl.messages.errors import EarlError
-from earl.run import replays, state
+from earl.run import curriculum, replays, state
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -115,7 +115,7 @@ def verify(run: Run, deep: bool = False) -> Verification:
     _check_start(run, found)
     _check_evaluations(run, current, trained, found)
     for index, metrics in trained.items():
-        _check_files(run, index, metrics, found)
+        _check_files(run, current, index, metrics, found)
     _check_shared(current, found)
     return found
 
@@ -129,27 +129,40 @@ def _check_iterations(run: Run, current: "Config", found: Verification) -> dict[
     """Check that each iteration was trained from the policy of the one before it; return the readable metrics."""
     trained: dict[int, dict[str, Any]] = {}
     newest = state.newest_complete(run)
-    policy = _starting_policy(run, found)
+    made = {0: _starting_policy(run, found)}
+    present = config_digest(current)
     for index in range(1, newest + 1):
         path = run.iteration(index).metrics
         metrics = _read(path, found)
         if metrics is None:
-            policy = None
             continue
         trained[index] = metrics
-        before = metrics["inputs"]["policy"]
+        if current.kl_coeff and metrics["config_digest"] == present:
+            _check_reference(path, metrics, made.get(state.reference_at(current, index)), found)
+        before, policy = metrics["inputs"]["policy"], made.get(index - 1)
         if policy is not None and before != policy:
             found.add(
                 path,
                 f"was trained from policy {before[:12]}, but iteration {index - 1} made {policy[:12]}; "
                 f"`earl rewind --iteration {index}` trains from here again",
             )
-        policy = metrics["policy_digest"]
+        made[index] = metrics["policy_digest"]
     found.iterations = len(trained)
-    _note_changes(run, trained, config_digest(current), found)
+    _note_changes(run, trained, present, found)
     _check_rubrics(run, trained, current, found)
     found.code_versions = len({metrics["code_version"] for metrics in trained.values()})
     return trained
+
+
+def _check_reference(path: Path, metrics: dict[str, Any], wanted: str | None, found: Verification) -> None:
+    """Check that an iteration was trained with the reference that the configuration says."""
+    reference = metrics["inputs"].get("reference")
+    if wanted is not None and reference != wanted:
+        found.add(
+            path,
+            f"was trained with reference {str(reference)[:12]}, but by "
+            f"reference_refresh_iterations that is {wanted[:12]}; `earl rewind` to this iteration and run on",
+        )
 
 
 def _starting_policy(run: Run, found: Verification) -> str | None:
@@ -290,15 +303,16 @@ def _check_evaluation(evaluation: Evaluation, digest: str, found: Verification) 
         _check_file(path, told.get(key), f"the evaluation {evaluation.summary} is of it; rerun the evaluation", found)
 
 
-def _check_files(run: Run, index: int, metrics: dict[str, Any], found: Verification) -> None:
+def _check_files(run: Run, current: "Config", index: int, metrics: dict[str, Any], found: Verification) -> None:
     """Compare the files of an iteration with the digests that its training recorded."""
     iteration, stored = run.iteration(index), replays.iteration_of(run, index)
     remedy = f"iteration {index} was trained on it: put it back, or `earl rewind --iteration {index}`"
+    ledger = _ledger(run, current, index, metrics) if found.deep else None
     for kind, path_of in (("rollouts", stored.rollouts), ("scores", stored.scores)):
         for shard, digest in enumerate(metrics["inputs"][kind]):
             is_sound = _check_file(path_of(shard), digest, remedy, found)
             if found.deep and is_sound and kind == "rollouts":
-                _check_metadata(path_of(shard), metrics, found)
+                _check_metadata(path_of(shard), metrics, ledger, found)
     again = f"`earl rewind --iteration {index}` trains it again"
     _check_file(iteration.episodes, metrics.get("episodes_digest"), again, found)
     if iteration.policy.is_dir():
@@ -366,7 +380,17 @@ def _check_shared(current: "Config", found: Verification) -> None:
             found.add(path, f"is missing or incomplete; {elsewhere}run the workflow again, or put it back")
 
 
-def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) -> None:
+def _ledger(run: Run, current: "Config", index: int, metrics: dict[str, Any]) -> str | None:
+    """Return the digest of what rested in an iteration; None where there was no curriculum or nobody knows it."""
+    if current.curriculum is None or metrics["config_digest"] != config_digest(current):
+        return None
+    try:
+        return curriculum.ledger(current, run, index).digest
+    except EarlError:
+        return None  # Episodes that are missing or damaged are reported where they lie.
+
+
+def _check_metadata(path: Path, metrics: dict[str, Any], ledger: str | None, found: Verification) -> None:
     """Rollouts must be of the policy that training says. A rewind keeps them when the configuration changes."""
     from earl.files import tables
 
@@ -383,6 +407,7 @@ def _check_metadata(path: Path, metrics: dict[str, Any], found: Verification) ->
         if tables.DECIDED_BY in told:  # Of a further round: the scores of the rounds before, which are the first ones.
             scores = metrics["inputs"]["scores"][: told[tables.DECIDED_BY].count(",") + 1]
             expectations[tables.DECIDED_BY] = json.dumps(scores)
+        expectations |= {tables.LEDGER: ledger} if ledger is not None else {}
     differing = {key: expected for key, expected in expectations.items() if told.get(key) != expected}
     if differing.keys() == {"config_digest"} and told.get("config_digest"):
         before, then = told["config_digest"], metrics["config_digest"]

@@ -15,6 +15,7 @@ from earl.emu3.vocabulary import Vocabulary
 from earl.execution import runtime
 from earl.files import images, layout, manifest, tables
 from earl.messages.errors import EarlError
+from earl.run.curriculum import Ledger
 from earl.stages import prompts, rounds
 from earl.statistics import seeds
 
@@ -80,7 +81,13 @@ class Plan:
 
 
 def run(
-    config: "Config", iteration: int, shard: int, policy: Policy, out: Path, earlier: rounds.Earlier | None = None
+    config: "Config",
+    iteration: int,
+    shard: int,
+    policy: Policy,
+    out: Path,
+    earlier: rounds.Earlier | None = None,
+    ledger: Ledger | None = None,
 ) -> None:
     """Write one shard of an iteration's rollouts.
 
@@ -91,9 +98,12 @@ def run(
         policy: The policy to sample from, that of the iteration before: a `Sampler`, unless `wanted` has no prompts.
         out: The Parquet file to write, schema `earl.files.tables.ROLLOUTS`.
         earlier: Of a further round of `dynamic_sampling`: what the rounds before it have come to.
+        ledger: What rests in the iteration, see `earl.run.curriculum`.
     """
     indices = wanted(config, shard, earlier)
-    drawn = prompts.of_iteration(config, iteration, policy.vocabulary, indices) if indices else prompts.Drawn([])
+    drawn = (
+        prompts.of_iteration(config, iteration, policy.vocabulary, indices, ledger) if indices else prompts.Drawn([])
+    )
     plan = Plan(
         name=layout.iteration_name(iteration),
         examples=drawn.examples,
@@ -102,7 +112,10 @@ def run(
         params=engines.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_response_tokens),
     )
     where = {"iteration": str(iteration), "shard": str(shard), tables.LEFT_OUT: str(drawn.left_out)}
-    _sample_and_write(config, plan, policy, out, where | (earlier.metadata() if earlier else {}))
+    where |= earlier.metadata() if earlier else {}
+    if ledger is not None:
+        where |= {tables.LEDGER: ledger.digest, tables.PASSED_OVER: str(drawn.passed_over)}
+    _sample_and_write(config, plan, policy, out, where)
 
 
 def run_evaluation(config: "Config", name: str, iteration: int, sampler: Sampler, out: Path) -> None:

@@ -25,7 +25,7 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest, objects
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run import replays, segments, state
+from earl.run import curriculum, replays, segments, state
 from earl.stages import evaluate, generate, present, rounds, score, train
 from earl.stages.progress import KINDS, Progress
 
@@ -159,12 +159,12 @@ class _Segment:
         with self.progress.phase("generate"):
             read = rounds.earlier(config, files, number, digest) if self.world.first else None
             self.earlier = earlier = self.world.of_first(read)
-            shards = self._shards(number)
-            missing = [shard for shard in shards if not present.rollouts(config, files, shard, digest, earlier)]
+            shards, ledger = self._shards(number), curriculum.ledger(config, self.files, index)
+            missing = [one for one in shards if not present.rollouts(config, files, one, digest, earlier, ledger)]
             sampler = self._sampler_for([shard for shard in missing if generate.wanted(config, shard, earlier)])
             for shard in missing:
                 policy = sampler or generate.Policy(self.vocabulary, digest)
-                generate.run(config, index, shard, policy, files.rollouts(shard), earlier)
+                generate.run(config, index, shard, policy, files.rollouts(shard), earlier, ledger)
                 self.progress.wrote("rollouts", files.rollouts(shard))
 
     def score(self, index: int, number: int) -> None:

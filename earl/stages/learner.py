@@ -33,8 +33,9 @@ class Learner:
     """The policy in training and what trains it, as of an iteration; `step` takes it to the next one.
 
     Attributes:
-        reference: the frozen starting policy, and its digest; None where no KL term is wanted. Where an adapter is
-            trained it is `policy` itself, see `earl.learner.grpo`.
+        reference: the frozen policy that the KL term looks at, and its digest; None where no KL term is wanted. It is
+            that of `earl.run.state.reference_at`, for the next iteration once `refresh_reference` was called. Where an
+            adapter is trained it is `policy` itself, see `earl.learner.grpo`.
         iteration: the last one that was trained; 0: the starting policy.
         optimizer_steps: done since the run began.
         policy_digest: of the folder that the policy has or would have.
@@ -57,6 +58,16 @@ class Learner:
         team do so together.
         """
         return saving.whole_weights(self.policy, dtype)
+
+    def refresh_reference(self, config: "Config") -> None:
+        """Make the policy the reference where the next iteration is the first to have it; all ranks do so together.
+
+        It is rounded as its folder and a reference that is loaded from there would be.
+        """
+        due = state.reference_at(config, self.iteration + 1) == self.iteration
+        if self.reference is not None and due and self.reference_digest != self.policy_digest:
+            sharding.copy_weights(self.policy, self.reference)
+            self.reference_digest = self.policy_digest
 
 
 def splits_alone(config: "Config") -> bool:
@@ -90,7 +101,7 @@ def load(config: "Config", files: Run, index: int, team: Ranks) -> Learner:
     return Learner(
         policy,
         optimizer,
-        *_reference(config, policy, files.iteration(0).policy, team),
+        *_reference(config, policy, files, index + 1, team),
         iteration=index,
         optimizer_steps=trained.optimizer_steps if trained else 0,
         policy_digest=digest,
@@ -134,12 +145,14 @@ def digest_of(policy: Path, team: Ranks) -> str:
 
 
 def _reference(
-    config: "Config", policy: "Emu3ForCausalLM", folder: Path, team: Ranks
+    config: "Config", policy: "Emu3ForCausalLM", files: Run, next_index: int, team: Ranks
 ) -> "tuple[Emu3ForCausalLM, str] | tuple[None, None]":
-    """Weights and digest of the frozen starting policy; where no KL term is wanted it is not loaded."""
+    """Weights and digest of the frozen reference of an iteration; where no KL term is wanted it is not loaded."""
     if config.kl_coeff == 0:
         return None, None
     bfloat16, offload = config.dtype == "bfloat16", config.reference_offload
+    state.check_reference(files, config, next_index)
+    folder = files.iteration(state.reference_at(config, next_index)).policy
     digest = digest_of(folder, team)
     if config.lora is not None:
         return policy, digest

@@ -17,15 +17,21 @@ from earl.stages.generate import wanted
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
+    from earl.run.curriculum import Ledger
     from earl.stages.rounds import Earlier
 
 log = logging.getLogger(__name__)
 
 
 def rollouts(
-    config: "Config", iteration: Iteration, shard: int, policy_digest: str, earlier: "Earlier | None" = None
+    config: "Config",
+    iteration: Iteration,
+    shard: int,
+    policy_digest: str,
+    earlier: "Earlier | None" = None,
+    ledger: "Ledger | None" = None,
 ) -> bool:
-    """Return whether a shard's rollouts are there: of this policy and these prompts.
+    """Return whether a shard's rollouts are there: of this policy and these prompts, by this ledger.
 
     Args:
         earlier: what the rounds before that of the shard have come to; see `earl.stages.generate.run`.
@@ -33,7 +39,7 @@ def rollouts(
     path = iteration.rollouts(shard)
     told = _metadata(path)
     expected = {"policy_digest": policy_digest} | (earlier.metadata() if earlier else {})
-    if expected.items() - told.items():
+    if expected.items() - told.items() or told.get(tables.LEDGER) != (ledger and ledger.digest):
         return False
     # With another rollout_shards, a file of this name holds other prompts.
     try:

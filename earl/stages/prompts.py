@@ -5,8 +5,9 @@ whichever shard, passes over the same ones and takes the next draws in their pla
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,12 @@ import numpy as np
 from earl.config import paths
 from earl.data import mixing
 from earl.data.example import Dataset
+from earl.data.mixing import Row
 from earl.data.tokenised import Example, open_dataset
 from earl.emu3 import grid, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.messages.errors import EarlError
+from earl.run.curriculum import Ledger
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -36,15 +39,24 @@ class Drawn:
     """Index of each prompt within the iteration, and its example."""
     left_out: int = 0
     """Prompts that were passed over since they are too long, of all that were drawn: an iteration's up to the round."""
+    passed_over: int = 0
+    """Those that were passed over since they rest."""
 
 
-def of_iteration(config: "Config", iteration: int, vocabulary: Vocabulary, wanted: range) -> Drawn:
+def of_iteration(
+    config: "Config", iteration: int, vocabulary: Vocabulary, wanted: range, ledger: Ledger | None = None
+) -> Drawn:
     """Draw the prompts of an iteration up to the round of those whose index is ``wanted``, and read these.
+
+    Args:
+        ledger: What rests in the iteration, where the configuration has a curriculum.
 
     Raises:
         EarlError: a data set is missing or damaged; there are too few prompts, or too few that are not too long; one is
             too long and `long_prompts` is `stop`.
     """
+    if (ledger is None) != (config.curriculum is None):
+        raise ValueError("a ledger belongs to a curriculum")
     data = paths.training_data(config)
     count = next(one.stop for one in map(config.prompts_of_round, range(config.rounds)) if wanted.stop <= one.stop)
     with data.named():
@@ -55,8 +67,11 @@ def of_iteration(config: "Config", iteration: int, vocabulary: Vocabulary, wante
         texts = datasets if len(wanted) == count else _open(config, data, vocabulary, images=False)
         if config.long_prompts == "stop" and iteration == 1 and wanted.start == 0:
             _check_all(config, texts, mixture, vocabulary)
-        kept, left_out = [], []
-        for dataset, row in mixing.draws(mixture, config.random_seed, iteration):
+        kept, left_out, resting = [], [], []
+        draws = mixing.draws(mixture, config.random_seed, iteration)
+        if ledger is not None and ledger.resting:
+            draws = _resting_last(draws, partial(_rests, config, vocabulary, ledger, texts), resting)
+        for dataset, row in draws:
             example = texts[dataset][row]
             reason = too_long(example, config, config.assistant_prefill, vocabulary)
             if reason is None:
@@ -78,7 +93,24 @@ def of_iteration(config: "Config", iteration: int, vocabulary: Vocabulary, wante
                 f"{len(left_out)} of {mixture.distinct} different prompts are too long, so {count} cannot be drawn; "
                 f"first {left_out[0]}; {_REMEDY}"
             )
-    return Drawn([(index, kept[index]) for index in wanted], len(left_out))
+    return Drawn([(index, kept[index]) for index in wanted], len(left_out), len(resting))
+
+
+def _resting_last(draws: Iterator[Row], rests: Callable[[Row], bool], passed_over: list[Row]) -> Iterator[Row]:
+    """Yield the draws that do not rest, then those that do; ``passed_over`` holds those that have been left behind."""
+    for draw in draws:
+        if rests(draw):
+            passed_over.append(draw)
+        else:
+            yield draw
+    while passed_over:
+        yield passed_over.pop(0)
+
+
+def _rests(config: "Config", vocabulary: Vocabulary, ledger: Ledger, datasets: Sequence[Dataset], draw: Row) -> bool:
+    example = datasets[draw[0]][draw[1]]
+    ids = sequence.prompt_ids(example.original_tokens, example.instruction, config.assistant_prefill, vocabulary)
+    return sequence.digest(ids) in ledger.resting
 
 
 def of_evaluation(config: "Config", name: str, vocabulary: Vocabulary) -> Drawn:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LEARNER = (
     *("learning_rate", "advantage", "kl_coeff", "kl_estimator", "loss_normalization", "optimizer_steps_per_iteration"),
+    *("reference_refresh_iterations", "entropy_coeff"),
     *("importance_ratio", "clip_ratio_low", "clip_ratio_high", "parity_tolerance", "reward_final_reward"),
     *("sampler_correction", "sampler_correction_low", "sampler_correction_high"),
     *("separate_language_and_vision_vocabs", "logprob_support", "advantage_components"),

@@ -53,7 +53,7 @@ def _restore(files: Run, target: Iteration) -> None:
         log.info("restore: iteration %d has its checkpoint: %s", iteration, target.path)
         return
     config = read(files.config)
-    start = _nearest_kept(files, iteration)
+    start = _nearest_kept(config, files, iteration)
     _check_configuration(config, files, start + 1, iteration)
     log.info("restore: replaying iterations %d to %d from %s", start + 1, iteration, files.iteration(start).policy)
     for index in range(start + 1, iteration + 1):
@@ -63,12 +63,14 @@ def _restore(files: Run, target: Iteration) -> None:
     shutil.rmtree(scratch.path, ignore_errors=True)
     try:
         _link_record(files, scratch)
-        for index in sorted({0, start}):
+        linked = {0, start, state.reference_at(config, start + 1)}
+        for index in linked:
             _link(files.iteration(index), scratch.iteration(index), ("policy", "trainer"))
         for stretch in _stretches(files, start + 1, iteration):
             _replay(config, files, scratch, stretch)
-            if stretch[0] - 1 > start:
-                _drop(scratch.iteration(stretch[0] - 1))
+            needed = {*linked, stretch[-1], state.reference_at(config, stretch[-1] + 1)}
+            for index in set(state.iterations(scratch)) - needed:
+                _drop(scratch.iteration(index))
         _put_in_place(scratch.iteration(iteration), target)
     finally:
         shutil.rmtree(scratch.path, ignore_errors=True)
@@ -95,9 +97,10 @@ def _is_kept(iteration: Iteration) -> bool:
     return True
 
 
-def _nearest_kept(files: Run, iteration: int) -> int:
+def _nearest_kept(config: "Config", files: Run, iteration: int) -> int:
     for index in range(iteration - 1, -1, -1):
-        if _is_kept(files.iteration(index)):
+        needed = {index, state.reference_at(config, index + 1)}
+        if all(_is_kept(files.iteration(one)) for one in sorted(needed)):
             return index
     raise EarlError(
         f"{files.iteration(0).policy}: is missing, and no checkpoint is left before iteration {iteration}; "
@@ -160,7 +163,7 @@ def _ranks(iteration: Iteration) -> int:
 
 
 def _replay(config: "Config", files: Run, scratch: Run, stretch: list[int]) -> None:
-    """Train iterations again; the last one gets a checkpoint."""
+    """Train iterations again; the last one gets a checkpoint, and so does the reference of the one after it."""
     for index in stretch:
         _link(files.iteration(index), scratch.iteration(index), ("rollouts", "scores"))
     processes = _ranks(files.iteration(stretch[0]))
@@ -169,9 +172,10 @@ def _replay(config: "Config", files: Run, scratch: Run, stretch: list[int]) -> N
         return
     with ranks.joined(runtime.prepare(config), train.splits_alone(config)) as team:
         learner = train.load(config, scratch, stretch[0] - 1, team)
+        kept = {stretch[-1], state.reference_at(config, stretch[-1] + 1)}
         for index in stretch:
             shards = _files(files.iteration(index))
-            train.step(config, scratch, learner, team, checkpoint=index == stretch[-1], shards=shards)
+            train.step(config, scratch, learner, team, checkpoint=index in kept, shards=shards)
             _compare(files.iteration(index), scratch.iteration(index))
 
 
@@ -212,9 +216,10 @@ def _link_record(files: Run, scratch: Run) -> None:
 
 
 def _drop(iteration: Iteration) -> None:
-    """Bound the disk: of a replay in progress only the newest checkpoint is needed."""
+    """Bound the disk: of a replay in progress only the newest checkpoint is needed, and its reference."""
     for folder in (iteration.policy, iteration.trainer):
-        shutil.rmtree(folder)
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 def _put_in_place(source: Iteration, target: Iteration) -> None:

@@ -45,9 +45,9 @@ def run(config: "Config", run_path: Path, iteration: int, shards: int | None = N
     calls this, and gets the same metrics.
 
     Args:
-        run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the starting
-            policy in iteration 0 as reference, and the rollouts and scores of this iteration (of a replay: its source
-            does, see `earl.run.replays`).
+        run_path: run folder holding the previous iteration's policy and (from the second on) trainer, the policy that
+            is the reference (`earl.run.state.reference_at`), and the rollouts and scores of this iteration (of a
+            replay: its source does, see `earl.run.replays`).
         iteration: 1 is the first.
         shards: number of files of rollouts on disk, `rollout_files` by default.
 
@@ -134,6 +134,7 @@ def _step(
     config: "Config", files: Run, learner: Learner, batch: _Batch, team: Ranks, clock: Clock, checkpointed: bool
 ) -> dict[str, Any]:
     current = files.iteration(learner.iteration + 1)
+    learner.refresh_reference(config)
     warnings = episodes.warnings(batch.outcomes, config.dynamic_sampling and config.dynamic_sampling.usable_groups)
     for text in warnings if team.first else ():
         log.warning("train: iteration %d: %s", current.index, text)
@@ -172,6 +173,7 @@ def _step(
         "learning_rate": batch.settings.learning_rate,
         "optimizer_steps": learner.optimizer_steps,
         "left_out_prompts": batch.source.left_out,
+        "passed_over_prompts": batch.source.passed_over,
         "rubrics_digest": batch.source.rubrics,
         "ranks": team.size,
         "inputs": batch.inputs | {"reference": learner.reference_digest},
@@ -195,6 +197,7 @@ def _settings(config: "Config", iteration: int, vocabulary: Vocabulary, team: Ra
             (config.vision_only_steps, config.vision_only_cycle_steps) if vision else None,
         ),
         bfloat16=config.dtype == "bfloat16",
+        entropy_coeff=config.entropy_coeff,
         learning_rate=_schedule(config).rate(iteration - 1),
         options=objective.Options(
             kl_estimator=config.kl_estimator,

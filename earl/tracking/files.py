@@ -131,7 +131,8 @@ def episodes(run: Run, index: int) -> Iterator[dict[str, Any]]:
         EarlError: when a file is missing or damaged, or the files do not belong together.
     """
     iteration = run.iteration(index)
-    outcomes = {row["episode_id"]: row for row in tables.read_table(iteration.episodes, tables.EPISODES).to_pylist()}
+    told = tables.read_table(iteration.episodes, tables.EPISODES, ("episode_id", *OUTCOME))
+    outcomes = {row["episode_id"]: row for row in told.to_pylist()}
     for row in _judged(iteration):
         if row["episode_id"] not in outcomes:
             raise EarlError(f"{iteration.episodes}: has no episode {row['episode_id']!r}; run the train stage again")

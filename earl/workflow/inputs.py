@@ -94,7 +94,7 @@ class Inputs:
             "checkpoint": self._checkpoint(plan, index - 1, "train", made, ["policy", "trainer"]),
             "rollouts": [here.rollouts(shard).as_posix() for shard in shards],
             "scores": [here.scores(shard).as_posix() for shard in shards],
-            "reference": self._start(plan),
+            "reference": self._checkpoint(plan, state.reference_at(plan.config, index), "train", made, ["policy"]),
             # Pruning after this iteration drops policies that these evaluations need.
             "evaluated": self.ancient(evaluations(plan, state.Retention.of(plan.config).dropped_by(index))),
         }

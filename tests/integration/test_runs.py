@@ -83,6 +83,12 @@ def test_what_is_kept_worked_out_by_hand():
     assert retention.dropped_by(20) == [15, 18]
     assert retention.dropped_by(22) == []
     assert retention.keeps(100, newest=150)
+    # 16 and 12 are the references that 18 and 16 train with, from 17 and 15.
+    refreshed = state.Retention(None, None, 100, refresh_every=4)
+    assert [i for i in range(18) if refreshed.keeps(i, newest=17)] == [0, 16, 17]
+    assert [i for i in range(17) if refreshed.keeps(i, newest=16)] == [0, 12, 15, 16]
+    assert [i for i in range(1, 13) if refreshed.saves(i)] == [4, 8, 12]
+    assert refreshed.dropped_by(17) == [12, 15]
     # null keeps all that are saved, as in the reference; where none is saved, there is none to keep.
     assert [i for i in range(24) if state.Retention(5, None, 100).keeps(i, newest=23)] == [0, 5, 10, 15, 20, 22, 23]
     assert [i for i in range(24) if state.Retention(None, None, 100).keeps(i, newest=23)] == [0, 22, 23]
@@ -93,9 +99,10 @@ def test_what_is_kept_worked_out_by_hand():
     keep=st.none() | st.integers(1, 7),
     last=st.integers(1, 40),
     newest=st.integers(1, 40),
+    refresh=st.none() | st.integers(1, 7),
 )
-def test_dropping_after_each_iteration_leaves_what_is_kept(save, keep, last, newest):
-    retention = state.Retention(save, keep, last)
+def test_dropping_after_each_iteration_leaves_what_is_kept(save, keep, last, newest, refresh):
+    retention = state.Retention(save, keep, last, refresh)
     on_disk = {0}
     for done in range(1, newest + 1):
         on_disk |= {done}

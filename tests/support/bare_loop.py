@@ -12,8 +12,8 @@ from earl.config import freeze, load, paths
 from earl.config.schema import Config
 from earl.execution import ranks, runtime
 from earl.files import hub_names
-from earl.files.layout import Iteration, Run
-from earl.run import preflight, segments, state
+from earl.files.layout import Run
+from earl.run import curriculum, preflight, segments, state
 
 if TYPE_CHECKING:
     from earl.judges import Judge
@@ -55,17 +55,18 @@ def run_iteration(config: Config, run: Run, index: int) -> None:
     """Generate, score and train iteration ``index``."""
     from earl.stages import generate, train
 
-    sample(config, run.iteration(index), generate.Sampler.load(config, run.iteration(index - 1).policy))
+    sample(config, run, index, generate.Sampler.load(config, run.iteration(index - 1).policy))
     train.run(config, run.path, index)
 
 
-def sample(config: Config, files: Iteration, sampler: "Sampler", judge: "Judge | None" = None) -> None:
-    """Generate and score an iteration."""
+def sample(config: Config, run: Run, index: int, sampler: "Sampler", judge: "Judge | None" = None) -> None:
+    """Generate and score iteration ``index``."""
     from earl.stages import generate, rounds, score
 
+    files, ledger = run.iteration(index), curriculum.ledger(config, run, index)
     for shard in range(config.rollout_files):
         earlier = rounds.earlier(config, files, shard // config.rollout_shards, sampler.policy_digest)
-        generate.run(config, files.index, shard, sampler, files.rollouts(shard), earlier)
+        generate.run(config, index, shard, sampler, files.rollouts(shard), earlier, ledger)
         score.run(config, files.rollouts(shard), files.scores(shard), judge)
 
 
@@ -111,7 +112,7 @@ def run_in_memory(config: Config) -> Run:
     learner = train.load(config, run, 0, team)
     sampler = generate.Sampler.load(config, run.iteration(0).policy)
     for index in range(1, config.num_iterations + 1):
-        sample(config, run.iteration(index), sampler, judge)
+        sample(config, run, index, sampler, judge)
         train.step(config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations))
         sampler.update(learner.weights(runtime.dtype(config)), learner.policy_digest)
     return run

@@ -27,10 +27,10 @@ GROUPS, SAMPLES = 5, 2
 CASES = {
     "padded, micro-batch 8": {"micro_batch": 8},
     "padded, micro-batch 1": {"micro_batch": 1},
-    "packed, micro-batch 3": {"micro_batch": 3, "packed": True},
+    "packed, micro-batch 3": {"micro_batch": 3, "packed": True, "entropy_coeff": 0.1},
     "two steps, recomputed": {"micro_batch": 2, "optimizer_steps": 2, "gradient_checkpointing": True, "packed": True},
-    "text only": {"micro_batch": 2, "counted": "text", "normalization": "sequences"},
-    "bfloat16": {"micro_batch": 3, "bfloat16": True},
+    "text only": {"micro_batch": 2, "counted": "text", "normalization": "sequences", "entropy_coeff": 0.1},
+    "bfloat16": {"micro_batch": 3, "bfloat16": True, "entropy_coeff": 0.1},
     "adapter, two steps, recomputed": {"micro_batch": 2, "optimizer_steps": 2, "gradient_checkpointing": True},
     "adapter, bfloat16": {"micro_batch": 3, "bfloat16": True, "packed": True},
 }

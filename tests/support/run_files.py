@@ -66,6 +66,7 @@ def _write_episodes(run: Run, index: int) -> None:
         "reason": [None, None],
         "viescore": [3.0, 4.0],
         "completion_tokens": [2, 2],
+        "prompt_digest": ["p", "p"],
     }
     tables.write_table(run.iteration(index).episodes, tables.EPISODES, outcomes, {})
 

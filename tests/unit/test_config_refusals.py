@@ -76,6 +76,14 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, comp
         (ASKED | {"advantage_components": {"ground_score": 1}}, "reward_compute_ground_score.*advantage_components"),
         ({"advantage_components": {"viescore": 1.0}}, "advantage_components"),
         ({"advantage_components": {"overedit": 0.0}}, "advantage_components"),
+        (
+            {"reference_refresh_iterations": 2, "kl_coeff": 0},
+            "reference_refresh_iterations is set, but kl_coeff is 0.*raise kl_coeff",
+        ),
+        (
+            {"reference_refresh_iterations": 2, "lora": {"rank": 4}},
+            "reference_refresh_iterations is set, but with lora.*never changes; leave one out",
+        ),
         ({"attention": "flash", "dtype": "float32"}, "attention is `flash`.*dtype is `float32`; set it to `auto`"),
         ({"attention": "flash", "device": "cpu"}, "attention is `flash`.*device is `cpu`; set it to `auto`"),
         ({"segment_processes": 2, "train_processes": 4}, r"segment_processes is 2.*train_processes \(4\)"),

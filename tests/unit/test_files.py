@@ -271,6 +271,6 @@ def test_a_page_that_names_a_file_of_odd_bytes_is_written(tmp_path):
 
 def test_a_column_that_is_no_unicode_is_named(tmp_path):
     columns = {"episode_id": ["a"], "group_id": ["\ud83d"], "reward": [0.0], "advantage": [0.0], "used": [True]}
-    columns |= {"reason": [None], "viescore": [None], "completion_tokens": [1]}
+    columns |= {"reason": [None], "viescore": [None], "completion_tokens": [1], "prompt_digest": ["p"]}
     with pytest.raises(EarlError, match=r"e\.parquet: column 'group_id'"):
         tables.write_table(tmp_path / "e.parquet", tables.EPISODES, columns, {})

@@ -167,6 +167,55 @@ def test_kl_estimates_and_mean_log_probs_by_hand(kinds, uniform, settings, monke
     assert metrics["reference_logprob_mean"] == pytest.approx(metrics["logprob_mean"] + likelier, rel=1e-5)
 
 
+ENTROPY_BY_HAND = {
+    # The entropy of a uniform choice is the log of how many there are: T of the free text tokens, V of visual ones.
+    ("all", "tokens"): (5 * T + 6 * V) / 13,
+    ("all", "sequences"): ((2 * T + 2 * V) / 5 + (T + 4 * V) / 6 + 2 * T / 2) / 3,
+    ("visual", "constant"): 6 * V / 30,
+}
+
+
+@pytest.mark.parametrize(("counted", "normalization"), ENTROPY_BY_HAND)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_entropy_term_by_hand(kinds, uniform, settings, counted, normalization, packed):
+    settings = replace(settings, counted=counted, normalization=normalization, max_completion_tokens=10, packed=packed)
+    optimizer = torch.optim.SGD(uniform.parameters(), lr=0.0)
+    for size in (1, 8):
+        settings = replace(settings, micro_batch=size, entropy_coeff=0.25)
+        metrics = grpo.train_iteration(uniform, None, optimizer, kinds, settings)
+        assert metrics["entropy_loss"] == pytest.approx(-0.25 * ENTROPY_BY_HAND[counted, normalization], rel=1e-5)
+        assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + metrics["entropy_loss"], rel=1e-6)
+    without = grpo.train_iteration(uniform, None, optimizer, kinds, replace(settings, entropy_coeff=0.0))
+    assert without["entropy_loss"] is None
+    assert without["entropy"] == pytest.approx(metrics["entropy"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_and_blocks_change_the_entropy_term_by_rounding_alone(
+    episodes, settings, learn, packed, monkeypatch
+):
+    plain = learn(episodes, replace(settings, packed=packed))[1]
+    settings = replace(settings, packed=packed, entropy_coeff=0.5)
+    _, expected = learn(episodes, replace(settings, micro_batch=1))
+    assert (expected - plain).norm() > 1e-2 * plain.norm()
+    monkeypatch.setattr(head, "TOKENS", 7)
+    monkeypatch.setattr(head, "IDS", 50)
+    for size in (2, 8):
+        assert_same_gradient(learn(episodes, replace(settings, micro_batch=size))[1], expected)
+
+
+def test_a_step_on_entropy_alone_raises_it(episodes, settings, policy_folder):
+    indifferent = [replace(episode, advantage=0.0) for episode in episodes]
+    model = checkpoint.load_policy(policy_folder, torch.float32, "cpu")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)  # so that there is something to raise
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = replace(settings, entropy_coeff=1.0)
+    found = [grpo.train_iteration(model, None, optimizer, indifferent, step)["entropy"] for _ in range(4)]
+    assert found == sorted(found)
+    assert found[-1] > found[0] + 1e-3
+
+
 def test_without_a_reference_there_is_no_kl_to_tell(kinds, uniform, settings):
     optimizer = torch.optim.SGD(uniform.parameters(), lr=0.0)
     metrics = grpo.train_iteration(uniform, None, optimizer, kinds, settings)

@@ -42,8 +42,9 @@ def plain(hidden, weight, targets, temperature, support):
 
 @SUPPORTS
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("entropy_coeff", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
-def test_values_and_gradients_equal_the_plain_head(support, temperature, dtype, tolerance):
+def test_values_and_gradients_equal_the_plain_head(support, temperature, entropy_coeff, dtype, tolerance):
     found, expected = [], []
     for function, into in ((head.token_logprobs, found), (plain, expected)):
         hidden, weight, targets, advantages = make(dtype)
@@ -51,8 +52,9 @@ def test_values_and_gradients_equal_the_plain_head(support, temperature, dtype, 
             logp, entropy = plain(hidden, weight, targets, temperature, support)
         else:
             logp, entropy = head.token_logprobs(hidden, weight, targets, temperature, support)
-        objective.grpo_loss(logp, advantages, TOKENS, logp.detach() - 0.3, kl_coeff=0.5).backward()
-        into += [logp.detach(), entropy, hidden.grad, weight.grad]
+        more = {"entropy": entropy, "entropy_coeff": entropy_coeff}
+        objective.grpo_loss(logp, advantages, TOKENS, logp.detach() - 0.3, kl_coeff=0.5, **more).backward()
+        into += [logp.detach(), entropy.detach(), hidden.grad, weight.grad]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, theirs, atol=tolerance * 10, rtol=tolerance * 10)
@@ -62,10 +64,41 @@ def test_values_and_gradients_equal_the_plain_head(support, temperature, dtype, 
 def test_gradcheck():
     hidden, weight, targets, _ = make(torch.float64)
 
-    def logp(h, w):
-        return head.token_logprobs(h, w, targets[:6], 0.9, SPLIT)[0]
+    def both(h, w):
+        return head.token_logprobs(h, w, targets[:6], 0.9, SPLIT)
 
-    torch.autograd.gradcheck(logp, (hidden[:6], weight), fast_mode=True)
+    for function in (both, lambda h, w: both(h, w)[0], lambda h, w: both(h, w)[1]):
+        torch.autograd.gradcheck(function, (hidden[:6], weight), fast_mode=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_entropy_and_its_gradient_by_hand(monkeypatch, temperature):
+    """Of probabilities 1/4 and 3/4, and 1/2, 1/4, 1/4 after them: dH / dlogit_j = -p_j (log p_j + H) / temperature."""
+    monkeypatch.setattr(head, "IDS", 1)
+    for chances in ([1 / 4, 3 / 4], [1 / 2, 1 / 4, 1 / 4]):
+        logits = temperature * torch.tensor(chances, dtype=torch.float64).log() + 5
+        weight = torch.eye(len(chances), dtype=torch.float64)  # so that the hidden state is the logits
+        hidden = logits.unsqueeze(0).repeat(2, 1).requires_grad_()
+        _, entropy = head.token_logprobs(hidden, weight, torch.tensor([0, 1]), temperature, FULL)
+        expected = -sum(p * math.log(p) for p in chances)
+        assert entropy.tolist() == pytest.approx([expected] * 2)
+        (entropy * torch.tensor([1.0, 3.0])).sum().backward()
+        one = [-p * (math.log(p) + expected) / temperature for p in chances]
+        assert hidden.grad.tolist() == [pytest.approx(one), pytest.approx([3 * x for x in one])]
+
+
+def test_the_entropy_of_a_truncated_support_is_over_what_is_kept():
+    support = logprobs.Support(((0, None),), top_k=3, top_p=0.9)
+    found = []
+    for function in (head.token_logprobs, plain):
+        hidden, weight, targets, weights = make(torch.float64)
+        _, entropy = function(hidden, weight, targets, 0.7, support)
+        (entropy * weights).sum().backward()
+        found.append((entropy.detach(), hidden.grad, weight.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert found[0][0].max() <= math.log(4) + 1e-9, "three ids, and the target"
+    assert found[0][1].abs().max() > 1e-3
 
 
 def test_large_logits_do_not_overflow():
@@ -190,7 +223,8 @@ def test_no_tensor_of_tokens_by_vocabulary_exists(support):
     for function in (lambda h, w, t: head.token_logprobs(h, w, t, 1.0, support), _plain(support)):
         hidden, weight, targets, advantages = make(torch.float32, width=3)
         with Largest() as largest:
-            (function(hidden, weight, targets)[0] * advantages).sum().backward()
+            logp, entropy = function(hidden, weight, targets)
+            (logp * advantages - entropy).sum().backward()
         found.append(largest.elements)
     # The largest tensor of the blocked head is the gradient of its weight; the plain one's are its logits.
     assert found == [VOCABULARY * 3, TOKENS * VOCABULARY]

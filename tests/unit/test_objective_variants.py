@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from earl.learner import logprobs, objective
+from earl.learner.logprobs import FULL
 
 LN2 = math.log(2)
 
@@ -215,7 +216,7 @@ def _logprobs(hidden, weight, targets, temperature=1.0):
     return logp.reshape(targets.shape)
 
 
-def our_loss(logp, batch, normalization, kl_coeff, options):
+def our_loss(logp, batch, normalization, kl_coeff, options, entropy=None, entropy_coeff=0.0):
     """The flat tensors of the loop: only tokens under the mask exist."""
     kept = batch.mask.bool()
     lengths = batch.mask.sum(1, keepdim=True).expand(B, T)
@@ -229,18 +230,29 @@ def our_loss(logp, batch, normalization, kl_coeff, options):
         behavior_logprobs=batch.behavior[kept],
         sequences=torch.arange(B).unsqueeze(1).expand(B, T)[kept],
         lengths=lengths[kept] if normalization == "sequences" else None,
+        entropy=None if entropy is None else entropy[kept],
+        entropy_coeff=entropy_coeff,
         options=options,
     )
 
 
-def trl_loss(logp, batch, loss_type, kl_coeff, epsilon_high, weighted_kl=False, level="token"):
+def trl_loss(
+    logp, batch, loss_type, kl_coeff, epsilon_high, weighted_kl=False, level="token", entropy=None, entropy_coef=0.0
+):
     """GRPOTrainer's loss on given log-probs: its method, on a stand-in that has what it reads."""
     from trl import GRPOTrainer
 
-    accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
+    accelerator = SimpleNamespace(
+        num_processes=1, sync_gradients=False, reduce=lambda x, reduction: x, gather=lambda x: x
+    )
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, torch.zeros_like(logp), None),
-        _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (
+            *(logp, torch.zeros_like(logp) if entropy is None else entropy),
+            None,
+        ),
+        _entropy_bonus_enabled=entropy_coef != 0.0,
+        entropy_coef=entropy_coef,
+        use_adaptive_entropy=False,
         _metrics={"train": _AnyList()},
         accelerator=accelerator,
         args=SimpleNamespace(delta=None, use_bias_correction_kl=weighted_kl, steps_per_generation=1),
@@ -301,6 +313,25 @@ def test_loss_and_gradient_equal_trls(batch, normalization, kl_coeff, options):
     expected.backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
     assert ours.grad.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_entropy_term_equals_trls(batch):
+    """Divided by tokens; TRL divides it by them whatever the rest is divided by."""
+    options = objective.Options(ratio=True, clip_low=LOW, clip_high=HIGH)
+    found = []
+    for loss, name in ((our_loss, "entropy_coeff"), (trl_loss, "entropy_coef")):
+        weight = batch.weight.clone().requires_grad_()
+        logits = (batch.hidden @ weight.T).reshape(-1, VOCABULARY)
+        logp, entropy = (x.reshape(B, T) for x in logprobs.token_logprobs(logits, batch.targets.flatten(), 0.8, FULL))
+        own = ("tokens", 0.2, options) if loss is our_loss else ("dapo", 0.2, HIGH)
+        value = loss(logp, batch, *own, entropy=entropy, **{name: 0.5})
+        value.backward()
+        found.append((value.detach(), weight.grad))
+        without = loss(logp, batch, *own).detach()
+        assert value.item() == pytest.approx(without.item() - 0.5 * entropy[batch.mask.bool()].mean().item(), rel=1e-5)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.slow

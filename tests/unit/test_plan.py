@@ -111,6 +111,14 @@ class TestPlan:
         complete(run, 1, 2, 3, checkpoints=(3,))
         assert made().segments == []
 
+    def test_a_segment_needs_the_reference_of_its_first_iteration(self, run):
+        complete(run, 1, 2, 3, checkpoints=(3,))
+        refreshed = {"reference_refresh_iterations": 2, "kl_coeff": 0.1, "num_iterations": 6}
+        with pytest.raises(EarlError, match=r"000002/policy: is missing.* reference of iteration 4.*earl restore"):
+            made(**refreshed)
+        complete(run, 2, checkpoints=(2,))
+        assert [list(part) for part in made(**refreshed).segments] == [[4, 5, 6]]
+
     def test_sends_wait_for_the_end_of_the_segment_that_is_due(self, run):
         sending = {"wandb_mode": "online", "wandb_every_n_iterations": 2, "num_iterations": 7, "segment_length": 3}
         assert made(False, **sending).sends() == [("wandb", i) for i in (2, 4, 6, 7)]
@@ -134,6 +142,15 @@ class TestInputs:
         assert next(iter(train)) == "checkpoint", "the way back takes one step an iteration"
         assert train["checkpoint"] == second
         assert train["scores"] == ["runs/a/iterations/000002/scores/0000.parquet"]
+
+    def test_by_stage_training_waits_for_its_reference_and_has_one_that_is_gone_restored(self, run):
+        refreshed = {"reference_refresh_iterations": 2, "kl_coeff": 0.1, "num_iterations": 6}
+        ask = asked(made(by_segment=False, **refreshed))
+        found = [ask.train(wildcards(i))["reference"] for i in (2, 3)]
+        assert found == [["runs/a/iterations/000000/start.json"], ["runs/a/iterations/000002/train/metrics.json"]]
+        complete(run, 1, 2, 3, checkpoints=(3,))
+        ask = asked(made(by_segment=False, **refreshed))
+        assert "~runs/a/iterations/000002/policy/manifest.json" in ask.train(wildcards(4))["reference"]
 
     def test_what_an_old_checkpoint_was_used_for_already_does_not_ask_for_it(self, run):
         complete(run, 1, 2, 3, checkpoints=(3,))

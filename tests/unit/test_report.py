@@ -113,13 +113,21 @@ def test_charts_say_in_words_what_they_draw(finished):
 
 def test_training_charts_tell_what_metrics_tell():
     parts = {"truncated_fraction": 0.25, "no_image_fraction": 0.5, "reasoning_fraction": 0.75, "viescore_mean": 3.0}
-    parts |= {"loss": 3.0, "policy_loss": 1.0, "kl_loss": 2.0, "kl": 0.5, "kl_k1": -0.5, "logprob_mean": -4.0}
+    parts |= {
+        "loss": 2.5,
+        "policy_loss": 1.0,
+        "kl_loss": 2.0,
+        "entropy_loss": -0.5,
+        "kl": 0.5,
+        "kl_k1": -0.5,
+        "logprob_mean": -4.0,
+    }
     drawn = {chart["title"]: chart for chart in page.training([{"iteration": 1, **parts}])}
     values = {title: {one["label"]: one["value"] for one in chart["legend"]} for title, chart in drawn.items()}
     assert values["Without a learning signal"] == {"cut off": 0.25, "ended without an image": 0.5}
     assert values["Reasoning"] == {"reasoning": 0.75}
     assert values["Training VIEScore"] == {"VIEScore": 3.0}
-    assert values["Loss"] == {"policy": 1.0, "KL": 2.0, "both": 3.0}
+    assert values["Loss"] == {"policy": 1.0, "KL": 2.0, "sum": 2.5, "entropy": -0.5}
     assert values["KL to the reference"] == {"k3": 0.5, "k1": -0.5}
     assert values["Log-probs of the completions"] == {"policy": -4.0}
     without = page.training([{"iteration": 1, "reasoning_fraction": 0.0}])
