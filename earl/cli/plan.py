@@ -1,6 +1,7 @@
 """`earl plan`: what a run takes, before it starts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,13 +48,13 @@ def plan(
     # As Snakemake does, which takes that one by itself, if there is one here.
     usual = ["default"] if Path("profiles/default/config.yaml").is_file() else []
     resources = gpus.of_profiles(*usual, *([profile] if profile else []))
-    chosen = gpus.gpu(gpu) if gpu else None
-    found_here = None if profile or gpu else gpus.here()
+    chosen = gpus.gpu(gpu) if gpu is not None else None
+    machine = gpus.Asked(None, None) if profile or chosen else gpus.here()
     assumed = rates.assumed(assume or [])
 
     def asked(rule: str) -> gpus.Asked:
         said = gpus.asked(resources(rule))
-        return gpus.Asked(chosen or said.gpu or found_here, said.count, said.nodes)
+        return replace(said, gpu=chosen) if chosen else said.or_of(machine)
 
     fields = load.parse_overrides(overrides or [])
     configs = [

@@ -110,9 +110,7 @@ class RawDataset(Section):
     )
     count: Positive | None = fixed(None, "shapes: number of pairs.")
     seed: Integer | None = fixed(None, "shapes: seed of the generator; give disjoint data sets different seeds.", ge=0)
-    tasks: list[str] | None = fixed(
-        None, "shapes: edit types to draw from; null draws from all of them.", min_length=1
-    )
+    tasks: list[str] | None = fixed(None, "shapes: edit types to draw from; null draws from all of them.", min_length=1)
     unchanged_fraction: float = fixed(
         0.0,
         "shapes: share of the pairs whose edited image is the original, as in data that an editor failed on.",
@@ -168,9 +166,7 @@ class Selection(Section):
     sample's is taken.
     """
 
-    run: Path = fixed(
-        ..., "Folder of the run. Where an experiment of the same workflow is this run, it is made first."
-    )
+    run: Path = fixed(..., "Folder of the run. Where an experiment of the same workflow is this run, it is made first.")
     first_iteration: Positive = fixed(1, "First iteration whose rollouts are read.")
     last_iteration: Positive | None = fixed(None, "Last one; null: the last that is complete.")
     minimum_reward: float | None = fixed(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from earl.config.sections import Lora
 from earl.estimate import loads, memory
-from earl.estimate.gpus import Asked, Gpu
+from earl.estimate.gpus import PROFILE, Asked, Gpu
 from earl.messages.errors import EarlError
 from earl.run import resources
 
@@ -68,16 +68,23 @@ def _too_much(config: "Config", rule: str, load: loads.Load, gpu: Gpu) -> Proble
 def counts(config: "Config", rule: str, asked: Asked) -> list[Problem]:
     """Return whether a job asks for fewer GPUs than the configuration makes it use."""
     needed = resources.gpus(config, rule)
-    if asked.count is None or asked.count * asked.nodes >= needed or not needed:
-        return []
     fields = {
         "iterate": "segment_processes" if config.segment_processes else "train_processes",
         "generate": "vllm_tensor_parallel_size",
         "score": "judge_tensor_parallel_size",
     }
+    field = fields.get(rule, "train_processes")
+    job = f"= {getattr(config, field)}: makes a job of {needed} GPUs, but"
+    if asked.gpu and asked.gpu.is_part and needed > asked.nodes:
+        text = f"{job} a process can use one MIG device alone ({asked.gpu.name}); lower {field}, or use whole GPUs"
+        return [Problem(rule, field, text)]
+    if asked.count is None or asked.count * asked.nodes >= needed or not needed:
+        return []
     have = f"{asked.nodes} nodes with {asked.count} each" if asked.nodes > 1 else f"{asked.count}"
-    text = f"makes a job of {needed} GPUs, but the profile asks for {have}; set gpu to {needed}, or leave it out"
-    return [Problem(rule, fields.get(rule, "train_processes"), text)]
+    remedy = f"set gpu to {-(-needed // asked.nodes)}, or leave it out"
+    if asked.source != PROFILE:
+        remedy = f"lower {field}, or run where there are {needed}"
+    return [Problem(rule, field, f"{job} {asked.source} {have}; {remedy}")]
 
 
 def _learner_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:

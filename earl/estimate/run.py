@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.estimate import cases, disk, fit, loads, models, rates
+from earl.estimate import cases, disk, fit, gpus, loads, models, rates
 from earl.estimate.disk import Disk
 from earl.estimate.fit import Problem
 from earl.estimate.gpus import Asked, Gpu
@@ -14,15 +14,15 @@ from earl.estimate.loads import Load
 from earl.estimate.rates import Rates, Work
 from earl.files import objects
 from earl.files.layout import Run
-from earl.run import resources, state
+from earl.run import plan, resources, state
 
 if TYPE_CHECKING:
     from transformers import Emu3TextConfig
 
     from earl.config.schema import Config
 
-SPEEDLESS = Gpu("gpu", 0, 312e12, 2.0e12)
-"""What hours are counted with where the GPU is not known: an A100's speed."""
+SPEEDLESS = gpus.gpu("a100")
+"""What hours are counted with where the GPU is not known."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Estimate:
 
     Attributes:
         seconds: of an iteration, by phase.
+        done: iterations that are complete.
         measured: iterations that these seconds were measured in; 0: they follow from the assumptions.
         evaluated: episodes of all evaluations, None where their number is not known.
         questions: to the judge, in the whole run.
@@ -56,6 +57,7 @@ class Estimate:
 
     run_name: str
     iterations: int
+    done: int
     by_segment: bool
     stages: list[Stage]
     disk: Disk
@@ -115,6 +117,7 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
     found = Estimate(
         config.run_name,
         config.num_iterations,
+        state.newest_complete(Run(plan.folder(config))),
         by_segment,
         [],
         taken,
@@ -182,7 +185,7 @@ def _seconds(
     config: "Config", text: "Emu3TextConfig", by_segment: bool, gpu: Gpu, checkpoint: int, assumed: Rates
 ) -> tuple[dict[str, float], int]:
     """Return the seconds of an iteration by phase, and how many iterations they were measured in."""
-    run = Run(Path(config.base_exp_dir) / config.run_name)
+    run = Run(plan.folder(config))
     found, count = measured_segments(run) if by_segment else measured_stages(run)
     if count:
         return found, count
@@ -195,7 +198,7 @@ def _seconds(
 
 def _compared(config: "Config") -> Iterator[str]:
     """Say what the learner's tensors took of a GPU in the newest iteration, beside the estimate."""
-    run = Run(Path(config.base_exp_dir) / config.run_name)
+    run = Run(plan.folder(config))
     newest = run.iteration(state.newest_complete(run))
     if not newest.index or not newest.performance.is_file():
         return
