@@ -192,14 +192,16 @@ def _judge_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
     found = memory.judge(config, gpu.memory)
     if found is None or found.cache_tokens >= config.judge_context_size:
         return []
+    sequence = found.parts["weights"] + memory.VLLM + config.judge_context_size * found.token_bytes
+    least = math.ceil(sequence / gpu.memory / STEP - 1e-9) * STEP
+    larger = [f"judge_gpu_memory_utilization {least:.2f}"] if least < 1 else []
     field, size = "judge_tensor_parallel_size", config.judge_tensor_parallel_size
     for count in (size * 2, size * 4, size * 8):
         more = memory.judge(config.model_copy(update={field: count}), gpu.memory)
         if more is not None and more.cache_tokens >= config.judge_context_size:
-            remedy = f"{count} fits"
+            larger.append(f"{count} GPUs" if larger else str(count))
             break
-    else:
-        remedy = "use larger GPUs, or another judge"
+    remedy = f"{' or '.join(larger)} fits" if larger else "use larger GPUs, or another judge"
     text = (
         f"= {size}: {config.reward_function_api_model_name} takes {_gb(found.parts['weights'])} of {gpu.text} for its "
         f"weights, and judge_gpu_memory_utilization {config.judge_gpu_memory_utilization} leaves "
@@ -210,6 +212,14 @@ def _judge_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
 
 def notes(config: "Config", rule: str, gpu: Gpu) -> list[str]:
     """Return what works, but slower than it might."""
+    unknown = config.judge == "vllm" and memory.judge(config, gpu.memory) is None
+    if unknown and rule in ("score", "iterate"):
+        model = config.reward_function_api_model_name
+        return [f"{rule}: what the judge {model} takes of a GPU is not known and left out", *_cache(config, rule, gpu)]
+    return _cache(config, rule, gpu)
+
+
+def _cache(config: "Config", rule: str, gpu: Gpu) -> list[str]:
     if rule not in ("generate", "iterate") or config.engine != "vllm":
         return []
     engine = loads.engine(config, gpu)

@@ -14,7 +14,8 @@ from earl.estimate.loads import Load
 from earl.estimate.rates import Rates, Work
 from earl.files import objects
 from earl.files.layout import Run
-from earl.run import plan, resources, state
+from earl.messages.errors import EarlError
+from earl.run import plan, preflight, resources, segments, state
 
 if TYPE_CHECKING:
     from transformers import Emu3TextConfig
@@ -91,12 +92,22 @@ def make(
     Raises:
         NotSimulated: see `cases.simulate`.
     """
+    for config in configs:
+        _check(config, by_segment)
     on_gpus = [_asked_of(config, by_segment, asked) for config in configs]
     # All of them in one process, which takes longer to start than to simulate one.
     wanted = zip(configs, on_gpus, strict=True)
     cases.simulate([one for config, rules in wanted for one in loads.simulated(config, _known(rules))])
     both = zip(configs, on_gpus, strict=True)
     return [_estimate(config, by_segment, rules, assumed or Rates()) for config, rules in both]
+
+
+def _check(config: "Config", by_segment: bool) -> None:
+    """Refuse what has no estimate: models that are not there, so that nobody knows their shape, and no segment."""
+    if problems := [] if state.newest_complete(Run(plan.folder(config))) else [*preflight.missing_models(config)]:
+        raise EarlError("; ".join(f"field {field} {message}" for field, message in problems))
+    if by_segment and config.num_iterations:
+        segments.check(config)
 
 
 def _asked_of(config: "Config", by_segment: bool, asked: Callable[[str], Asked]) -> dict[str, Asked]:
@@ -130,6 +141,7 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
         [
             *disk.notes(config, taken),
             *(note for rule, one in known.items() for note in fit.notes(config, rule, one)),
+            *models.notes(config),
             *(_compared(config) if trains & known.keys() else ()),
         ],
         assumed,

@@ -231,19 +231,25 @@ def _judge(config: Config) -> Iterator[Problem]:
                 yield field, f"is {getattr(config, field)!r}, which is no rubric: {error}"
 
 
-def _models(config: Config) -> Iterator[Problem]:
-    """Look for the models that a run starts from, and whether they are Emu3's and go together."""
-    codes: dict[str, int] = {}
+def missing_models(config: Config) -> Iterator[Problem]:
+    """Look for the folders of the models that a run starts from."""
     for field, value in _models_needed(config).items():
-        if value.startswith(STAGE) or hub_names.is_name(value):
-            continue
         folder = paths.resolve(config, value)
-        if not folder.is_dir():
+        if not (value.startswith(STAGE) or hub_names.is_name(value) or folder.is_dir()):
             yield (
                 field,
                 f"is {value!r}, but there is no folder {folder.absolute()}; name a folder that is there, a checkpoint "
                 "on the hub as <owner>/<name>, or a stage such as stage:sft/<name>",
             )
+
+
+def _models(config: Config) -> Iterator[Problem]:
+    """Look for the models that a run starts from, and whether they are Emu3's and go together."""
+    yield from missing_models(config)
+    codes: dict[str, int] = {}
+    for field, value in _models_needed(config).items():
+        folder = paths.resolve(config, value)
+        if value.startswith(STAGE) or hub_names.is_name(value) or not folder.is_dir():
             continue
         if field == "tokenizer_path":
             continue  # Of more than one form, and the conversion, which runs first, reads it.

@@ -151,6 +151,9 @@ def test_a_judge_on_too_few_gpus() -> None:
     [problem] = fit.problems(config, "score", Asked(H100, None))
     assert problem.field == "judge_tensor_parallel_size"
     assert problem.text.endswith("; 4 fits")  # 146.8 GB of weights: 73.4 on each of two leave none of 76.5 for a cache
+    few = {"judge_tensor_parallel_size": 4, "judge_gpu_memory_utilization": 0.2}  # 17 GB of 36.7, a context and a cache
+    [problem] = fit.problems(config.model_copy(update=few), "score", Asked(H100, None))
+    assert problem.text.endswith("; judge_gpu_memory_utilization 0.50 or 16 GPUs fits")
     assert fit.problems(config.model_copy(update={"judge_tensor_parallel_size": 4}), "score", Asked(H100, None)) == []
 
 
@@ -188,6 +191,22 @@ def test_a_shard_that_exceeds_the_cache_is_noted() -> None:
     [note] = fit.notes(experiment(rollout_shards=1), "iterate", H100)
     assert "153,920 tokens" in note  # 16 x 1,100 + 128 x 1,065
     assert fit.notes(experiment(rollout_shards=8), "iterate", H100) == []
+
+
+def test_a_judge_of_unknown_size_is_told() -> None:
+    config = experiment(judge="vllm", reward_function_api_model_name="me/mystery")
+    assert "iterate: what the judge me/mystery takes of a GPU is not known and left out" in fit.notes(
+        config, "iterate", H100
+    )
+    assert fit.notes(config, "generate", H100) == []
+
+
+def test_images_that_a_sequence_has_no_room_for_are_told() -> None:
+    """1024 x 1024 pixels: 128 x 128 tokens, 128 ends of rows, 9 more; a prompt has 35 besides."""
+    [note] = models.notes(experiment(image_area=1024 * 1024))
+    assert note.startswith("image_area = 1048576: an image takes 16521 tokens")
+    assert note.endswith("room for prompt and image takes 33077 and 16521")
+    assert models.notes(experiment()) == []
 
 
 def test_all_is_refused_with_field_and_file() -> None:
@@ -365,6 +384,29 @@ class TestCommand:
         assert found["run_name"] == "sft_s__rl_s"
         assert [stage["rule"] for stage in found["stages"]] == ["iterate"]
         assert found["problems"] == []
+
+    @pytest.mark.parametrize(
+        ("words", "complaint"),
+        [
+            (["--set", "model_path=/nope"], "field model_path is '/nope', but there is no folder /nope; name a folder"),
+            (
+                ["--set", "vision_tokenizer_path=/nope"],
+                "field vision_tokenizer_path is '/nope', but there is no folder",
+            ),
+            (["--set", "vllm_tensor_parallel_size=2"], "set it to 1, or run by stage (granularity=stage)"),
+            (
+                ["--set", "lora=64"],
+                "field lora (in --set) is 64: input should be an object of its fields, such as {rank",
+            ),
+            (["--gpu", "0"], "--gpu '0': give a type, type:GB or GB, such as h100, a100:40 or 24"),
+            (["--table", "--json"], "--json and --table: give one of the two"),
+        ],
+    )
+    def test_what_has_no_estimate_is_refused(self, earl, words, complaint) -> None:
+        done = earl("plan", "--config", ROOT / "config/sft_s__rl_s.jsonnet", "--gpu", "h100", *words)
+        assert done.returncode == 2
+        assert complaint in done.stderr
+        assert done.stdout == ""
 
     def test_the_profile_says_which_gpus(self, earl) -> None:
         Path("config.yaml").write_text("set-resources: {iterate: {gpu: 'a100_40gb:4'}}\n")
