@@ -191,6 +191,14 @@ class TestCommand:
         assert f"{tmp_path}: is a folder with other files" in done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
+    def test_a_policy_of_a_run_is_not_replaced(self, earl, tmp_path, policy_folder):
+        shutil.copytree(policy_folder, tmp_path / "policy")
+        digest = manifest.seal(tmp_path / "policy")
+        arguments = ["export", "--policy", tmp_path / "policy", "--config", ROOT / "config" / "demo.jsonnet"]
+        done = earl(*arguments, "--out", tmp_path / "policy")
+        assert f"{tmp_path / 'policy'}: is a folder with other files" in done.stderr
+        assert manifest.digest_folder(tmp_path / "policy") == digest
+
     @pytest.mark.parametrize("wrong", [[], ["--run", "r", "--policy", "p"], ["--policy", "p", "--iteration", "1"]])
     def test_one_of_the_two(self, earl, tmp_path, wrong):
         done = earl("export", "--out", tmp_path / "out", *wrong)
