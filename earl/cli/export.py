@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from earl.cli.options import output
+from earl.cli.options import Output
 from earl.messages.errors import EarlError
 
 app = typer.Typer()
@@ -21,7 +21,7 @@ class Dtype(StrEnum):
 
 @app.command()
 def export(
-    to: Annotated[Path, typer.Option(callback=output, help="Folder to write; it appears only once it is complete.")],
+    out: Output,
     run: Annotated[Path | None, typer.Option(help="Folder of the run whose policy it is.")] = None,
     iteration: Annotated[int | None, typer.Option(min=0, help="Of the run; by default the newest on disk.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Instead of --run: folder of a policy.")] = None,
@@ -39,8 +39,8 @@ def export(
 
     options = stage.Options(dtype and dtype.value, causal_lm)
     if run is not None and policy is None and config is None:
-        stage.of_run(run, iteration, to, options)
+        stage.of_run(run, iteration, out, options)
     elif policy is not None and run is None and iteration is None:
-        stage.of_folder(policy, config, to, options)
+        stage.of_folder(policy, config, out, options)
     else:
         raise EarlError("give either --run, with or without --iteration, or --policy, with or without --config")

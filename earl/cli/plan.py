@@ -1,12 +1,14 @@
 """`earl plan`: what a run takes, before it starts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from earl.cli.options import Overrides
+from earl.messages.errors import EarlError
 
 app = typer.Typer()
 
@@ -31,7 +33,7 @@ def plan(
         list[str] | None, typer.Option(help="name=value, in place of an assumption that the plan prints.")
     ] = None,
     price: Annotated[
-        float | None, typer.Option("--price-per-gpu-hour", min=0, help="Also print what the GPU-hours cost.")
+        float | None, typer.Option("--price-per-gpu-hour", min=0, max=1e6, help="Also print what the GPU-hours cost.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_table: Annotated[bool, typer.Option("--table", help="Print a Markdown table, a row an experiment.")] = False,
@@ -47,13 +49,15 @@ def plan(
     # As Snakemake does, which takes that one by itself, if there is one here.
     usual = ["default"] if Path("profiles/default/config.yaml").is_file() else []
     resources = gpus.of_profiles(*usual, *([profile] if profile else []))
-    chosen = gpus.gpu(gpu) if gpu else None
-    found_here = None if profile or gpu else gpus.here()
+    if as_json and as_table:
+        raise EarlError("--json and --table: give one of the two")
+    chosen = gpus.gpu(gpu) if gpu is not None else None
+    machine = gpus.Asked(None, None) if profile or chosen else gpus.here()
     assumed = rates.assumed(assume or [])
 
     def asked(rule: str) -> gpus.Asked:
         said = gpus.asked(resources(rule))
-        return gpus.Asked(chosen or said.gpu or found_here, said.count, said.nodes)
+        return replace(said, gpu=chosen) if chosen else said.or_of(machine)
 
     fields = load.parse_overrides(overrides or [])
     configs = [

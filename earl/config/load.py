@@ -251,6 +251,9 @@ def _problem(problem: Mapping[str, Any], path: str, source: Callable[[str], str]
                 "`.`, `_` and `-`, and begin with a letter or a digit"
             )
     message = problem["msg"]
+    if problem["type"] == "model_type":
+        first = next(iter(_model_at([*location, ""]).model_fields))
+        message = f"input should be an object of its fields, such as {{{first}: ...}}"
     found = json.dumps(problem["input"], default=str)
     return f"{place} is {found}: {message[0].lower()}{message[1:]}. It is: {_description(location)}"
 

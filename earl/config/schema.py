@@ -451,6 +451,11 @@ class Config(Section):
         "Repository on the hub, <owner>/<name>; without an owner, the token's user. Made when it is missing. null: "
         "nothing is pushed.",
     )
+    push_to_hub_exports: bool = free(
+        False,
+        "Push what `earl export` writes, with vision tokenizer, processor and model card, in place of policy folders; "
+        "an adapter is added to its base. Until it is pushed, an export takes its room in `<run>/tracking/`.",
+    )
     push_to_hub_private: bool = free(True, "Whether a repository that is made is private.")
 
     @field_validator("reward_function_api_base", mode="before")

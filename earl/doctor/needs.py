@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from earl.doctor.wanted import Needs, Wanted
 from earl.estimate import disk, fit, gpus, memory, models
-from earl.files.layout import Run
-from earl.run import plan, resources
+from earl.run import resources
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -44,7 +43,8 @@ def of(
 
     def misfits(name: str, size: int, count: int) -> Sequence[str]:
         gpu = gpus.Gpu(name, size, *gpus.UNKNOWN)
-        return [str(one) for one in fit.check(config, by_segment, lambda rule: gpus.Asked(gpu, count, nodes))]
+        asked = gpus.Asked(gpu, count, nodes, "this node has")
+        return [str(one) for one in fit.check(config, by_segment, lambda rule: asked)]
 
     return Wanted(
         path or Path(config.base_exp_dir),
@@ -61,12 +61,7 @@ def _disk(config: "Config", by_segment: bool) -> Needs:
     """Return what a run still has to write. What it has written is there."""
     found = disk.of(config, models.text(config), by_segment)
     most = max(found.checkpoints, found.most_checkpoints)
-    return Needs(max(0, found.needed - _written(config)), f"{most} checkpoints of {found.checkpoint / 1e9:.1f} GB")
-
-
-def _written(config: "Config") -> int:
-    files = Run(plan.folder(config)).path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
+    return Needs(max(0, found.needed - disk.written(config)), f"{most} checkpoints of {found.checkpoint / 1e9:.1f} GB")
 
 
 def _memory(config: "Config", ranks: int, by_segment: bool) -> Needs:

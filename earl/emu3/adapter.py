@@ -88,7 +88,7 @@ def check_full(folder: Path | str) -> None:
     if is_adapter(folder):
         raise EarlError(
             f"{folder}: is a LoRA adapter, and what starts from a policy needs full weights; write them by "
-            f"`earl export --policy {folder} --config EXPERIMENT --to FOLDER`, and name that folder"
+            f"`earl export --policy {folder} --config EXPERIMENT --out FOLDER`, and name that folder"
         )
 
 
@@ -127,7 +127,7 @@ def base_of(folder: Path | str) -> Path:
     if not base.is_dir():
         raise EarlError(
             f"{folder / BASE}: names the base {base}, where no folder is; put the base there. To take the policy of an "
-            "iteration out of its run, write adapter and base as one: earl export --run RUN --iteration N --to FOLDER"
+            "iteration out of its run, write adapter and base as one: earl export --run RUN --iteration N --out FOLDER"
         )
     check_full(base)
     if (base / manifest.NAME).is_file():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from earl.config import paths
 from earl.config.references import STAGE
 from earl.estimate import memory, models
-from earl.run import segments
+from earl.run import plan, segments
 from earl.run.state import Retention
 
 if TYPE_CHECKING:
@@ -87,16 +87,22 @@ def of(config: "Config", text: "Emu3TextConfig", by_segment: bool, evaluated: in
 
 
 def notes(config: "Config", taken: Disk) -> list[str]:
-    """Return whether the file system of `base_exp_dir` has less room than the run takes from its start to its end."""
+    """Return whether the file system of `base_exp_dir` has less room than what the run still writes."""
     folder = Path(config.base_exp_dir).absolute()
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free >= taken.needed:
+    free, needed = shutil.disk_usage(place).free, taken.needed - written(config)
+    if free >= needed:
         return []
     return [
-        f"base_exp_dir {config.base_exp_dir}: {free / 1e9:,.0f} GB are free of the {taken.needed / 1e9:,.0f} GB that a "
-        "whole run takes; see keep_checkpoints_every_n_iterations"
+        f"base_exp_dir {config.base_exp_dir}: {free / 1e9:,.0f} GB are free of the {needed / 1e9:,.0f} GB that the "
+        "run still writes; see keep_checkpoints_every_n_iterations"
     ]
+
+
+def written(config: "Config") -> int:
+    """Return the bytes that a run has on disk."""
+    files = plan.folder(config).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def checkpoint_bytes(config: "Config", text: "Emu3TextConfig") -> int:

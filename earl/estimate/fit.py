@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from earl.config.sections import Lora
 from earl.estimate import loads, memory
-from earl.estimate.gpus import Asked, Gpu
+from earl.estimate.gpus import PROFILE, Asked, Gpu
 from earl.messages.errors import EarlError
 from earl.run import resources
 
@@ -68,16 +68,23 @@ def _too_much(config: "Config", rule: str, load: loads.Load, gpu: Gpu) -> Proble
 def counts(config: "Config", rule: str, asked: Asked) -> list[Problem]:
     """Return whether a job asks for fewer GPUs than the configuration makes it use."""
     needed = resources.gpus(config, rule)
-    if asked.count is None or asked.count * asked.nodes >= needed or not needed:
-        return []
     fields = {
         "iterate": "segment_processes" if config.segment_processes else "train_processes",
         "generate": "vllm_tensor_parallel_size",
         "score": "judge_tensor_parallel_size",
     }
+    field = fields.get(rule, "train_processes")
+    job = f"= {getattr(config, field)}: makes a job of {needed} GPUs, but"
+    if asked.gpu and asked.gpu.is_part and needed > asked.nodes:
+        text = f"{job} a process can use one MIG device alone ({asked.gpu.name}); lower {field}, or use whole GPUs"
+        return [Problem(rule, field, text)]
+    if asked.count is None or asked.count * asked.nodes >= needed or not needed:
+        return []
     have = f"{asked.nodes} nodes with {asked.count} each" if asked.nodes > 1 else f"{asked.count}"
-    text = f"makes a job of {needed} GPUs, but the profile asks for {have}; set gpu to {needed}, or leave it out"
-    return [Problem(rule, fields.get(rule, "train_processes"), text)]
+    remedy = f"set gpu to {-(-needed // asked.nodes)}, or leave it out"
+    if asked.source != PROFILE:
+        remedy = f"lower {field}, or run where there are {needed}"
+    return [Problem(rule, field, f"{job} {asked.source} {have}; {remedy}")]
 
 
 def _learner_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
@@ -185,14 +192,16 @@ def _judge_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
     found = memory.judge(config, gpu.memory)
     if found is None or found.cache_tokens >= config.judge_context_size:
         return []
+    sequence = found.parts["weights"] + memory.VLLM + config.judge_context_size * found.token_bytes
+    least = math.ceil(sequence / gpu.memory / STEP - 1e-9) * STEP
+    larger = [f"judge_gpu_memory_utilization {least:.2f}"] if least < 1 else []
     field, size = "judge_tensor_parallel_size", config.judge_tensor_parallel_size
     for count in (size * 2, size * 4, size * 8):
         more = memory.judge(config.model_copy(update={field: count}), gpu.memory)
         if more is not None and more.cache_tokens >= config.judge_context_size:
-            remedy = f"{count} fits"
+            larger.append(f"{count} GPUs" if larger else str(count))
             break
-    else:
-        remedy = "use larger GPUs, or another judge"
+    remedy = f"{' or '.join(larger)} fits" if larger else "use larger GPUs, or another judge"
     text = (
         f"= {size}: {config.reward_function_api_model_name} takes {_gb(found.parts['weights'])} of {gpu.text} for its "
         f"weights, and judge_gpu_memory_utilization {config.judge_gpu_memory_utilization} leaves "
@@ -203,6 +212,14 @@ def _judge_problems(config: "Config", rule: str, gpu: Gpu) -> list[Problem]:
 
 def notes(config: "Config", rule: str, gpu: Gpu) -> list[str]:
     """Return what works, but slower than it might."""
+    unknown = config.judge == "vllm" and memory.judge(config, gpu.memory) is None
+    if unknown and rule in ("score", "iterate"):
+        model = config.reward_function_api_model_name
+        return [f"{rule}: what the judge {model} takes of a GPU is not known and left out", *_cache(config, rule, gpu)]
+    return _cache(config, rule, gpu)
+
+
+def _cache(config: "Config", rule: str, gpu: Gpu) -> list[str]:
     if rule not in ("generate", "iterate") or config.engine != "vllm":
         return []
     engine = loads.engine(config, gpu)

@@ -3,15 +3,17 @@
 Nothing here imports torch or asks a cluster.
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from earl.execution import gpus as visible_gpus
 from earl.messages import names
 from earl.messages.errors import EarlError
 
@@ -19,6 +21,10 @@ USABLE = 0.99
 """Of the nominal memory, in GiB: what torch may use of an 80 GB H100 is 79.2 GiB."""
 MEMORY = "gpu_memory_gb"
 """A job's resource that says how much memory its GPUs have."""
+SLICES = 7
+"""Of which a MIG device has some: `3g.20gb` computes on three of them."""
+LEAST = 10
+"""GB that a GPU of a known type has at least; what is less after its colon is a number of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,11 @@ class Gpu:
     memory: int
     flops: float
     bandwidth: float
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a MIG device, of which CUDA shows a process one at most."""
+        return bool(_slices(self.name))
 
     @property
     def text(self) -> str:
@@ -68,11 +79,16 @@ def gpu(text: str) -> Gpu:
     Raises:
         EarlError: the type is unknown, and nothing says how much memory it has.
     """
-    kind, _, size = text.strip().lower().rpartition(":") if ":" in text else (text.strip().lower(), "", "")
+    kind, colon, size = text.strip().lower().rpartition(":") if ":" in text else (text.strip().lower(), "", "")
     if not size and re.fullmatch(r"\d+(\.\d+)?", kind):
         kind, size = "gpu", kind
-    if size and not re.fullmatch(r"\d+(\.\d+)?", size):
-        raise EarlError(f"--gpu {text}: give a type, or type:GB, such as h100 or a100:40")
+    if not kind or (colon and not re.fullmatch(r"\d+(\.\d+)?", size)) or (size and float(size) == 0):
+        raise EarlError(f"--gpu {text!r}: give a type, type:GB or GB, such as h100, a100:40 or 24")
+    if size and float(size) < LEAST and _sheet(kind):
+        raise EarlError(
+            f"--gpu {text}: the number is the GB of one GPU, and no {kind} has {size}; give {kind} alone. How many a "
+            "job has is what the configuration says (train_processes), or `gpu` of a profile"
+        )
     found = of_type(kind, float(size) if size else None)
     if found is None:
         raise EarlError(f"--gpu {text}: {_unknown(kind)}; or say its memory in GB: {kind}:80")
@@ -85,16 +101,27 @@ def of_type(kind: str, gigabytes: float | None = None) -> Gpu | None:
     Args:
         gigabytes: its memory; None: as the type's name says (`a100_40gb`), or its data sheet.
     """
-    plain = re.sub(r"[^a-z0-9]", "", kind.lower())
-    # The longest name wins: an L40S is no L4.
-    sheet = next((DATA_SHEETS[name] for name in sorted(DATA_SHEETS, key=len, reverse=True) if name in plain), None)
+    sheet = _sheet(kind)
     if gigabytes is None:
         said = re.search(r"(\d+)\s*gb", kind.lower())
         gigabytes = float(said[1]) if said else sheet and sheet[0]
     if gigabytes is None:
         return None
-    flops, bandwidth = sheet[1:] if sheet else UNKNOWN
+    share = (_slices(kind) or SLICES) / SLICES
+    flops, bandwidth = (share * speed for speed in (sheet[1:] if sheet else UNKNOWN))
     return Gpu(kind, int(USABLE * gigabytes * 2**30), flops, bandwidth)
+
+
+def _slices(kind: str) -> int | None:
+    """Return the seventh parts of a GPU that a MIG device computes on, by its name; None of a whole GPU."""
+    found = re.search(r"(?<![a-z\d])(\d)g\.\d+gb", kind.lower())
+    return int(found[1]) if found else None
+
+
+def _sheet(kind: str) -> tuple[int, float, float] | None:
+    plain = re.sub(r"[^a-z0-9]", "", kind.lower())
+    # The longest name wins: an L40S is no L4.
+    return next((DATA_SHEETS[name] for name in sorted(DATA_SHEETS, key=len, reverse=True) if name in plain), None)
 
 
 def _unknown(kind: str) -> str:
@@ -106,6 +133,9 @@ Resources = Callable[[str], Mapping[str, Any]]
 """From a rule's name to what its jobs ask for, by the name of a resource."""
 
 
+PROFILE = "the profile asks for"
+
+
 @dataclass(frozen=True)
 class Asked:
     """GPUs that a rule's job asks for.
@@ -113,19 +143,43 @@ class Asked:
     Attributes:
         gpu: None where nothing says what kind they are.
         count: on each node; None: as many as the configuration needs.
+        source: what says so, with its verb.
     """
 
     gpu: Gpu | None
     count: int | None
     nodes: int = 1
+    source: str = PROFILE
+
+    def or_of(self, machine: "Asked") -> "Asked":
+        """Return what is asked for, and what it leaves open as the machine that jobs run on has it."""
+        gpu = self.gpu or machine.gpu
+        if self.count is None and machine.count is not None:
+            return replace(machine, gpu=gpu)
+        return replace(self, gpu=gpu)
 
 
 def asked(resources: Mapping[str, Any]) -> Asked:
-    """Return what a job asks for: `gpu` as a number or type:number, `gpu_memory_gb`, `nodes`."""
+    """Return what a job asks for: `gpu` as a number or type:number, `gpu_memory_gb`, `nodes`.
+
+    Raises:
+        EarlError: one of them cannot be right.
+    """
+    for name, (pattern, fitting) in WRITTEN.items():
+        if resources.get(name) is not None and not re.fullmatch(pattern, str(resources[name])):
+            raise EarlError(f"resource {name}={resources[name]!r} of a profile should be {fitting}")
     kind, _, count = str(resources.get("gpu") or "").rpartition(":")
     gigabytes = resources.get(MEMORY)
     found = of_type(kind or "gpu", float(gigabytes) if gigabytes else None) if kind or gigabytes else None
-    return Asked(found, int(count) if count.isdigit() else None, int(resources.get("nodes") or 1))
+    return Asked(found, int(count) if count else None, int(resources.get("nodes") or 1))
+
+
+WRITTEN = {
+    "gpu": (r"([^\s:,]+:)?\d+", "a number of GPUs, or type:number, such as h100:8"),
+    MEMORY: (r"0*[1-9]\d*(\.\d+)?", "a number of GB, such as 80"),
+    "nodes": (r"0*[1-9]\d*", "a whole number, 1 or more"),
+}
+"""Resources that are read, as a pattern and in words."""
 
 
 def of_profiles(*profiles: str) -> Resources:
@@ -179,16 +233,23 @@ def _by_rule(said: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def here() -> Gpu | None:
-    """Return the smallest GPU of this machine, by the driver's own program; None where there is none."""
-    query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+def here() -> Asked:
+    """Return the GPUs that jobs on this machine can have: the smallest of them, and how many a job can use at once.
+
+    Those that are visible here count, by the driver's own program. A job uses MIG devices only where there are no whole
+    GPUs, and one at most. Nothing is known where there is none.
+    """
+    visible = visible_gpus.visible()
+    whole = [gpu.uuid for gpu in visible if not gpu.is_part]
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.total,name", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [line.partition(",") for line in listed.splitlines() if line.strip()]
-    sizes = [(int(size), name.strip()) for size, _, name in rows if size.strip().isdigit()]
-    if not sizes:
-        return None
-    mebibytes, name = min(sizes)
-    return of_type(name, mebibytes / 1024)
+        listed = ""
+    rows = [[cell.strip() for cell in line.split(",", 2)] for line in listed.splitlines() if line.count(",") >= 2]
+    kinds = [of_type(name, int(size) / 1024) for uuid, size, name in rows if uuid in whole and size.isdigit()]
+    if not whole:
+        kinds = [of_type(gpu.kind) for gpu in visible]
+    smallest = min((gpu for gpu in kinds if gpu), key=lambda gpu: gpu.memory, default=None)
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    return Asked(smallest, len(whole) or min(1, len(visible)) or None, nodes, "this machine has")

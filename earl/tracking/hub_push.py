@@ -5,6 +5,9 @@ only tagged by the next one.
 """
 
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +61,7 @@ def push(run: Run, config: "Config") -> tracking.Sent:
             if pushed.get(str(index), {}).get("policy_digest") == digest:
                 continue
             repository = repository or _Repository(HfApi(), config)
-            commit = repository.push(iteration, digest)
+            commit = repository.push(run, iteration, digest)
             pushed[str(index)] = {"policy_digest": digest, "commit": commit, "repository": repository.id}
             objects.write(state, {"folder": origin.here(run), "pushed": pushed})
             new.append(index)
@@ -89,21 +92,42 @@ def _pushed(run: Run, config: "Config", state: Path) -> dict[str, dict[str, str]
 def due(run: Run, config: "Config") -> list[int]:
     """Return the iterations whose policies belong on the hub: every n-th one, and the last of the run.
 
-    Before the first adapter comes its base, the starting policy.
+    Before the first adapter comes its base, the starting policy; an export of an adapter holds it.
     """
     every = config.push_to_hub_every_n_iterations
     newest = state.newest_complete(run)
     wanted = set(range(every, newest + 1, every)) if every else set()
     wanted |= {newest} if newest and newest >= config.num_iterations else set()
-    wanted |= {0} if wanted and config.lora is not None else set()
+    wanted |= {0} if wanted and config.lora is not None and not config.push_to_hub_exports else set()
     return sorted(wanted)
+
+
+@contextmanager
+def _checked(iteration: Iteration) -> Iterator[Path]:
+    """Yield the folder of a policy, of which no file is damaged."""
+    if iteration.index or (iteration.policy / manifest.NAME).is_file():
+        manifest.check(iteration.policy, deep=True)
+    yield iteration.policy
+
+
+@contextmanager
+def _exported(run: Run, iteration: Iteration) -> Iterator[Path]:
+    """Yield the folder of an export, which goes afterwards; what a killed process has left is replaced."""
+    from earl.stages import export
+
+    out = tracking.folder(run) / "export"
+    export.of_run(run.path, iteration.index, out)
+    try:
+        yield out
+    finally:
+        shutil.rmtree(out)
 
 
 class _Repository:
     """A repository on the hub; made where there is none yet."""
 
     def __init__(self, api: "HfApi", config: "Config") -> None:
-        self.api = api
+        self.api, self.exports = api, config.push_to_hub_exports
         made = api.create_repo(config.push_to_hub_repo_id, private=config.push_to_hub_private, exist_ok=True)
         self.id = made.repo_id
         self.tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.id).tags}
@@ -112,7 +136,7 @@ class _Repository:
         self.commits = dict(reversed(history))
         self.policies = {commit: policy for policy, commit in history}
 
-    def push(self, iteration: Iteration, digest: str) -> str:
+    def push(self, run: Run, iteration: Iteration, digest: str) -> str:
         """Commit and tag a policy where that is not done yet; return the commit."""
         tag, policy = f"iteration-{iteration_name(iteration.index)}", digest[:16]
         if tag in self.tags:
@@ -124,23 +148,18 @@ class _Repository:
             return self.tags[tag]
         commit = self.commits.get(policy)
         if commit is None:
-            commit = self._commit(iteration, f"Iteration {iteration.index}{POLICY}{policy}")
+            with _exported(run, iteration) if self.exports else _checked(iteration) as folder:
+                commit = self._commit(folder, f"Iteration {iteration.index}{POLICY}{policy}")
         self.api.create_tag(self.id, tag=tag, revision=commit)
         log.info("pushed %s as %s of %s", iteration.policy, tag, self.id)
         return commit
 
-    def _commit(self, iteration: Iteration, title: str) -> str:
-        """Commit the files of a policy; what another policy had beside them goes."""
+    def _commit(self, folder: Path, title: str) -> str:
+        """Commit the files of a folder; what another policy had beside them goes."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self.api.repo_info(self.id).sha
-        if iteration.index or (iteration.policy / manifest.NAME).is_file():
-            manifest.check(iteration.policy, deep=True)
-        members = {
-            path.relative_to(iteration.policy).as_posix(): path
-            for path in sorted(iteration.policy.rglob("*"))
-            if path.is_file()
-        }
+        members = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         foreign = set(self.api.list_repo_files(self.id)) - members.keys() - {".gitattributes", "README.md"}
         operations = [CommitOperationAdd(name, path) for name, path in members.items()]
         operations += [CommitOperationDelete(name) for name in sorted(foreign)]

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import IO
 
@@ -94,11 +93,10 @@ def _check_memory(plan: Plan, loaded: load.Loaded, stages_run_here: bool, resour
     """Stop where a stage does not fit on its GPUs. Costs nothing where none is used, or nobody knows what they hold."""
     if plan.config.device == "cpu":
         return
-    here = gpus.here() if stages_run_here else None
+    machine = gpus.here() if stages_run_here else gpus.Asked(None, None)
 
     def asked(rule: str) -> gpus.Asked:
-        found = gpus.asked(resources(rule))
-        return replace(found, gpu=found.gpu or here)
+        return gpus.asked(resources(rule)).or_of(machine)
 
     try:
         fit.refuse(plan.config, fit.check(plan.config, plan.by_segment, asked), loaded.origin)

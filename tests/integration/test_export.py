@@ -36,7 +36,7 @@ def edit() -> world.Edit:
 def exported(tmp_path_factory) -> Path:
     """The shipped base policy, which edits some pictures, in float32."""
     folder = tmp_path_factory.mktemp("exports") / "model"
-    command = [sys.executable, "-m", "earl", "export", "--policy", policy.BASE_POLICY, "--to", folder]
+    command = [sys.executable, "-m", "earl", "export", "--policy", policy.BASE_POLICY, "--out", folder]
     command += ["--config", ROOT / "config" / "demo.jsonnet", "--dtype", "float32"]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -203,8 +204,28 @@ class TestWhatElse:
         assert "field attention is `flash`, but flash-attn is not installed here; in EARL" in refusal(**asked)
         preflight.check(config(**asked | {"attention": "auto"}))
         preflight.check(config(**asked), here=False)
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-        preflight.check(config(**asked))
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("def flash_attn_func(): ...", None),
+            ("", "ImportError: cannot import name 'flash_attn_func' from 'flash_attn'"),
+            ("raise RuntimeError('built for CUDA 12')", "RuntimeError: built for CUDA 12"),
+        ],
+        ids=["2", "4", "another CUDA"],
+    )
+    def test_flash_attn_that_cannot_be_imported(self, place, monkeypatch, text: str, reason: str | None) -> None:
+        monkeypatch.setattr("earl.execution.runtime.refusal", lambda device: None)
+        (place.path / "packages" / "flash_attn").mkdir(parents=True)
+        (place.path / "packages" / "flash_attn" / "__init__.py").write_text(text)
+        monkeypatch.syspath_prepend(place.path / "packages")
+        monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+        asked = {"attention": "flash", "dtype": "bfloat16", "device": "cuda"}
+        if reason is None:
+            preflight.check(config(**asked))
+        else:
+            assert f"flash-attn cannot be imported here ({reason}" in refusal(**asked)
+        sys.modules.pop("flash_attn", None)
 
     def test_a_rubric_that_is_missing(self, place: Workplace) -> None:
         rubrics = {"judge_rubric_perceptual_quality": "no.jsonnet", "judge_rubric_ground_score": "unused.jsonnet"}

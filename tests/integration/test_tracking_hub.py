@@ -13,6 +13,7 @@ from earl.config.load import read
 from earl.files import manifest
 from earl.messages.errors import EarlError
 from earl.run import state
+from earl.stages import export
 from earl.tracking import hub_push
 from tests.support.hub_server import HubServer
 from tests.support.run_files import new_run, train
@@ -76,6 +77,12 @@ def test_the_base_of_adapters_is_pushed_before_them(tmp_path, server):
     ]
 
 
+def test_exported_adapters_need_no_base(tmp_path):
+    run, config = new_run(tmp_path / "a", **PUSHED, lora={"rank": 4}, push_to_hub_exports=True)
+    train(run, 1, 2)
+    assert hub_push.due(run, config) == [2]
+
+
 def test_a_policy_that_is_not_on_disk_is_named_with_what_brings_it_back(tmp_path, server, caplog):
     run, _ = new_run(tmp_path / "a", **PUSHED)
     train(run, 1, 2, 3, 4, 5)
@@ -111,6 +118,26 @@ def test_what_is_known_was_lost_and_nothing_is_doubled(tmp_path, server):
     (run.path / "tracking" / "hub.json").unlink()
     push(run)
     assert titles(server) == ["initial commit", "Iteration 2"]
+
+
+def test_exports_are_pushed_where_they_are_asked_for(tmp_path, server, policy_folder):
+    run, _ = new_run(tmp_path / "a", **PUSHED, push_to_hub_exports=True)
+    train(run, 1, 2)
+    folder, metrics = run.iteration(2).policy, run.iteration(2).metrics
+    shutil.rmtree(folder)
+    shutil.copytree(policy_folder, folder)
+    digest = manifest.digest_folder(folder) if (folder / manifest.NAME).is_file() else manifest.seal(folder)
+    trained = json.loads(metrics.read_text()) | {"policy_digest": digest, "inputs": {"policy": "0"}}
+    metrics.write_text(json.dumps(trained))
+    assert push(run) == [2]
+    pushed = server.repositories["tester/policies"].at("iteration-000002")
+    alone = tmp_path / "alone"
+    export.of_run(run.path, 2, alone)
+    files = {path.relative_to(alone).as_posix(): path.read_bytes() for path in alone.rglob("*") if path.is_file()}
+    assert {name: pushed[name] for name in files} == files
+    assert pushed.keys() - files.keys() == {".gitattributes"}
+    assert not (run.path / "tracking" / "export").exists(), "nothing of it stays"
+    assert push(run) == []
 
 
 def test_files_that_another_policy_had_go(tmp_path, server):

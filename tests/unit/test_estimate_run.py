@@ -1,6 +1,7 @@
 """Plans: what fits and what does not, with figures worked out by hand. The simulation is replaced by arithmetic."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,20 +151,62 @@ def test_a_judge_on_too_few_gpus() -> None:
     [problem] = fit.problems(config, "score", Asked(H100, None))
     assert problem.field == "judge_tensor_parallel_size"
     assert problem.text.endswith("; 4 fits")  # 146.8 GB of weights: 73.4 on each of two leave none of 76.5 for a cache
+    few = {"judge_tensor_parallel_size": 4, "judge_gpu_memory_utilization": 0.2}  # 17 GB of 36.7, a context and a cache
+    [problem] = fit.problems(config.model_copy(update=few), "score", Asked(H100, None))
+    assert problem.text.endswith("; judge_gpu_memory_utilization 0.50 or 16 GPUs fits")
     assert fit.problems(config.model_copy(update={"judge_tensor_parallel_size": 4}), "score", Asked(H100, None)) == []
 
 
 def test_a_profile_with_too_few_gpus_for_the_ranks() -> None:
     config = experiment(train_processes=8, rollout_shards=8)
     [problem] = fit.problems(config, "iterate", Asked(None, 4))
-    assert str(problem).startswith("iterate: train_processes makes a job of 8 GPUs, but the profile asks for 4")
+    assert str(problem) == (
+        "iterate: train_processes = 8: makes a job of 8 GPUs, but the profile asks for 4; set gpu to 8, or leave it out"
+    )
     assert fit.problems(config, "iterate", Asked(None, 4, nodes=2)) == []
+    [problem] = fit.problems(config, "iterate", Asked(None, 2, nodes=2))
+    assert problem.text.endswith("the profile asks for 2 nodes with 2 each; set gpu to 4, or leave it out")
+
+
+def test_a_machine_with_too_few_gpus_for_the_ranks() -> None:
+    [problem] = fit.problems(experiment(), "iterate", Asked(None, 1, 1, "this machine has"))
+    told = "= 4: makes a job of 4 GPUs, but this machine has 1; lower train_processes, or run where there are 4"
+    assert (problem.field, problem.text) == ("train_processes", told)
+    assert fit.problems(experiment(device="cpu"), "iterate", Asked(None, 1, 1, "this machine has")) == []
+
+
+def test_ranks_cannot_share_out_mig_devices() -> None:
+    """CUDA shows a process one of them; on 4 nodes the 4 ranks have one each."""
+    part = gpus.gpu("h100_7g.80gb")
+    [problem] = fit.problems(experiment(), "iterate", Asked(part, 4))
+    assert (problem.field, problem.text) == (
+        "train_processes",
+        "= 4: makes a job of 4 GPUs, but a process can use one MIG device alone (h100_7g.80gb); lower train_processes, "
+        "or use whole GPUs",
+    )
+    assert fit.problems(experiment(), "iterate", Asked(part, 1, nodes=4)) == []
 
 
 def test_a_shard_that_exceeds_the_cache_is_noted() -> None:
     [note] = fit.notes(experiment(rollout_shards=1), "iterate", H100)
     assert "153,920 tokens" in note  # 16 x 1,100 + 128 x 1,065
     assert fit.notes(experiment(rollout_shards=8), "iterate", H100) == []
+
+
+def test_a_judge_of_unknown_size_is_told() -> None:
+    config = experiment(judge="vllm", reward_function_api_model_name="me/mystery")
+    assert "iterate: what the judge me/mystery takes of a GPU is not known and left out" in fit.notes(
+        config, "iterate", H100
+    )
+    assert fit.notes(config, "generate", H100) == []
+
+
+def test_images_that_a_sequence_has_no_room_for_are_told() -> None:
+    """1024 x 1024 pixels: 128 x 128 tokens, 128 ends of rows, 9 more; a prompt has 35 besides."""
+    [note] = models.notes(experiment(image_area=1024 * 1024))
+    assert note.startswith("image_area = 1048576: an image takes 16521 tokens")
+    assert note.endswith("room for prompt and image takes 33077 and 16521")
+    assert models.notes(experiment()) == []
 
 
 def test_all_is_refused_with_field_and_file() -> None:
@@ -214,6 +257,10 @@ def test_too_little_room_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert looked_at == [Path.cwd()]
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: SimpleNamespace(free=taken.needed))
     assert disk.notes(config, taken) == []
+    (Path("not/yet/a")).mkdir(parents=True)
+    Path("not/yet/a/policy").write_bytes(b"x")
+    monkeypatch.setattr(disk.shutil, "disk_usage", usage)
+    assert disk.notes(config, taken) == [], "a byte of what the run takes is there"
 
 
 def test_work_of_an_iteration() -> None:
@@ -275,6 +322,8 @@ def test_what_segments_took_replaces_what_is_assumed() -> None:
     assert found.seconds == {"generate": 12.0, "train": 2.0}
     assert found.gpu_hours == pytest.approx(600 * 14 * 4 / 3600)
     assert "measured in 6 iterations" in text.page(found)
+    assert "are complete" not in text.page(found)
+    assert "2.3 hours of iterations, 1.2 of them left: 300 of 600 are complete" in text.page(replace(found, done=300))
 
 
 def test_what_stages_took_replaces_what_is_assumed() -> None:
@@ -336,6 +385,29 @@ class TestCommand:
         assert [stage["rule"] for stage in found["stages"]] == ["iterate"]
         assert found["problems"] == []
 
+    @pytest.mark.parametrize(
+        ("words", "complaint"),
+        [
+            (["--set", "model_path=/nope"], "field model_path is '/nope', but there is no folder /nope; name a folder"),
+            (
+                ["--set", "vision_tokenizer_path=/nope"],
+                "field vision_tokenizer_path is '/nope', but there is no folder",
+            ),
+            (["--set", "vllm_tensor_parallel_size=2"], "set it to 1, or run by stage (granularity=stage)"),
+            (
+                ["--set", "lora=64"],
+                "field lora (in --set) is 64: input should be an object of its fields, such as {rank",
+            ),
+            (["--gpu", "0"], "--gpu '0': give a type, type:GB or GB, such as h100, a100:40 or 24"),
+            (["--table", "--json"], "--json and --table: give one of the two"),
+        ],
+    )
+    def test_what_has_no_estimate_is_refused(self, earl, words, complaint) -> None:
+        done = earl("plan", "--config", ROOT / "config/sft_s__rl_s.jsonnet", "--gpu", "h100", *words)
+        assert done.returncode == 2
+        assert complaint in done.stderr
+        assert done.stdout == ""
+
     def test_the_profile_says_which_gpus(self, earl) -> None:
         Path("config.yaml").write_text("set-resources: {iterate: {gpu: 'a100_40gb:4'}}\n")
         done = earl("plan", "--config", ROOT / "config/sft_s__rl_s.jsonnet", "--profile", ".")
@@ -347,6 +419,10 @@ class TestCommand:
         done = earl("plan", "--config", ROOT / "config/sft_s__rl_s.jsonnet")
         assert done.returncode == 0
         assert "--profile or --gpu say which GPUs there are" in done.stdout
+        assert "Seconds are those of a100 (85 GB)" in done.stdout
+        known = earl("plan", "--config", ROOT / "config/sft_s__rl_s.jsonnet", "--gpu", "a100")
+        [seconds] = [line for line in done.stdout.splitlines() if line.startswith("seconds")]
+        assert seconds in known.stdout
 
     def test_of_a_cpu_nothing_is_assumed(self, earl) -> None:
         done = earl("plan", "--config", ROOT / "config/demo.jsonnet", "--gpu", "h100", "--set", "base_exp_dir=none")
@@ -372,10 +448,19 @@ class TestWorkflow:
         """What else is looked at has tests of its own."""
         monkeypatch.setattr(opening.preflight, "check", lambda *arguments: None)
 
-    def plans(self, resources, **settings: object):
+    def plans(self, resources, here: bool = False, **settings: object):
         fields = {"train_processes": 1, "run_name": "a", "base_exp_dir": "runs"}
         wanted = Settings(experiment=[str(ROOT / "config/sft_s__rl_s.jsonnet")], set=fields, **settings)
-        return opening.make_plans(wanted, stages_run_here=False, resources=resources)
+        return opening.make_plans(wanted, stages_run_here=here, resources=resources)
+
+    def test_more_gpus_than_this_machine_has_are_refused_where_stages_run_on_it(self, monkeypatch) -> None:
+        monkeypatch.setattr(gpus, "here", lambda: Asked(None, 1, 1, "this machine has"))
+        judged = {"judge": "vllm", "judge_tensor_parallel_size": 4, "run_name": "a", "base_exp_dir": "runs"}
+        wanted = Settings(experiment=[str(ROOT / "config/sft_s__rl_s.jsonnet")], set=judged | {"train_processes": 1})
+        with pytest.raises(EarlError, match="makes a job of 5 GPUs, but this machine has 1; lower train_processes"):
+            opening.make_plans(wanted, stages_run_here=True, resources=lambda rule: {})
+        assert opening.make_plans(wanted, stages_run_here=False, resources=lambda rule: {})
+        assert self.plans(lambda rule: {}, here=True)
 
     def test_what_does_not_fit_is_refused_with_its_file(self) -> None:
         with pytest.raises(EarlError, match=r"iterate: field train_processes \(in set=\) = 1"):

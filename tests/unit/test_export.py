@@ -162,23 +162,23 @@ class TestCommand:
         manifest.seal(run.iteration(2).trainer)
         metrics = {"policy_digest": digest, "inputs": {"policy": digest}}
         atomic.write_text(run.iteration(2).metrics, json.dumps(metrics))
-        done = earl("export", "--run", run.path, "--to", tmp_path / "out")
+        done = earl("export", "--run", run.path, "--out", tmp_path / "out")
         assert done.returncode == 0, done.stderr
         card = (tmp_path / "out" / "README.md").read_text()
         assert "# run, iteration 2" in card
         assert digest in card
         assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 7
-        assert earl("export", "--policy", run.iteration(2).policy, "--to", tmp_path / "again").returncode == 0
+        assert earl("export", "--policy", run.iteration(2).policy, "--out", tmp_path / "again").returncode == 0
         assert manifest.digest_folder(tmp_path / "again") == manifest.digest_folder(tmp_path / "out")
-        done = earl("export", "--run", run.path, "--iteration", 1, "--to", tmp_path / "one")
+        done = earl("export", "--run", run.path, "--iteration", 1, "--out", tmp_path / "one")
         assert "iteration 1 has not been trained" in done.stderr
         atomic.write_text(run.iteration(2).metrics, json.dumps(metrics | {"policy_digest": "0" * 64}))
-        done = earl("export", "--run", run.path, "--to", tmp_path / "out")
+        done = earl("export", "--run", run.path, "--out", tmp_path / "out")
         assert "says 000000000000" in done.stderr
         assert (tmp_path / "out" / "README.md").read_text() == card
 
     def test_of_a_folder(self, earl, tmp_path):
-        arguments = ["export", "--policy", policy.BASE_POLICY, "--to", tmp_path / "out"]
+        arguments = ["export", "--policy", policy.BASE_POLICY, "--out", tmp_path / "out"]
         done = earl(*arguments)
         assert "give --config, the experiment that this policy was trained by" in done.stderr
         assert earl(*arguments, "--config", ROOT / "config" / "demo.jsonnet", "--dtype", "float32").returncode == 0
@@ -187,11 +187,19 @@ class TestCommand:
     def test_other_files_are_not_replaced(self, earl, tmp_path):
         (tmp_path / "mine.txt").write_text("mine")
         arguments = ["export", "--policy", policy.BASE_POLICY, "--config", ROOT / "config" / "demo.jsonnet"]
-        done = earl(*arguments, "--to", tmp_path)
+        done = earl(*arguments, "--out", tmp_path)
         assert f"{tmp_path}: is a folder with other files" in done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
+    def test_a_policy_of_a_run_is_not_replaced(self, earl, tmp_path, policy_folder):
+        shutil.copytree(policy_folder, tmp_path / "policy")
+        digest = manifest.seal(tmp_path / "policy")
+        arguments = ["export", "--policy", tmp_path / "policy", "--config", ROOT / "config" / "demo.jsonnet"]
+        done = earl(*arguments, "--out", tmp_path / "policy")
+        assert f"{tmp_path / 'policy'}: is a folder with other files" in done.stderr
+        assert manifest.digest_folder(tmp_path / "policy") == digest
+
     @pytest.mark.parametrize("wrong", [[], ["--run", "r", "--policy", "p"], ["--policy", "p", "--iteration", "1"]])
     def test_one_of_the_two(self, earl, tmp_path, wrong):
-        done = earl("export", "--to", tmp_path / "out", *wrong)
+        done = earl("export", "--out", tmp_path / "out", *wrong)
         assert "give either --run" in done.stderr

@@ -59,3 +59,16 @@ def test_the_summary_has_each_rank_s_peak_and_each_phase_s():
     assert (found["ranks"], found["tokens_per_second"]) == (2, 20.0)
     assert found["peak_memory_bytes"] == [7, 9]
     assert found["peak_memory_bytes_by_phase"] == {"read": 6, "forward": 7, "step": 9}
+
+
+def test_on_a_gpu_a_phase_has_a_peak_of_its_own(monkeypatch):
+    """torch counts the most since the counter was reset."""
+    peak = {"now": 700}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update(now=0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["now"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clock = Clock(torch.device("cuda"))
+    for name, taken in (("large", 300), ("small", 100)):
+        with clock.phase(name):
+            peak["now"] = max(peak["now"], taken)
+    assert clock.peaks == {"large": 300, "small": 100}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from earl.engines import vllm_process
-from earl.engines.vllm_engine import Settings, VllmEngine
+from earl.engines.vllm_engine import Settings, VllmEngine, llm_options
 from earl.judges.vllm_model import VllmModel
 from earl.messages.errors import EarlError
 
@@ -81,3 +81,27 @@ def test_how_much_fits_into_the_cache_is_said(caplog):
     with caplog.at_level("INFO"):
         vllm_process.log_cache(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config)))
     assert caplog.messages == ["vLLM: a cache of 47104 tokens, for 11.5 sequences of the longest at once"]
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "inside"),
+    [("cuda", "5", "1"), ("cuda", None, None), ("cpu", "5", "5")],
+)
+def test_vllm_takes_the_gpu_of_its_rank(monkeypatch, device, local_rank, inside):
+    """A rank may see fewer GPUs than its number, where Slurm binds them to tasks; vLLM goes by `LOCAL_RANK`."""
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", local_rank or "")
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    with vllm_process.on_own_gpu(device):
+        assert os.environ.get("LOCAL_RANK") == inside
+    assert os.environ.get("LOCAL_RANK") == local_rank
+
+
+def test_vllm_computes_logits_in_float32(monkeypatch):
+    """In bfloat16 log-probs of sampler and learner are further apart than `parity_tolerance` allows."""
+    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    options = llm_options(Settings("cuda", "bfloat16", context=4096), None, None)
+    assert (options["dtype"], options["hf_overrides"]) == ("bfloat16", {"head_dtype": "float32"})
+    assert options["logprobs_mode"] == "processed_logprobs"
