@@ -70,15 +70,17 @@ gpu: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) --minutes $(MINUTES) --device $(DEVICE) \
 	  --out $(RUNS)/gpu-check
 
-# A file's tests share what they set up, so they stay in one process. Many wait, for Slurm above all: three processes
-# keep two cores busy.
-PYTEST = $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# A file's tests share what they set up, so they stay in one process. What they and the hundreds of processes that they
+# start import is compiled once.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 
+# Many wait, for Slurm above all: four processes keep two cores busy.
 test: $(TESTABLE)
-	$(PYTEST)
+	$(PYTEST) 4
 
+# These only compute.
 test-fast: $(TESTABLE)
-	$(PYTEST) -m "not slow" tests/unit
+	$(PYTEST) logical -m "not slow" tests/unit
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check earl tests benchmarks scripts

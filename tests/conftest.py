@@ -20,6 +20,33 @@ from tests.support.workplace import Workplace
 QUICK = 3
 """Seconds. `make test-fast` runs what takes no longer, on a quiet machine."""
 
+LONG = (
+    "cluster/test_slurm",
+    "integration/test_iterate",
+    "integration/test_kills",
+    "cluster/test_submitit",
+    "integration/test_ranks",
+    "integration/test_workflow",
+    "integration/test_judge_vllm",
+    "integration/test_matrix",
+    "integration/test_sft_ranks",
+    "integration/test_gpu_sections",
+    "cluster/test_executor",
+    "integration/test_best_of_n",
+    "integration/test_vllm_engine",
+    "integration/test_segment_judge",
+    "integration/test_learner",
+    "integration/test_sampling_ranks",
+    "unit/test_recipes",
+)
+"""The files that take longest, the longest first: each process takes one at a time, and short ones come last."""
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files of `LONG` first; within a file, and among others, the order stays."""
+    ranks = {f"tests/{name}.py": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(LONG)))
+
 
 def pytest_configure():
     """TRL and the tests' own imports of transformers do not come by way of `earl.emu3.models`."""

@@ -48,6 +48,16 @@ class Hiding:
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 """
 
+TOGETHER = """
+import os, sys
+from benchmarks.gpu import section
+from benchmarks.gpu.__main__ import SECTIONS
+path, *names = sys.argv[1:]
+for each in SECTIONS:
+    if each.name in names:
+        assert section.main(each.name, each.function, "cpu", path, "3600", str(os.getppid())) == 0
+"""
+
 
 def check(out: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[results.Result]]:
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "60", *arguments]
@@ -58,11 +68,15 @@ def check(out: Path, *arguments: str, **environment: str) -> tuple[subprocess.Co
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """Most sections, where packages are hidden."""
-    hidden = tmp_path_factory.mktemp("hidden")
+    """Most sections, where packages are hidden: one as the check runs it, others in one process, to start it once."""
+    hidden, out = tmp_path_factory.mktemp("hidden"), tmp_path_factory.mktemp("gpu")
     (hidden / "sitecustomize.py").write_text(HIDE)
-    names = ",".join(section.name for section in SECTIONS if section.name not in VARIANTS)
-    return check(tmp_path_factory.mktemp("gpu"), "--only", names, PYTHONPATH=str(hidden))
+    names = [section.name for section in SECTIONS if section.name not in {"vllm", *VARIANTS}]
+    command = [sys.executable, "-c", TOGETHER, str(out / supervisor.RESULTS), *names]
+    environment = {"PYTHONPATH": f"{hidden}:{ROOT}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return check(out, "--only", "vllm", PYTHONPATH=str(hidden))
 
 
 @pytest.mark.slow
@@ -139,26 +153,20 @@ def test_where_memory_does_not_suffice_fewer_layers_are_measured(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_the_table_holds_what_the_file_holds(bare):
-    done, found = bare
-    assert results.table(found) in done.stdout
-
-
-@pytest.mark.slow
 def test_vllm_is_checked_where_it_is_installed(tmp_path):
     pytest.importorskip("vllm")
     done, found = check(tmp_path, "--only", "vllm,constraint")
     assert [result for result in found if result.verdict in (results.FAILED, results.SKIPPED)] == []
     assert done.returncode == 0
+    assert results.table(found) in done.stdout
     assert found[-1].check == "end"
 
 
 @pytest.mark.slow
 def test_without_a_gpu_nothing_but_the_environment_is_tried(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--only", "environment,tiny", "--out", str(tmp_path)]
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, check=False)
+    done, found = check(tmp_path, "--device", "cuda", "--only", "environment,tiny", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
+    assert results.table(found) in done.stdout
     assert "name --device cpu" in done.stdout
     assert "environment says that nothing can be run here" in done.stdout
 

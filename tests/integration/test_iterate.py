@@ -20,7 +20,7 @@ from earl.judges.program import ProgramJudge
 from earl.messages.errors import EarlError
 from earl.run import state, verify
 from earl.stages import iterate, restore
-from tests.support import bare_loop
+from tests.support import bare_loop, forked_ranks
 from tests.support.segment_runs import (
     LAST,
     assert_same,
@@ -89,7 +89,7 @@ def test_one_program_writes_the_bytes_of_the_stages(by_segment, by_stage):
 def test_ranks_that_sample_and_one_that_trains_write_the_bytes_of_the_stages(tmp_path, by_stage):
     """One rank more than there are shards, to which that is said."""
     run = begin(tmp_path, by_stage, segment_processes=5)
-    printed = earl_iterate(run)
+    printed = forked_ranks.launch(5, *command(run, LAST)[1:]).stderr
     assert_same(run, by_stage)
     record = json.loads(run.segment(LAST).read_text())
     assert len(record["seconds_by_rank"]) == len(record["peak_memory_bytes_by_rank"]) == 5
@@ -348,7 +348,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes_and_samples_nothing_
 def test_two_ranks_that_train_are_killed_and_end_as_two_that_were_not(tmp_path, by_stage):
     changes = {"train_processes": 2, "segment_processes": None, **RARE_CHECKPOINTS}
     undisturbed, run = (begin(tmp_path / name, by_stage, **changes) for name in ("undisturbed", "killed"))
-    earl_iterate(undisturbed, to=3)
+    forked_ranks.launch(2, *command(undisturbed, 3)[1:])
     attempt = Attempt(run, to=3)
     attempt.wait_for(run.iteration(2).metrics)
     attempt.kill()

@@ -1,10 +1,6 @@
 """The learner in memory: many steps of one program leave the files that one stage an iteration leaves."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from earl.files import manifest
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.stages import train
-from tests.support import first_ranks_program
+from tests.support import first_ranks_program, forked_ranks
 from tests.support.train_files import train_iterations, write_inputs
 
 ITERATIONS = 3
@@ -129,20 +125,6 @@ def test_what_is_left_of_another_attempt_is_not_taken_for_the_checkpoint(new_run
 # Of all ranks of a program, the first ones
 
 
-def launch(size: int, *arguments: object) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "last", "changes"),
@@ -157,10 +139,11 @@ def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary,
             train.run(config, staged.path, index)
         else:
             stage = ["train", "--config", staged.config, "--iteration", index, "--run", staged.path]
-            launch(count, "-m", "--", "earl", *stage)
+            forked_ranks.launch(count, "-m", "earl", *stage)
     _, kept = new_run("kept", train_processes=count, **changes)
     take_inputs(staged, kept, last)
-    told = launch(3, first_ranks_program.__file__, count, staged.config, kept.path, last).splitlines()
+    ranks_program = first_ranks_program.__file__, count, staged.config, kept.path, last
+    told = forked_ranks.launch(3, *ranks_program).stdout.splitlines()
     *team, total_and_digest = {line.partition(": ")[2] for line in told[:count]}
     assert team == [], "every rank had the same whole weights, and knew the digest"
     assert [line.partition(":")[0] for line in told[:count]] == [f"{rank} of {count}" for rank in range(count)]

@@ -1,4 +1,4 @@
-"""Several ranks: real processes under torchrun, on the CPU, against one process."""
+"""Several ranks: real processes on the CPU, against one process."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest
 from earl.learner import batches
 from earl.stages import restore, train
-from tests.support import ranks_program
+from tests.support import forked_ranks, ranks_program
 from tests.support.train_files import made_of, write_inputs
 
 CPU = torch.device("cpu")
@@ -52,9 +52,7 @@ def test_ranks_change_the_step_by_rounding_alone(policy_folder, tmp_path):
         folder.mkdir()
     # Not in this process, in which vLLM may have opened a process group; models are split for bfloat16 alone.
     subprocess.run([sys.executable, ranks_program.__file__, policy_folder, alone], check=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = [sys.executable, *launch, ranks_program.__file__, str(policy_folder), str(together)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, timeout=600)
+    forked_ranks.launch(3, ranks_program.__file__, policy_folder, together)
     start = load_file(policy_folder / "model.safetensors")
     for case in ranks_program.CASES:
         expected, found = (_known(out / f"{case}.json") for out in (alone, together))

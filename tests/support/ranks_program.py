@@ -1,6 +1,6 @@
-"""What tests/integration/test_ranks.py runs under torchrun: steps on episodes in memory, by every way to cut them up.
+"""What tests/integration/test_ranks.py runs as several ranks: steps on episodes in memory, by every way to cut them up.
 
-    torchrun --nproc-per-node 2 tests/ranks_program.py <policy folder> <out>
+    python -m tests.support.forked_ranks 2 <this file> <policy folder> <out>
 
 Writes the metrics of each case as <out>/<case>.json, and the policy after its step beside it.
 """

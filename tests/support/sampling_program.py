@@ -1,6 +1,6 @@
-"""What tests run under torchrun and in their own process: each rank samples its own prompts, with its own engine.
+"""What tests run as several ranks and in their own process: each rank samples its own prompts, with its own engine.
 
-    torchrun --nproc-per-node 2 tests/support/sampling_program.py <engine> <policy folder> <other policy> <out>
+    python -m tests.support.forked_ranks 2 <this file> <engine> <policy folder> <other policy> <out>
 
 A process that is no rank does what two ranks do, one after the other. Writes `<out>/<rank>.json`: completions of the
 first policy, of the second one's weights taken from memory, and of the first one loaded anew after it was closed.
