@@ -108,9 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def our_loss(
-    model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int
-) -> torch.Tensor:
+def our_loss(model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int) -> torch.Tensor:
     logp, _, _ = grpo.completion_logprobs(model, batch, settings)
     return grpo.batch_loss(logp, None, batch, denominator, settings)
 
@@ -127,9 +125,7 @@ def reference_loss(
     return objective.grpo_loss(found[predictions], batch.advantages, denominator)
 
 
-def kind_loss(
-    model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int
-) -> torch.Tensor:
+def kind_loss(model: torch.nn.Module, batch: batches.MicroBatch, settings: Settings, denominator: int) -> torch.Tensor:
     """Logits of all ids at every completion token, a log-softmax over them, one of each row kept."""
     hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden.flatten(0, 1)[batch.places]).float() / settings.temperature
