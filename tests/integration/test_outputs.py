@@ -103,6 +103,7 @@ COMMANDS = {
     "import-config": "import-config missing.jsonnet --out {out}",
     "convert model": "convert model missing --out {out}",
     "convert data": "convert data missing.json --out {out}",
+    "export": "export --policy missing --config missing.json --out {out}",
     "download": "download hf://datasets/a/b/c.parquet --out {out}",
     "judge check": "judge check --config missing.json --out {out}",
     "tokenise": "tokenise --config missing.json --dataset d --raw r --out {out}",
