@@ -20,6 +20,9 @@ SEED, KILLS = 20261126, {"segment": 2, "stage": 1}
 """Kills at random moments, beside the one while the policy is fine-tuned."""
 SETTINGS = SHORT | {
     "run_name": "killed",
+    # One data set for all: fewer stages that show the same.
+    "train_paths_file": ["stage:tokenise/shapes_sft"],
+    "val_paths_file": ["stage:tokenise/shapes_sft"],
     # The last two checkpoints stay by stage, and so they do by segment.
     "segment_checkpoint_every_n_iterations": 1,
     "evaluations": {"heldout": {"prompts": 2, "every_n_iterations": 2}},
