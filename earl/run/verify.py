@@ -160,8 +160,8 @@ def _check_reference(path: Path, metrics: dict[str, Any], wanted: str | None, fo
     if wanted is not None and reference != wanted:
         found.add(
             path,
-            f"was trained with reference {str(reference)[:12]}, but by "
-            f"reference_refresh_iterations that is {wanted[:12]}; `earl rewind` to this iteration and run on",
+            f"was trained with reference {str(reference)[:12]}, but the configuration makes it {wanted[:12]}; "
+            "`earl rewind` to this iteration and run on",
         )
 
 

@@ -54,6 +54,7 @@ def write(tmp_path: Path, **fields: object) -> Run:
         pq.write_table(pa.table({"x": [index]}).replace_schema_metadata(told), iteration.rollouts(0))
         inputs = {"policy": policy, "rollouts": [manifest.digest_file(iteration.rollouts(0))]}
         inputs["scores"] = [manifest.digest_file(iteration.scores(0))]
+        inputs["reference"] = manifest.digest_folder(model)
         policy = checkpoint(made, index)
         metrics = {"inputs": inputs, "policy_digest": policy, "config_digest": config_digest(config)}
         metrics["episodes_digest"] = manifest.digest_file(iteration.episodes)
