@@ -1,15 +1,12 @@
 """Emu3's classes in transformers. The package imports them from here, where it is sure that they can be imported."""
 
 import gc
-import sys
 
 from earl.execution import torch_extensions
 
 # The import makes a million objects, and all stay: searching them for garbage would take a fifth of it.
 _collects = gc.isenabled()
 gc.disable()
-# As if it were not installed: transformers imports it, for a tenth of the time, for losses of object detection.
-_hides_scipy = sys.modules.setdefault("scipy", None) is None
 try:
     torch_extensions.work_around()
 
@@ -26,8 +23,6 @@ try:
         StaticCache,
     )
 finally:
-    if _hides_scipy:
-        del sys.modules["scipy"]
     if _collects:
         gc.enable()
 
