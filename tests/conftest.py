@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,8 @@ LONG = (
 def pytest_collection_modifyitems(items):
     """Put the files of `LONG` first; within a file, and among others, the order stays."""
     ranks = {f"tests/{name}.py": rank for rank, name in enumerate(LONG)}
+    if gone := [name for name in ranks if not (Path(__file__).parents[1] / name).is_file()]:
+        raise pytest.UsageError(f"LONG in tests/conftest.py names files that are not there: {', '.join(gone)}")
     items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(LONG)))
 
 
