@@ -30,15 +30,19 @@ demo + {
 
   make_sft_models:: true,
   dataset(name):: 'stage:tokenise/' + name,
-  // The base model has never reasoned, and its image then stands further from the original than it ever did: after the
-  // demo's 250 steps at its rate, edits with reasoning score 0.
+  // The base model has never reasoned, and its image then stands further from the original than it ever did: that takes
+  // more, and a rate that falls. By the demo's 250 steps at its rate edits with reasoning score 0.
   thinks:: $.assistant_prefill != demo.assistant_prefill,
-  sft_steps:: if $.thinks then 500 else demo.sft.shapes.steps,
+  sft_steps:: if $.thinks then 1200 else demo.sft.shapes.steps,
   fine_tuning(mixing, steps):: demo.sft.shapes + {
     steps: $.sft_steps,  // of the tiny model, not of the published ones
-    learning_rate: if $.thinks then 2e-3 else demo.sft.shapes.learning_rate,
     train_paths_file: [$.dataset(row[0]) for row in mixing],
     coefficients: [row[1] for row in mixing],
+  } + if !$.thinks then {} else {
+    batch_size: 16,
+    learning_rate: 2e-3,
+    schedule: 'linear',
+    decay_steps: std.min(600, self.steps - self.warmup_steps),
   },
 
   // The longest reasoning of this world has about 100 tokens.

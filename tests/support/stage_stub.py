@@ -115,6 +115,7 @@ def train(command: str, options: Options) -> None:
         "rollouts": [manifest.digest_file(here.rollouts(shard)) for shard in shards],
         "scores": [manifest.digest_file(here.scores(shard)) for shard in shards],
     }
+    inputs["reference"] = manifest.digest_folder(run.iteration(0).policy)
     text = digest(json.dumps(inputs), config.reward_final_reward)
     if options.get("--checkpoint") != "no":
         write_folder(here.policy, text)
