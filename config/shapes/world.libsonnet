@@ -42,6 +42,7 @@ demo + {
     batch_size: 16,
     learning_rate: 2e-3,
     schedule: 'linear',
+    warmup_steps: std.min(20, std.floor(self.steps / 2)),
     decay_steps: std.min(600, self.steps - self.warmup_steps),
   },
 
