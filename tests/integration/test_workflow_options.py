@@ -61,7 +61,7 @@ class TestGpus:
     def test_too_few_for_the_ranks(self, place):
         asked = place.experiment("a", train_processes=2, device="auto")
         output = place.run(asked, "-n", "--set-resources", "iterate:gpu=1", fails=True)
-        assert "iterate: field train_processes (in a.jsonnet) makes a job of 2 GPUs, but the profile" in output
+        assert "iterate: field train_processes (in a.jsonnet) = 2: makes a job of 2 GPUs, but the profile" in output
         place.run(asked, "-n", "--set-resources", "iterate:gpu=2")
         place.run(asked, "-n", "--default-resources", "gpu=2")
 
