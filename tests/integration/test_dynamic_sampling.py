@@ -20,9 +20,9 @@ from earl.report import learning
 from earl.run import preflight, state, verify
 from earl.stages import generate, iterate, prompts, replay, report, rescore, restore, rounds, select, train
 from earl.tracking import files as tracked
-from tests.integration.test_prompts import ROWS, VOCABULARY, write
-from tests.integration.test_prompts import config as with_data
 from tests.support import bare_loop, train_files
+from tests.support.prompt_files import ROWS, VOCABULARY, write
+from tests.support.prompt_files import config as with_data
 from tests.support.segment_runs import (
     LAST,
     assert_same,

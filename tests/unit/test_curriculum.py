@@ -12,7 +12,7 @@ from earl.messages.errors import EarlError
 from earl.run import curriculum
 from earl.run.curriculum import Ledger
 from earl.stages import present, prompts
-from tests.integration.test_prompts import VOCABULARY, config, write
+from tests.support.prompt_files import VOCABULARY, config, write
 
 REST = {"rest_iterations": 2}
 
