@@ -195,6 +195,8 @@ def test_a_round_of_which_a_shard_is_missing_rows_is_named(new_run, vocabulary):
 
 
 FILLED = MASK | {"dynamic_sampling": {"usable_groups": 3, "max_rounds": 2, "prompts_per_round": 3}}
+# What else draws prompts or takes a step by what iterations before have left.
+FILLED |= {"curriculum": {"rest_iterations": 2}, "reference_refresh_iterations": 2, "entropy_coeff": 1e-3}
 """Four groups of two at first, and three more in each of two rounds; of four shards, one is empty then."""
 
 
