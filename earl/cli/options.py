@@ -5,20 +5,17 @@ from typing import Annotated
 
 import typer
 
-from earl.files import atomic, manifest
-from earl.messages.errors import EarlError
+from earl.files import atomic
 
 
 def output(path: Path | None) -> Path | None:
     """Refuse what cannot be written before the work begins: the callback of an option that names an output.
 
     Raises:
-        EarlError: see `earl.files.atomic.check_target`; or there is a folder with files that no stage has sealed.
+        EarlError: see `earl.files.atomic.check_target`.
     """
     if path is not None:
         atomic.check_target(path)
-        if path.is_dir() and any(path.iterdir()) and not (path / manifest.NAME).is_file():
-            raise EarlError(f"{path}: is a folder with other files, which are not replaced; give the name of a new one")
     return path
 
 

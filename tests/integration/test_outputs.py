@@ -103,7 +103,6 @@ COMMANDS = {
     "import-config": "import-config missing.jsonnet --out {out}",
     "convert model": "convert model missing --out {out}",
     "convert data": "convert data missing.json --out {out}",
-    "export": "export --policy missing --config missing.json --out {out}",
     "download": "download hf://datasets/a/b/c.parquet --out {out}",
     "judge check": "judge check --config missing.json --out {out}",
     "tokenise": "tokenise --config missing.json --dataset d --raw r --out {out}",
@@ -119,6 +118,7 @@ COMMANDS = {
     "push": "push --run a --out {out}",
     "verify": "verify --run a --out {out}",
     "judge serve": "judge serve --host-file {out}",
+    "export": "export --policy missing --config missing.json --out {out}",
 }
 
 
@@ -129,16 +129,6 @@ def test_every_command_refuses_before_it_works(command, tmp_path, capsys):
     assert cli.call(command.format(out=tmp_path / "out").split()) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: is a FIFO")
     assert (tmp_path / "out").is_fifo()
-
-
-@pytest.mark.parametrize("command", [text for name, text in COMMANDS.items() if name != "replay"])
-def test_a_folder_of_other_files_is_never_replaced(command, tmp_path, capsys):
-    """A replay fills a folder."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    assert cli.call(command.format(out=tmp_path / "out").split()) == 2
-    assert f"error: {tmp_path / 'out'}: is a folder with other files, which are not replaced" in capsys.readouterr().err
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
 def test_every_option_that_names_an_output_is_covered():
