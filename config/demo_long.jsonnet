@@ -1,4 +1,4 @@
-// The demo for longer: 100 iterations on more prompts, with a rate that falls to nothing, in about ten minutes.
+// The demo for longer: 100 iterations on more prompts, with a rate that falls to nothing, in a quarter of an hour.
 local rarely = { every_n_iterations: 25 };
 (import 'demo.jsonnet') + {
   run_name: 'demo-long',
