@@ -41,7 +41,7 @@ space := $(empty) $(empty)
 OVERRIDES = base_exp_dir=$(RUNS) run_name=$(RUN) $(if $(ITERATIONS),num_iterations=$(ITERATIONS)) \
   $(if $(ENGINE),engine=$(ENGINE)) $(if $(filter vllm,$(ENGINE)),$(ON_GPU)) $(SET)
 # The demo is for a CPU. vLLM's build for GPUs computes on one, and one process takes one.
-ON_GPU = $(if $(filter vllm,$(shell cat $(WITH_VLLM))),device=cuda segment_processes=1)
+ON_GPU = $(if $(filter vllm,$(shell cat $(WITH_VLLM))),device=cuda train_processes=1)
 
 # In the order of the paper; changes in the comparison are from the first.
 MATRIX := sft_s__rl_s sft_s__rl_c sft_s__rl_sc sft_sc__rl_c sft_sc__rl_sc sft_sc2stage__rl_c sft_sc2stage__rl_sc \

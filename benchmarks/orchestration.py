@@ -37,7 +37,7 @@ def overrides(base: Path, name: str, iterations: int) -> dict[str, object]:
     return {
         "base_exp_dir": str(base), "run_name": name, "num_iterations": iterations, "rollout_shards": 1,
         "evaluations": {}, "sft.shapes.steps": 20, "segment_length": max(iterations, 1),
-        "cpu_threads": 1,
+        "cpu_threads": 1, "train_processes": 1,
     }  # fmt: skip
 
 

@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/recipes.py --seeds 42 43 44 45 46
 
 Every arm starts from the demo's SFT policy and differs from the reference's in what `ARMS` says, in nothing else
-(prompts, episodes, learning rate). Two arms do not do RL: they are fine-tuned on the episodes of the reference's run of
-their seed, on the best of each group, or by DPO on the best and the worst.
+(prompts, episodes, learning rate). Three arms do no RL of their own: from the reference's run of their seed, two are
+fine-tuned on its episodes, on the best of each group, or by DPO on the best and the worst, and one is the exponential
+moving average (EMA) of its policies.
 
 The world's judge is a program whose scores are exact. What a model judge would give is a *stand-in*: for an exact score
 s an integer is drawn from Binomial(10, s / 10), whose mean is s, so that s itself is the expected readout
@@ -18,6 +19,7 @@ shows what there is. The arms that matter most come first.
 import argparse
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,12 +29,14 @@ from statistics import fmean
 
 import numpy as np
 import pyarrow.parquet as pq
+from safetensors.torch import save_file
 
 from benchmarks import learning
 from earl import code_version
 from earl.config import load
 from earl.config.schema import Config
-from earl.files import atomic, objects
+from earl.emu3 import checkpoint
+from earl.files import atomic, manifest, objects
 from earl.files.layout import Run
 from earl.judges import Judgement, Verdict
 from earl.judges.program import ProgramJudge
@@ -54,6 +58,12 @@ class Arm:
     fields: Mapping[str, object] = field(default_factory=dict)
     fine_tuning: Mapping[str, object] | None = None
     """In place of RL, of a fine-tuning on the reference's episodes: what it sets beside the demo's own."""
+    average: float | None = None
+    """In place of RL, of an EMA of the reference's policies, one an iteration: its decay."""
+
+    @property
+    def does_rl(self) -> bool:
+        return self.fine_tuning is None and self.average is None
 
 
 REFERENCE_FIELDS = {"advantage": "mean_std", "temperature": 1.0, "kl_coeff": 0.0003}
@@ -67,16 +77,17 @@ OFF_POLICY = {
 }
 ARMS = {
     "reference": Arm("the reference's recipe"),
-    "ours": Arm("ours: the demo's recipe", False, MEAN | COOLER),
+    "ours": Arm("ours: the demo's recipe", False, MEAN),
     "best-of-n": Arm("best-of-n", fine_tuning={"steps": 250}),
     "dpo": Arm("DPO", fine_tuning={"steps": 150, "objective": "dpo", "dpo_beta": 0.1, "learning_rate": 5e-5}),
+    "ema": Arm("reference + EMA, decay 0.8", average=0.8),
     "mean": Arm("reference + advantages not divided", fields=MEAN),
     "cooler": Arm("reference + T = 0.6, kl 0.025", fields=COOLER),
     "expected": Arm("reference + expected readout", False),
     "masking": Arm("reference + masking", fields={"zero_variance_groups": "mask"}),
     "off-policy": Arm("reference + off-policy step", fields=OFF_POLICY),
 }
-FIRST = ("reference", "ours", "best-of-n", "dpo")
+FIRST = ("reference", "ours", "best-of-n", "dpo", "ema")
 REFERENCE = "reference"
 CPU_SECONDS = "cpu_seconds.json"
 Found = dict[tuple[str, int], Run]
@@ -112,16 +123,18 @@ class SampledReadout:
 
 
 def configure(experiment: str, overrides: dict, name: str, seed: int) -> Config:
-    arm = ARMS[name]
+    arm, source = ARMS[name], f"recipes-{REFERENCE}-{seed}"
     own = {**REFERENCE_FIELDS, **arm.fields, "random_seed": seed, "run_name": f"recipes-{name}-{seed}"}
+    config = load.load(experiment, overrides).config
+    if arm.average is not None:
+        own |= {"num_iterations": 0, "model_path": f"{config.base_exp_dir}/{own['run_name']}-policy"}
     if arm.fine_tuning is not None:
-        config = load.load(experiment, overrides).config
         (start,) = config.sft
         learns = {"base_model": config.model_path, "train_paths_file": ["stage:select/episodes"], "random_seed": seed}
         learns = config.sft[start].model_dump(exclude_unset=True) | learns | arm.fine_tuning
         own |= {
             "num_iterations": 0,
-            "selections.episodes": {"run": f"{config.base_exp_dir}/recipes-{REFERENCE}-{seed}"},
+            "selections.episodes": {"run": f"{config.base_exp_dir}/{source}"},
             "sft.tuned": learns,
             "model_path": "stage:sft/tuned",
         }
@@ -131,20 +144,34 @@ def configure(experiment: str, overrides: dict, name: str, seed: int) -> Config:
 def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     """Train a run to its end, evaluating on the way; of the starting policy, only the first arm makes evaluations."""
     began = time.process_time()
+    if arm.average is not None:
+        source = Run(Path(config.base_exp_dir) / f"recipes-{REFERENCE}-{config.random_seed}")
+        write_average(source, arm.average, Path(config.model_path))
     run = bare_loop.start(config)
-    spent = time.process_time() - began if arm.fine_tuning is not None else 0.0
+    spent = 0.0 if arm.does_rl else time.process_time() - began
     for index in range(config.num_iterations + 1):
         if index > state.newest_complete(run):
             began = time.process_time()
             run_iteration(config, run, index, arm)
             spent += time.process_time() - began
-        due = index > 0 or with_start or arm.fine_tuning is not None
+        due = index > 0 or with_start or not arm.does_rl
         wanted = config.evaluations_at(index) if due else []
         if not all(run.evaluation(name, index).summary.is_file() for name in wanted):
             bare_loop.evaluate(config, run, index)
     seconds = run.path / CPU_SECONDS
     spent += objects.read(seconds)["seconds"] if seconds.is_file() else 0.0
     objects.write(seconds, {"seconds": spent})
+
+
+def write_average(source: Run, decay: float, out: Path) -> None:
+    """Write the EMA of a run's policies, the starting one first, as a policy folder."""
+    folders = [source.iteration(index).policy for index in range(state.newest_complete(source) + 1)]
+    average = {name: weight for _, name, weight in checkpoint.weights(folders[0])}
+    for folder in folders[1:]:
+        for _, name, weight in checkpoint.weights(folder):
+            average[name].lerp_(weight, 1 - decay)
+    shutil.copytree(folders[0], out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME))
+    save_file(average, out / "model.safetensors", {"format": "pt"})
 
 
 def run_iteration(config: Config, run: Run, index: int, arm: Arm) -> None:
@@ -173,7 +200,7 @@ def held_out(found: Found, arm: str, of_seeds: Sequence[int], name: str, index: 
 
     A completion without an image has done nothing of the edit.
     """
-    at = 0 if ARMS[arm].fine_tuning is not None else index
+    at = index if ARMS[arm].does_rl else 0
     runs = [found[REFERENCE if index == 0 else arm, seed] for seed in of_seeds]
     rows = [learning.rows(run, name, at) for run in runs]
     return np.array([[one[example][measure] or 0.0 for example in sorted(rows[0])] for one in rows])
@@ -266,7 +293,7 @@ def training_table(found: Found, last: int) -> str:
 
 
 def rl_arms(found: Found) -> dict[str, Arm]:
-    return {name: arm for name, arm in ARMS.items() if arm.fine_tuning is None and own_seeds(found, name)}
+    return {name: arm for name, arm in ARMS.items() if arm.does_rl and own_seeds(found, name)}
 
 
 def curves(found: Found, config: Config) -> dict[str, list[charts.Line]]:

@@ -43,11 +43,6 @@
   // A tiny model's activations fit; computing them twice would cost a quarter more.
   gradient_checkpointing: false,
   learning_rate: 4e-4,
-  // Divided by their spread, rewards that hardly differ would teach as much as a right edit beside a wrong one.
-  advantage: 'mean',
-  kl_coeff: 0.025,
-  // Cooler than 1: a sample then differs from another in the edit, less in how its background is written.
-  temperature: 0.6,
   // An image of 8 x 8 visual tokens takes 79 at most, from `8*8` to eos.
   max_response_tokens: 96,
   model_context_size: 320,
@@ -57,10 +52,10 @@
   judge: 'program',
   device: 'cpu',
   dtype: 'float32',
-  // One thread a process: two shards side by side use two cores better than one with two threads.
+  // One thread a process: two processes side by side use two cores better than one with two threads.
   cpu_threads: 1,
   rollout_shards: 2,
-  segment_processes: 2,
+  train_processes: 2,
 
   evaluations: {
     heldout: { prompts: 504, temperature: 1.0, every_n_iterations: 10 },

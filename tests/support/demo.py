@@ -16,7 +16,7 @@ SMALL = {
     "per_device_batch_size": 8,
     "engine_batch_size": 4,
     "rollout_shards": 1,
-    "segment_processes": 1,
+    "train_processes": 1,
     "num_iterations": 2,
     "evaluations.heldout.prompts": 4,
     "evaluations.heldout_greedy.prompts": 4,
