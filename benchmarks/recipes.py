@@ -1,4 +1,4 @@
-"""The reference's recipe for the learner, ours, and other ways to learn: held-out scores at the same episodes.
+"""The reference's recipe for the learner, the demo's, and other ways to learn: held-out scores at the same episodes.
 
     PYTHONPATH=. python benchmarks/recipes.py --seeds 42 43 44 45 46
 
@@ -67,8 +67,6 @@ class Arm:
 
 
 REFERENCE_FIELDS = {"advantage": "mean_std", "temperature": 1.0, "kl_coeff": 0.0003}
-MEAN = {"advantage": "mean"}
-COOLER = {"temperature": 0.6, "kl_coeff": 0.025}
 OFF_POLICY = {
     "optimizer_steps_per_iteration": 2,
     "importance_ratio": "behavior",
@@ -77,17 +75,16 @@ OFF_POLICY = {
 }
 ARMS = {
     "reference": Arm("the reference's recipe"),
-    "ours": Arm("ours: the demo's recipe", False, MEAN),
+    "exact": Arm("the demo's: exact readout", False),
     "best-of-n": Arm("best-of-n", fine_tuning={"steps": 250}),
     "dpo": Arm("DPO", fine_tuning={"steps": 150, "objective": "dpo", "dpo_beta": 0.1, "learning_rate": 5e-5}),
     "ema": Arm("reference + EMA, decay 0.8", average=0.8),
-    "mean": Arm("reference + advantages not divided", fields=MEAN),
-    "cooler": Arm("reference + T = 0.6, kl 0.025", fields=COOLER),
-    "expected": Arm("reference + expected readout", False),
-    "masking": Arm("reference + masking", fields={"zero_variance_groups": "mask"}),
-    "off-policy": Arm("reference + off-policy step", fields=OFF_POLICY),
+    "undivided": Arm("the demo's + advantages not divided", False, {"advantage": "mean"}),
+    "cooler": Arm("the demo's + T = 0.6, kl 0.025", False, {"temperature": 0.6, "kl_coeff": 0.025}),
+    "masking": Arm("the demo's + masking", False, {"zero_variance_groups": "mask"}),
+    "off-policy": Arm("the demo's + a second, off-policy step", False, OFF_POLICY),
 }
-FIRST = ("reference", "ours", "best-of-n", "dpo", "ema")
+FIRST = ("reference", "exact", "best-of-n", "dpo", "ema")
 REFERENCE = "reference"
 CPU_SECONDS = "cpu_seconds.json"
 Found = dict[tuple[str, int], Run]
