@@ -47,8 +47,7 @@ ON_GPU = $(if $(filter vllm,$(shell cat $(WITH_VLLM))),device=cuda train_process
 MATRIX := sft_s__rl_s sft_s__rl_c sft_s__rl_sc sft_sc__rl_c sft_sc__rl_sc sft_sc2stage__rl_c sft_sc2stage__rl_sc \
   sft_think_s__rl_s sft_think_s__rl_c sft_think_s__rl_sc
 # Small, for ten experiments on one machine: the demo's batches of 256 episodes would take four times as long.
-MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) episodes_per_iteration=64 \
-  rollout_shards=1 $(SET)
+MATRIX_OVERRIDES = base_exp_dir=$(RUNS) num_iterations=$(or $(ITERATIONS),3) episodes_per_iteration=64 $(SET)
 listed = $(subst $(space),$(comma),$(strip $(1)))
 
 .PHONY: demo matrix gpu test test-fast lint venv new-enough
