@@ -189,6 +189,12 @@ def _rows(config: Config) -> Iterator[Problem]:
             continue
         if wanted is not None and rows is not None and rows < wanted:
             yield field, f"asks for {shown} prompts, but {data.field} gives {rows} different rows; lower it or add data"
+        elif config.curriculum and data.field == "train_paths_file" and rows == wanted:
+            yield (
+                "curriculum",
+                f"passes over prompts, but {data.field} gives {rows} different rows and an iteration draws up to "
+                f"{wanted}, so that there are no others; add data, or leave it out",
+            )
 
 
 def _size(config: Config, reference: str) -> int | None:

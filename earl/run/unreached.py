@@ -1,4 +1,4 @@
-"""Fields whose effect lies beyond a run's last iteration. That is no mistake, since a run may be continued, but told."""
+"""Fields whose effect lies beyond a run's last iteration: no mistake, since a run may be continued, but told."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -51,3 +51,19 @@ def test_the_plan_tells_it(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     opening.make_plans(Settings(experiment=[str(DEMO)], set={"warmup_iterations": 30}))
     assert "runs/demo: field warmup_iterations is 30, but num_iterations is 20" in capfd.readouterr().err
+
+
+def test_a_curriculum_that_has_no_other_prompts_is_refused():
+    """The demo draws 32 prompts an iteration, and up to 40 with a further round."""
+    rests = {"curriculum": {"rest_iterations": 4}, "num_iterations": 20}
+    preflight.check(config(**rests | {"raw_datasets.shapes_rl.count": 33}))
+    said = (
+        r"field curriculum .*passes over prompts, but train_paths_file gives {0} different rows and an iteration .*{0}"
+    )
+    with pytest.raises(EarlError, match=said.format(32)):
+        preflight.check(config(**rests | {"raw_datasets.shapes_rl.count": 32}))
+    filled = {"usable_groups": 32, "max_rounds": 1, "prompts_per_round": 8}
+    rests |= {"zero_variance_groups": "mask", "dynamic_sampling": filled}
+    preflight.check(config(**rests | {"raw_datasets.shapes_rl.count": 41}))
+    with pytest.raises(EarlError, match=said.format(40)):
+        preflight.check(config(**rests | {"raw_datasets.shapes_rl.count": 40}))
