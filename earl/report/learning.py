@@ -84,7 +84,8 @@ def sentences(metrics: Sequence[Mapping[str, Any]], held_out: Comparison | None,
     training, change = trend(metrics, "reward_mean"), held_out and held_out.change
     rises, risen = change is not None and change.low > 0, training is not None and training.is_clear_rise
     rewards = _held_out(change, training, times_seen) if change else _training(training)
-    return [*rewards, *_signal(metrics, rises or risen)]
+    known = change is not None or training is not None
+    return [*rewards, *_signal(metrics, known and not (rises or risen))]
 
 
 def _training(training: Trend | None) -> Iterator[str]:
@@ -115,11 +116,11 @@ def _held_out(change: Interval, training: Trend | None, times_seen: float | None
         yield f"Training prompts came {times_seen:.1f} times each: watch that held-out rewards keep up."
 
 
-def _signal(metrics: Sequence[Mapping[str, Any]], moves: bool) -> Iterator[str]:
+def _signal(metrics: Sequence[Mapping[str, Any]], stands_still: bool) -> Iterator[str]:
     """Say what there is of the steps.
 
     Args:
-        moves: rewards rise, held-out ones or those of training prompts.
+        stands_still: neither held-out rewards nor those of training prompts rise, as far as these are known.
     """
     cosines, uniform = (_known(metrics, name) for name in ("gradient_cosine", "zero_std_fraction"))
     if len(cosines) >= LEAST:
@@ -128,14 +129,14 @@ def _signal(metrics: Sequence[Mapping[str, Any]], moves: bool) -> Iterator[str]:
         told = f"The gradients of two halves of a step have a cosine of {value} on average"
         if mean > 2 * error:
             yield f"{told}: {mean:.0%} of what a half has in squared norm is signal, the rest noise."
-        elif not moves:  # Over many steps, what no single one shows may add up.
+        elif stands_still:  # Over many steps, what no single one shows may add up.
             yield f"{told}: no signal is to be seen in single steps; larger batches or clearer rewards have more."
     if uniform and fmean(uniform) >= UNIFORM:
         yield f"In {fmean(uniform):.0%} of the groups all rewards are equal, so that they teach nothing."
     entropy = trend(metrics, "entropy")
     if entropy is not None and entropy.before > 0 and entropy.after < COLLAPSE * entropy.before:
         fallen = f"from {entropy.before:.3g} to {entropy.after:.3g} nats a token"
-        collapse = "" if moves else " while rewards do not rise, a collapse"
+        collapse = " while rewards do not rise, a collapse" if stands_still else ""
         yield f"Entropy has fallen {fallen}{collapse}; entropy_coeff works against it."
 
 

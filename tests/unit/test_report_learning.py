@@ -100,6 +100,12 @@ def test_where_rewards_rise_steps_are_not_called_without_signal_and_no_collapse_
     assert "Entropy has fallen from 1 to 0.32 nats a token; entropy_coeff" in said
 
 
+def test_where_nothing_is_known_of_rewards_steps_are_not_judged_by_them():
+    """As in a replay, whose metrics have none."""
+    found = [{"gradient_cosine": 0.5 if index % 2 else -0.42} for index in range(20)]
+    assert learning.sentences(found, None, None) == []
+
+
 def test_how_often_a_prompt_came_is_counted_over_shards_and_iterations(tmp_path):
     run = Run(tmp_path)
     assert learning.repeats(run, rows(1, 2, count=2)) is None
