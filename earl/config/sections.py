@@ -120,7 +120,8 @@ class RawDataset(Section):
     )
     damaged_fraction: float = fixed(
         0.0,
-        "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well.",
+        "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well, where "
+        "there is one.",
         ge=0,
         le=1,
     )
