@@ -163,6 +163,16 @@ def test_the_page_names_what_the_run_does_and_warns_of_few_prompts(finished, cop
     assert "rest_iterations 4" in html
 
 
+def test_a_run_without_evaluations_is_not_told_to_finish_one(copied):
+    shutil.rmtree(copied / "evaluations")
+    assert "Finish an evaluation" in html_of(copied)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"evaluations": {}}))
+    html = html_of(copied)
+    assert "Finish an evaluation" not in html
+    assert "The field evaluations is empty, so nothing is known of held-out prompts" in html
+
+
 def test_equal_files_give_equal_bytes_wherever_they_lie(finished, copied, tmp_path):
     report.run(finished, tmp_path / "a.html")
     report.run(copied, tmp_path / "b.html")
