@@ -214,13 +214,16 @@ def _check_objective(config: "Config") -> None:
         )
     for name in ("clip_ratio_low", "clip_ratio_high"):
         if getattr(config, name) is not None and not ratio:
-            raise wrong(name, "is set, but importance_ratio is `none`; set it to `behavior` or leave this out")
+            raise wrong(
+                name, "is set, but importance_ratio is `none`; set it to `behavior` or `sequence`, or leave this out"
+            )
     bounds = {"none": (), "truncate": ("high",), "filter": ("low", "high")}[correction]
     for side in ("low", "high"):
         name = f"sampler_correction_{side}"
         if (getattr(config, name) is not None) != (side in bounds):
+            value = "null" if getattr(config, name) is None else getattr(config, name)
             verb = "needs it; give a value" if side in bounds else "has no use for it; leave it out"
-            raise wrong(name, f"is {getattr(config, name)}, but sampler_correction `{correction}` {verb}")
+            raise wrong(name, f"is {value}, but sampler_correction `{correction}` {verb}")
 
 
 def _check_dynamic_sampling(config: "Config") -> None:

@@ -47,6 +47,13 @@ def check(config: "Config") -> None:
         published = [one.name for one in catalogue.entries().values() if one.kind == "tokenised"]
         if stage == "fetch" and name not in published:
             raise wrong(field, f"is `{path}`, but the published tokenised data sets are: {', '.join(published)}")
+        compares = config.judge == "program" or config.reward_compute_ground_score
+        if stage == "select" and compares and not field.startswith("sft."):
+            raise wrong(
+                field,
+                f"is `{path}`, whose edits a policy has sampled, but the judge compares with them (judge `program`, or "
+                "reward_compute_ground_score); name the data that the run drew from",
+            )
         tuning = config.sft[field.split(".")[1]] if field.startswith("sft.") else None
         if tuning and tuning.objective == "dpo" and stage in ("tokenise", "fetch"):
             raise wrong(field, f"is `{path}`, but objective is `dpo`, which needs pairs: stage:select/<selection>")

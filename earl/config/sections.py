@@ -120,7 +120,8 @@ class RawDataset(Section):
     )
     damaged_fraction: float = fixed(
         0.0,
-        "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well.",
+        "shapes: share of the pairs whose edit is right, but has removed or replaced another object as well, where "
+        "there is one.",
         ge=0,
         le=1,
     )
@@ -326,7 +327,8 @@ class Sft(Section):
             raise checks.wrong("reasoning_fraction", "is set, but reasoning is false; set that to true or drop this")
         if (self.dpo_beta is not None) != (self.objective == "dpo"):
             verb = "needs it; give a value (0.1 is usual)" if self.objective == "dpo" else "has no use for it; drop it"
-            raise checks.wrong("dpo_beta", f"is {self.dpo_beta}, but objective `{self.objective}` {verb}")
+            value = "null" if self.dpo_beta is None else self.dpo_beta
+            raise checks.wrong("dpo_beta", f"is {value}, but objective `{self.objective}` {verb}")
         for name in ("reasoning", "instruction_loss_weight") if self.objective == "dpo" else ():
             if getattr(self, name):
                 raise checks.wrong(name, "is set, but objective is `dpo`, which learns from what was sampled; drop it")

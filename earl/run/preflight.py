@@ -21,7 +21,7 @@ from earl.execution import runtime
 from earl.files import hub_names, listing, manifest, objects
 from earl.judges import rubric
 from earl.messages.errors import EarlError
-from earl.run import judged_data, selections
+from earl.run import judged_data, selections, unreached
 from earl.run.plan import Plan
 
 _TOKENISE = f"{STAGE}tokenise/"
@@ -55,7 +55,7 @@ def check(
     """
     problems = [*_raw_data(config), *_tokenised_data(config), *_selections(config, plans)]
     problems += [] if problems else [*_rows(config), *judged_data.problems(config, _prompts_from(config))]
-    problems += _judge(config)
+    problems += [*unreached.without_rate(config), *_judge(config)]
     if not started:
         problems += [*_judge_gate(config), *_models(config), *_room(config)]
     if here:
@@ -189,6 +189,12 @@ def _rows(config: Config) -> Iterator[Problem]:
             continue
         if wanted is not None and rows is not None and rows < wanted:
             yield field, f"asks for {shown} prompts, but {data.field} gives {rows} different rows; lower it or add data"
+        elif config.curriculum and data.field == "train_paths_file" and rows == wanted:
+            yield (
+                "curriculum",
+                f"passes over prompts, but {data.field} gives {rows} different rows and an iteration draws up to "
+                f"{wanted}, so that there are no others; add data, or leave it out",
+            )
 
 
 def _size(config: Config, reference: str) -> int | None:

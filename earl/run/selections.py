@@ -1,7 +1,7 @@
 """Selections from the rollouts of a run (`stage:select/<name>`): which iterations they are of, and where these lie."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,7 @@ def inputs(wanted: "Selection", plans: "Iterable[Plan]") -> list[Path]:
     """
     plan = _plan_of(wanted, plans)
     run = plan.run if plan else Run(Path(wanted.run))
-    to_be_made: dict[int, Path] = {}
-    if plan:
-        to_be_made = {index: run.segment(part[-1]) for part in plan.segments for index in part}
-        to_be_made |= {index: run.iteration(index).metrics for index in plan.iterations}
+    to_be_made = _to_be_made(plan)
     found: list[Path] = []
     for index in iterations(wanted, plan.last if plan else state.newest_complete(run)):
         stored = replays.iteration_of(run, index)
@@ -57,7 +54,32 @@ def problem(config: "Config", name: str, plans: "Iterable[Plan]") -> tuple[str, 
     if last > newest:
         which = "first" if wanted.last_iteration is None else "last"
         return f"selections.{name}.{which}_iteration", f"is {last}, but {wanted.run} ends with {newest}; lower it"
+    run = plan.run if plan else Run(Path(wanted.run))
+    made = (index for index in iterations(wanted, newest) if index not in _to_be_made(plan))
+    missing = next((path for index in made for path in _files(run, index) if not path.is_file()), None)
+    if missing is not None:
+        return field, (
+            f"is {wanted.run!r}, but {missing} is missing; make it again (snakemake {missing}), or select from other "
+            "iterations"
+        )
     return None
+
+
+def _files(run: Run, index: int) -> Iterator[Path]:
+    """Yield what is read of a complete iteration: its metrics, rollouts and scores."""
+    yield run.iteration(index).metrics
+    stored = replays.iteration_of(run, index)
+    for shard in range(len(state.read_metrics(run, index)["inputs"]["rollouts"])):
+        yield stored.rollouts(shard)
+        yield stored.scores(shard)
+
+
+def _to_be_made(plan: "Plan | None") -> dict[int, Path]:
+    """Return the iterations that a plan makes, each with what its job writes."""
+    if plan is None:
+        return {}
+    found = {index: plan.run.segment(part[-1]) for part in plan.segments for index in part}
+    return found | {index: plan.run.iteration(index).metrics for index in plan.iterations}
 
 
 def _plan_of(wanted: "Selection", plans: "Iterable[Plan]") -> "Plan | None":

@@ -31,6 +31,7 @@ COLUMNS = (
     *("episode_id", "group_id", "dataset", "example_id", "task", "instruction"),
     *("prompt_token_ids", "completion_token_ids", "finish_reason", "completion_text"),
 )
+_REMEDY = "select from other iterations, or lower minimum_reward"
 Row = dict[str, Any]
 """`COLUMNS` of a rollout, its scores and its `reward`."""
 
@@ -70,7 +71,7 @@ def run(config: "Config", name: str, out: Path) -> None:
         kept, groups = counts.pop("kept", 0), counts.total()
         left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         if not kept:
-            raise EarlError(f"field selections.{name}: no group of {files.path} is left; {left_out}")
+            raise EarlError(f"field selections.{name}: no group of {files.path} is left; {left_out}; {_REMEDY}")
         summary = {"groups": kept + groups, "kept": kept, "left_out": dict(counts)}
         objects.write(folder / SUMMARY, summary)
         atomic.write_text(folder / "README.md", CARD)

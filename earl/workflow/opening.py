@@ -18,6 +18,7 @@ from earl.messages.errors import EarlError
 from earl.run import plan as planning
 from earl.run import preflight, state
 from earl.run.plan import Plan
+from earl.run.unreached import unreached
 from earl.workflow.settings import Settings
 from earl.workflow.shared import Shared
 
@@ -85,6 +86,8 @@ def _check(
             _check_memory(plan, loaded, stages_run_here, resources)
     tracking.check_hub(plan.config)
     print(plan.text(), file=sys.stderr)
+    for field, message in unreached(plan.config):
+        print(f"{plan.key}: field {field} {message}", file=sys.stderr)
     if missing := tracking.missing(plan.config):
         print(f"{plan.key}: {missing}", file=sys.stderr)
 

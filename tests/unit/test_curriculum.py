@@ -96,9 +96,25 @@ def test_a_band_without_room_is_refused():
         Curriculum(rest_iterations=1, minimum_mean_reward=8, maximum_mean_reward=2)
 
 
-def test_an_iteration_that_is_not_there_is_named(tmp_path, data):
-    with pytest.raises(EarlError, match=r"000002/train/episodes\.parquet"):
-        resting(Run(tmp_path / "run"), 3, data)
+def test_an_iteration_that_is_not_there_is_named_also_by_the_plan(tmp_path, data):
+    run = Run(tmp_path / "run")
+    trained(run, 1, {"a": [1, 2]})
+    trained(run, 3, {"a": [1, 2]})
+    missing = r"000002/train/episodes\.parquet: is missing, .*earl rewind --run .*run --iteration 2"
+    whole = config(data, curriculum=REST)
+    with pytest.raises(EarlError, match=missing):
+        curriculum.ledger(whole, run, 3)
+    with pytest.raises(EarlError, match=missing):
+        curriculum.check(whole, run, 4, 3)
+    curriculum.check(config(data), run, 4, 3)
+    trained(run, 4, {"a": [1, 2]})
+    curriculum.check(whole, run, 5, 4)
+    # What comes after a checkpoint is trained again; but where it gives the policy on record, its files stay.
+    curriculum.check(whole, run, 2, 4)
+    run.iteration(2).metrics.parent.mkdir(parents=True)
+    run.iteration(2).metrics.write_text("{}")
+    with pytest.raises(EarlError, match=missing):
+        curriculum.check(whole, run, 2, 4)
 
 
 def test_the_digest_is_that_of_the_set():

@@ -129,9 +129,48 @@ def test_training_charts_tell_what_metrics_tell():
     assert values["Training VIEScore"] == {"VIEScore": 3.0}
     assert values["Loss"] == {"policy": 1.0, "KL": 2.0, "sum": 2.5, "entropy": -0.5}
     assert values["KL to the reference"] == {"k3": 0.5, "k1": -0.5}
+    assert "Learning rate" not in values, "it was not told"
     assert values["Log-probs of the completions"] == {"policy": -4.0}
     without = page.training([{"iteration": 1, "reasoning_fraction": 0.0}])
     assert without == [], "who never reasons need not be told so"
+
+
+def test_charts_of_what_only_some_runs_do():
+    plain = {"learning_rate": 1e-3, "passed_over_prompts": 0, "clip_fraction_low": None, "corrected_fraction": None}
+    assert page.training([{"iteration": i, **plain} for i in (1, 2)]) == [], "a rate that stays is among the settings"
+    more = {"learning_rate": 5e-4, "passed_over_prompts": 3, "clip_fraction_low": 0.25, "clip_fraction_high": 0.125}
+    drawn = page.training([{"iteration": 1, **plain}, {"iteration": 2, **more, "corrected_fraction": 0.5}])
+    values = {chart["title"]: {one["label"]: one["value"] for one in chart["legend"]} for chart in drawn}
+    assert values["Learning rate"] == {"rate": 5e-4}
+    assert values["Prompts passed over"] == {"resting": 3}
+    assert values["Ratios to the sampler"] == {"clipped below": 0.25, "clipped above": 0.125, "corrected": 0.5}
+
+
+def test_the_page_names_what_the_run_does_and_warns_of_few_prompts(finished, copied):
+    html = html_of(finished)
+    assert "2 of 20 iterations of 256 episodes," in html
+    assert "One optimizer step an iteration" in html
+    assert "Intervals over fewer than ten prompts are too narrow" in html, "there are two of each type"
+    config = json.loads((copied / "config.json").read_text())
+    config["optimizer_steps_per_iteration"], config["importance_ratio"] = 2, "behavior"
+    config |= {"zero_variance_groups": "mask", "dynamic_sampling": {"usable_groups": 32, "max_rounds": 2}}
+    config |= {"curriculum": {"rest_iterations": 4}}
+    (copied / "config.json").write_text(json.dumps(config))
+    html = html_of(copied)
+    assert "2 of 20 iterations of 256 episodes or more," in html
+    assert "2 optimizer steps an iteration" in html
+    assert "usable_groups 32, max_rounds 2" in html
+    assert "rest_iterations 4" in html
+
+
+def test_a_run_without_evaluations_is_not_told_to_finish_one(copied):
+    shutil.rmtree(copied / "evaluations")
+    assert "Finish an evaluation" in html_of(copied)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"evaluations": {}}))
+    html = html_of(copied)
+    assert "Finish an evaluation" not in html
+    assert "The field evaluations is empty, so nothing is known of held-out prompts" in html
 
 
 def test_equal_files_give_equal_bytes_wherever_they_lie(finished, copied, tmp_path):

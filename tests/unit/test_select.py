@@ -307,7 +307,7 @@ TUNING = {"base_model": "model", "train_paths_file": ["data"], "steps": 1}
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"objective": "dpo"}, "dpo_beta is None, but objective `dpo` needs it"),
+        ({"objective": "dpo"}, "dpo_beta is null, but objective `dpo` needs it"),
         ({"dpo_beta": 0.1}, "dpo_beta is 0.1, but objective `sft` has no use for it"),
         ({"objective": "dpo", "dpo_beta": 0.1, "reasoning": True}, "reasoning is set, but objective is `dpo`"),
         ({"objective": "dpo", "dpo_beta": 0.1, "instruction_loss_weight": 1.0}, "instruction_loss_weight is set"),
@@ -342,6 +342,31 @@ def test_references_to_what_cannot_be_learned_from(source, config, tuning, named
     assert re.search(named, f"{problem['ctx']['field']}: {problem['msg']}")
 
 
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"train_paths_file": ["stage:select/x"], "judge": "program"}, "train_paths_file.0"),
+        ({"train_paths_file": ["stage:select/x"], "reward_compute_ground_score": True}, "train_paths_file.0"),
+        ({"val_paths_file": ["d", "stage:select/x"], "val_coefficients": [], "judge": "program"}, "val_paths_file.1"),
+        (
+            {"evaluations": {"e": {"prompts": 1, "paths_file": ["stage:select/x"]}}, "judge": "program"},
+            "evaluations.e.",
+        ),
+        ({"train_paths_file": ["stage:select/x"]}, None),
+    ],
+)
+def test_what_a_policy_has_sampled_is_no_target_for_a_judge_that_compares_with_it(source, config, fields, refused):
+    base = config(source()).model_dump() | {"judge": "openai", "reward_function_api_base": "http://localhost:1"}
+    if refused is None:
+        Config(**base | fields)
+        return
+    with pytest.raises(ValidationError) as caught:
+        Config(**base | fields)
+    (problem,) = caught.value.errors()
+    assert problem["ctx"]["field"].startswith(refused)
+    assert "whose edits a policy has sampled, but the judge compares with them" in problem["msg"]
+
+
 def planned(config, **fields):
     values = {"model_path": "stage:sft/one", "vision_tokenizer_path": "package:shapes/vision_tokenizer"}
     return config.model_copy(update=values | {"num_iterations": 0} | fields)
@@ -358,6 +383,11 @@ def test_a_run_that_cannot_be_selected_from_is_refused_in_the_plan(source, confi
 
     refused(config(run, one, last_iteration=3), "last_iteration is 3, but .*source ends with 2; lower it")
     refused(config(run, one, first_iteration=3), "first_iteration is 3, but .*source ends with 2; lower it")
+    for file in (run.iteration(1).scores(0), run.iteration(2).rollouts(0), run.iteration(1).metrics):
+        aside = file.rename(file.with_suffix(".aside"))
+        refused(config(run, one), rf"run is .*, but {file} is missing; make it again \(snakemake {file}\), or select")
+        aside.rename(file)
+    preflight.check(planned(config(run, one)))
     own = {"base_exp_dir": str(run.path.parent), "run_name": "source"}
     refused(config(run, one).model_copy(update=own), "run is .*, this very run")
     for index in (1, 2):
