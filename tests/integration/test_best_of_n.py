@@ -11,7 +11,7 @@ from earl.data.tokenised import open_dataset
 from earl.execution import processes
 from earl.files import manifest
 from earl.files.layout import Run
-from tests.support.demo import DEMO, ROOT, SMALL
+from tests.support.demo import DEMO, ROOT, SHORT
 
 SELECTED = """
 (import '%s') + {
@@ -35,9 +35,10 @@ def test_from_rl_to_evaluations_in_one_plan(tmp_path):
     }
     for name, text in experiments.items():
         (tmp_path / f"{name}.jsonnet").write_text(text)
-    # One data set for all: what comes of it is not looked at.
-    data = {f"{name}_paths_file": '["stage:tokenise/shapes_sft"]' for name in ("train", "val")}
-    changes = [f"{name}={value}" for name, value in (SMALL | data).items() if name != "num_iterations"]
+    # One data set and one evaluation for all: what comes of them is not looked at.
+    fewer = {f"{name}_paths_file": ["stage:tokenise/shapes_sft"] for name in ("train", "val")}
+    fewer["evaluations"] = {"heldout": {"prompts": 2}}
+    changes = [f"{name}={json.dumps(value)}" for name, value in (SHORT | fewer).items() if name != "num_iterations"]
     files = ",".join(str(tmp_path / f"{name}.jsonnet") for name in experiments)
     command = [sys.executable, "-m", "snakemake", "--config", f"experiment={files}", f"set={json.dumps(changes)}"]
     env = {name: value for name, value in os.environ.items() if name != processes.WATCHED}

@@ -20,7 +20,7 @@ from earl.report import learning
 from earl.run import preflight, state, verify
 from earl.stages import generate, iterate, prompts, replay, report, rescore, restore, rounds, select, train
 from earl.tracking import files as tracked
-from tests.support import bare_loop, train_files
+from tests.support import bare_loop, forked_ranks, train_files
 from tests.support.prompt_files import ROWS, VOCABULARY, write
 from tests.support.prompt_files import config as with_data
 from tests.support.segment_runs import (
@@ -32,7 +32,6 @@ from tests.support.segment_runs import (
     contents,
     environment,
 )
-from tests.support.segment_runs import iterate as earl_iterate
 from tests.support.train_files import SAMPLES, made_of
 from tests.support.workplace import Workplace, job_counts
 
@@ -240,7 +239,7 @@ def test_a_segment_writes_the_bytes_of_the_stages(tmp_path, by_stage, ranks):
     if ranks == 1:
         iterate.run(load.read(run.config), run.path, LAST)
     else:
-        earl_iterate(run)
+        forked_ranks.launch(ranks, *command(run, LAST)[1:])
     assert_same(run, by_stage)
 
 
@@ -293,7 +292,7 @@ def test_killed_between_rounds_it_samples_nothing_twice(tmp_path, by_stage):
     started.send_signal(signal.SIGKILL)
     started.wait()
     before = ages(run)
-    earl_iterate(run)
+    iterate.run(load.read(run.config), run.path, LAST)
     assert before.items() <= ages(run).items()
     assert_same(run, by_stage)
 

@@ -1,4 +1,7 @@
-"""Every section of the GPU check once, shrunk, on a CPU, with only what torch, transformers and peft bring."""
+"""Every section of the GPU check once, shrunk, on a CPU, with only what torch, transformers and peft bring.
+
+The one of vLLM itself: see test_vllm_engine.py.
+"""
 
 import os
 import shutil
@@ -150,16 +153,6 @@ def test_where_memory_does_not_suffice_fewer_layers_are_measured(tmp_path, monke
     assert (first.check, first.verdict) == ("memory", results.FAILED)
     assert first.found.startswith("2 layers: OutOfMemoryError: CUDA out of memory")
     assert (second.check, second.value) == ("layers", 1.0)
-
-
-@pytest.mark.slow
-def test_vllm_is_checked_where_it_is_installed(tmp_path):
-    pytest.importorskip("vllm")
-    done, found = check(tmp_path, "--only", "vllm,constraint")
-    assert [result for result in found if result.verdict in (results.FAILED, results.SKIPPED)] == []
-    assert done.returncode == 0
-    assert results.table(found) in done.stdout
-    assert found[-1].check == "end"
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """A segment: one program, with models in memory, that writes the files of the stages; killed, continued, changed."""
 
 import json
-import random
 import re
 import shutil
 import signal
@@ -31,7 +30,6 @@ from tests.support.segment_runs import (
     environment,
     reconfigure,
 )
-from tests.support.segment_runs import iterate as earl_iterate
 
 pytestmark = pytest.mark.slow
 
@@ -103,23 +101,16 @@ def test_ranks_that_sample_and_one_that_trains_write_the_bytes_of_the_stages(tmp
 
 
 def test_begun_by_stage_and_continued_as_a_segment(tmp_path, by_stage):
-    run = begin(tmp_path, by_stage)
-    config = load.read(run.config)
-    bare_loop.evaluate(config, run, 0)
-    for index in (1, 2):
-        bare_loop.run_iteration(config, run, index)
-    iterate.run(config, run.path, LAST)
-    assert_same(run, by_stage)
-
-
-def test_begun_as_a_segment_and_continued_by_stage(tmp_path, by_stage):
-    run = begin(tmp_path, by_stage)
-    config = load.read(run.config)
-    iterate.run(config, run.path, 2)
+    """The other way round: see below, after a failure."""
+    shutil.copytree(by_stage.path.parent, tmp_path / "copy", symlinks=True)
+    run = Run(tmp_path / "copy" / "a")
     for index in (3, 4):
-        bare_loop.run_iteration(config, run, index)
-        bare_loop.evaluate(config, run, index)
-    assert_same(run, by_stage, checkpoints=(2, 3, 4))
+        shutil.rmtree(run.iteration(index).path)
+        for path in (run.path / "evaluations").glob(f"*/{index:06d}*"):
+            path.unlink()
+    record = iterate.run(load.read(run.config), run.path, LAST)
+    assert (record["trained"], record["trained_again"]) == ([3, 4], [])
+    assert_same(run, by_stage)
 
 
 # Failures
@@ -319,27 +310,14 @@ class Attempt:
         return self.output.read()
 
 
-def events(run: Run) -> list[Path]:
-    """Files in the order in which a segment writes them, one of each kind an iteration."""
-    found = []
-    for index in range(1, LAST + 1):
-        files = run.iteration(index)
-        found += [files.rollouts(0), files.rollouts(3), files.scores(0), files.scores(3), files.episodes, files.metrics]
-    return found
-
-
-def test_killed_at_random_moments_it_ends_in_the_same_bytes_and_samples_nothing_twice(tmp_path, by_stage):
-    run, chance = begin(tmp_path, by_stage, segment_processes=2), random.Random(20261126)
-    seen: dict[str, tuple[int, int]] = {}
-    for event in sorted(chance.sample(range(len(events(run))), 2)):
-        attempt = Attempt(run)
-        attempt.wait_for(events(run)[event])
-        time.sleep(0.3 * chance.random())
-        attempt.kill()
-        assert seen.items() <= facts(run).items()
-        seen = facts(run)
-        assert state.newest_complete(run) >= event // 6
-    earl_iterate(run)
+def test_ranks_that_are_killed_while_they_sample_end_in_the_same_bytes_and_sample_nothing_twice(tmp_path, by_stage):
+    run = begin(tmp_path, by_stage, segment_processes=2)
+    attempt = Attempt(run)
+    attempt.wait_for(run.iteration(2).rollouts(0))
+    attempt.kill()
+    seen = facts(run)
+    assert state.newest_complete(run) >= 1
+    forked_ranks.launch(2, *command(run, LAST)[1:])
     assert seen.items() <= facts(run).items()
     assert_same(run, by_stage)
     assert_sound(run)
@@ -353,7 +331,7 @@ def test_two_ranks_that_train_are_killed_and_end_as_two_that_were_not(tmp_path, 
     attempt.wait_for(run.iteration(2).metrics)
     attempt.kill()
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
-    earl_iterate(run, to=3)
+    forked_ranks.launch(2, *command(run, 3)[1:])
     assert json.loads(run.segment(3).read_text())["trained_again"] == [1, 2]
     # And the checkpoint of iteration 2, which it caught up with.
     caught_up = tuple(f"iterations/000002/{part}/" for part in ("policy", "trainer"))

@@ -13,6 +13,7 @@ import pytest
 
 from earl.config import freeze, load
 from earl.files import tables
+from earl.judges import segment
 from scripts import write_tiny_judge
 from tests.support import bare_loop, judge_files
 from tests.support.demo import DEMO, SHORT
@@ -89,14 +90,17 @@ def served(tmp_path_factory, tiny_judge, rollouts, host_file):
 
 @pytest.fixture(scope="module")
 def host_file(tmp_path_factory, tiny_judge):
-    """The file with the address of vLLM's server, which is there once it answers and is shared by all tests."""
+    """The file with the address of vLLM's server, which is there once it answers and is shared by all tests.
+
+    It is started as a segment starts its own.
+    """
     folder = tmp_path_factory.mktemp("server")
     host_file = folder / "host"
-    options = ["--model", tiny_judge, "--dtype", "float32", "--host", "127.0.0.1", "--port", "0", "--startup", "600"]
-    command = [sys.executable, "-m", "earl", "judge", "serve", *options, "--host-file", str(host_file)]
+    config = judge_files.config(folder, tiny_judge, **SMALL_ANSWERS)
+    command = segment.command(config, "127.0.0.1", host_file)
     log = folder / "log"
     with open(log, "w") as stream:
-        server = subprocess.Popen(command, stdout=stream, stderr=stream)
+        server = subprocess.Popen(command, env=segment._environment(None), stdout=stream, stderr=stream)
     try:
         yield host_file
         assert host_file.read_text().startswith("http://127.0.0.1:")

@@ -1,4 +1,4 @@
-"""The demo through the real workflow: killed at random moments, it ends in the bytes of an undisturbed run by stage."""
+"""The demo through the real workflow: killed in each phase, it ends in the bytes of an undisturbed run by stage."""
 
 import random
 import subprocess
@@ -16,8 +16,14 @@ from tests.support import bare_loop
 from tests.support.demo import DEMO, SHORT
 from tests.support.workplace import wait_until
 
-SEED, KILLS = 20261126, {"segment": 2, "stage": 1}
-"""Kills at random moments, beside the one while the policy is fine-tuned."""
+SEED = 20261126
+MOMENTS = {
+    # In the fine-tuning, and in the training.
+    "stage": ("shared/logs/sft/*.log", "killed/logs/train/000001.log"),
+    # Between sampling and training, and between two iterations.
+    "segment": ("killed/iterations/000001/rollouts/0000.parquet", "killed/iterations/000001/train/metrics.json"),
+}
+"""Files below the base folder that appear shortly before each kill: by stage, logs of what begins then."""
 SETTINGS = SHORT | {
     "run_name": "killed",
     # One data set for all: fewer stages that show the same.
@@ -25,7 +31,6 @@ SETTINGS = SHORT | {
     "val_paths_file": ["stage:tokenise/shapes_sft"],
     # The last two checkpoints stay by stage, and so they do by segment.
     "segment_checkpoint_every_n_iterations": 1,
-    "evaluations": {"heldout": {"prompts": 2, "every_n_iterations": 2}},
 }
 
 
@@ -35,18 +40,6 @@ def undisturbed(tmp_path_factory) -> Run:
     run = bare_loop.run_all(config)
     state.prune(run, state.Retention.of(config))
     return run
-
-
-TUNING = "shared/logs/sft/*.log"
-
-
-def events() -> list[str]:
-    """Files below the base folder in the order in which they appear."""
-    found = ["shared/raw/*.parquet", "shared/tokenised/*/manifest.json", TUNING, "killed/iterations/000000/start.json"]
-    for index in range(1, SETTINGS["num_iterations"] + 1):
-        files = f"killed/iterations/{index:06d}"
-        found += [f"{files}/{name}" for name in ("rollouts/0000.parquet", "scores/0000.parquet", "train/metrics.json")]
-    return found
 
 
 def kill_the_leader(place: Path, leader: subprocess.Popen) -> None:
@@ -63,16 +56,14 @@ def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_run(
 ):
     monkeypatch.setattr(kills, "SETTINGS", SETTINGS | {"base_exp_dir": "runs"})
     base, run, chance = tmp_path / "runs", tmp_path / "runs" / "killed", random.Random(f"{SEED} {granularity}")
-    others = [event for event in events() if event != TUNING]
-    chosen = {TUNING, *chance.sample(others, KILLS[granularity])}
     made: dict[str, tuple[int, int]] = {}
-    for number, event in enumerate(sorted(chosen, key=events().index)):
+    for moment, kill in zip(MOMENTS[granularity], (kills.kill, kill_the_leader), strict=True):
         leader = kills.start(tmp_path, granularity)
-        while not list(base.glob(event)):
+        while not list(base.glob(moment)):
             assert leader.poll() is None, (tmp_path / "output.txt").read_text()
             time.sleep(0.02)
         time.sleep(2 * chance.random())
-        (kill_the_leader if number % 2 else kills.kill)(tmp_path, leader)
+        kill(tmp_path, leader)
         assert made.items() <= kills.stamps(run).items(), "what was sampled and judged stays"
         made = kills.stamps(run)
     kills.finish(tmp_path, granularity)

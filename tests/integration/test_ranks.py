@@ -82,11 +82,9 @@ def earl(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
 
 
 def train_by(processes: int, run, iteration: int) -> None:
-    """Train an iteration by torchrun, as one would by hand."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--", "earl"]
+    """Train an iteration by so many ranks, as where torchrun starts them by hand."""
     stage = ["train", "--config", run.config, "--iteration", iteration, "--run", run.path]
-    done = subprocess.run([sys.executable, *map(str, launch + stage)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = forked_ranks.launch(processes, "-m", "earl", *stage)
     assert f"loaded iteration {iteration - 1}" in done.stderr
 
 

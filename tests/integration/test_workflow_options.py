@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.workplace import ROOT, SNAKEMAKE, Workplace, job_counts
+from tests.support.workplace import ROOT, Workplace, job_counts
 
 ODD = "my [odd] run's folder"
 
@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Workplace:
 
 
 def snakemake(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [*SNAKEMAKE, *map(str, arguments)]
+    command = [sys.executable, "-m", "snakemake", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
 
 
@@ -95,7 +95,8 @@ class TestSettings:
         place.profile = "slurm"
         prefill = """it's "$HOME": `a` \\ # b"""
         settings = json.dumps(["run_name=b", f"assistant_prefill={prefill}"])
-        place.run(place.experiment("a", num_iterations=1), "--submitit-cluster", "local", set=settings)
+        options = ("--submitit-cluster", "local", "--submitit-seconds", "1", "--latency-wait", "2")
+        place.run(place.experiment("a", num_iterations=1), *options, set=settings)
         config = json.loads((place.path / "runs" / "b" / "config.json").read_text())
         assert (config["assistant_prefill"], place.folder("b").report.is_file()) == (prefill, True)
 
@@ -108,12 +109,10 @@ class TestPaths:
     @pytest.mark.slow
     @pytest.mark.parametrize("granularity", ["segment", "stage"])
     def test_spaces_quotes_and_brackets(self, place, granularity):
-        experiment = place.experiment("a", num_iterations=2, base_exp_dir=ODD, evaluations={"e": {"prompts": 4}})
-        shapes = place.shapes_experiment("b", base_exp_dir=ODD)
-        place.run(f"{experiment},{shapes}", granularity=granularity)
-        for name in "ab":
-            assert json.loads((place.path / ODD / name / "verify.json").read_text())["problems"] == []
-        assert "Nothing to be done" in place.run(f"{experiment},{shapes}", granularity=granularity)
+        experiment = place.shapes_experiment("a", base_exp_dir=ODD, evaluations={"e": {"prompts": 4}})
+        place.run(experiment, granularity=granularity)
+        assert json.loads((place.path / ODD / "a" / "verify.json").read_text())["problems"] == []
+        assert "Nothing to be done" in place.run(experiment, granularity=granularity)
 
     def test_braces_are_refused(self, place):
         output = place.run(place.experiment("a", base_exp_dir="runs/{x}"), "-n", fails=True)
@@ -133,16 +132,13 @@ class TestPaths:
 
 class TestOptions:
     @pytest.mark.slow
-    @pytest.mark.parametrize("granularity", ["segment", "stage"])
-    def test_retries_and_keep_going(self, place, granularity):
+    def test_retries_and_keep_going(self, place):
         """A stage that fails is tried again; what does not depend on it goes on."""
         both = ",".join(place.experiment(name, num_iterations=1) for name in "ab")
-        started = place.start(
-            both, "-k", "-p", "--retries", "1", env={"STUB_FAIL": "score --config runs/a/"}, granularity=granularity
-        )
+        started = place.start(both, "-k", "-p", "--retries", "1", env={"STUB_FAIL": "score --config runs/a/"})
         output, _ = started.communicate(timeout=120)
         assert started.returncode != 0
-        assert "earl generate --config" in output or "earl iterate --run runs/a --to 000001" in output
+        assert "earl iterate --run runs/a --to 000001" in output
         assert len([line for line in place.commands() if line.startswith("score --config runs/a/")]) == 2
         assert place.folder("b").report.is_file()
         assert not place.folder("a").report.exists()

@@ -7,6 +7,8 @@ light commands (start, prune, verify) are the real ones. `iterate` does what the
 begins with ``clash`` where another process is at work on the same command. ``STUB_DELAY`` seconds pass in each.
 ``STUB_FAIL`` is a text in the command at which it fails. ``STUB_HOLD`` names a file: a command with the text that the
 file holds waits until it no longer has it.
+
+Most commands are there in no time; so what takes long to import is imported where it is needed.
 """
 
 import fcntl
@@ -22,7 +24,6 @@ from typing import IO
 from earl.execution import processes
 from earl.files import atomic, manifest
 from earl.files.layout import Evaluation, Run
-from earl.run import segments, state
 
 REAL = {"start", "prune", "verify", "rewind", "status"}
 Options = dict[str, str]
@@ -149,6 +150,7 @@ def evaluate(command: str, options: Options) -> None:
 def iterate(command: str, options: Options) -> None:
     """Make what is missing, each by its own stage; the policy in memory is known by its digest."""
     from earl.config.load import read
+    from earl.run import segments, state
 
     run, last = Run(Path(options["--run"])), int(options["--to"])
     config = read(run.config)

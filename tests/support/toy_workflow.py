@@ -1,13 +1,12 @@
 """A toy workflow for the executor `submitit`: jobs that say when they begin and end, and end when they are told to."""
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.forked_snakemake import Snakemake
 from tests.support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -77,21 +76,18 @@ class Bench:
         (path / "Snakefile").write_text(RULES)
         (path / "writer.py").write_text(WRITER)
 
-    def start(self, *targets: str, config: str = "", **resources: object) -> subprocess.Popen:
+    def start(self, *targets: str, config: str = "", **resources: object) -> Snakemake:
         """Start a driver. Its output goes to a file, since processes that outlive it would hold a pipe open."""
         asked = {"slurm_partition": "gpu", "runtime": 5, "mem_mb": 200} | resources
-        command = [sys.executable, "-m", "snakemake", "--executor", "submitit", "--jobs", "4", "--latency-wait", "2"]
-        command += ["--seconds-between-status-checks", "1", "--submitit-seconds", "1"]
-        command += ["--nolock", "--ignore-incomplete", *self.options]
-        command += ["--default-resources", *(f"{name}={value}" for name, value in asked.items())]
-        command += ["--config", f"word={config}"] if config else []
+        arguments = ["--executor", "submitit", "--jobs", "4", "--latency-wait", "2"]
+        arguments += ["--seconds-between-status-checks", "1", "--submitit-seconds", "1"]
+        arguments += ["--nolock", "--ignore-incomplete", *self.options]
+        arguments += ["--default-resources", *(f"{name}={value}" for name, value in asked.items())]
+        arguments += ["--config", f"word={config}"] if config else []
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         env = inherited | self.env | {"PYTHONPATH": str(ROOT)}
         with open(self.path / "driver.txt", "a") as output:
-            return subprocess.Popen(
-                [*command, "--", *(targets or ["out/a"])], cwd=self.path, env=env, stdout=output, stderr=output,
-                start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )  # fmt: skip
+            return Snakemake([*arguments, "--", *(targets or ["out/a"])], self.path, env, output)
 
     def said(self) -> str:
         """Return what all drivers have said."""
@@ -112,7 +108,7 @@ class Bench:
         """Let writers end."""
         Path(f"{self.log}.hurry").touch()
 
-    def ended(self, driver: subprocess.Popen, status: int = 0) -> None:
+    def ended(self, driver: Snakemake, status: int = 0) -> None:
         assert driver.wait(timeout=120) == status, self.said()
 
     def words(self) -> list[str]:
@@ -167,6 +163,6 @@ def wait_until(condition, said=lambda: "", seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
-def kill(driver: subprocess.Popen) -> None:
+def kill(driver: Snakemake) -> None:
     driver.kill()
     driver.wait()

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,9 +12,9 @@ from pathlib import Path
 from earl.execution import processes
 from earl.files import manifest, tables
 from earl.files.layout import Run
+from tests.support.forked_snakemake import Snakemake
 
 ROOT = Path(__file__).parents[2]
-SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 STUB = f"{sys.executable} {Path(__file__).with_name('stage_stub.py')}"
 
 EXPERIMENT = {
@@ -64,27 +62,15 @@ class Workplace:
         (self.path / f"{name}.jsonnet").write_text(json.dumps(EXPERIMENT | {"run_name": name} | fields))
         return f"{name}.jsonnet"
 
-    def start(
-        self, experiment: str, *options: str, env: dict[str, str] | None = None, **config: object
-    ) -> subprocess.Popen:
+    def start(self, experiment: str, *options: str, env: dict[str, str] | None = None, **config: object) -> Snakemake:
         """Start Snakemake; its commands go to ``log.txt``."""
         settings = {"experiment": experiment, "earl_command": STUB} | config
-        command = [*SNAKEMAKE, "--snakefile", ROOT / "workflow" / "Snakefile"]
-        command += ["--profile", ROOT / "profiles" / self.profile] if self.profile else []
-        command += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
+        arguments = ["--snakefile", ROOT / "workflow" / "Snakefile"]
+        arguments += ["--profile", ROOT / "profiles" / self.profile] if self.profile else []
+        arguments += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
         inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
         inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
-        return subprocess.Popen(
-            list(map(str, command)),
-            cwd=self.path,
-            env=inherited | (env or {}),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # A shell's background job ignores SIGINT, and so would every process below the tests.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        return Snakemake(list(map(str, arguments)), self.path, inherited | (env or {}))
 
     def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:
         (self.path / "log.txt").unlink(missing_ok=True)

@@ -109,7 +109,6 @@ AUDITED = [
     (8, {}, 36.8),
     (4, {"packing": "groups", "per_device_batch_size": 4}, 54.0),
     (3, {"per_device_batch_size": 4, "reference_offload": True}, 58.0),
-    (2, {"packing": "groups", "per_device_batch_size": 4}, 96.5),
     (1, {}, 188.0),
 ]
 """Ranks, fields and GB at the peak, of episodes of 1,100 + 1,060 tokens: all layers simulated, by other code, when the
