@@ -143,7 +143,7 @@ def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     began = time.process_time()
     if arm.average is not None:
         source = Run(Path(config.base_exp_dir) / f"recipes-{REFERENCE}-{config.random_seed}")
-        write_average(source, arm.average, Path(config.model_path))
+        write_average(source, state.newest_complete(source), arm.average, Path(config.model_path))
     run = bare_loop.start(config)
     spent = 0.0 if arm.does_rl else time.process_time() - began
     for index in range(config.num_iterations + 1):
@@ -160,9 +160,9 @@ def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     objects.write(seconds, {"seconds": spent})
 
 
-def write_average(source: Run, decay: float, out: Path) -> None:
-    """Write the EMA of a run's policies, the starting one first, as a policy folder."""
-    folders = [source.iteration(index).policy for index in range(state.newest_complete(source) + 1)]
+def write_average(source: Run, last: int, decay: float, out: Path) -> None:
+    """Write the EMA of a run's policies, from the starting one to that of iteration ``last``, as a policy folder."""
+    folders = [source.iteration(index).policy for index in range(last + 1)]
     average = {name: weight for _, name, weight in checkpoint.weights(folders[0])}
     for folder in folders[1:]:
         for _, name, weight in checkpoint.weights(folder):

@@ -28,7 +28,7 @@ SMALL = {
     "sft_steps": STEPS,
     "episodes_per_iteration": 8,
     "generations_per_sample": 4,
-    "engine_batch_size": 8,
+    "engine_batch_size": 4,
     # A few steps teach nobody to think: those who were made to would write until they may no more.
     "max_response_tokens": 96,
 }

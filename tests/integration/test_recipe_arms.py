@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import recipes
+from earl.files.layout import Run
 from earl.judges import Judgement, Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -56,9 +59,25 @@ def test_arms_differ_in_what_they_say_alone():
     assert (reference.advantage, reference.zero_variance_groups, reference.random_seed) == ("mean_std", "keep", 7)
     for name, config in configs.items():
         differing = {field for field, value in config if value != getattr(reference, field)}
-        tuned = {"num_iterations", "selections", "sft", "model_path"} if recipes.ARMS[name].fine_tuning else set()
-        assert differing - {"run_name", "push_to_hub_repo_id"} == set(recipes.ARMS[name].fields) | tuned
-    assert not recipes.ARMS["ours"].sampled_readout
+        arm = recipes.ARMS[name]
+        instead = set() if arm.does_rl else {"num_iterations", "model_path"}
+        instead |= {"selections", "sft"} if arm.fine_tuning else set()
+        assert differing - {"run_name", "push_to_hub_repo_id"} == set(arm.fields) | instead
+    assert not recipes.ARMS["exact"].sampled_readout
+
+
+def test_an_average_weighs_the_newest_policy_most(tmp_path):
+    source = Run(tmp_path / "source")
+    for index, value in enumerate((1.0, 2.0, 4.0)):
+        policy = source.iteration(index).policy
+        policy.mkdir(parents=True)
+        save_file({"weight": torch.full((2,), value)}, policy / "model.safetensors")
+        (policy / "config.json").write_text("{}")
+        (policy / "manifest.json").write_text("{}")
+    recipes.write_average(source, 2, 0.75, tmp_path / "out")
+    # 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4
+    assert load_file(tmp_path / "out" / "model.safetensors")["weight"].tolist() == [1.9375] * 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_fine_tuning_arms_learn_from_the_episodes_of_the_reference():
