@@ -390,10 +390,13 @@ class TestWorkflow:
     def test_a_round_is_sampled_once_the_ones_before_are_scored(self, place):
         place.run(self.experiment(place), granularity="stage")
         commands = [line for line in place.stages() if "--iteration 000002" in line or "000002/rollouts" in line]
-        kinds = [line.split()[0] for line in commands]
-        for number in (1, 2):
-            first = next(i for i, line in enumerate(commands) if f"--shard {2 * number:04d}" in line)
-            assert kinds[:first].count("score") == 2 * number
+        scored = [
+            next(i for i, line in enumerate(commands) if line.startswith("score") and f"rollouts/{shard:04d}" in line)
+            for shard in range(6)
+        ]
+        for shard in range(2, 6):
+            sampled = next(i for i, line in enumerate(commands) if f"--shard {shard:04d}" in line)
+            assert max(scored[: shard // 2 * 2]) < sampled
         both = [place.folder("a"), place.folder("b")]
         place.run(self.experiment(place, "b"))
         patterns = ("iterations/*/rollouts/*", "iterations/*/scores/*", "iterations/*/train/*")

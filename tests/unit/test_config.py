@@ -222,7 +222,7 @@ class TestFrozen:
         with pytest.raises(EarlError) as caught:
             freeze.write(other, path)
         rows = [line.split() for line in str(caught.value).splitlines()]
-        assert ["kl_coeff", "0.025", "0.5"] in rows
+        assert ["kl_coeff", "0.0003", "0.5"] in rows
         assert any(row[0] == "sft.shapes.steps" and row[2] == "3" for row in rows if len(row) == 3)
         assert "run_name" in str(caught.value)
         assert "--accept-changes" in str(caught.value)
