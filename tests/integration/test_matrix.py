@@ -132,7 +132,8 @@ def test_forced_reasoning_is_sampled_kept_and_trained(matrix):
     runs, _ = matrix
     run = run_of(runs, "sft_think_s__rl_s")
     vocabulary = Vocabulary.from_folder(run.iteration(0).policy)
-    rows = tables.read_table(run.iteration(1).rollouts(0), tables.ROLLOUTS).to_pylist()
+    shards = [run.iteration(1).rollouts(shard) for shard in range(2)]
+    rows = [row for path in shards for row in tables.read_table(path, tables.ROLLOUTS).to_pylist()]
     assert len(rows) == 8
     for row in rows:
         assert vocabulary.decode(row["prompt_token_ids"]).endswith(row["instruction"] + THINKING)

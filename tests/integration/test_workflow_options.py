@@ -27,12 +27,12 @@ def snakemake(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subproces
 
 
 class TestAsItStands:
-    def test_the_demo_is_planned_without_a_word_and_in_one_screen(self):
+    def test_the_demo_is_planned_without_a_word_and_in_one_screen(self, tmp_path):
         done = snakemake("-n", "-q")
         assert done.returncode == 0, done.stderr
         assert "runs/demo: " in done.stderr
         assert len((done.stdout + done.stderr).splitlines()) <= 25
-        counts = job_counts(snakemake("-n", "--config", "set=run_name=new", "granularity=stage").stdout)
+        counts = job_counts(snakemake("-n", "--config", f"set=base_exp_dir={tmp_path}", "granularity=stage").stdout)
         assert counts["train"] == 20
         assert counts.keys() >= {"raw", "tokenise", "sft", "start", "generate", "score", "evaluate", "report"}
 
