@@ -120,7 +120,7 @@ class SampledReadout:
 
 
 def configure(experiment: str, overrides: dict, name: str, seed: int) -> Config:
-    arm, source = ARMS[name], f"recipes-{REFERENCE}-{seed}"
+    arm = ARMS[name]
     own = {**REFERENCE_FIELDS, **arm.fields, "random_seed": seed, "run_name": f"recipes-{name}-{seed}"}
     config = load.load(experiment, overrides).config
     if arm.average is not None:
@@ -131,18 +131,22 @@ def configure(experiment: str, overrides: dict, name: str, seed: int) -> Config:
         learns = config.sft[start].model_dump(exclude_unset=True) | learns | arm.fine_tuning
         own |= {
             "num_iterations": 0,
-            "selections.episodes": {"run": f"{config.base_exp_dir}/{source}"},
+            "selections.episodes": {"run": str(reference_run(config, seed))},
             "sft.tuned": learns,
             "model_path": "stage:sft/tuned",
         }
     return load.load(experiment, {**overrides, **own}).config
 
 
+def reference_run(config: Config, seed: int) -> Path:
+    return Path(config.base_exp_dir) / f"recipes-{REFERENCE}-{seed}"
+
+
 def run_arm(config: Config, arm: Arm, with_start: bool) -> None:
     """Train a run to its end, evaluating on the way; of the starting policy, only the first arm makes evaluations."""
     began = time.process_time()
     if arm.average is not None:
-        source = Run(Path(config.base_exp_dir) / f"recipes-{REFERENCE}-{config.random_seed}")
+        source = Run(reference_run(config, config.random_seed))
         write_average(source, state.newest_complete(source), arm.average, Path(config.model_path))
     run = bare_loop.start(config)
     spent = 0.0 if arm.does_rl else time.process_time() - began
