@@ -5,7 +5,7 @@
 Every process of a workflow is ended with SIGKILL at random moments, and the workflow is started again. When a run has
 been killed `--per-run` times it is left to end; then every file of its iterations, evaluations and weights is compared
 with those of a run that nothing disturbed. Meanwhile no rollout or score file that was there may change: what the
-policy and the judge have done is never done again. Half of the runs go by segment, half by stage.
+policy and the judge have done is never done again. Half of the kills are by segment, half by stage.
 """
 
 import argparse
@@ -173,14 +173,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--per-run", type=int, default=20)
     parser.add_argument("--seed", type=int, default=20261126)
+    parser.add_argument("--granularity", choices=GRANULARITIES, nargs="+", default=GRANULARITIES)
     options = parser.parse_args()
     SETTINGS.update(run_name="killed", base_exp_dir="runs")
     print("| granularity | kills | runs | ended in the bytes of an undisturbed one | rollouts or scores made twice |")
     print("|---|---|---|---|---|")
-    for granularity in GRANULARITIES:
+    for granularity in options.granularity:
         rng = random.Random(f"{options.seed} {granularity}")
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(Path(folder), granularity, options.kills // len(GRANULARITIES), options.per_run, rng)
+            found = measure(Path(folder), granularity, options.kills // len(options.granularity), options.per_run, rng)
         same = f"{found.same_bytes} of {found.runs} ({found.files} files each)"
         print(f"| {granularity} | {found.kills} | {found.runs} | {same} | {len(found.rewritten)} |", flush=True)
 
