@@ -326,15 +326,15 @@ def test_ranks_that_are_killed_while_they_sample_end_in_the_same_bytes_and_sampl
 def test_two_ranks_that_train_are_killed_and_end_as_two_that_were_not(tmp_path, by_stage):
     changes = {"train_processes": 2, "segment_processes": None, **RARE_CHECKPOINTS}
     undisturbed, run = (begin(tmp_path / name, by_stage, **changes) for name in ("undisturbed", "killed"))
-    forked_ranks.launch(2, *command(undisturbed, 3)[1:])
-    attempt = Attempt(run, to=3)
-    attempt.wait_for(run.iteration(2).metrics)
+    forked_ranks.launch(2, *command(undisturbed, 2)[1:])
+    attempt = Attempt(run, to=2)
+    attempt.wait_for(run.iteration(1).metrics)
     attempt.kill()
-    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (2, 0)
-    forked_ranks.launch(2, *command(run, 3)[1:])
-    assert json.loads(run.segment(3).read_text())["trained_again"] == [1, 2]
-    # And the checkpoint of iteration 2, which it caught up with.
-    caught_up = tuple(f"iterations/000002/{part}/" for part in ("policy", "trainer"))
+    assert (state.newest_complete(run), state.newest_checkpoint(run)) == (1, 0)
+    forked_ranks.launch(2, *command(run, 2)[1:])
+    assert json.loads(run.segment(2).read_text())["trained_again"] == [1]
+    # And the checkpoint of iteration 1, which it caught up with.
+    caught_up = tuple(f"iterations/000001/{part}/" for part in ("policy", "trainer"))
     files = {path: digest for path, digest in contents(run).items() if not path.startswith(caught_up)}
     assert files == contents(undisturbed)
-    assert [json.loads(run.iteration(index).metrics.read_text())["ranks"] for index in (1, 2, 3)] == [2, 2, 2]
+    assert [json.loads(run.iteration(index).metrics.read_text())["ranks"] for index in (1, 2)] == [2, 2]

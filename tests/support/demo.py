@@ -9,7 +9,7 @@ SMALL = {
     "raw_datasets.shapes_sft.count": 32,
     "raw_datasets.shapes_rl.count": 24,
     "raw_datasets.shapes_heldout.count": 8,
-    "sft.shapes.steps": 40,
+    "sft.shapes.steps": 4,
     "sft.shapes.batch_size": 8,
     "episodes_per_iteration": 16,
     "generations_per_sample": 4,
@@ -24,5 +24,5 @@ SMALL = {
 """A whole run takes seconds: what it learns is of no interest, what it writes is."""
 
 SHORT = {name: value for name, value in SMALL.items() if not name.startswith("evaluations.")}
-SHORT |= {"evaluations": {}, "sft.shapes.steps": 4, "num_iterations": 2, "engine_batch_size": 16}
+SHORT |= {"evaluations": {}, "num_iterations": 2, "engine_batch_size": 16}
 """Shorter still, without evaluations, and all completions in one batch."""

@@ -6,6 +6,7 @@ A program of several ranks spends most of its time on imports, and torchrun impo
 its ranks by torchrun is seen where a stage is called with `train_processes` or `segment_processes`.
 """
 
+import importlib
 import os
 import runpy
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from earl.execution import processes
 
 ROOT = Path(__file__).parents[2]
+PRELOADED = ("earl.emu3.models", "earl.stages.iterate", "earl.stages.sft")
 
 
 def launch(count: int, *command: object) -> subprocess.CompletedProcess[str]:
@@ -30,7 +32,8 @@ def launch(count: int, *command: object) -> subprocess.CompletedProcess[str]:
 
 
 def main(count: int, command: list[str]) -> int:
-    import earl.emu3.models  # noqa: F401
+    for name in PRELOADED:
+        importlib.import_module(name)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

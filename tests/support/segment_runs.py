@@ -29,6 +29,7 @@ SETTINGS = SMALL | {
     "keep_checkpoints_every_n_iterations": 2,
     "evaluations.heldout.every_n_iterations": 2,
     "evaluations.heldout_greedy.every_n_iterations": 3,
+    "evaluations.heldout.prompts": 2,
     "evaluations.heldout_greedy.prompts": 2,
 }
 UNLIKE = {"start.json", "performance.json"}
