@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SMALL = {"dtype": "float32", "cpu_threads": 1, "judge_reasoning_length": 16, "judge_cache": False}
-RANKS = ["-m", "tests.support.forked_ranks", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALONE = ranks.alone(torch.device("cpu"))
 
 
@@ -91,7 +91,7 @@ def check_stubs_verdicts(verdicts: list[dict]) -> None:
 
 @pytest.mark.slow
 def test_both_ranks_ask_the_server_and_it_ends_with_the_segment(tmp_path):
-    running = Segment(tmp_path, faulty_server.MODEL, RANKS, "answers")
+    running = Segment(tmp_path, faulty_server.MODEL, TORCHRUN, "answers")
     check_stubs_verdicts(running.verdicts())
     servers = running.servers()
     assert len(servers) == 1
@@ -101,7 +101,7 @@ def test_both_ranks_ask_the_server_and_it_ends_with_the_segment(tmp_path):
 
 @pytest.mark.slow
 def test_the_server_of_a_segment_whose_ranks_are_killed_ends(tmp_path):
-    running = Segment(tmp_path, faulty_server.MODEL, RANKS, "answers")
+    running = Segment(tmp_path, faulty_server.MODEL, TORCHRUN, "answers")
     check_stubs_verdicts(running.verdicts())
     servers = running.servers()
     for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""What tests of a segment's judge run, alone or as ranks: every rank has the judge score a picture of its own.
+"""What tests of a segment's judge run, alone or under torchrun: every rank has the judge score a picture of its own.
 
     python tests/support/segment_judge_program.py <config.json> <folder> [answers | ends]
 
