@@ -26,6 +26,7 @@ LONG = (
     "integration/test_kills",
     "integration/test_workflow",
     "integration/test_iterate",
+    "integration/test_vllm_engine",  # with all others of VLLM
     "cluster/test_submitit",
     "integration/test_dynamic_sampling",
     "integration/test_matrix",
@@ -37,19 +38,46 @@ LONG = (
     "cluster/test_executor",
     "integration/test_gpu_sections",
     "integration/test_best_of_n",
-    "integration/test_vllm_engine",
     "integration/test_learner",
-    "integration/test_sampling_ranks",
     "unit/test_recipes",
 )
 """The files that take longest, the longest first: each process takes one at a time, and short ones come last."""
+
+VLLM = (
+    "integration/test_vllm_engine",
+    "integration/test_lora_vllm",
+    "integration/test_sampling_ranks",
+    "integration/test_damage",
+    "integration/test_vllm_constraint",
+    "unit/test_engines",
+    "unit/test_sampling",
+)
+"""The files that import vLLM, which takes long and is done once: they are one to `--dist loadfile`."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand out tests by file, those of `VLLM` together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    together = {f"tests/{name}.py" for name in VLLM}
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "vLLM" if file in together else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items):
     """Put the files of `LONG` first; within a file, and among others, the order stays."""
     ranks = {f"tests/{name}.py": rank for rank, name in enumerate(LONG)}
-    if gone := [name for name in ranks if not (Path(__file__).parents[1] / name).is_file()]:
-        raise pytest.UsageError(f"LONG in tests/conftest.py names files that are not there: {', '.join(gone)}")
+    files = [*ranks, *(f"tests/{name}.py" for name in VLLM)]
+    if gone := [name for name in files if not (Path(__file__).parents[1] / name).is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(gone)}")
     items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(LONG)))
 
 

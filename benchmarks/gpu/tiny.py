@@ -27,7 +27,7 @@ PARITY = 1e-3
 def run(context: Context) -> None:
     vocabulary = Vocabulary.from_folder(FOLDER)
     prompts = requests(vocabulary, 1 if context.small else 4)
-    cpu = _sampled(torch.device("cpu"), torch.float32, prompts)
+    cpu = _sampled(context, torch.device("cpu"), torch.float32, prompts)
     with context.attempt("sampler"):
         _compare_samplers(context, prompts, cpu)
     with context.attempt("learner"):
@@ -48,15 +48,23 @@ def requests(vocabulary: Vocabulary, prompts: int) -> list[Request]:
     ]
 
 
-def _sampled(device: torch.device, dtype: torch.dtype, prompts: list[Request]) -> list[list[Completion]]:
+def params(small: bool) -> SamplingParams:
+    """Enough tokens for an image; when everything is small, for the beginning of one."""
+    return SamplingParams(temperature=1.0, max_tokens=24 if small else 96)
+
+
+def _sampled(
+    context: Context, device: torch.device, dtype: torch.dtype, prompts: list[Request]
+) -> list[list[Completion]]:
     engine = TorchEngine(device, dtype, len(prompts) * SAMPLES, 320, constrained=True)
     engine.load(FOLDER)
-    return engine.generate(prompts, SamplingParams(temperature=1.0, max_tokens=96))
+    return engine.generate(prompts, params(context.small))
 
 
 def _compare_samplers(context: Context, prompts: list[Request], cpu: list[list[Completion]]) -> None:
-    found = _sampled(context.device, torch.float32, prompts)
-    again = _sampled(torch.device(context.device.type), torch.float32, prompts)  # a device without an index, too
+    found = _sampled(context, context.device, torch.float32, prompts)
+    without_index = torch.device(context.device.type)
+    again = _sampled(context, without_index, torch.float32, prompts)
     context.require("sampler repeats itself", found == again, str(found == again), "equal tokens and log-probs")
     pairs = [(a, b) for one, other in zip(cpu, found, strict=True) for a, b in zip(one, other, strict=True)]
     equal = [(a, b) for a, b in pairs if a.token_ids == b.token_ids]
@@ -127,7 +135,7 @@ def _compare_learners(context: Context, own: list[batches.Episode], vocabulary: 
 
 def _bfloat16(context: Context, prompts: list[Request], vocabulary: Vocabulary) -> None:
     """As on a GPU by default: weights split by FSDP, even over a single rank, and computed in bfloat16."""
-    own = episodes(prompts, _sampled(context.device, torch.bfloat16, prompts), vocabulary)
+    own = episodes(prompts, _sampled(context, context.device, torch.bfloat16, prompts), vocabulary)
     with ranks.joined(context.device, splits_alone=True) as team:
         options = settings(vocabulary, packed=True, bfloat16=True)
         (found, digest), (_, again) = (_step(team, own, options) for _ in range(2))

@@ -12,7 +12,7 @@ from benchmarks.gpu.context import Context, SkipSection
 from benchmarks.gpu.results import Range
 from earl.emu3 import checkpoint
 from earl.emu3.vocabulary import Vocabulary
-from earl.engines import Completion, Request, SamplingParams
+from earl.engines import Completion
 from earl.execution.ranks import alone
 from earl.learner import batches, grpo
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from earl.engines.vllm_engine import VllmEngine
 
 Result = TypeVar("Result")
-PARAMS = SamplingParams(temperature=1.0, max_tokens=96)
 
 
 def run(context: Context) -> None:
@@ -33,15 +32,19 @@ def run(context: Context) -> None:
     settings = vllm_engine.Settings(context.kind, dtype, context=256, memory_share=0.05 if context.small else 0.3)
     engine = vllm_engine.VllmEngine(settings)
     vocabulary = Vocabulary.from_folder(tiny.FOLDER)
-    requests = tiny.requests(vocabulary, 4)
+    requests = tiny.requests(vocabulary, 2 if context.small else 4)
+
+    def sample() -> list[list[Completion]]:
+        return engine.generate(requests, tiny.params(context.small))
+
     _timed(context, "start", lambda: engine.load(tiny.FOLDER), Range(high=90))
-    first = _timed(context, "first samples", lambda: engine.generate(requests, PARAMS))
-    second = _timed(context, "samples again", lambda: engine.generate(requests, PARAMS))
+    first = _timed(context, "first samples", sample)
+    second = _timed(context, "samples again", sample)
     _compare(context, "completions equal when repeated", first, second)
     _parity(context, tiny.episodes(requests, second, vocabulary), vocabulary, dtype)
     _sleeps(context, engine)
-    _compare(context, "completions equal after sleep and wake", second, engine.generate(requests, PARAMS))
-    _updates(context, engine, requests, second)
+    _compare(context, "completions equal after sleep and wake", second, sample())
+    _updates(context, engine, sample, second)
     _timed(context, "end", engine.close)
 
 
@@ -90,12 +93,17 @@ def _used(context: Context) -> float:
     return (total - free) / 1e9
 
 
-def _updates(context: Context, engine: "VllmEngine", requests: list[Request], before: list[list[Completion]]) -> None:
+def _updates(
+    context: Context,
+    engine: "VllmEngine",
+    sample: Callable[[], list[list[Completion]]],
+    before: list[list[Completion]],
+) -> None:
     """Weights in memory, as a segment hands them over: others change the samples, the old ones bring them back."""
     weights = dict(checkpoint.load_policy(tiny.FOLDER, torch.float32, context.device).named_parameters())
     others = {name: weight.detach() * (1.5 if name == "lm_head.weight" else 1) for name, weight in weights.items()}
     _timed(context, "update", lambda: engine.update(others.items(), "others"))
-    changed = engine.generate(requests, PARAMS) != before
+    changed = sample() != before
     context.require("samples after an update", changed, "others" if changed else "as before", "others")
     engine.update(((name, weight.detach()) for name, weight in weights.items()), "first")
-    _compare(context, "completions equal after the first weights' return", before, engine.generate(requests, PARAMS))
+    _compare(context, "completions equal after the first weights' return", before, sample())

@@ -36,7 +36,7 @@ from earl.learner.batches import Episode, MicroBatch
 from earl.learner.settings import Settings
 
 MICRO_BATCHES = 2
-"""In a step: the second one finds the gradients of the first."""
+"""Of a step in earnest: the second one finds the gradients of the first, which a simulated one gets without it."""
 WORTH_A_LOOK = 0.0001
 """Bytes of a new tensor, as a share of the peak so far, at which all are counted anew."""
 
@@ -92,7 +92,7 @@ def step(case: Case, fake: FakeTensorMode | None) -> Bytes:
             count.leave_out(reference.parameters())
         at_rest["reference"] = count.hold(reference.parameters(), reference.buffers()) if reference else 0
         with count, grpo.ready_to_learn(policy, settings):
-            _step(policy, reference, optimizer, batch, settings, count)
+            _step(policy, reference, optimizer, batch, settings, count, in_earnest=fake is None)
     return Bytes(at_rest, dict(count.peaks))
 
 
@@ -103,10 +103,14 @@ def _step(
     batch: MicroBatch,
     settings: Settings,
     count: "Count",
+    in_earnest: bool,
 ) -> None:
     """As `grpo.train_iteration` does it."""
     optimizer.zero_grad(set_to_none=True)
-    for _ in range(MICRO_BATCHES):
+    if not in_earnest:
+        for weight in policy.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    for _ in range(MICRO_BATCHES if in_earnest else 1):
         with count.phase("forward"):
             logp, entropy, kept = grpo.completion_logprobs(policy, batch, settings)
         reference_logp = None

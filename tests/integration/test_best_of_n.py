@@ -1,4 +1,7 @@
-"""RL, then fine-tunings on the best completions and on preferences, then evaluations, in one plan of real stages."""
+"""RL, then fine-tunings on its best completions and on preferences, then evaluations, by real stages.
+
+In what order one plan has them: see test_selections.py.
+"""
 
 import json
 import os
@@ -7,11 +10,14 @@ import sys
 
 import pytest
 
+from earl.config import load
 from earl.data.tokenised import open_dataset
 from earl.execution import processes
 from earl.files import manifest
 from earl.files.layout import Run
+from tests.support import bare_loop
 from tests.support.demo import DEMO, ROOT, SHORT
+from tests.support.workplace import job_counts
 
 SELECTED = """
 (import '%s') + {
@@ -26,24 +32,32 @@ SELECTED = """
 
 
 @pytest.mark.slow
-def test_from_rl_to_evaluations_in_one_plan(tmp_path):
+def test_from_rl_to_evaluations(tmp_path):
+    """The workflow selects and fine-tunes once, by processes of its own; the rest is done here."""
     runs = tmp_path / "runs"
     experiments = {
+        "rl": f"(import '{DEMO}') + {{ run_name: 'rl', base_exp_dir: '{runs}', num_iterations: 1 }}",
         "best": SELECTED % (DEMO, "best", runs, "{}"),
         "dpo": SELECTED % (DEMO, "dpo", runs, "{ objective: 'dpo', dpo_beta: 0.1 }"),
-        "rl": f"(import '{DEMO}') + {{ run_name: 'rl', base_exp_dir: '{runs}', num_iterations: 1 }}",
     }
     for name, text in experiments.items():
         (tmp_path / f"{name}.jsonnet").write_text(text)
     # One data set and one evaluation for all: what comes of them is not looked at.
     fewer = {f"{name}_paths_file": ["stage:tokenise/shapes_sft"] for name in ("train", "val")}
     fewer["evaluations"] = {"heldout": {"prompts": 2}}
-    changes = [f"{name}={json.dumps(value)}" for name, value in (SHORT | fewer).items() if name != "num_iterations"]
-    files = ",".join(str(tmp_path / f"{name}.jsonnet") for name in experiments)
-    command = [sys.executable, "-m", "snakemake", "--config", f"experiment={files}", f"set={json.dumps(changes)}"]
+    changes = {name: value for name, value in (SHORT | fewer).items() if name != "num_iterations"}
+    configs = {name: load.load(tmp_path / f"{name}.jsonnet", changes).config for name in experiments}
+    bare_loop.run_all(configs["rl"])
+
+    words = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    command = [sys.executable, "-m", "snakemake", Run(runs / "best").iteration(0).path / "start.json"]
+    command += ["--config", f"experiment={tmp_path / 'best.jsonnet'}", f"set={json.dumps(words)}"]
     env = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert job_counts(done.stdout + done.stderr) == {"select": 1, "sft": 1, "start": 1, "total": 3}
+    bare_loop.evaluate(configs["best"], Run(runs / "best"), 0)
+    bare_loop.run_all(configs["dpo"])
 
     (selected,) = (runs / "shared" / "selected").glob(f"*/{manifest.NAME}")
     metrics = json.loads(Run(runs / "rl").iteration(1).metrics.read_text())

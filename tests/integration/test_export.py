@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from earl import cli
 from earl.emu3 import checkpoint, sequence, vision
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Request, SamplingParams
@@ -36,9 +37,9 @@ def edit() -> world.Edit:
 def exported(tmp_path_factory) -> Path:
     """The shipped base policy, which edits some pictures, in float32."""
     folder = tmp_path_factory.mktemp("exports") / "model"
-    command = [sys.executable, "-m", "earl", "export", "--policy", policy.BASE_POLICY, "--out", folder]
-    command += ["--config", ROOT / "config" / "demo.jsonnet", "--dtype", "float32"]
-    subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
+    words = ["export", "--policy", policy.BASE_POLICY, "--out", folder]
+    words += ["--config", ROOT / "config" / "demo.jsonnet", "--dtype", "float32"]
+    assert cli.call(list(map(str, words))) == 0
     return folder
 
 

@@ -24,7 +24,7 @@ if importlib.util.find_spec("vllm") is None:
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = 2
+EXAMPLES = 1
 IMAGES = 4 * EXAMPLES
 # One thread, and little text: random words teach nobody, and each costs a step.
 SMALL_ANSWERS = {"dtype": "float32", "cpu_threads": 1, "judge_image_size": 112, "judge_reasoning_length": 16}
@@ -43,7 +43,10 @@ READOUTS = {
 SCORE = """
 import sys
 from earl.config.load import read
+from earl.judges.vllm_model import VllmModel
 from earl.stages import score
+new, models = VllmModel.from_config, []
+VllmModel.from_config = lambda config: models[0] if models else models.append(new(config)) or models[0]
 for config, out in zip(sys.argv[2::2], sys.argv[3::2]):
     score.run(read(config), sys.argv[1], out)
 """
@@ -64,7 +67,7 @@ def rollouts(tmp_path_factory):
 
 
 def score(folder: Path, rollouts: Path, model: str, **changes) -> dict[str, list[dict]]:
-    """Run the score stage with both readouts, in one process of its own; return the rows that it wrote."""
+    """Run the score stage with both readouts, in one process and with one model; return the rows that it wrote."""
     arguments, outputs = [], {}
     for name, readout in READOUTS.items():
         config, outputs[name] = folder / f"{name}.json", folder / f"{name}.parquet"

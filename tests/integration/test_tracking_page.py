@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import state
 from earl.tracking import files
+from tests.support.forked_earl import Earl
 from tests.support.run_files import evaluate, new_run, train
 from tests.support.wandb_server import WandbServer
 
@@ -33,26 +33,19 @@ def server():
         yield started
 
 
-def start(run: Run, server: WandbServer | None = None, *options: str, **environment: str) -> subprocess.Popen:
+def start(run: Run, server: WandbServer | None = None, *options: str, **environment: str) -> Earl:
     """Start `earl track` without an account, a home folder or a terminal."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     clean |= {"HOME": str(run.path.parent)}
     if server is not None:
         clean |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
-    return subprocess.Popen(
-        [sys.executable, "-m", "earl", "track", "--run", str(run.path), *options],
-        env=clean | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Earl(["track", "--run", str(run.path), *options], clean | environment)
 
 
 def track(run: Run, server: WandbServer | None = None, *options: str, fails: bool = False, **environment: str) -> str:
     process = start(run, server, *options, **environment)
     try:
-        output, _ = process.communicate(timeout=150)
+        output = process.communicate(timeout=150)
     finally:
         process.kill()
     assert (process.returncode != 0) == fails, output
@@ -198,7 +191,7 @@ def test_killed_between_sending_and_recording(tmp_path, server):
     state = run.path / "tracking" / "wandb.json"
     process = start(run, server)
     wait_until(lambda: server.pages and next(iter(server.pages.values())).steps() == [1, 2])
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate(timeout=60)
     if json.loads(state.read_text())["complete"] == 2:
         state.write_text(json.dumps(json.loads(state.read_text()) | {"complete": -1}))
@@ -225,7 +218,7 @@ def test_killed_at_any_moment(tmp_path, server, query):
     train(run, *range(1, 6))
     process = start(run, server)
     wait_until(lambda: query in server.queries)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate(timeout=60)
     track(run, server)
     (page,) = server.pages.values()

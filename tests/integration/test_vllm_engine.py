@@ -43,23 +43,45 @@ def flat(completions):
 def test_a_group_shares_its_prompt(vllm_engine, policy_folder, requests, caplog):
     vllm_engine.load(policy_folder)
     with caplog.at_level("INFO", "earl.engines.vllm_engine"):
-        vllm_engine.generate(requests, FREE)
+        vllm_engine.generate(requests, dataclasses.replace(FREE, max_tokens=1))
     shared, total = (int(caplog.messages[-1].split()[i]) for i in (3, 5))
     whole_blocks = len(requests[0].prompt_token_ids) // CPU_BLOCK * CPU_BLOCK
     assert total == sum(8 * len(request.prompt_token_ids) for request in requests)
     assert shared == 4 * 7 * whole_blocks, "of eight samples, seven find all whole blocks of the prompt"
 
 
+@pytest.fixture(scope="module")
+def free():
+    """An engine without the constraint."""
+    return VllmEngine(Settings("cpu", "bfloat16", context=512, constrained=False, memory_share=0.05))
+
+
+@pytest.mark.slow
+def test_logits_in_bfloat16_are_not_rounded(free, policy_folder):
+    """Neither those of a policy that was loaded nor those of weights from memory."""
+    free.load(policy_folder)
+    weights = dict(checkpoint.load_policy(policy_folder, torch.float32, "cpu").state_dict())
+    hidden = 8 * torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for scale in (1.0, 3.0):
+        head = scale * weights["lm_head.weight"]
+        if scale > 1:
+            free.update((weights | {"lm_head.weight": head}).items(), "other weights")
+        [found] = free.llm.apply_model(lambda model: model.compute_logits(hidden))
+        assert found.dtype == torch.float32
+        exact = hidden.double() @ head.bfloat16().double().T
+        assert exact.abs().max() > 4
+        torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
+
+
 def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_come(
-    policy_folder, requests, tmp_path, vocabulary
+    free, policy_folder, requests, tmp_path, vocabulary
 ):
     from transformers import Emu3ForCausalLM
 
     from earl.emu3 import saving
 
-    free = VllmEngine(Settings("cpu", "float32", context=512, constrained=False, memory_share=0.05))
     free.load(policy_folder)
-    hot = dataclasses.replace(FREE, temperature=2.0)
+    hot = dataclasses.replace(FREE, temperature=2.0, max_tokens=8)
     kept = [
         grid.allowed_masks(vocabulary)[grid.kinds_of_completion(c.token_ids, (8, 8), vocabulary), c.token_ids].all()
         for c in flat(free.generate(requests[:1], hot))
@@ -70,11 +92,11 @@ def test_another_architecture_starts_anew_and_without_the_constraint_any_id_may_
     saving.save_policy(Emu3ForCausalLM(config), tmp_path, saving.companions(policy_folder))
     free.load(tmp_path)
     assert free.llm.model_config.hf_config.num_hidden_layers == 1
-    assert len(flat(free.generate(requests[:1], FREE))) == 8
+    assert len(flat(free.generate(requests[:1], hot))) == 8
 
 
 def test_preempted_requests_keep_to_their_grid(policy_folder, requests, monkeypatch):
-    """With a cache for four sequences, thirty-two samples push each other out and come back."""
+    """With a cache for four sequences, sixteen samples push each other out and come back."""
     # Not at the top, where every process that collects tests would import vLLM.
     from earl.engines import vllm_constraint
 
@@ -90,28 +112,10 @@ def test_preempted_requests_keep_to_their_grid(policy_folder, requests, monkeypa
     bytes_a_token = 2 * 4 * 128 * 4  # keys and values, layers, width, float32
     tight = VllmEngine(Settings("cpu", "float32", context=256, memory_share=4 * 256 * bytes_a_token / memory))
     tight.load(policy_folder)
-    for completion in flat(tight.generate(requests, dataclasses.replace(FREE, max_tokens=96))):
+    for completion in flat(tight.generate(requests[:2], dataclasses.replace(FREE, max_tokens=96))):
         kinds = grid.kinds_of_completion(completion.token_ids, (8, 8), tight.vocabulary)
         assert grid.allowed_masks(tight.vocabulary)[kinds, completion.token_ids].all()
     assert returned, "the cache was to be too small"
-
-
-@pytest.mark.slow
-def test_logits_in_bfloat16_are_not_rounded(policy_folder):
-    """Neither those of a policy that was loaded nor those of weights from memory."""
-    engine = VllmEngine(Settings("cpu", "bfloat16", context=512, memory_share=0.05))
-    engine.load(policy_folder)
-    weights = dict(checkpoint.load_policy(policy_folder, torch.float32, "cpu").state_dict())
-    hidden = 8 * torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for scale in (1.0, 3.0):
-        head = scale * weights["lm_head.weight"]
-        if scale > 1:
-            engine.update((weights | {"lm_head.weight": head}).items(), "other weights")
-        [found] = engine.llm.apply_model(lambda model: model.compute_logits(hidden))
-        assert found.dtype == torch.float32
-        exact = hidden.double() @ head.bfloat16().double().T
-        assert exact.abs().max() > 4
-        torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 def test_a_cache_that_holds_no_sequence_is_an_error_that_names_the_numbers(policy_folder):

@@ -53,16 +53,49 @@ RANKS = {"one": case(), "four": case(ranks=4)}
 DEEP = [case(FEW, ranks=2), case(MORE, ranks=2), case(12, ranks=2)]
 
 
+SIDES = (256, 512)
+"""Pixels of images."""
+
+
 @pytest.fixture(scope="module")
-def together() -> None:
-    """Simulate all small cases in one process: most of what they cost is its start."""
-    simulate([*(case(**changes) for changes in STEPS.values()), *RANKS.values(), *DEEP])
+def config():
+    return load.validate(
+        {
+            "run_name": "a", "base_exp_dir": "runs", "val_paths_file": ["x"], "train_paths_file": ["x"],
+            "assistant_prefill": "<|image start|>", "engine": "vllm", "reward_function_api_base": "http://judge",
+        },
+        "test",
+    )  # fmt: skip
+
+
+AUDITED = [
+    (8, {}, 36.8),
+    (4, {"packing": "groups", "per_device_batch_size": 4}, 54.0),
+    (3, {"per_device_batch_size": 4, "reference_offload": True}, 58.0),
+    (1, {}, 188.0),
+]
+"""Ranks, fields and GB at the peak, of episodes of 1,100 + 1,060 tokens: all layers simulated, by other code, when the
+reference was float32."""
+
+
+def audited(config: Config) -> list[tuple]:
+    """Arguments of `memory.learner` and `memory.learner_cases`."""
+    text = Emu3TextConfig()
+    return [(config.model_copy(update=changes), text, count, 1100, 1060) for count, changes, _ in AUDITED]
+
+
+@pytest.fixture(scope="module")
+def together(config) -> None:
+    """Simulate all cases in one process: most of what they cost is its start."""
+    small = [*(case(**changes) for changes in STEPS.values()), *RANKS.values(), *DEEP]
+    large = [one for each in audited(config) for one in memory.learner_cases(*each)]
+    simulate([*small, *large, *(memory.vision_case(Emu3VQVAEConfig(), side) for side in SIDES)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_simulated_step_holds_what_a_step_in_earnest_holds(name: str, together: None) -> None:
-    """Real tensors on a CPU, counted in the same way."""
+    """Real tensors on a CPU, counted in the same way, with the gradients of a micro-batch before."""
     asked = case(**STEPS[name])
     [found], real = simulate([asked]), in_earnest(asked)
     assert found.at_rest == real.at_rest
@@ -94,33 +127,10 @@ def test_a_simulation_that_fails_says_what_it_said(tmp_path: Path, monkeypatch: 
         simulate([case(layers=7)])
 
 
-@pytest.fixture(scope="module")
-def config():
-    return load.validate(
-        {
-            "run_name": "a", "base_exp_dir": "runs", "val_paths_file": ["x"], "train_paths_file": ["x"],
-            "assistant_prefill": "<|image start|>", "engine": "vllm", "reward_function_api_base": "http://judge",
-        },
-        "test",
-    )  # fmt: skip
-
-
-AUDITED = [
-    (8, {}, 36.8),
-    (4, {"packing": "groups", "per_device_batch_size": 4}, 54.0),
-    (3, {"per_device_batch_size": 4, "reference_offload": True}, 58.0),
-    (1, {}, 188.0),
-]
-"""Ranks, fields and GB at the peak, of episodes of 1,100 + 1,060 tokens: all layers simulated, by other code, when the
-reference was float32."""
-
-
 @pytest.mark.slow
-def test_the_published_policy_takes_what_was_audited(config) -> None:
+def test_the_published_policy_takes_what_was_audited(config, together: None) -> None:
     text = Emu3TextConfig()
-    settings = [(config.model_copy(update=changes), text, count, 1100, 1060) for count, changes, _ in AUDITED]
-    simulate([one for each in settings for one in memory.learner_cases(*each)])
-    for each, (count, changes, expected) in zip(settings, AUDITED, strict=True):
+    for each, (count, changes, expected) in zip(audited(config), AUDITED, strict=True):
         found = memory.learner(*each)
         halved = 0 if "reference_offload" in changes else 2 * memory.weights_of(text) / count / 1e9
         assert found.peak / 1e9 == pytest.approx(expected - halved, rel=0.1), (count, changes)
@@ -191,10 +201,9 @@ def test_the_weights_of_a_judge_in_a_folder_are_counted(config, tmp_path) -> Non
 
 
 @pytest.mark.slow
-def test_an_image_in_the_published_vision_tokenizer(config) -> None:
+def test_an_image_in_the_published_vision_tokenizer(config, together: None) -> None:
     """Four times the pixels take four times the activations; weights are 271M in float32."""
-    simulate([memory.vision_case(Emu3VQVAEConfig(), side) for side in (256, 512)])
-    small, large = (memory.vision(config, Emu3VQVAEConfig(), side) for side in (256, 512))
+    small, large = (memory.vision(config, Emu3VQVAEConfig(), side) for side in SIDES)
     assert small.parts["vision"] == large.parts["vision"] == pytest.approx(1.08e9, rel=0.01)
     assert large.parts["activations"] == pytest.approx(4 * small.parts["activations"], rel=0.25)
     assert small.peak < 4e9

@@ -150,16 +150,14 @@ def tuned(config: Config, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_it_learns_and_repeats_its_bytes(make, tmp_path):
-    config = make(one={})
-    for name in ("first", "second"):
-        stage.run(config, "one", tmp_path / name)
-    losses = losses_of(tmp_path / "first")
+def test_it_learns(make, tmp_path):
+    """That it repeats its bytes is shown below, where it is killed."""
+    stage.run(make(one={}), "one", tmp_path / "out")
+    losses = losses_of(tmp_path / "out")
     assert len(losses) == 16
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
-    assert manifest.digest_folder(tmp_path / "first") == manifest.digest_folder(tmp_path / "second")
     assert not list(tmp_path.glob("*.partial"))
-    checkpoint.load_policy(tmp_path / "first", torch.float32, "cpu")
+    checkpoint.load_policy(tmp_path / "out", torch.float32, "cpu")
 
 
 def test_packing_changes_the_weights_by_rounding_alone(make, tmp_path):
