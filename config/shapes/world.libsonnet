@@ -3,29 +3,25 @@
 local demo = import '../demo.jsonnet';
 local simple = ['recolour', 'remove', 'add', 'background'];
 local complex = ['move', 'swap', 'count'];
+local mixing = import '../data/mixing.libsonnet';
+local mistakes = { [name]: demo.raw_datasets.shapes_sft[name] for name in ['unchanged_fraction', 'damaged_fraction'] };
 demo + {
   // Large ones and small ones as among the real data sets: by its coefficient, each of the complex comes to about 300.
-  local datasets = {
-    omniedit: { count: 2300, seed: 10, tasks: simple },
-    magic_brush: { count: 50, seed: 11, tasks: complex },
-    aurora_ag: { count: 50, seed: 12, tasks: complex },
-    aurora_kubric: { count: 430, seed: 13, tasks: complex },
-    ss2: { count: 190, seed: 14, tasks: complex },
-    vismin: { count: 80, seed: 15, tasks: complex },
-    'human-edit': { count: 27, seed: 16, tasks: complex },
-  },
-  // Fine-tuning without reasoning has pairs of its own, with the demo's mistakes, for RL to undo. RL needs right targets,
-  // since the program judge measures against them; reasoning is learned from right pairs alone, see below.
-  local mistakes = { [name]: demo.raw_datasets.shapes_sft[name] for name in ['unchanged_fraction', 'damaged_fraction'] },
   raw_datasets+: {
-    [name]: datasets[name] + { source: 'shapes' }
-    for name in std.objectFields(datasets)
-  } + {
-    [name + '_mixed']: datasets[name] + mistakes + { source: 'shapes', seed: datasets[name].seed + 100 }
-    for name in std.objectFields(datasets)
-  } + {
+    omniedit: { source: 'shapes', count: 2300, seed: 10, tasks: simple },
+    magic_brush: { source: 'shapes', count: 50, seed: 11, tasks: complex },
+    aurora_ag: { source: 'shapes', count: 50, seed: 12, tasks: complex },
+    aurora_kubric: { source: 'shapes', count: 430, seed: 13, tasks: complex },
+    ss2: { source: 'shapes', count: 190, seed: 14, tasks: complex },
+    vismin: { source: 'shapes', count: 80, seed: 15, tasks: complex },
+    'human-edit': { source: 'shapes', count: 27, seed: 16, tasks: complex },
     heldout_simple: { source: 'shapes', count: $.heldout, seed: 20, tasks: simple },
     heldout_complex: { source: 'shapes', count: $.heldout, seed: 21, tasks: complex },
+  } + {
+    // Fine-tuning without reasoning has pairs of its own, with the demo's mistakes, for RL to undo. RL needs right
+    // targets, since the program judge measures against them; reasoning is learned from right pairs alone, see below.
+    [row[0] + '_mixed']: $.raw_datasets[row[0]] + mistakes + { seed: $.raw_datasets[row[0]].seed + 100 }
+    for row in mixing.simple + mixing.complex
   },
   heldout:: 120,
   val_paths_file: [],
