@@ -19,7 +19,7 @@ from tests.support.make import make
 
 ROOT = Path(__file__).parents[2]
 MADE = ("sft_s__rl_s", "sft_think_s__rl_s")
-"""They need one data set, and nothing but their fine-tuning to differ in."""
+"""They need one data set and its like with mistakes, and nothing but their fine-tuning to differ in."""
 IN_PROCESS = ("sft_sc__rl_c", "sft_sc2stage__rl_sc")
 STEPS = 4
 SMALL = {
@@ -116,7 +116,7 @@ def check_trained(runs: Path, experiment: str) -> None:
 def test_runs_share_their_data_and_train_their_own_policies(matrix):
     runs, _ = matrix
     made = {kind: len(list((runs / "shared" / kind).glob("[!.]*"))) for kind in ("raw", "tokenised")}
-    assert made == {"raw": 3, "tokenised": 3}, "one to train on, two held out"
+    assert made == {"raw": 4, "tokenised": 4}, "one to train on, its like with mistakes, two held out"
     losses = tuned(runs)
     assert {name: len(values) for name, values in losses.items()} == {"s": STEPS, "think_s": STEPS}
     # The base policy has never seen reasoning.
