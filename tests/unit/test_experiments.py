@@ -143,19 +143,31 @@ def test_each_experiment_has_its_like_in_the_shapes_world(name: str) -> None:
     assert config.train_paths_file == [f"stage:tokenise/{dataset}" for dataset in data]
     assert (config.coefficients, config.assistant_prefill) == (list(data.values()), prefill)
     assert config.model_path == f"stage:{kind.replace('_', '/', 1)}"
-    recipe = {tuning: (list(data), reasoning) for tuning, (_, data, reasoning, _) in RECIPES[kind].items()}
+    # Without reasoning on pairs of its own, with mistakes.
+    recipe = {
+        tuning: ([dataset + ("" if reasoning else "_mixed") for dataset in data], reasoning)
+        for tuning, (_, data, reasoning, _) in RECIPES[kind].items()
+    }
     assert recipe == {
         tuning: ([path.removeprefix("stage:tokenise/") for path in found.train_paths_file], found.reasoning)
         for tuning, found in config.sft.items()
     }
     assert not set(config.raw_datasets["omniedit"].tasks) & set(config.raw_datasets["vismin"].tasks)
+    for dataset in data:
+        right, mixed = (config.raw_datasets[each] for each in (dataset, f"{dataset}_mixed"))
+        assert (right.count, right.tasks) == (mixed.count, mixed.tasks)
+        assert right.seed != mixed.seed, "no pair in common"
+        assert (right.damaged_fraction, right.unchanged_fraction) == (0, 0), "RL is judged against its targets"
+        assert min(mixed.damaged_fraction, mixed.unchanged_fraction) > 0
 
 
 def test_the_ten_in_the_shapes_world_share_what_comes_before_rl() -> None:
     configs = [load.load(path).config for path in (ROOT / "config" / "shapes").glob("sft_*.jsonnet")]
     stages = {output: stage.stage for config in configs for output, stage in paths.shared_stages(config).items()}
-    # Seven data sets and two held-out ones; s, sc, sc2stage (which starts from s) and think_s.
-    assert {kind: list(stages.values()).count(kind) for kind in stages.values()} == {"raw": 9, "tokenise": 9, "sft": 4}
+    # Seven data sets, each with and without mistakes, and two held-out ones; s, sc, sc2stage (which starts from s) and
+    # think_s.
+    made = {kind: list(stages.values()).count(kind) for kind in stages.values()}
+    assert made == {"raw": 16, "tokenise": 16, "sft": 4}
 
 
 def test_from_raw_data_to_rl_and_the_table_in_one_plan(tmp_path: Path, variables: None) -> None:
