@@ -38,7 +38,7 @@ demo + {
   make_sft_models:: true,
   dataset(name):: 'stage:tokenise/' + name,
   // The base model has never reasoned, and its image then stands further from the original than it ever did: that takes
-  // more, a rate that falls, and right pairs: on the mixed ones simple edits come to 2.6 instead of 4.5. By the demo's 250
+  // more, a rate that falls, and right pairs: on the mixed ones simple edits come to 2.6 instead of 4.8. By the demo's 250
   // steps at its rate edits with reasoning score 0.
   thinks:: $.assistant_prefill != demo.assistant_prefill,
   sft_steps:: if $.thinks then 1200 else demo.sft.shapes.steps,
