@@ -4,6 +4,7 @@ import errno
 import getpass
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,18 +113,21 @@ def test_stages_write_side_by_side_and_a_segment_alone(tmp_path):
 @pytest.mark.slow
 def test_nothing_is_removed_below_a_job_that_writes(run):
     environment = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
+    # Of one run, one command would wait for the other.
+    other = Run(shutil.copytree(run.path, run.path.with_name("other"), symlinks=True))
     commands = [
-        [sys.executable, "-m", "earl", *words, "--run", str(run.path)]
-        for words in (["rewind", "--iteration", "5"], ["prune"])
+        [sys.executable, "-m", "earl", "rewind", "--iteration", "5", "--run", str(run.path)],
+        [sys.executable, "-m", "earl", "prune", "--run", str(other.path)],
     ]
     pipes = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with state.writing(run, alone=False):
+    with state.writing(run, alone=False), state.writing(other, alone=False):
         # Side by side, since each of them waits a while for the job.
         for refused in [subprocess.Popen(command, **pipes) for command in commands]:
             _, said = refused.communicate(timeout=120)
             assert refused.returncode != 0
             assert f"process {os.getpid()} (stage on " in said
-    assert (state.newest_complete(run), state.has_checkpoint(run.iteration(1))) == (6, True)
+    for each in (run, other):
+        assert (state.newest_complete(each), state.has_checkpoint(each.iteration(1))) == (6, True)
     for command in commands:
         assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
 
