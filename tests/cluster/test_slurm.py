@@ -17,7 +17,7 @@ from earl.files.layout import Run
 from earl.run import state
 from tests.support import bare_loop
 from tests.support.demo import DEMO, SHORT
-from tests.support.forked_snakemake import Snakemake
+from tests.support.forked import Forked
 from tests.support.slurm_cluster import Cluster
 from tests.support.workplace import ROOT, Workplace, wait_until
 
@@ -51,7 +51,7 @@ class SlurmPlace(Workplace):
         super().__init__(path)
         self.cluster = cluster
 
-    def begin(self, experiment: str, granularity: str, *resources: str) -> Snakemake:
+    def begin(self, experiment: str, granularity: str, *resources: str) -> Forked:
         env = {"STUB_HOLD": str(self.path / "hold")} | self.cluster.env
         return self.start(experiment, *sized(*resources), env=env, granularity=granularity)
 
@@ -68,7 +68,7 @@ class SlurmPlace(Workplace):
         """Wait until a stage that waits has been started a second time."""
         wait_until(lambda: sum(command in line for line in self.commands()) == 2, seconds=120)
 
-    def finish(self, started: Snakemake, fails: bool = False) -> str:
+    def finish(self, started: Forked, fails: bool = False) -> str:
         output, _ = started.communicate(timeout=240)
         assert (started.returncode != 0) == fails, output
         return output
@@ -115,13 +115,13 @@ def place(tmp_path: Path, slurm: Cluster):
     wait_until(lambda: not slurm.jobs())
 
 
-def kill(started: Snakemake) -> None:
+def kill(started: Forked) -> None:
     """Kill the driver alone. Jobs that outlive it do not hold its output open."""
     started.send_signal(signal.SIGKILL)
     started.communicate(timeout=60)
 
 
-def says(started: Snakemake, text: str) -> None:
+def says(started: Forked, text: str) -> None:
     """Wait until a driver says something."""
     said = []
     for line in started.stdout:

@@ -19,7 +19,7 @@ from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import state
 from earl.tracking import files
-from tests.support.forked_earl import Earl
+from tests.support.forked import ROOT, Forked
 from tests.support.run_files import evaluate, new_run, train
 from tests.support.wandb_server import WandbServer
 
@@ -33,19 +33,19 @@ def server():
         yield started
 
 
-def start(run: Run, server: WandbServer | None = None, *options: str, **environment: str) -> Earl:
+def start(run: Run, server: WandbServer | None = None, *options: str, **environment: str) -> Forked:
     """Start `earl track` without an account, a home folder or a terminal."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     clean |= {"HOME": str(run.path.parent)}
     if server is not None:
         clean |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
-    return Earl(["track", "--run", str(run.path), *options], clean | environment)
+    return Forked("earl", ["track", "--run", str(run.path), *options], ROOT, clean | environment)
 
 
 def track(run: Run, server: WandbServer | None = None, *options: str, fails: bool = False, **environment: str) -> str:
     process = start(run, server, *options, **environment)
     try:
-        output = process.communicate(timeout=150)
+        output, _ = process.communicate(timeout=150)
     finally:
         process.kill()
     assert (process.returncode != 0) == fails, output

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.forked_snakemake import Snakemake
+from tests.support.forked import Forked
 from tests.support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ class Bench:
         (path / "Snakefile").write_text(RULES)
         (path / "writer.py").write_text(WRITER)
 
-    def start(self, *targets: str, config: str = "", **resources: object) -> Snakemake:
+    def start(self, *targets: str, config: str = "", **resources: object) -> Forked:
         """Start a driver. Its output goes to a file, since processes that outlive it would hold a pipe open."""
         asked = {"slurm_partition": "gpu", "runtime": 5, "mem_mb": 200} | resources
         arguments = ["--executor", "submitit", "--jobs", "4", "--latency-wait", "2"]
@@ -87,7 +87,7 @@ class Bench:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         env = inherited | self.env | {"PYTHONPATH": str(ROOT)}
         with open(self.path / "driver.txt", "a") as output:
-            return Snakemake([*arguments, "--", *(targets or ["out/a"])], self.path, env, output)
+            return Forked("snakemake", [*arguments, "--", *(targets or ["out/a"])], self.path, env, output)
 
     def said(self) -> str:
         """Return what all drivers have said."""
@@ -108,7 +108,7 @@ class Bench:
         """Let writers end."""
         Path(f"{self.log}.hurry").touch()
 
-    def ended(self, driver: Snakemake, status: int = 0) -> None:
+    def ended(self, driver: Forked, status: int = 0) -> None:
         assert driver.wait(timeout=120) == status, self.said()
 
     def words(self) -> list[str]:
@@ -163,6 +163,6 @@ def wait_until(condition, said=lambda: "", seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
-def kill(driver: Snakemake) -> None:
+def kill(driver: Forked) -> None:
     driver.kill()
     driver.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 from earl.execution import processes
 from earl.files import manifest, tables
 from earl.files.layout import Run
-from tests.support.forked_snakemake import Snakemake
+from tests.support.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 STUB = f"{sys.executable} {Path(__file__).with_name('stage_stub.py')}"
@@ -62,7 +62,7 @@ class Workplace:
         (self.path / f"{name}.jsonnet").write_text(json.dumps(EXPERIMENT | {"run_name": name} | fields))
         return f"{name}.jsonnet"
 
-    def start(self, experiment: str, *options: str, env: dict[str, str] | None = None, **config: object) -> Snakemake:
+    def start(self, experiment: str, *options: str, env: dict[str, str] | None = None, **config: object) -> Forked:
         """Start Snakemake; its commands go to ``log.txt``."""
         settings = {"experiment": experiment, "earl_command": STUB} | config
         arguments = ["--snakefile", ROOT / "workflow" / "Snakefile"]
@@ -70,7 +70,7 @@ class Workplace:
         arguments += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
         inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
         inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
-        return Snakemake(list(map(str, arguments)), self.path, inherited | (env or {}))
+        return Forked("snakemake", list(map(str, arguments)), self.path, inherited | (env or {}))
 
     def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:
         (self.path / "log.txt").unlink(missing_ok=True)

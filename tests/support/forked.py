@@ -1,7 +1,7 @@
-"""Snakemake forked from a process that has imported it: most of what a plan takes are imports.
+"""Modules run as programs, forked from a process that has imported them: most of what a short one takes are imports.
 
-The first call starts that process, which ends with the tests. It imports nothing of theirs. What it forks has its own
-environment, folder, session and process id, as what `python -m snakemake` starts, which other tests call.
+The first call for a module starts that process, which ends with the tests. It imports nothing of theirs. What it forks
+has its own environment, folder, session and process id, as what `python -m <module>` starts, which other tests call.
 """
 
 import functools
@@ -20,18 +20,26 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = ("snakemake.cli", "snakemake_executor_plugin_submitit", "earl.workflow.inputs", "earl.workflow.opening")
+PRELOADED = {
+    "snakemake": (
+        "snakemake.cli", "snakemake_executor_plugin_submitit", "earl.workflow.inputs", "earl.workflow.opening",
+    ),
+    # For `earl track`.
+    "earl": ("earl.cli", "earl.tracking.files", "earl.tracking.wandb_run", "wandb", "wandb.data_types"),
+}  # fmt: skip
 
 
-class Snakemake:
+class Forked:
     """What `subprocess.Popen` would be, in text mode, with a session of its own and all output in one pipe or file."""
 
-    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], output: IO | None = None) -> None:
+    def __init__(
+        self, module: str, arguments: list[str], cwd: Path, env: dict[str, str], output: IO | None = None
+    ) -> None:
         self.args, self.returncode = arguments, None
         reads, writes = os.pipe()
         tells, status = os.pipe()
         request = json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env})
-        socket.send_fds(_server(), [request.encode()], [output.fileno() if output else writes, status])
+        socket.send_fds(_server(module), [request.encode()], [output.fileno() if output else writes, status])
         os.close(writes)
         os.close(status)
         self.stdout, self._status = open(reads), open(tells)  # noqa: SIM115
@@ -62,18 +70,18 @@ class Snakemake:
 
 
 @functools.cache
-def _server() -> socket.socket:
+def _server(module: str) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "tests.support.forked_snakemake", str(theirs.fileno())]
+    command = [sys.executable, "-m", "tests.support.forked", module, str(theirs.fileno())]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
     subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, pass_fds=[theirs.fileno()], **quiet)
     theirs.close()
     return ours
 
 
-def serve(requests: socket.socket) -> None:
+def serve(module: str, requests: socket.socket) -> None:
     """Fork whatever is asked for until nobody can ask any more."""
-    for name in PRELOADED:
+    for name in PRELOADED[module]:
         importlib.import_module(name)
     gc.freeze()
     while True:
@@ -82,18 +90,18 @@ def serve(requests: socket.socket) -> None:
             return
         if os.fork() == 0:
             requests.close()
-            _attend(json.loads(request), *handed)
+            _attend(module, json.loads(request), *handed)
         for each in handed:
             os.close(each)
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
-def _attend(request: dict, output: int, status: int) -> None:
-    """Fork Snakemake, and tell its process id and later its exit status."""
+def _attend(module: str, request: dict, output: int, status: int) -> None:
+    """Fork the program, and tell its process id and later its exit status."""
     if (pid := os.fork()) == 0:
         os.close(status)
-        _become_snakemake(request, output)
+        _become(module, request, output)
     os.close(output)
     os.write(status, f"{pid}\n".encode())
     _, ended = os.waitpid(pid, 0)
@@ -101,23 +109,26 @@ def _attend(request: dict, output: int, status: int) -> None:
     os._exit(0)
 
 
-def _become_snakemake(request: dict, output: int) -> None:
+def _become(module: str, request: dict, output: int) -> None:
     os.setsid()
     # A shell's background job ignores SIGINT, and so would every process below the tests.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    # Those of the server were opened for another kind of file.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
     sys.path[0] = request["cwd"]
     sys.argv[1:] = request["arguments"]
     # With which a workflow that has waited starts anew.
-    sys.orig_argv[1:] = ["-m", "snakemake", *request["arguments"]]
-    runpy.run_module("snakemake", run_name="__main__", alter_sys=True)
+    sys.orig_argv[1:] = ["-m", module, *request["arguments"]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit()
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))
