@@ -48,7 +48,7 @@
   model_context_size: 320,
 
   engine: 'torch',
-  engine_batch_size: 32,
+  engine_batch_size: 64,
   judge: 'program',
   device: 'cpu',
   dtype: 'float32',

@@ -20,7 +20,6 @@ try:
         Emu3VQVAEConfig,
         GenerationConfig,
         PreTrainedTokenizerFast,
-        StaticCache,
     )
 finally:
     if _collects:
@@ -36,5 +35,4 @@ __all__ = [
     "Emu3VQVAEConfig",
     "GenerationConfig",
     "PreTrainedTokenizerFast",
-    "StaticCache",
 ]

@@ -1,4 +1,4 @@
-"""Rollouts with PyTorch and transformers alone: a static key-value cache, batches of a fixed shape.
+"""Rollouts with PyTorch and transformers alone: batches of a fixed shape.
 
 A completion depends on its prompt, its seed and the batch it stands in, bit for bit: batches are cut at multiples
 of ``batch_size`` samples and the last one is filled up, so shards that begin at such a multiple change nothing.
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from earl.emu3 import adapter, checkpoint, float32, truncation
 from earl.emu3 import grid as grid_rules
-from earl.emu3.models import Emu3ForCausalLM, StaticCache
+from earl.emu3.models import Emu3ForCausalLM
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Completion, Request, SamplingParams, checked, memory_errors, room
 from earl.execution import runtime
@@ -147,7 +147,7 @@ class TorchEngine:
         ]
         return [flat[i * samples : (i + 1) * samples] for i in range(wanted)]
 
-    def _prefill(self, batch: list[Request], max_tokens: int) -> tuple[torch.Tensor, StaticCache, "_State"]:
+    def _prefill(self, batch: list[Request], max_tokens: int) -> tuple[torch.Tensor, "KeyValueCache", "_State"]:
         """Run each prompt once and copy its cache to its samples; prompts are padded on the left."""
         samples = len(batch[0].seeds)
         lengths = torch.tensor([len(request.prompt_token_ids) for request in batch])
@@ -156,15 +156,13 @@ class TorchEngine:
         for row, request in enumerate(batch):
             ids[row, width - lengths[row] :] = torch.as_tensor(request.prompt_token_ids)
         valid = torch.arange(width) >= (width - lengths)[:, None]
-        capacity = width + max_tokens
         # A padded query may see itself alone, since a row of the softmax must not be empty.
-        mask = torch.zeros(len(batch), 1, width, capacity, dtype=torch.bool)
-        mask[:, 0, :, :width] = (valid[:, None, :] & torch.ones(width, width).tril().bool()) | torch.eye(width).bool()
+        mask = (valid[:, None, :] & torch.ones(width, width).tril().bool()) | torch.eye(width).bool()
         positions = (torch.arange(width) - (width - lengths)[:, None]).clamp_min(0)
-        cache = StaticCache(self.policy.config, max_cache_len=capacity)
-        hidden = self._forward(ids.to(self.device), positions.to(self.device), mask.to(self.device), cache)
+        cache = KeyValueCache()
+        hidden = self._forward(ids.to(self.device), positions.to(self.device), mask[:, None].to(self.device), cache)
         rows = torch.arange(len(batch)).repeat_interleave(samples).to(self.device)
-        cache.reorder_cache(rows)
+        cache.spread(samples, max_tokens)
         state = _State(
             visible=torch.cat([valid, torch.ones(len(batch), max_tokens, dtype=torch.bool)], 1).to(self.device)[rows],
             filled=width,
@@ -174,7 +172,7 @@ class TorchEngine:
         return hidden[rows], cache, state
 
     def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: StaticCache
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: "KeyValueCache"
     ) -> torch.Tensor:
         """Return the hidden state of the last position, [rows, width]."""
         output = self.policy.model(
@@ -185,7 +183,7 @@ class TorchEngine:
     def _decode(
         self,
         hidden: torch.Tensor,
-        cache: StaticCache,
+        cache: "KeyValueCache",
         state: "_State",
         noise: torch.Tensor,
         params: SamplingParams,
@@ -199,7 +197,6 @@ class TorchEngine:
         since_img = torch.full((rows,), -1, device=self.device)
         done = torch.zeros(rows, dtype=torch.bool, device=self.device)
         last = torch.tensor(limits, device=self.device) - 1
-        seen = torch.arange(state.visible.shape[1], device=self.device)
         for step in range(params.max_tokens):
             kind = grid_rules.kind_at(since_img, state.grid[:, 0], state.grid[:, 1])
             if not self.constrained:
@@ -214,9 +211,43 @@ class TorchEngine:
             # The host looks at `done` once in 16 tokens, so that a GPU is not held up at every one.
             if step + 1 == max(limits) or (step % 16 == 15 and bool(done.all())):
                 break
-            mask = (state.visible & (seen <= state.filled + step))[:, None, None, :]
+            mask = state.visible[:, None, None, : state.filled + step + 1]
             hidden = self._forward(token[:, None], (state.next_position + step)[:, None], mask, cache)
         return tokens, logprobs
+
+
+class KeyValueCache:
+    """Keys and values of every layer, [rows, heads, positions, width]; has of transformers' caches what the model calls.
+
+    Their static one takes its memory once, too, but attention then reads what is not filled yet.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._filled: list[int] = []
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to a layer, and return all that it holds."""
+        if layer == len(self._layers):
+            self._layers.append((keys, values))
+            self._filled.append(keys.shape[2])
+            return keys, values
+        begin = self._filled[layer]
+        end = self._filled[layer] = begin + keys.shape[2]
+        for held, new in zip(self._layers[layer], (keys, values), strict=True):
+            held[:, :, begin:end] = new
+        return tuple(held[:, :, :end] for held in self._layers[layer])
+
+    def spread(self, samples: int, further: int) -> None:
+        """Repeat every row so often, and take the memory for so many further positions."""
+        self._layers = [tuple(_spread(held, samples, further) for held in layer) for layer in self._layers]
+
+
+def _spread(held: torch.Tensor, samples: int, further: int) -> torch.Tensor:
+    rows, heads, filled, width = held.shape
+    spread = held.new_empty(rows * samples, heads, filled + further, width)
+    spread.view(rows, samples, heads, -1, width)[..., :filled, :] = held[:, None]
+    return spread
 
 
 class _State:
