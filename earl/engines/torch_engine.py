@@ -217,9 +217,9 @@ class TorchEngine:
 
 
 class KeyValueCache:
-    """Keys and values of every layer, [rows, heads, positions, width]; has of transformers' caches what the model calls.
+    """Keys and values of every layer, [rows, heads, positions, width]; of a cache it has what the model calls.
 
-    Their static one takes its memory once, too, but attention then reads what is not filled yet.
+    The static one of transformers takes its memory once, too, but attention then reads what is not filled yet.
     """
 
     def __init__(self) -> None:
