@@ -28,6 +28,7 @@
       train_paths_file: ['stage:tokenise/shapes_sft'],
       coefficients: [1.0],
       steps: 250,
+      save_checkpoints_every_n_steps: 125,  // one takes as long as a step
       batch_size: 8,
       learning_rate: 5e-4,
       warmup_steps: std.min(20, self.steps),

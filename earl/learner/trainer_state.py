@@ -181,7 +181,7 @@ def put_zeros(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", step
 
     for parameter in sharding.trained(model).values():
         moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **moments}
 
 
 def has_weights(folder: Path, model: "torch.nn.Module", remedy: str = _REMEDY) -> bool:
