@@ -51,8 +51,9 @@ def test_ranks_change_the_step_by_rounding_alone(policy_folder, tmp_path):
     for folder in (alone, together):
         folder.mkdir()
     # Not in this process, in which vLLM may have opened a process group; models are split for bfloat16 alone.
-    subprocess.run([sys.executable, ranks_program.__file__, policy_folder, alone], check=True)
-    forked_ranks.launch(3, ranks_program.__file__, policy_folder, together)
+    done = forked.run(ranks_program.__name__, policy_folder, alone)
+    assert done.returncode == 0, done.stdout
+    forked_ranks.launch(3, ranks_program.__name__, policy_folder, together)
     start = load_file(policy_folder / "model.safetensors")
     for case in ranks_program.CASES:
         expected, found = (_known(out / f"{case}.json") for out in (alone, together))
