@@ -2,6 +2,8 @@
 
 The first call for a module starts that process, which ends with the tests. It imports nothing of theirs. What it forks
 has its own environment, folder, session and process id, as what `python -m <module>` starts, which other tests call.
+It is killed when nobody waits for it any more. What libraries read from the environment when they are imported, as
+those of the hub do, is what these tests were started with.
 """
 
 import contextlib
@@ -12,10 +14,12 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +40,8 @@ PRELOADED = {
     "tests.support.sampling_program": ("tests.support.vllm_on_cpu",),
 }  # fmt: skip
 """What is imported before a module is forked; other modules are forked where `earl` is."""
+PYTHON = "FORKED_PYTHON"
+"""Environment variable with what a forked program takes for Python; see :func:`python`."""
 
 
 def environment(**variables: object) -> dict[str, str]:
@@ -57,14 +63,14 @@ class Forked:
     ) -> None:
         self.args, self.returncode = [module, *map(str, arguments)], None
         reads, writes = os.pipe()
-        tells, status = os.pipe()
-        request = json.dumps({"args": self.args, "cwd": str(cwd), "env": environment() if env is None else env})
-        server = _server(module if module in PRELOADED else "earl")
-        socket.send_fds(server, [request.encode()], [output.fileno() if output else writes, status])
+        request = {"args": self.args, "cwd": str(cwd), "env": environment() if env is None else env}
+        written = output.fileno() if output else writes
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.connect(str(_server(module if module in PRELOADED else "earl")))
+        socket.send_fds(self._connection, [json.dumps(request).encode()], [written, written])
         os.close(writes)
-        os.close(status)
-        self.stdout, self._status = open(reads), open(tells)  # noqa: SIM115
-        self.pid = int(self._status.readline())
+        self.stdout = open(reads)  # noqa: SIM115
+        self.pid = int(self._connection.recv(99))
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -76,7 +82,7 @@ class Forked:
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self], [], [], 0)[0]:
-            self.returncode = int(self._status.readline())
+            self.returncode = int(self._connection.recv(99))
         return self.returncode
 
     def wait(self, timeout: float = 60) -> int:
@@ -87,7 +93,7 @@ class Forked:
 
     def fileno(self) -> int:
         """Something to read there means: it has ended."""
-        return self._status.fileno()
+        return self._connection.fileno()
 
     def communicate(self, timeout: float) -> tuple[str, None]:
         """Return what has not been read yet, once the last process that writes to the pipe has ended."""
@@ -99,68 +105,100 @@ class Forked:
         return output, None
 
 
-def run(module: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
     """Run a module to its end; what it writes, to stdout and to stderr, is the `stdout` of what is returned."""
     started = Forked(module, arguments, env=environment(**variables))
     output, _ = started.communicate(timeout=300)
     return subprocess.CompletedProcess(started.args, started.returncode, output)
 
 
+def python(*modules: str) -> Path:
+    """Return a program to take for Python that forks these modules, of `PRELOADED`, where `-m` names them.
+
+    With its path in the environment variable :data:`PYTHON`, a forked program starts others by it.
+    """
+    for module in modules:
+        _server(module)
+    program = _folder() / "python"
+    if not program.exists():
+        client = Path(__file__).with_name("forked_client.py").read_text()
+        program.write_text(f"#!{sys.executable} -IS\n{client}")
+        program.chmod(0o755)
+    return program
+
+
 @functools.cache
-def _server(name: str) -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "tests.support.forked", name, str(theirs.fileno())]
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
-    # A process that has several threads cannot be forked.
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], **quiet)
-    theirs.close()
-    return ours
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="forked-"))
 
 
-def serve(server: str, requests: socket.socket) -> None:
-    """Fork whatever is asked for until nobody can ask any more."""
-    for name in PRELOADED[server]:
-        importlib.import_module(name)
+@functools.cache
+def _server(name: str) -> Path:
+    address = _folder() / name
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(address))
+        listening.listen()
+        lives, _held = os.pipe()  # which this process holds open until it ends
+        command = [sys.executable, "-m", "tests.support.forked", name, str(listening.fileno()), str(lives)]
+        # A process that has several threads cannot be forked.
+        env = environment(OMP_NUM_THREADS=1)
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+        subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[listening.fileno(), lives], **quiet)
+        os.close(lives)
+    return address
+
+
+def serve(name: str, listening: socket.socket, lives: int) -> None:
+    """Fork whatever is asked for until the tests have ended."""
+    for each in PRELOADED[name]:
+        importlib.import_module(each)
     gc.freeze()
-    while True:
-        request, handed, *_ = socket.recv_fds(requests, 1 << 20, 2)
-        if not request:
-            return
-        if os.fork() == 0:
-            requests.close()
-            _attend(json.loads(request), *handed)
+    while lives not in select.select([listening, lives], [], [])[0]:
+        connection, _ = listening.accept()
+        request, handed, *_ = socket.recv_fds(connection, 1 << 20, 2)
+        if request and os.fork() == 0:
+            listening.close()
+            os.close(lives)
+            _attend(connection, json.loads(request), *handed)
+        connection.close()
         for each in handed:
             os.close(each)
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+    shutil.rmtree(Path(listening.getsockname()).parent, ignore_errors=True)
 
 
-def _attend(request: dict, output: int, status: int) -> None:
+def _attend(connection: socket.socket, request: dict, stdout: int, stderr: int) -> None:
     """Fork the program, and tell its process id and later its exit status."""
     if (pid := os.fork()) == 0:
-        os.close(status)
-        _become(request, output)
-    os.close(output)
-    os.write(status, f"{pid}\n".encode())
+        connection.close()
+        _become(request, stdout, stderr)
+    os.close(stdout)
+    os.close(stderr)
+    connection.send(str(pid).encode())
+    if connection in select.select([connection, os.pidfd_open(pid)], [], [])[0]:
+        os.kill(pid, signal.SIGKILL)
     _, ended = os.waitpid(pid, 0)
-    os.write(status, f"{os.waitstatus_to_exitcode(ended)}\n".encode())
+    with contextlib.suppress(OSError):
+        connection.send(str(os.waitstatus_to_exitcode(ended)).encode())
     os._exit(0)
 
 
-def _become(request: dict, output: int) -> None:
+def _become(request: dict, stdout: int, stderr: int) -> None:
     os.setsid()
     # A shell's background job ignores SIGINT, and so would every process below the tests.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.close(stdout)
+    os.close(stderr)
     # Those of the server were opened for another kind of file.
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.executable = os.environ.get(PYTHON, sys.executable)
     sys.path[0] = request["cwd"]
     module, *sys.argv[1:] = request["args"]
     # With which a workflow that has waited starts anew.
@@ -170,4 +208,4 @@ def _become(request: dict, output: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))
+    serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
