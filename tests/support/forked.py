@@ -166,6 +166,7 @@ def serve(name: str, listening: socket.socket, lives: int) -> None:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     shutil.rmtree(Path(listening.getsockname()).parent, ignore_errors=True)
+    os._exit(0)
 
 
 def _attend(connection: socket.socket, request: dict, stdout: int, stderr: int) -> None:
@@ -198,7 +199,10 @@ def _become(request: dict, stdout: int, stderr: int) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.executable = os.environ.get(PYTHON, sys.executable)
+    if PYTHON in os.environ:
+        sys.executable = os.environ[PYTHON]
+        if settings := sys.modules.get("earl.workflow.settings"):
+            importlib.reload(settings)  # One of them holds the path of Python.
     sys.path[0] = request["cwd"]
     module, *sys.argv[1:] = request["args"]
     # With which a workflow that has waited starts anew.
