@@ -11,7 +11,7 @@ import pytest
 from tests.support import forked
 from tests.support.demo import DEMO
 
-ARGUMENTS = "--config config.json --rollouts none.parquet --out none".split()
+ARGUMENTS = ["--config", "config.json", "--rollouts", "none.parquet", "--out", "none"]
 
 
 @pytest.mark.slow
