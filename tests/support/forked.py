@@ -4,6 +4,9 @@ The first call for a module starts that process, which ends with the tests. It i
 has its own environment, folder, session and process id, as what `python -m <module>` starts, which other tests call.
 It is killed when nobody waits for it any more. What libraries read from the environment when they are imported, as
 those of the hub do, is what these tests were started with.
+
+Python itself starts stages in tests/integration/test_kills.py, and ranks of a stage, of a fine-tuning and of a
+segment in test_ranks.py, test_sft_ranks.py and test_iterate.py.
 """
 
 import contextlib
