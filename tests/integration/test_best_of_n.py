@@ -4,19 +4,15 @@ In what order one plan has them: see test_selections.py.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from earl.config import load
 from earl.data.tokenised import open_dataset
-from earl.execution import processes
 from earl.files import manifest
 from earl.files.layout import Run
-from tests.support import bare_loop
-from tests.support.demo import DEMO, ROOT, SHORT
+from tests.support import bare_loop, forked
+from tests.support.demo import DEMO, SHORT
 from tests.support.workplace import job_counts
 
 SELECTED = """
@@ -50,12 +46,11 @@ def test_from_rl_to_evaluations(tmp_path):
     bare_loop.run_all(configs["rl"])
 
     words = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-    command = [sys.executable, "-m", "snakemake", Run(runs / "best").iteration(0).path / "start.json"]
-    command += ["--config", f"experiment={tmp_path / 'best.jsonnet'}", f"set={json.dumps(words)}"]
-    env = {name: value for name, value in os.environ.items() if name != processes.WATCHED}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert job_counts(done.stdout + done.stderr) == {"select": 1, "sft": 1, "start": 1, "total": 3}
+    asked = [Run(runs / "best").iteration(0).path / "start.json"]
+    asked += ["--config", f"experiment={tmp_path / 'best.jsonnet'}", f"set={json.dumps(words)}"]
+    done = forked.run("snakemake", *asked, **{forked.PYTHON: forked.python("earl")})
+    assert done.returncode == 0, done.stdout
+    assert job_counts(done.stdout) == {"select": 1, "sft": 1, "start": 1, "total": 3}
     bare_loop.evaluate(configs["best"], Run(runs / "best"), 0)
     bare_loop.run_all(configs["dpo"])
 

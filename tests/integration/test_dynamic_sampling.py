@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from earl.run import preflight, state, verify
 from earl.stages import generate, iterate, prompts, replay, report, rescore, restore, rounds, select, train
 from earl.tracking import files as tracked
 from tests.support import bare_loop, forked_ranks, train_files
+from tests.support.forked import Forked
 from tests.support.prompt_files import ROWS, VOCABULARY, write
 from tests.support.prompt_files import config as with_data
 from tests.support.segment_runs import (
@@ -30,7 +30,6 @@ from tests.support.segment_runs import (
     command,
     configure,
     contents,
-    environment,
 )
 from tests.support.train_files import SAMPLES, made_of
 from tests.support.workplace import Workplace, job_counts
@@ -237,7 +236,7 @@ def test_there_are_rounds_that_are_needed_and_rounds_that_are_not(by_stage):
 def test_ranks_of_a_segment_write_the_bytes_of_the_stages(tmp_path, by_stage):
     """As one that is killed and continued does, see below."""
     run = begin(tmp_path, by_stage, **FILLED, segment_processes=3)
-    forked_ranks.launch(3, *command(run, LAST)[1:])
+    forked_ranks.launch(3, "earl", *command(run, LAST))
     assert_same(run, by_stage)
 
 
@@ -283,7 +282,7 @@ def test_commands_load_no_model_and_ask_no_judge_for_a_round_that_is_not_needed(
 def test_killed_between_rounds_it_samples_nothing_twice(tmp_path, by_stage):
     index = next(each["iteration"] for each in metrics_of(by_stage) if each["rounds"] > 1)
     run = begin(tmp_path, by_stage, **FILLED)
-    started = subprocess.Popen(command(run, LAST), env=environment(), start_new_session=True)
+    started = Forked("earl", command(run, LAST))
     while not run.iteration(index).rollouts(5).exists():
         assert started.poll() is None
         time.sleep(0.01)

@@ -19,6 +19,7 @@ from earl.messages.errors import EarlError
 from earl.run import preflight, verify
 from earl.shapes import dataset
 from tests.support import bare_loop, emu3_files
+from tests.support.forked import Forked, environment
 from tests.support.workplace import Workplace, write_tokenised
 
 ROOT = Path(__file__).parents[2]
@@ -218,11 +219,10 @@ class TestThePlan:
 def test_from_published_checkpoints_to_rl(hub: Path, here: Path) -> None:
     """The workflow downloads and converts, by processes of its own; the rest is done here."""
     (here / "a.jsonnet").write_text(json.dumps(EXPERIMENT))
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile"]
-    command += ["--until", "fetch", "--config", "experiment=a.jsonnet"]
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
+    asked = ["--snakefile", ROOT / "workflow" / "Snakefile", "--until", "fetch", "--config", "experiment=a.jsonnet"]
+    started = Forked("snakemake", asked, here, environment(HF_HUB_CACHE=hub, HF_HUB_OFFLINE=1))
+    output, _ = started.communicate(timeout=500)
+    assert started.returncode == 0, output
 
     made_by = load.load(here / "a.jsonnet").config
     run = bare_loop.run_all(made_by)

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from earl.messages.errors import EarlError
 from earl.run import state, verify
 from earl.stages import iterate, restore
 from tests.support import bare_loop, forked_ranks
+from tests.support.forked import Forked
 from tests.support.segment_runs import (
     LAST,
     assert_same,
@@ -27,7 +27,6 @@ from tests.support.segment_runs import (
     command,
     configure,
     contents,
-    environment,
     reconfigure,
 )
 
@@ -87,7 +86,7 @@ def test_one_program_writes_the_bytes_of_the_stages(by_segment, by_stage):
 def test_ranks_that_sample_and_one_that_trains_write_the_bytes_of_the_stages(tmp_path, by_stage):
     """One rank more than there are shards, to which that is said."""
     run = begin(tmp_path, by_stage, segment_processes=5)
-    printed = forked_ranks.launch(5, *command(run, LAST)[1:]).stderr
+    printed = forked_ranks.launch(5, "earl", *command(run, LAST))
     assert_same(run, by_stage)
     record = json.loads(run.segment(LAST).read_text())
     assert len(record["seconds_by_rank"]) == len(record["peak_memory_bytes_by_rank"]) == 5
@@ -289,9 +288,7 @@ class Attempt:
 
     def __init__(self, run: Run, to: int = LAST) -> None:
         self.output = (run.path.parent / "output.txt").open("w+")
-        self.leader = subprocess.Popen(
-            command(run, to), env=environment(), stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        self.leader = Forked("earl", command(run, to), output=self.output)
 
     def wait_for(self, path: Path) -> None:
         while not path.exists():
@@ -317,7 +314,7 @@ def test_ranks_that_are_killed_while_they_sample_end_in_the_same_bytes_and_sampl
     attempt.kill()
     seen = facts(run)
     assert state.newest_complete(run) >= 1
-    forked_ranks.launch(2, *command(run, LAST)[1:])
+    forked_ranks.launch(2, "earl", *command(run, LAST))
     assert seen.items() <= facts(run).items()
     assert_same(run, by_stage)
     assert_sound(run)
@@ -326,12 +323,12 @@ def test_ranks_that_are_killed_while_they_sample_end_in_the_same_bytes_and_sampl
 def test_two_ranks_that_train_are_killed_and_end_as_two_that_were_not(tmp_path, by_stage):
     changes = {"train_processes": 2, "segment_processes": None, **RARE_CHECKPOINTS}
     undisturbed, run = (begin(tmp_path / name, by_stage, **changes) for name in ("undisturbed", "killed"))
-    forked_ranks.launch(2, *command(undisturbed, 2)[1:])
+    forked_ranks.launch(2, "earl", *command(undisturbed, 2))
     attempt = Attempt(run, to=2)
     attempt.wait_for(run.iteration(1).metrics)
     attempt.kill()
     assert (state.newest_complete(run), state.newest_checkpoint(run)) == (1, 0)
-    forked_ranks.launch(2, *command(run, 2)[1:])
+    forked_ranks.launch(2, "earl", *command(run, 2))
     assert json.loads(run.segment(2).read_text())["trained_again"] == [1]
     # And the checkpoint of iteration 1, which it caught up with.
     caught_up = tuple(f"iterations/000001/{part}/" for part in ("policy", "trainer"))

@@ -139,11 +139,12 @@ def test_the_first_ranks_of_three_train_as_so_many_by_stage(new_run, vocabulary,
             train.run(config, staged.path, index)
         else:
             stage = ["train", "--config", staged.config, "--iteration", index, "--run", staged.path]
-            forked_ranks.launch(count, "-m", "earl", *stage)
+            forked_ranks.launch(count, "earl", *stage)
     _, kept = new_run("kept", train_processes=count, **changes)
     take_inputs(staged, kept, last)
-    ranks_program = first_ranks_program.__file__, count, staged.config, kept.path, last
-    told = forked_ranks.launch(3, *ranks_program).stdout.splitlines()
+    ranks_program = first_ranks_program.__name__, count, staged.config, kept.path, last
+    said = forked_ranks.launch(3, *ranks_program).splitlines()
+    told = [line.removeprefix("> ") for line in said if line.startswith("> ")]
     *team, total_and_digest = {line.partition(": ")[2] for line in told[:count]}
     assert team == [], "every rank had the same whole weights, and knew the digest"
     assert [line.partition(":")[0] for line in told[:count]] == [f"{rank} of {count}" for rank in range(count)]

@@ -13,7 +13,7 @@ from earl.emu3 import sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import manifest, tables
 from earl.files.layout import Run
-from tests.support import bare_loop
+from tests.support import bare_loop, forked
 from tests.support.html_page import Page
 from tests.support.make import make
 
@@ -52,10 +52,13 @@ def matrix(tmp_path_factory) -> tuple[Path, str]:
     overrides = SMALL | {"base_exp_dir": str(runs), "num_iterations": 1}
     bare_loop.run_all(load.load(ROOT / "config" / "shapes" / f"{MADE[1]}.jsonnet", overrides).config)
     arguments = ["matrix", f"VENV={sys.prefix}", f"RUNS={runs}", "ITERATIONS=1"]
+    arguments.append(f"BIN={forked.python('snakemake', 'earl').parent}")
     # What is installed here may be older than pyproject.toml, and is not for a test to change.
     arguments += ["--old-file", f"{sys.prefix}/.installed", f"MATRIX={' '.join(MADE)}"]
     arguments.append("SET=" + " ".join(f"{field}={value}" for field, value in SMALL.items()))
-    done = make(ROOT, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(forked.PYTHON, f"{forked.python()}")
+        done = make(ROOT, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.parent.name for path in runs.glob("*/segments")] == [f"shapes_{MADE[0]}"]
     return runs, done.stdout

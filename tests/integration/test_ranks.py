@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,8 @@ from earl.execution.ranks import Ranks
 from earl.files import manifest
 from earl.learner import batches
 from earl.stages import restore, train
-from tests.support import forked_ranks, ranks_program
+from tests.support import forked, forked_ranks, ranks_program
+from tests.support.forked import Forked
 from tests.support.train_files import made_of, write_inputs
 
 CPU = torch.device("cpu")
@@ -51,8 +50,9 @@ def test_ranks_change_the_step_by_rounding_alone(policy_folder, tmp_path):
     for folder in (alone, together):
         folder.mkdir()
     # Not in this process, in which vLLM may have opened a process group; models are split for bfloat16 alone.
-    subprocess.run([sys.executable, ranks_program.__file__, policy_folder, alone], check=True)
-    forked_ranks.launch(3, ranks_program.__file__, policy_folder, together)
+    done = forked.run(ranks_program.__name__, policy_folder, alone)
+    assert done.returncode == 0, done.stdout
+    forked_ranks.launch(3, ranks_program.__name__, policy_folder, together)
     start = load_file(policy_folder / "model.safetensors")
     for case in ranks_program.CASES:
         expected, found = (_known(out / f"{case}.json") for out in (alone, together))
@@ -74,18 +74,11 @@ def _known(path: Path) -> dict[str, float]:
 # The stage, as a command
 
 
-def earl(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "earl", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **environment}
-    )
-
-
 def train_by(processes: int, run, iteration: int) -> None:
     """Train an iteration by so many ranks, as where torchrun starts them by hand."""
     stage = ["train", "--config", run.config, "--iteration", iteration, "--run", run.path]
-    done = forked_ranks.launch(processes, "-m", "earl", *stage)
-    assert f"loaded iteration {iteration - 1}" in done.stderr
+    said = forked_ranks.launch(processes, "earl", *stage)
+    assert f"loaded iteration {iteration - 1}" in said
 
 
 def update_of(run, iteration: int) -> torch.Tensor:
@@ -94,7 +87,7 @@ def update_of(run, iteration: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):
+def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary, monkeypatch):
     """1 -> 2 -> 3 -> 1 against one process all along; then one is restored, by as many as then."""
     config, run = new_run(train_processes=2, learning_rate=1e-4)
     _, other = new_run("other", learning_rate=1e-4)
@@ -106,8 +99,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):
         if processes == 1:
             train.run(config, run.path, iteration)
         elif processes == config.train_processes:
-            done = earl("train", "--config", run.config, "--iteration", iteration, "--run", run.path)
-            assert done.returncode == 0, done.stderr
+            done = forked.run("earl", "train", "--config", run.config, "--iteration", iteration, "--run", run.path)
+            assert done.returncode == 0, done.stdout
         else:
             train_by(processes, run, iteration)
         manifest.check(run.iteration(iteration).trainer, deep=True)
@@ -122,18 +115,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(new_run, vocabulary):
     expected = made_of(run, 2)
     shutil.rmtree(run.iteration(2).policy)
     shutil.rmtree(run.iteration(2).trainer)
+    monkeypatch.setenv("PYTHON_EXEC", str(forked.python("earl")))  # What torchrun starts ranks with.
     restore.run(run.path, 2)
     assert made_of(run, 2) == expected
 
 
 def stop(run, iteration: int = 1) -> str:
     """Train by two ranks, which must fail and say one thing; return what they say."""
-    done = earl("train", "--config", run.config, "--iteration", iteration, "--run", run.path)
+    stage = "train", "--config", run.config, "--iteration", iteration, "--run", run.path
+    done = forked.run("earl", *stage, PYTHON_EXEC=forked.python("earl"))
     assert done.returncode not in (0, None)
-    assert done.stderr.count("error: ") == 1
-    assert "Traceback" not in done.stderr
+    assert done.stdout.count("error: ") == 1
+    assert "Traceback" not in done.stdout
     assert sorted(path.name for path in run.iteration(iteration).path.iterdir()) == ["rollouts", "scores"]
-    return done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -162,12 +157,11 @@ def test_what_one_rank_meets_ends_all(new_run, vocabulary, policy_folder, tmp_pa
 def test_a_killed_rank_ends_all(new_run, vocabulary):
     _, run = new_run(train_processes=2)
     write_inputs(run, 1, vocabulary)
-    command = [sys.executable, "-m", "earl", "train", "--config", run.config, "--iteration", "1", "--run", run.path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Forked("earl", ["train", "--config", run.config, "--iteration", 1, "--run", run.path])
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and len(found := children.read_text().split()) < 2:
         time.sleep(0.05)
     os.kill(int(found[-1]), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     assert "of 2 was ended by SIGKILL" in said

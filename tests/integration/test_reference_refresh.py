@@ -185,11 +185,11 @@ def test_ranks_replace_their_parts_of_the_reference(tmp_path, by_stage):
     """Two ranks in bfloat16, in one segment, and in a second one that loads the reference from its folder."""
     fields = RARE | {"train_processes": 2, "segment_processes": 2, "dtype": "bfloat16", "parity_tolerance": None}
     whole = begin(tmp_path / "whole", by_stage, **fields | {"segment_checkpoint_every_n_iterations": 2})
-    forked_ranks.launch(2, *command(whole, 3)[1:])
+    forked_ranks.launch(2, "earl", *command(whole, 3))
     before = contents(whole)
     assert state.rewind(whole, 3) == [3]
     assert contents(whole) != before
-    forked_ranks.launch(2, *command(whole, 3)[1:])
+    forked_ranks.launch(2, "earl", *command(whole, 3))
     assert contents(whole) == before
     assert metrics(whole, 3)["ranks"] == 2
     assert metrics(whole, 3)["inputs"]["reference"] == metrics(whole, 2)["policy_digest"]

@@ -12,7 +12,7 @@ from earl.messages.errors import EarlError
 from earl.report import curves
 from earl.run import replays, state, verify
 from earl.stages import replay, restore, train
-from tests.support import bare_loop
+from tests.support import bare_loop, forked
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,8 @@ def test_a_report_shows_no_rewards_of_other_policies():
 
 
 @pytest.mark.slow
-def test_several_ranks_replay_too(source, beside):
+def test_several_ranks_replay_too(source, beside, monkeypatch):
+    monkeypatch.setenv("PYTHON_EXEC", str(forked.python("earl")))  # What torchrun starts ranks with.
     run = replay.run(source.path, beside("ranks"), {"num_iterations": 1, "train_processes": 2}).run
     assert metrics(run, 1)["ranks"] == 2
     assert metrics(run, 1)["loss"] == pytest.approx(metrics(source, 1)["loss"], abs=1e-5)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.support import policies, sampling_program
+from tests.support import forked_ranks, policies, sampling_program
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ def test_ranks_sample_what_one_process_samples(vllm_engine, policy_folder, tmp_p
     other = policies.write(tmp_path / "other", policies.be_picky, seed=1)
     for name in ("alone", "ranks"):
         (tmp_path / name).mkdir()
-    sampling_program.launch(policy_folder, other, tmp_path / "ranks")
+    forked_ranks.launch(2, sampling_program.__name__, policy_folder, other, tmp_path / "ranks")
     sampling_program.sample_by(vllm_engine, policy_folder, other, tmp_path / "alone")
     found = {
         name: [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in (0, 1)]

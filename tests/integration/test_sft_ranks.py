@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from earl.config.schema import Config
 from earl.data.grids import stored
 from earl.files import manifest, tables
 from tests.support import forked_ranks, sft_ranks_program
+from tests.support.forked import Forked
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -38,7 +37,7 @@ def test_ranks_change_loss_and_gradient_by_rounding_alone(policy_folder, tmp_pat
     for folder in (alone, out):
         folder.mkdir()
     sft_ranks_program.steps(policy_folder, alone)
-    forked_ranks.launch(3, sft_ranks_program.__file__, policy_folder, out)
+    forked_ranks.launch(3, sft_ranks_program.__name__, policy_folder, out)
     for case in sft_ranks_program.CASES:
         loss, expected = (json.loads((folder / f"{case}.json").read_text()) for folder in (out, alone))
         assert loss == pytest.approx(expected, rel=1e-5), case
@@ -53,7 +52,7 @@ def test_ranks_change_loss_and_gradient_by_rounding_alone(policy_folder, tmp_pat
 
 @pytest.fixture
 def earl(tmp_path, policy_folder, vocabulary):
-    """Return a function that gives the command for a fine-tuning by a number of ranks into `tmp_path / out`."""
+    """Return a function that gives the arguments of a fine-tuning by a number of ranks into `tmp_path / out`."""
     rows = 10
     grids = np.random.default_rng(0).integers(0, vocabulary.num_visual, (rows, 2, 2, 3))
     columns = {
@@ -94,26 +93,25 @@ def earl(tmp_path, policy_folder, vocabulary):
         )
         file = tmp_path / f"{ranks}.json"
         freeze.write(config, file)
-        options = ["--config", str(file), "--name", "one", "--out", str(tmp_path / out)]
-        return [sys.executable, "-m", "earl", "sft", *options]
+        return ["sft", "--config", str(file), "--name", "one", "--out", str(tmp_path / out)]
 
     return command
 
 
 def done_here(command: list[str]) -> Path:
     """Run a command of one process in this one; return its folder."""
-    assert cli.call(command[3:]) == 0
+    assert cli.call(command) == 0
     return Path(command[-1])
 
 
 def kill_after_a_checkpoint(command: list[str]) -> Path:
     """End a command, and so its ranks, without warning; return the folder of its checkpoints."""
     partial = Path(f"{command[-1]}.partial")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Forked("earl", command)
     while process.poll() is None and not list(partial.glob("step-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()  # which ranks hold open until they have ended, too
+    process.communicate(60)  # which ranks hold open until they have ended, too
     assert process.returncode == -signal.SIGKILL
     assert not Path(command[-1]).exists()
     return partial
@@ -124,7 +122,7 @@ def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_numbe
 ):
     start = flat(policy_folder)
     alone, together = done_here(earl(1, "alone")), tmp_path / "together"
-    said = forked_ranks.launch(2, *earl(2, together.name)[1:]).stderr
+    said = forked_ranks.launch(2, "earl", *earl(2, together.name))
     assert f"{STEPS} steps by 2 ranks" in said
     assert said.count("by 2 ranks") == 1, "the first rank says it for all"
     wanted = flat(alone) - start
@@ -133,7 +131,7 @@ def test_two_ranks_end_where_one_process_does_also_killed_and_with_another_numbe
     parts = sorted(path.name for path in next(partial.glob("step-*")).glob("*.safetensors"))
     assert parts == ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"]
     shutil.copytree(partial, tmp_path / "fewer.partial")
-    assert "resumed at step" in forked_ranks.launch(2, *earl(2, "killed")[1:]).stderr
+    assert "resumed at step" in forked_ranks.launch(2, "earl", *earl(2, "killed"))
     assert manifest.digest_folder(tmp_path / "killed") == manifest.digest_folder(together)
     with caplog.at_level("INFO", logger="earl"):
         fewer = done_here(earl(1, "fewer"))

@@ -1,9 +1,9 @@
 """What tests/integration/test_learner.py runs as several ranks: of all ranks the first ones train, in memory.
 
-    python -m tests.support.forked_ranks 3 <this file> <first ranks> <config> <run> <iterations>
+    forked_ranks.launch(3, "tests.support.first_ranks_program", <first ranks>, <config>, <run>, <iterations>)
 
 Policies are written after the last iteration alone, and once more into <run>/several. Prints, by the first rank, what
-every rank knows in the end.
+every rank knows in the end, a line each that begins with "> ".
 """
 
 import sys
@@ -42,7 +42,7 @@ def main(count: int, config_file: Path, run_path: Path, iterations: int) -> None
             told = f"{team.rank} of {team.size}: {total!r} {several(learner, run.path / 'several', team)}"
         found = world.gather(told)
         if world.first:
-            print("\n".join(found))
+            print(*(f"> {each}" for each in found), sep="\n")
 
 
 if __name__ == "__main__":

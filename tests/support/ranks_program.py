@@ -1,6 +1,6 @@
 """What tests/integration/test_ranks.py runs as several ranks: steps on episodes in memory, by every way to cut them up.
 
-    python -m tests.support.forked_ranks 2 <this file> <policy folder> <out>
+    forked_ranks.launch(3, "tests.support.ranks_program", <policy folder>, <out>)
 
 Writes the metrics of each case as <out>/<case>.json, and the policy after its step beside it.
 """

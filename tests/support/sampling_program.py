@@ -1,15 +1,13 @@
 """What tests run as several ranks and in their own process: each rank samples its own prompts, with its own vLLM.
 
-    python -m tests.support.sampling_program <policy folder> <other policy> <out>
+    forked_ranks.launch(2, "tests.support.sampling_program", <policy folder>, <other policy>, <out>)
 
-Imports vLLM and forks two ranks. `sample_by` of a process that is no rank does what both do, one after the other. It
-writes `<out>/<rank>.json`: completions of the first policy, of the second one's weights taken from memory, and of the
-first one loaded anew after it was closed.
+`sample_by` of a process that is no rank does what both do, one after the other. It writes `<out>/<rank>.json`:
+completions of the first policy, of the second one's weights taken from memory, and of the first one loaded anew after
+it was closed.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from earl.emu3 import checkpoint, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.engines import Completion, Engine, Request, SamplingParams
 from earl.execution import processes, ranks
-from tests.support import forked_ranks
 
 RANKS = 2
 PARAMS = SamplingParams(temperature=1.0, max_tokens=80)
@@ -64,27 +61,14 @@ def sample_by(sampler: Engine, policy: Path, other: Path, out: Path) -> None:
             (out / f"{rank}.json").write_text(json.dumps(steps))
 
 
-def launch(policy: Path, other: Path, out: Path) -> None:
-    """Run this program to its end; fail with what it said if it fails."""
-    command = [sys.executable, "-m", "tests.support.sampling_program", *map(str, (policy, other, out))]
-    environment = os.environ | {"PYTHONPATH": str(forked_ranks.ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
+def main(arguments: list[str]) -> None:
+    from earl.engines import vllm_engine
 
-
-def main(arguments: list[str]) -> int:
-    from earl.engines import vllm_engine, vllm_process
-
-    if "RANK" not in os.environ:
-        vllm_process.prepare_process("cpu")
-        from vllm import LLM  # noqa: F401
-
-        return forked_ranks.main(RANKS, [__file__, *arguments])
     torch.set_num_threads(1)
     settings = vllm_engine.Settings(device="cpu", dtype="float32", context=512, memory_share=0.02)
     sample_by(vllm_engine.VllmEngine(settings), *map(Path, arguments))
-    return 0
 
 
 if __name__ == "__main__":
-    processes.end_at_once(main(sys.argv[1:]))
+    main(sys.argv[1:])
+    processes.end_at_once(0)

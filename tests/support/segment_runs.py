@@ -1,20 +1,15 @@
 """Small runs for the tests of segments: four iterations of four groups of two, in four shards, two evaluations."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from earl.config import freeze, load
 from earl.config.schema import Config
-from earl.execution import processes
 from earl.files import manifest
 from earl.files.layout import Run
 from tests.support import bare_loop
 from tests.support.demo import DEMO, SMALL
 
-ROOT = Path(__file__).parents[2]
 LAST = 4
 SETTINGS = SMALL | {
     "run_name": "a",
@@ -55,19 +50,7 @@ def reconfigure(run: Run, **changes: object) -> Config:
 
 
 def command(run: Run, to: int) -> list[str]:
-    return [sys.executable, "-m", "earl", "iterate", "--run", str(run.path), "--to", str(to)]
-
-
-def environment() -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
-    return inherited | {"PYTHONPATH": str(ROOT)}
-
-
-def iterate(run: Run, to: int = LAST) -> str:
-    """Run `earl iterate` as a user would; return what it printed."""
-    done = subprocess.run(command(run, to), env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
+    return ["iterate", "--run", str(run.path), "--to", str(to)]
 
 
 def contents(run: Run) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What tests/integration/test_sft_ranks.py runs as several ranks: a step of gradient descent as long as the gradient.
 
-    python -m tests.support.forked_ranks 2 <this file> <policy folder> <out>
+    forked_ranks.launch(3, "tests.support.sft_ranks_program", <policy folder>, <out>)
 
 Adam would hide a gradient that is a multiple of the right one. Writes the loss of each case as <out>/<case>.json, and
 the policy after its step beside it.

@@ -1,7 +1,6 @@
 """A folder to run the workflow in, with stages that only write digests."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -9,10 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from earl.execution import processes
 from earl.files import manifest, tables
 from earl.files.layout import Run
-from tests.support.forked import Forked
+from tests.support.forked import Forked, environment
 
 ROOT = Path(__file__).parents[2]
 STUB = f"{sys.executable} {Path(__file__).with_name('stage_stub.py')}"
@@ -68,9 +66,8 @@ class Workplace:
         arguments = ["--snakefile", ROOT / "workflow" / "Snakefile"]
         arguments += ["--profile", ROOT / "profiles" / self.profile] if self.profile else []
         arguments += [*options, "--config", *(f"{key}={value}" for key, value in settings.items())]
-        inherited = {key: value for key, value in os.environ.items() if key != processes.WATCHED}
-        inherited |= {"PYTHONPATH": str(ROOT), "STUB_LOG": str(self.path / "log.txt")}
-        return Forked("snakemake", list(map(str, arguments)), self.path, inherited | (env or {}))
+        inherited = environment(STUB_LOG=self.path / "log.txt")
+        return Forked("snakemake", arguments, self.path, inherited | (env or {}))
 
     def run(self, experiment: str, *options: str, fails: bool = False, **config: object) -> str:
         (self.path / "log.txt").unlink(missing_ok=True)

@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from earl.files import manifest
 from earl.learner import head, sft
 from earl.messages.errors import EarlError
 from earl.stages import sft as stage
+from tests.support.forked import Forked
 from tests.support.sft_files import SETTINGS, plain_cross_entropy
 from tests.support.tensors import Largest
 
@@ -238,8 +237,7 @@ def _stopped(*args, **options):
 def test_killed_and_started_again_it_ends_in_the_same_bytes(make, tmp_path, caplog):
     config, out, partial = make(one={"steps": 24}), tmp_path / "killed", tmp_path / "killed.partial"
     freeze.write(config, tmp_path / "config.json")
-    command = [sys.executable, "-m", "earl", "sft", "--config", tmp_path / "config.json", "--name", "one", "--out", out]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    process = Forked("earl", ["sft", "--config", tmp_path / "config.json", "--name", "one", "--out", out])
     while process.poll() is None and not list(partial.glob("step-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
