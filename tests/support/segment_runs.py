@@ -11,7 +11,7 @@ from earl.config.schema import Config
 from earl.execution import processes
 from earl.files import manifest
 from earl.files.layout import Run
-from tests.support import bare_loop
+from tests.support import bare_loop, copier
 from tests.support.demo import DEMO, SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,6 @@ LAST = 4
 SETTINGS = SMALL | {
     "run_name": "a",
     "num_iterations": LAST,
-    "model_path": "package:shapes/base_policy",
     "episodes_per_iteration": 8,
     "generations_per_sample": 2,
     "engine_batch_size": 2,
@@ -37,7 +36,7 @@ UNLIKE = {"start.json", "performance.json"}
 
 
 def configure(base: Path, **changes: object) -> Config:
-    return load.load(DEMO, SETTINGS | {"base_exp_dir": str(base)} | changes).config
+    return load.load(DEMO, SETTINGS | copier.fields("model_path") | {"base_exp_dir": str(base)} | changes).config
 
 
 def begin(base: Path, like: Run | None = None, **changes: object) -> Run:
