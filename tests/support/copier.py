@@ -19,6 +19,7 @@ from earl.statistics import seeds
 
 if TYPE_CHECKING:
     import torch
+    from transformers import Emu3ForCausalLM
 
 AWAY = 91
 """Tokens from a token of the original to what is predicted at the end of which the same token of the edit follows."""
@@ -50,27 +51,13 @@ def _workshop() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="earl-copier-")
 
 
-def _model():
+def _model() -> "Emu3ForCausalLM":
     import torch
 
-    from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
-
     vocabulary, width = Vocabulary.from_folder(policy.BASE_POLICY), HEAD * len(LOOKS)
-    config = Emu3TextConfig(
-        vocab_size=vocabulary.size,
-        hidden_size=width,
-        intermediate_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=len(LOOKS),
-        num_key_value_heads=len(LOOKS),
-        max_position_embeddings=policy.MAX_LENGTH,
-        attention_dropout=0.0,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        **{f"{role}_token_id": getattr(vocabulary, role) for role in ("pad", "bos", "eos")},
-    )
+    model = policy.build_model(vocabulary.text, seed=0, layers=1, width=width)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seeds.seed("copier"))
-        model = Emu3ForCausalLM(config).float().eval()
         tokens = torch.nn.functional.normalize(torch.randn(vocabulary.size, HEAD - 1), dim=-1)
         model.model.embed_tokens.weight.copy_(torch.nn.functional.pad(tokens, (width - HEAD + 1, 0)))
         model.model.embed_tokens.weight[:, 0] = 1

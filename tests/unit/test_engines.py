@@ -344,8 +344,8 @@ def cut_into_shards(folder):
         (make_llama, r"config.json: model_type is 'llama'; it must be an Emu3"),
         (cut_into_shards, r"model-00002-of-00002.safetensors: is missing, so the policy is incomplete"),
         (
-            lambda f: edit_weights(f, lambda w: w["model.layers.2.mlp.up_proj.weight"][0].fill_(torch.nan)),
-            r"model.safetensors: weight 'model.layers.2.mlp.up_proj.weight' is not finite",
+            lambda f: edit_weights(f, lambda w: w["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan)),
+            r"model.safetensors: weight 'model.layers.1.mlp.up_proj.weight' is not finite",
         ),
         (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), r"weight 'model.norm.weight' is missing"),
         (

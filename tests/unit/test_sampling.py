@@ -13,7 +13,7 @@ from tests.support import policies
 from tests.support.distributions import truncated_softmax
 from tests.support.engines import ENGINES
 
-SAMPLES = 8_000
+SAMPLES = 4_000
 BATCH = 500
 TEMPERATURE = 0.9
 
