@@ -349,8 +349,8 @@ def cut_into_shards(folder):
         ),
         (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), r"weight 'model.norm.weight' is missing"),
         (
-            lambda f: edit_config(f, intermediate_size=128),
-            r"weight .* has shape \[.*256.*\] where .* asks for \[.*128.*\]",
+            lambda f: edit_config(f, intermediate_size=64),
+            r"weight .* has shape \[.*128.*\] where .* asks for \[.*64.*\]",
         ),
         (lambda f: edit_config(f, eos_token_id=3), r"eos_token_id is 3 in config.json but \d+ in tokenizer.json"),
         (lambda f: edit_config(f, vocab_size=600), r"the model has 600 ids but its tokenizer 7\d\d"),
