@@ -14,7 +14,7 @@ import pytest
 
 from earl.emu3.vocabulary import Vocabulary
 from earl.execution import torch_extensions
-from tests.support import policies, slurm_cluster
+from tests.support import copier, policies, slurm_cluster
 from tests.support.demo import DEMO, SMALL
 from tests.support.workplace import Workplace
 
@@ -140,7 +140,8 @@ def small_config(tmp_path_factory):
 
     def make(run_name, **overrides):
         changes = {name.replace("__", "."): value for name, value in overrides.items()}
-        return load.load(DEMO, {**SMALL, "base_exp_dir": str(base), "run_name": run_name, **changes}).config
+        fields = SMALL | copier.fields() | {"base_exp_dir": str(base), "run_name": run_name} | changes
+        return load.load(DEMO, fields).config
 
     return make
 

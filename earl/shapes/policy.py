@@ -76,19 +76,26 @@ def _texts() -> Iterator[str]:
             yield f"{world.SIZE // 8}*{world.SIZE // 8}"
 
 
-def build_model(tokenizer: Tokenizer, seed: int) -> Emu3ForCausalLM:
-    """Random weights that depend on `seed` alone; leaves torch's global generator as it was."""
+def build_model(tokenizer: Tokenizer, seed: int, layers: int = 4, width: int = 128) -> Emu3ForCausalLM:
+    """Random weights that depend on the arguments alone; leaves torch's global generator as it was.
+
+    Args:
+        tokenizer: Its vocabulary is the model's.
+        seed: Of the weights.
+        layers: Number of layers.
+        width: Size of a hidden state, a multiple of the 32 that a head has.
+    """
     import torch
 
     from earl.emu3.models import Emu3ForCausalLM, Emu3TextConfig
 
     config = Emu3TextConfig(
         vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=MAX_LENGTH,
         attention_dropout=0.0,
         # Wavelengths of 6 to 500 tokens: all of them tell places inside a sequence of 170 apart.

@@ -190,10 +190,11 @@ def test_training_again_that_gives_another_policy_starts_anew_from_there(copy, b
     shutil.rmtree(copy.iteration(4).policy)
     path = copy.iteration(3).scores(0)
     table = pq.read_table(path)
-    place = table.schema.get_field_index("edit_success")
     other = [9.0 * (row % 2) for row in range(table.num_rows)]  # so that groups have something to teach
+    for name in ("edit_success", "overedit", "naturalness", "artifacts"):
+        table = table.set_column(table.schema.get_field_index(name), name, [other])
     told = {key: value for key, value in tables.read_metadata(path).items() if key not in ("huggingface", "earl_table")}
-    tables.write_table(path, tables.SCORES, table.set_column(place, "edit_success", [other]), told)
+    tables.write_table(path, tables.SCORES, table, told)
     old = {index: json.loads(copy.iteration(index).metrics.read_text())["policy_digest"] for index in (3, 4)}
     with caplog.at_level("WARNING", logger="earl"):
         record = iterate.run(load.read(copy.config), copy.path, LAST)

@@ -1,5 +1,6 @@
 """Weights & Biases: each iteration once on one page, whatever happens to the process that sends it."""
 
+import importlib.util
 import io
 import json
 import os
@@ -24,7 +25,8 @@ from tests.support.run_files import evaluate, new_run, train
 from tests.support.wandb_server import WandbServer
 
 pytestmark = pytest.mark.slow
-wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install -e '.[tracking]')")
+if importlib.util.find_spec("wandb") is None:
+    pytest.skip("wandb is not installed (pip install -e '.[tracking]')", allow_module_level=True)
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ def test_logits_in_bfloat16_are_not_rounded(free, policy_folder):
     """Neither those of a policy that was loaded nor those of weights from memory."""
     free.load(policy_folder)
     weights = dict(checkpoint.load_policy(policy_folder, torch.float32, "cpu").state_dict())
-    hidden = 8 * torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    width = weights["lm_head.weight"].shape[1]
+    hidden = 8 * torch.randn(5, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     for scale in (1.0, 3.0):
         head = scale * weights["lm_head.weight"]
         if scale > 1:
@@ -109,7 +110,8 @@ def test_preempted_requests_keep_to_their_grid(policy_folder, requests, monkeypa
 
     monkeypatch.setattr(vllm_constraint.GridConstraintV1, "update_state", update_state)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    bytes_a_token = 2 * 4 * 128 * 4  # keys and values, layers, width, float32
+    config = checkpoint.text_config(policy_folder)
+    bytes_a_token = 2 * config.num_hidden_layers * config.hidden_size * 4  # keys and values, in float32
     tight = VllmEngine(Settings("cpu", "float32", context=256, memory_share=4 * 256 * bytes_a_token / memory))
     tight.load(policy_folder)
     for completion in flat(tight.generate(requests[:2], dataclasses.replace(FREE, max_tokens=96))):

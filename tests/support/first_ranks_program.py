@@ -20,7 +20,7 @@ from earl.stages import train
 
 def several(learner: train.Learner, path: Path, team: ranks.Ranks) -> str:
     """Write the policy in bfloat16 as several files; return the digest, found without writing."""
-    saving.FILE_SIZE, saving.WRITERS = 300_000, 2
+    saving.FILE_SIZE, saving.WRITERS = 75_000, 2
     arguments = learner.companions, torch.bfloat16, team
     digest = saving.save_policy(learner.policy, None, *arguments)
     with ranks.folder(path, team) as folder:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from earl.emu3 import checkpoint, saving, sequence
+from earl.emu3 import saving, sequence
 from earl.emu3.vocabulary import Vocabulary
 from earl.files import atomic
 from earl.shapes import policy
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, change: "Callable[[Emu3ForCausalLM, Vocabulary], None]", seed: int = 0) -> Path:
-    """Write a policy whose weights ``change`` has altered; the blank one stays beside it."""
+    """Write a small policy, with the shipped one's tokenizer, whose weights ``change`` has altered."""
     import torch
 
-    blank = folder.with_name(f"{folder.name}-blank")
-    policy.write_policy(blank, seed=seed)
-    model = checkpoint.load_policy(blank, torch.float32, "cpu")
+    vocabulary = Vocabulary.from_folder(policy.BASE_POLICY)
+    model = policy.build_model(vocabulary.text, seed, layers=2, width=64)
     with torch.no_grad():
-        change(model, Vocabulary.from_folder(blank))
+        change(model, vocabulary)
     with atomic.folder(folder) as temporary:
-        saving.save_policy(model, temporary, saving.companions(blank))
+        saving.save_policy(model, temporary, saving.companions(policy.BASE_POLICY))
     return folder
 
 

@@ -7,14 +7,13 @@ from earl.config import freeze, load
 from earl.config.schema import Config
 from earl.files import manifest
 from earl.files.layout import Run
-from tests.support import bare_loop
+from tests.support import bare_loop, copier
 from tests.support.demo import DEMO, SMALL
 
 LAST = 4
 SETTINGS = SMALL | {
     "run_name": "a",
     "num_iterations": LAST,
-    "model_path": "package:shapes/base_policy",
     "episodes_per_iteration": 8,
     "generations_per_sample": 2,
     "engine_batch_size": 2,
@@ -32,7 +31,7 @@ UNLIKE = {"start.json", "performance.json"}
 
 
 def configure(base: Path, **changes: object) -> Config:
-    return load.load(DEMO, SETTINGS | {"base_exp_dir": str(base)} | changes).config
+    return load.load(DEMO, SETTINGS | copier.fields("model_path") | {"base_exp_dir": str(base)} | changes).config
 
 
 def begin(base: Path, like: Run | None = None, **changes: object) -> Run:

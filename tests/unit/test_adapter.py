@@ -188,7 +188,7 @@ def test_another_base_is_refused(written, tmp_path):
         (lambda folder: (folder / "base.json").unlink(), r"base\.json: is missing"),
         (lambda folder: (folder / adapter.WEIGHTS).unlink(), r"adapter_model\.safetensors: is missing"),
         (lambda folder: _set(folder / adapter.CONFIG, use_dora=True), r"adapter_config\.json: was not written by this"),
-        (lambda folder: _set(folder / adapter.CONFIG, r=3), r"weight '.*' has shape \[4, 256\] where"),
+        (lambda folder: _set(folder / adapter.CONFIG, r=3), r"weight '.*' has shape \[4, 128\] where"),
         (lambda folder: _set(folder / adapter.CONFIG, target_modules=["q_proj", "lm_head"]), "is missing"),
     ],
 )

@@ -344,13 +344,13 @@ def cut_into_shards(folder):
         (make_llama, r"config.json: model_type is 'llama'; it must be an Emu3"),
         (cut_into_shards, r"model-00002-of-00002.safetensors: is missing, so the policy is incomplete"),
         (
-            lambda f: edit_weights(f, lambda w: w["model.layers.2.mlp.up_proj.weight"][0].fill_(torch.nan)),
-            r"model.safetensors: weight 'model.layers.2.mlp.up_proj.weight' is not finite",
+            lambda f: edit_weights(f, lambda w: w["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan)),
+            r"model.safetensors: weight 'model.layers.1.mlp.up_proj.weight' is not finite",
         ),
         (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), r"weight 'model.norm.weight' is missing"),
         (
-            lambda f: edit_config(f, intermediate_size=128),
-            r"weight .* has shape \[.*256.*\] where .* asks for \[.*128.*\]",
+            lambda f: edit_config(f, intermediate_size=64),
+            r"weight .* has shape \[.*128.*\] where .* asks for \[.*64.*\]",
         ),
         (lambda f: edit_config(f, eos_token_id=3), r"eos_token_id is 3 in config.json but \d+ in tokenizer.json"),
         (lambda f: edit_config(f, vocab_size=600), r"the model has 600 ids but its tokenizer 7\d\d"),

@@ -71,7 +71,7 @@ def test_it_may_be_started_from(exported, policy_folder):
 
 
 def test_large_weights_are_in_files_of_their_own(policy_folder, tmp_path, monkeypatch, exported):
-    monkeypatch.setattr(saving, "FILE_SIZE", 300_000)
+    monkeypatch.setattr(saving, "FILE_SIZE", 150_000)
     export.write(policy_folder, policy.VISION_TOKENIZER, tmp_path / "model", USE)
     names = sorted(path.name for path in (tmp_path / "model").glob("causal_lm-*"))
     assert names[0] == f"causal_lm-00001-of-{len(names):05d}.safetensors"

@@ -387,7 +387,7 @@ def test_flash_attention_is_asked_for_the_same(episodes, settings, policy_folder
     expected, _, _ = grpo.completion_logprobs(model, batch, settings)
     found, _, _ = grpo.completion_logprobs(model, batch, replace(settings, attention="flash"))
     assert not torch.equal(found, expected), "another kernel"
-    assert (found - expected).abs().mean() < 0.02
+    assert (found - expected).abs().mean() < 0.03
 
 
 @pytest.mark.slow

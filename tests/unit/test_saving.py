@@ -103,8 +103,8 @@ def test_files_beside_the_weights_come_along_and_another_ones_content_counts(mod
 def test_weights_that_are_not_finite_are_not_written(model, beside, tmp_path, value, dtype):
     """The largest float32 numbers are infinite in bfloat16."""
     with torch.no_grad():
-        model.get_parameter("model.layers.2.mlp.up_proj.weight")[3, 5] = value
-    complaint = r"weight 'model\.layers\.2\.mlp\.up_proj\.weight' is not finite, so the policy was not written"
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] = value
+    complaint = r"weight 'model\.layers\.1\.mlp\.up_proj\.weight' is not finite, so the policy was not written"
     with pytest.raises(EarlError, match=complaint), atomic.folder(tmp_path / "policy") as folder:
         saving.save_policy(model, folder, beside, dtype)
     assert not list(tmp_path.iterdir())
