@@ -12,7 +12,7 @@ from tests.support import policies
 from tests.support.distributions import truncated_softmax
 from tests.support.engines import ENGINES
 
-SAMPLES = 4_000
+SAMPLES = 8_000
 BATCH = 500
 TEMPERATURE = 0.9
 
