@@ -5,17 +5,18 @@ from typing import Annotated
 
 import typer
 
-from earl.files import atomic
+from earl.files import atomic, manifest
 
 
 def output(path: Path | None) -> Path | None:
     """Refuse what cannot be written before the work begins: the callback of an option that names an output.
 
     Raises:
-        EarlError: see `earl.files.atomic.check_target`.
+        EarlError: see `earl.files.atomic.check_target` and `earl.files.manifest.refuse_foreign`.
     """
     if path is not None:
         atomic.check_target(path)
+        manifest.refuse_foreign(path)
     return path
 
 

@@ -141,6 +141,7 @@ def _fetch_together(entries: Sequence[Entry], source: Source, to: Path) -> None:
     _say(f"{', '.join(one.name for one in entries)}: fetching {source.text}")
     if entries[0].kind == "pairs":
         for one in entries:
+            manifest.refuse_foreign(to / one.place)
             with atomic.folder(to / one.place) as folder:
                 for file in source.files:
                     hub_files.take(_download(one, source, file).resolve(), folder / file.name.replace("/", "--"))

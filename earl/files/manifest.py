@@ -155,6 +155,22 @@ def check(folder: Path | str, deep: bool = False, remedy: str = REMEDY) -> int:
     return len(entries)
 
 
+def refuse_foreign(folder: Path | str) -> None:
+    """Refuse to replace a folder that holds anything but what its manifest lists: no stage wrote that.
+
+    Raises:
+        EarlError: there is such a file, or link.
+    """
+    folder = Path(folder)
+    listed = {folder / NAME, *(folder / name for name in _entries(folder, REMEDY))} if (folder / NAME).is_file() else ()
+    for path in sorted(folder.rglob("*")):
+        if path not in listed and (path.is_symlink() or not path.is_dir()):
+            raise EarlError(
+                f"{folder}: would be replaced as a whole, but {path.relative_to(folder)} in it is not from the stage "
+                "that writes it; give another path, or move what is there away"
+            )
+
+
 @contextmanager
 def reading(
     folder: Path | str,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from earl import cli
-from earl.files import atomic
+from earl.files import atomic, manifest
 from earl.messages.errors import EarlError
 from earl.run import state as progress
 from tests.support import run_files
@@ -129,6 +129,37 @@ def test_every_command_refuses_before_it_works(command, tmp_path, capsys):
     assert cli.call(command.format(out=tmp_path / "out").split()) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: is a FIFO")
     assert (tmp_path / "out").is_fifo()
+
+
+REPLACING = {name: command for name, command in COMMANDS.items() if name != "replay"}
+"""`earl replay` fills a folder."""
+
+
+@pytest.mark.parametrize("command", REPLACING.values(), ids=REPLACING)
+def test_every_command_refuses_a_folder_of_other_files(command, tmp_path, capsys):
+    (tmp_path / "out" / "holiday").mkdir(parents=True)
+    (tmp_path / "out" / "holiday" / "beach.jpg").write_text("mine")
+    assert cli.call(command.format(out=tmp_path / "out").split()) == 2
+    assert f"error: {tmp_path / 'out'}: would be replaced as a whole, but holiday/beach.jpg" in capsys.readouterr().err
+    assert (tmp_path / "out" / "holiday" / "beach.jpg").read_text() == "mine"
+
+
+def test_a_folder_is_replaced_where_it_holds_what_a_stage_wrote_and_nothing_else(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    made = ["shapes", "policy", "--out", str(out)]
+    assert cli.call(made) == 0  # an empty one is as good as none
+    assert cli.call([*made, "--seed", "1"]) == 0
+    digest = manifest.digest_folder(out)
+    (out / "notes").symlink_to(tmp_path / "nothing")
+    assert cli.call(made) == 2
+    assert "but notes in it is not from the stage" in capsys.readouterr().err
+    (out / "notes").unlink()
+    (out / "manifest.json").write_text("{}")
+    assert cli.call(made) == 2
+    assert f"{out / 'manifest.json'}: is damaged" in capsys.readouterr().err
+    (out / "manifest.json").unlink()
+    assert manifest.seal(out) == digest
 
 
 def test_every_option_that_names_an_output_is_covered():
