@@ -90,7 +90,7 @@ class Watched:
         try:
             self.folder.chmod(0o700)  # has a network file system look again
             return pickle_load(self.paths.result_pickle)
-        except (FileNotFoundError, EOFError):
+        except (OSError, EOFError):  # not there, or the file system is away
             return None
 
     def __str__(self) -> str:
@@ -155,10 +155,8 @@ class Executor(RemoteExecutor):
             parameters = resources.parameters(job.name, job.threads, job.resources)
             recorded = Record(name, outputs(job), digest(job, parameters))
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            job_id = self._find(folder, recorded)
-            verb = "found running" if job_id else "submitted"
-            job_id = job_id or self._submit(job, folder, recorded, parameters)
-        except (OSError, RuntimeError, ValueError, NoAnswer, WorkflowError) as error:
+            job_id, verb = self._place(job, folder, recorded, parameters)
+        except (OSError, RuntimeError, ValueError, WorkflowError) as error:
             self.report_job_error(info, msg=f"{name} was not submitted: {error}\n")
             return
         watched = Watched(name, folder, job_id)
@@ -172,6 +170,22 @@ class Executor(RemoteExecutor):
         print(command, flush=True)
         info.aux = {"status": subprocess.run(command, shell=True, check=False).returncode}
         self.report_job_submission(info)
+
+    def _place(
+        self, job: JobExecutorInterface, folder: Path, recorded: Record, parameters: dict[str, Any]
+    ) -> tuple[str, str]:
+        """Find or submit a job, once the cluster answers; return its id and which of the two was done."""
+        is_told = False
+        while True:
+            try:
+                if job_id := self._find(folder, recorded):
+                    return job_id, "found running"
+                return self._submit(job, folder, recorded, parameters), "submitted"
+            except NoAnswer as error:
+                if not is_told:
+                    self.logger.warning(f"{recorded.name}: the cluster does not answer; waiting: {error}")
+                is_told = True
+                time.sleep(self.workflow.executor_settings.seconds)
 
     def _find(self, folder: Path, wanted: Record) -> str | None:
         """Return the id of a job that runs this command now, and cancel others that would write its outputs."""
@@ -197,11 +211,10 @@ class Executor(RemoteExecutor):
         for pattern in ("*.pkl", "*.sh", "*.save_tmp"):
             for path in folder.glob(pattern):
                 path.unlink()
-        found = resources.check(job.name, job.resources)
         recorded.write(folder)
         # Half of the time until the limit is the command's, the rest is for queueing the job again.
-        task = Task(self.format_job_exec(job), str(folder), resources.warning(found) / 2)
-        timeouts = int(found.get("timeouts", resources.TIMEOUTS))
+        task = Task(self.format_job_exec(job), str(folder), parameters["signal_delay_s"] / 2)
+        timeouts = int(job.resources.get("timeouts", resources.TIMEOUTS))
         job_id = self.cluster.submit(task, recorded.name, parameters, timeouts)
         Record(recorded.name, recorded.outputs, recorded.digest, job_id).write(folder)
         return job_id
@@ -271,8 +284,9 @@ class Executor(RemoteExecutor):
             cause = result[1].strip().splitlines()[-1].rpartition("CommandFailed: ")[2]
         log = watched.paths.stdout
         said = f"{watched}: {cause}; its log: {log}\n"
-        if not any(has_said(Path(path), watched.submitted) for path in job.log) and log.is_file():
-            said += "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]) + "\n"
+        if not any(has_said(Path(path), watched.submitted) for path in job.log):
+            with contextlib.suppress(OSError):
+                said += "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]) + "\n"
         return said
 
     def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import submitit
+from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from snakemake_executor_plugin_submitit.task import Task
@@ -19,10 +20,12 @@ ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
 """Slurm's states that a job does not leave, unless it is queued again: then it has another."""
+AWAY = ("Unable to contact slurm controller", "Socket timed out", "temporarily unable to accept job")
+"""What `sbatch` says when it has not been heard, or does not know whether it has."""
 
 
 class NoAnswer(Exception):
-    """The cluster does not say which jobs there are."""
+    """The cluster does not say which jobs there are, or whether it took one."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Cluster(Protocol):
 
         Raises:
             RuntimeError, OSError: the cluster does not take it.
+            NoAnswer: it may have taken it.
         """
         ...
 
@@ -70,20 +74,30 @@ class Slurm:
         """See :class:`Cluster`."""
         executor = BatchStep(task.folder, max_num_timeout=timeouts, python=f"exec {shlex.quote(sys.executable)}")
         executor.update_parameters(job_name=name, wckey=None, **parameters)
-        return executor.submit(task).job_id
+        try:
+            return executor.submit(task).job_id
+        except FailedJobError as error:
+            if any(text in str(error) for text in AWAY):
+                raise NoAnswer(str(error).strip()) from error
+            raise
 
     def states(self, job_ids: Iterable[str]) -> dict[str, State]:
-        """See :class:`Cluster`. One call for all jobs of this user."""
-        command = ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%A|%j|%T|%N|%r"]
+        """See :class:`Cluster`. One call for all jobs of this user, in hidden partitions, too."""
+        command = ["squeue", "--all", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%A|%T|%N|%r|%j"]
+        # Those of squeue would leave jobs out.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+        options = {"env": env, "capture_output": True, "text": True, "errors": "replace", "timeout": 60}
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            answer = subprocess.run(command, check=True, **options)
         except subprocess.CalledProcessError as error:
             raise NoAnswer(f"squeue: {error.stderr.strip()}") from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NoAnswer(f"squeue: {error}") from error
         found = {}
         for line in answer.stdout.splitlines():
-            job_id, name, state, nodes, reason = line.split("|", 4)
+            if "|" not in line:  # CLUSTER: <name>, where SLURM_CLUSTERS names one
+                continue
+            job_id, state, nodes, reason, name = line.split("|", 4)
             detail = f"on {nodes}" if nodes and state != "PENDING" else f"({reason})"
             found[job_id] = State(name, state, detail)
         return found
@@ -92,6 +106,10 @@ class Slurm:
         """See :class:`Cluster`."""
         if job_ids := list(job_ids):
             subprocess.run(["scancel", *job_ids], check=False)
+
+
+OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Environment variables that say which cluster this is: for sbatch as for squeue and scancel."""
 
 
 class BatchStep(submitit.SlurmExecutor):
@@ -104,7 +122,7 @@ class BatchStep(submitit.SlurmExecutor):
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         # Variables of a job that the driver itself runs in are not the new one's.
         of_job = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_"))]
-        hidden = [word for name in of_job if name != "SLURM_CONF" for word in ("-u", name)]
+        hidden = [word for name in of_job if name not in OF_CLUSTER for word in ("-u", name)]
         return ["env", *hidden, "sbatch", str(submission_file_path)]
 
 

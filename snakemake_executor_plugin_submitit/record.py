@@ -33,6 +33,10 @@ class NotTheWriter(Exception):
     """This job must not write."""
 
 
+class Superseded(NotTheWriter):
+    """A later start of the job has begun; what becomes of the job is its to say."""
+
+
 @dataclass(frozen=True)
 class Record:
     """The job that writes the outputs.
@@ -90,7 +94,8 @@ def become_writer(folder: Path, job_id: str, start: int, when_superseded: Callab
         when_superseded: called on a thread of its own when another job or a later start claims the folder.
 
     Raises:
-        NotTheWriter: the record names another job, a later start is there, or an earlier job does not end.
+        NotTheWriter: the record names another job, or an earlier job does not end.
+        Superseded: a later start, or a later job, has claimed the folder.
     """
     _wait_for_record(folder, job_id)
     mine = [job_id, start]
@@ -100,7 +105,7 @@ def become_writer(folder: Path, job_id: str, start: int, when_superseded: Callab
         return claim is None or claim == mine
 
     if (claim := _claim(folder)) is not None and claim[0] == job_id and claim[1] > start:
-        raise NotTheWriter(f"a later start of job {job_id} has begun")
+        raise Superseded(f"a later start of job {job_id} has begun")
     write(folder / CLAIM, json.dumps(mine))
     lock = _lock(folder, is_mine)
 
@@ -132,9 +137,10 @@ def _lock(folder: Path, is_mine: Callable[[], bool]) -> IO[str]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return stream
         except BlockingIOError:
-            if not is_mine() or time.monotonic() > deadline:
+            refused = NotTheWriter if is_mine() else Superseded
+            if refused is Superseded or time.monotonic() > deadline:
                 stream.close()
-                raise NotTheWriter(f"{folder / LOCK}: an earlier job still writes the same outputs") from None
+                raise refused(f"{folder / LOCK}: an earlier job still writes the same outputs") from None
             time.sleep(0.2)
         except OSError as error:
             stream.close()

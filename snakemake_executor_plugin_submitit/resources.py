@@ -40,6 +40,10 @@ KNOWN = {
 """The resources that are read, with what each should be, in words and as a pattern. Others are ignored."""
 
 
+RESERVED = {"array", "clusters", "error", "job-name", "no-requeue", "open-mode", "output", "wrap"}
+"""Options of sbatch that the executor sets, or without which it would not find its jobs."""
+
+
 def check(rule: str, resources: Mapping[str, Any]) -> dict[str, str]:
     """Return the known resources of a job as text.
 
@@ -86,6 +90,10 @@ def extra(rule: str, found: Mapping[str, str]) -> dict[str, str | bool]:
                 f"rule {rule}: resource slurm_extra={text!r} should be long options of sbatch, such as "
                 f"--mail-type=END; not {word!r}"
             )
+    if taken := RESERVED & options.keys():
+        raise WorkflowError(
+            f"rule {rule}: resource slurm_extra={text!r}: --{min(taken)} is the executor's own; leave it out"
+        )
     return options
 
 

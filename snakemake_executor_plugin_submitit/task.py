@@ -52,11 +52,16 @@ class Task:
         Raises:
             CommandFailed: it failed.
             NotTheWriter: another job is to write the outputs.
+            SystemExit: a later start of this job does.
         """
         signal.signal(signal.SIGTERM, self._announced)
-        job_id = os.environ.get("SLURM_JOB_ID") or os.environ["SUBMITIT_LOCAL_JOB_ID"]
+        # submitit's local cluster passes on the variables of a Slurm job that the driver runs in.
+        job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or os.environ["SLURM_JOB_ID"]
         start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        lock = record.become_writer(Path(self.folder), job_id, start, self._superseded)
+        try:
+            lock = record.become_writer(Path(self.folder), job_id, start, self._superseded)
+        except record.Superseded as error:
+            sys.exit(str(error))  # submitit would write an exception as what became of the job
         status = 0
         if not self._is_ending:
             # The command keeps the lock, too: should this process be killed, the next still waits for the command.

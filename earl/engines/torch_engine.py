@@ -58,7 +58,7 @@ class TorchEngine:
         """Return an engine with the configuration's settings."""
         return cls(
             device=runtime.prepare(config),
-            dtype=runtime.dtype(config),
+            dtype=runtime.dtype(config.dtype),
             batch_size=config.engine_batch_size,
             context=config.model_context_size,
             constrained=config.emu3_use_logit_processor,

@@ -7,7 +7,6 @@ Every rank runs the same command and finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -84,13 +83,9 @@ def _srun(arguments: Sequence[str], nodes: int, size: int) -> int:
         port = server.getsockname()[1]
     meeting = {"MASTER_ADDR": _first_node(), "MASTER_PORT": str(port)}
     # On TERM srun ends all tasks of the step.
-    with subprocess.Popen(command, env=os.environ | meeting, preexec_fn=_end_with_launcher) as step:
+    with subprocess.Popen(command, env=os.environ | meeting, preexec_fn=processes.end_with_parent) as step:
         status = step.wait()
     return status if status >= 0 else 128 - status
-
-
-def _end_with_launcher() -> None:
-    processes.end_with_parent(signal.SIGTERM)
 
 
 def _first_node() -> str:

@@ -140,39 +140,28 @@ def is_alive(pid: int) -> bool:
 
 
 def end_with(pid: int) -> None:
-    """End this process, without further ado, when process ``pid`` of the same machine is gone; see :func:`end_when`."""
-    end_when(lambda: not is_alive(pid))
+    """End this process, without further ado, when process ``pid`` of the same machine is gone.
 
-
-def end_when(is_over: Callable[[], bool], interval: float = 0.25, first: Callable[[], None] | None = None) -> None:
-    """End this process, without further ado, when ``is_over`` says so.
-
-    Outputs appear only complete, so ending at any moment leaves nothing half-written. A thread asks every
-    ``interval`` seconds; before the end it calls ``first``.
+    Outputs appear only complete, so ending at any moment leaves nothing half-written.
     """
 
     def watch() -> None:
-        while not is_over():
-            time.sleep(interval)
-        try:
-            if first is not None:
-                first()
-        finally:
-            os._exit(1)
+        while is_alive(pid):
+            time.sleep(0.25)
+        os._exit(1)
 
     threading.Thread(target=watch, name="end-with-workflow", daemon=True).start()
 
 
-def end_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> None:
-    """Between fork and exec: have Linux send this process a signal when the one that started it is gone, however.
+def end_with_parent(parent: int | None = None) -> None:
+    """Between fork and exec: have Linux end this process (SIGTERM) when the one that started it is gone, however.
 
     Args:
-        number: The signal.
         parent: Process id of the one that started it; should it be gone already, this process ends here.
     """
     set_parent_death_signal = 1
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
@@ -190,8 +179,9 @@ def end_with_workflow() -> None:
 
 
 def _machine() -> str:
-    # A process that submitit's local cluster started outlives the workflow as a job of Slurm does.
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+    # A process that submitit's local cluster started outlives the workflow as a job of Slurm does. It has the variables
+    # of a Slurm job that the workflow runs in; a job of Slurm has none of submitit's.
+    job = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
     return f"{socket.gethostname()}:{job}"
 
 

@@ -65,18 +65,11 @@ def sees_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def dtype(config: "Config") -> "torch.dtype":
-    """Return the torch type of ``config.dtype``."""
+def dtype(name: str) -> "torch.dtype":
+    """Return the torch type that the configuration calls ``name``."""
     import torch
 
-    return getattr(torch, config.dtype)
-
-
-def policy_dtype(config: "Config") -> "torch.dtype":
-    """Return the torch type of ``config.policy_dtype``."""
-    import torch
-
-    return getattr(torch, config.policy_dtype)
+    return getattr(torch, name)
 
 
 def release_memory(device: "torch.device") -> None:

@@ -249,7 +249,7 @@ class _Segment:
         if self.sampler is None:
             self.sampler = generate.Sampler.load(self.config, self.files.iteration(self.checkpoint).policy)
         if self.sampler.policy_digest != self.policy_digest:
-            own = self.learner.weights(runtime.dtype(self.config)) if self.learner is not None else None
+            own = self.learner.weights(runtime.dtype(self.config.dtype)) if self.learner is not None else None
             self.sampler.update(broadcast.to_all(own, self.world, self.team), self.policy_digest)
         self.sampler.engine.wake()
         return self.sampler

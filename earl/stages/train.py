@@ -279,7 +279,7 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
 
 def _write_policy(config: "Config", learner: Learner, path: Path | None, team: Ranks) -> str:
     """Write the policy folder and return its digest; without a path, return the digest that it would have."""
-    dtype = runtime.policy_dtype(config)
+    dtype = runtime.dtype(config.policy_dtype)
     if path is None:
         return saving.save_policy(learner.policy, None, learner.companions, dtype, team)
     with ranks.folder(path, team) as folder:
@@ -288,7 +288,7 @@ def _write_policy(config: "Config", learner: Learner, path: Path | None, team: R
 
 def _write_trainer(config: "Config", learner: Learner, path: Path, team: Ranks) -> None:
     trained = TrainerState(learner.iteration, learner.optimizer_steps, learner.policy_digest, **_origin(config))
-    with_weights = runtime.policy_dtype(config) == torch.bfloat16
+    with_weights = runtime.dtype(config.policy_dtype) == torch.bfloat16
     with ranks.folder(path, team) as folder:
         trainer_state.save(folder, learner.policy, learner.optimizer, trained, team, with_weights)
 

@@ -1,6 +1,5 @@
 """The settings of a workflow: all that ``--config``, a profile and ``config/config.yaml`` can say."""
 
-import base64
 import contextlib
 import json
 import shlex
@@ -14,8 +13,6 @@ from earl.config import load
 from earl.config.schema import Config
 from earl.messages import names
 from earl.messages.errors import EarlError
-
-PACKED = "packed="
 
 
 def _items(value: Any) -> list[str]:
@@ -57,21 +54,6 @@ class Settings(BaseModel):
     """The words that run ``earl`` in the environment of the stages."""
 
 
-def packed(arguments: list[str]) -> list[str]:
-    """Return what followed ``--config`` as one argument of letters and digits, which no shell changes."""
-    text = base64.urlsafe_b64encode(json.dumps(arguments).encode()).decode()
-    return [f"{PACKED}{text}"] if arguments else []
-
-
-def unpacked(arguments: Iterable[str] | None) -> list[str]:
-    """Return what followed ``--config``, packed or not."""
-    found = [
-        json.loads(base64.urlsafe_b64decode(text[len(PACKED) :])) if text.startswith(PACKED) else [text]
-        for text in arguments or ()
-    ]
-    return [argument for each in found for argument in each]
-
-
 def read(config: Mapping[str, Any], arguments: Iterable[str] = ()) -> Settings:
     """Return the settings.
 
@@ -89,11 +71,7 @@ def read(config: Mapping[str, Any], arguments: Iterable[str] = ()) -> Settings:
         typed.setdefault(name, []).append(text)
     # What can be a list may be given several times; of the others, the last counts.
     typed = {name: texts if name in ("experiment", "set") else texts[-1] for name, texts in typed.items()}
-    given = {
-        name: value
-        for name, value in (dict(config) | typed).items()
-        if f"{name}=" != PACKED and value not in (None, "", [""])
-    }
+    given = {name: value for name, value in (dict(config) | typed).items() if value not in (None, "", [""])}
     for name in given:
         if name not in Settings.model_fields:
             is_field = name.split(".")[0] in Config.model_fields

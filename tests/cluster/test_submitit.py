@@ -47,6 +47,21 @@ def test_a_job_that_slurm_does_not_take_fails(bench):
     assert "invalid partition" in bench.said()
 
 
+def test_a_controller_that_is_away_is_waited_for(bench, slurm):
+    """When a job is to be submitted, and while one runs."""
+    slurm.stop_controller()
+    driver = bench.start()
+    bench.waits_for("does not answer; waiting: ")
+    slurm.start_controller()
+    bench.begun()
+    slurm.stop_controller()
+    bench.waits_for("the cluster does not answer; waiting: squeue")
+    slurm.start_controller()
+    bench.hurry()
+    bench.ended(driver)
+    assert bench.words() == ["begin", "end"]
+
+
 def test_other_resources_are_asked_for(bench):
     bench.hurry()
     bench.ended(bench.start(gres="gpu:3", slurm_extra="'--nice=7 --comment=mine'"))

@@ -76,7 +76,7 @@ def test_steps_in_memory_leave_the_bytes_of_a_stage_an_iteration(new_run, vocabu
         stored = {}
         for path in kept.iteration(ITERATIONS).policy.glob("*.safetensors"):
             stored |= load_file(path)
-        weights = dict(learner.weights(runtime.policy_dtype(config)))
+        weights = dict(learner.weights(runtime.dtype(config.policy_dtype)))
         assert stored.keys() == weights.keys()
         assert all(torch.equal(weight, stored[name]) for name, weight in weights.items())
     for index in (2, 3):

@@ -114,7 +114,7 @@ def run_in_memory(config: Config) -> Run:
     for index in range(1, config.num_iterations + 1):
         sample(config, run, index, sampler, judge)
         train.step(config, run, learner, team, checkpoint=segments.has_checkpoint(config, index, config.num_iterations))
-        sampler.update(learner.weights(runtime.dtype(config)), learner.policy_digest)
+        sampler.update(learner.weights(runtime.dtype(config.dtype)), learner.policy_digest)
     return run
 
 

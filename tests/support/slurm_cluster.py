@@ -82,7 +82,7 @@ class Cluster:
             f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
         )  # fmt: skip
         _wait(lambda: (munge / "socket").exists(), "munged", self.folder)
-        self._daemon("slurmctld", "-D", "-c")
+        self.start_controller("-c")
         for node in NODES:
             self.start_node(node)
         _wait(lambda: set(self.nodes().values()) == {"idle"}, f"idle nodes, not {self.nodes()}", self.folder)
@@ -92,6 +92,16 @@ class Cluster:
             self.daemons[name or command[0]] = subprocess.Popen(
                 command, env=os.environ | self.env, stdout=output, stderr=output, start_new_session=True
             )
+
+    def start_controller(self, *options: str) -> None:
+        """Start the controller, which knows the jobs that it knew."""
+        self._daemon("slurmctld", "-D", *options)
+
+    def stop_controller(self) -> None:
+        """End the controller; jobs go on."""
+        daemon = self.daemons.pop("slurmctld")
+        daemon.terminate()
+        daemon.wait(timeout=60)
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""

@@ -58,3 +58,7 @@ def test_a_workflow_names_its_machine_and_job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     processes.end_stages_with_this_process()
     assert os.environ[processes.WATCHED] == f"{socket.gethostname()}:7:{os.getpid()}"
+    # A job of submitit's local cluster, whose driver is a job of Slurm.
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "8")
+    processes.end_stages_with_this_process()
+    assert os.environ[processes.WATCHED] == f"{socket.gethostname()}:8:{os.getpid()}"

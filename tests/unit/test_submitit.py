@@ -1,12 +1,16 @@
 """The executor without a cluster: what it asks Slurm for, and which job may write."""
 
+import errno
 import os
 import time
 from pathlib import Path
 
 import pytest
 from snakemake_interface_common.exceptions import WorkflowError
+from submitit.core import submission
+from submitit.core.utils import DelayedSubmission
 
+import snakemake_executor_plugin_submitit
 from earl.execution import processes
 from snakemake_executor_plugin_submitit import clusters, record, resources
 from snakemake_executor_plugin_submitit.record import NotTheWriter, Record
@@ -132,6 +136,9 @@ def test_what_is_switched_off_is_no_option(slurm, tmp_path, asked):
         ({"runtime": 1, "warn_seconds": 60}, "warn_seconds=60 is not below runtime=1 minutes"),
         ({"slurm_extra": "-p fast"}, "should be long options of sbatch.*not '-p'"),
         ({"slurm_extra": "--nice=1 stray"}, "not 'stray'"),
+        ({"slurm_extra": "--nice=1 --array=0-3"}, "slurm_extra='--nice=1 --array=0-3': --array is the executor's own"),
+        ({"slurm_extra": "--clusters=b"}, "--clusters is"),
+        ({"slurm_extra": "--no-requeue"}, "--no-requeue is"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_rule(asked, message):
@@ -140,20 +147,43 @@ def test_a_wrong_value_is_named_with_its_rule(asked, message):
 
 
 def test_a_driver_that_is_itself_a_job_keeps_its_variables_to_itself(slurm, tmp_path, monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SRUN_CPUS_PER_TASK", "SLURM_CONF", "OTHER"):
+    of_cluster = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SRUN_CPUS_PER_TASK", *of_cluster, "OTHER"):
         monkeypatch.setenv(name, "1")
     script(tmp_path / "job")
     found = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
-    assert {"SLURM_CONF", "OTHER"} <= found
+    assert {*of_cluster, "OTHER"} <= found
     assert not found & {"SLURM_JOB_ID", "SLURM_NTASKS", "SRUN_CPUS_PER_TASK"}
     assert os.environ["SLURM_JOB_ID"] == "1"
 
 
 def test_one_question_tells_the_states_of_all_jobs(slurm, tmp_path):
-    program(slurm, "squeue", f"echo call >> {tmp_path}/calls; echo '7|a|RUNNING|n[1-2]|None\n8|b|PENDING||Resources'")
+    lines = "7|RUNNING|n[1-2]|None|a\n8|PENDING||Resources|b"
+    program(slurm, "squeue", f"echo call >> {tmp_path}/calls; echo '{lines}'")
     states = clusters.Slurm().states(["7", "8", "9"])
     assert {job: str(state) for job, state in states.items()} == {"7": "RUNNING on n[1-2]", "8": "PENDING (Resources)"}
     assert (tmp_path / "calls").read_text().count("call") == 1
+
+
+def test_no_job_is_left_out_for_what_is_set_or_named_elsewhere(slurm, monkeypatch):
+    """`squeue` reads variables as options, hides partitions, and may name a cluster first; names are any bytes."""
+    lines = r"CLUSTER: b\n7|RUNNING|n1|None|a\n8|PENDING||Priority|caf\351|x\n"
+    filtered = '[ -n "$SQUEUE_PARTITION$SQUEUE_FORMAT" ]'
+    program(slurm, "squeue", f"case \" $* \" in *' --all '*) {filtered} || printf '{lines}';; esac")
+    monkeypatch.setenv("SQUEUE_PARTITION", "fast")
+    monkeypatch.setenv("SQUEUE_FORMAT", "%i")
+    states = clusters.Slurm().states(["7", "8"])
+    assert {job: state.name for job, state in states.items()} == {"7": "a", "8": "caf\ufffd|x"}
+
+
+def test_a_submission_that_is_not_heard_is_no_refusal(slurm, tmp_path):
+    away = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    program(slurm, "sbatch", f"echo '{away}' >&2; exit 1")
+    with pytest.raises(clusters.NoAnswer, match="Unable to contact"):
+        script(tmp_path / "a")
+    program(slurm, "sbatch", "echo 'sbatch: error: invalid partition specified: none' >&2; exit 1")
+    with pytest.raises(RuntimeError, match="invalid partition"):
+        script(tmp_path / "b")
 
 
 def test_where_squeue_does_not_answer_nobody_knows(slurm):
@@ -203,6 +233,32 @@ def test_an_earlier_start_does_not_begin_after_a_later_one(tmp_path):
     record.become_writer(tmp_path, "7", 2, lambda: None).close()
     with pytest.raises(NotTheWriter, match="a later start of job 7 has begun"):
         record.become_writer(tmp_path, "7", 1, lambda: None)
+
+
+def test_a_start_that_comes_too_late_says_nothing_of_what_became_of_the_job(tmp_path, monkeypatch):
+    """As submitit runs it, which writes an exception as the job's result."""
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "7")
+    monkeypatch.setenv("SUBMITIT_LOCAL_LOCALID", "0")
+    monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", "0")
+    monkeypatch.setenv("SUBMITIT_LOCAL_NTASKS", "1")
+    monkeypatch.setenv("SUBMITIT_LOCAL_NNODES", "1")
+    monkeypatch.setenv("SUBMITIT_LOCAL_NODEID", "0")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    recorded(tmp_path, "7")
+    record.become_writer(tmp_path, "7", 2, lambda: None).close()
+    DelayedSubmission(Task("true", str(tmp_path), 0)).dump(tmp_path / "7_submitted.pkl")
+    with pytest.raises(SystemExit, match="a later start of job 7"):
+        submission.process_job(tmp_path)
+    assert not list(tmp_path.glob("*result*"))
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_file_system_that_is_away_is_no_result(tmp_path, monkeypatch, code):
+    def away(path: Path) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(snakemake_executor_plugin_submitit, "pickle_load", away)
+    assert snakemake_executor_plugin_submitit.Watched("train-a", tmp_path, "7").result() is None
 
 
 def test_a_job_does_not_begin_while_an_earlier_one_holds_the_lock(tmp_path, monkeypatch):

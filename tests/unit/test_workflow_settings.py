@@ -1,7 +1,5 @@
 """Settings of a workflow: what was typed counts, not what YAML makes of it; what nothing reads is refused."""
 
-import shlex
-
 import pytest
 from snakemake.cli import parse_config
 
@@ -44,18 +42,6 @@ def refusal(*arguments: str) -> str:
 )
 def test_set_is_read_as_it_was_typed(typed, expected):
     assert overrides(f"set={typed}") == expected
-
-
-def test_settings_travel_packed():
-    typed = ["experiment=a.jsonnet", """set=assistant_prefill=it's "$HOME" `x` \\"""]
-    (packed,) = settings.packed(typed)
-    assert shlex.quote(packed.replace("packed=", "").replace("=", "")) in packed, (
-        "nothing in it means anything to a shell"
-    )
-    assert settings.unpacked([packed]) == settings.unpacked(typed) == typed
-    # Snakemake hands it over as a setting, too.
-    assert settings.read(parse_config([packed]), typed).experiment == ["a.jsonnet"]
-    assert (settings.packed([]), settings.unpacked(None)) == ([], [])
 
 
 def test_set_may_be_given_several_times():
