@@ -76,7 +76,7 @@ def _write(config: "Config", policy: Path, out: Path, title: str, options: Optio
 
     is_export = all((out / name).exists() for name in (manifest.NAME, export.VISION_TOKENIZER))
     if out.is_dir() and any(out.iterdir()) and not is_export:
-        raise EarlError(f"{out}: is a folder with other files, which would be replaced; give the name of a new one")
+        raise EarlError(f"{out}: is there already and no export, which would replace it; give the name of a new folder")
     vision_tokenizer = paths.vision_tokenizer_folder(config)
     if not vision_tokenizer.is_dir():
         raise EarlError(

@@ -184,19 +184,12 @@ class TestCommand:
         assert earl(*arguments, "--config", ROOT / "config" / "demo.jsonnet", "--dtype", "float32").returncode == 0
         assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
-    def test_other_files_are_not_replaced(self, earl, tmp_path):
-        (tmp_path / "mine.txt").write_text("mine")
-        arguments = ["export", "--policy", policy.BASE_POLICY, "--config", ROOT / "config" / "demo.jsonnet"]
-        done = earl(*arguments, "--out", tmp_path)
-        assert f"{tmp_path}: is a folder with other files" in done.stderr
-        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
     def test_a_policy_of_a_run_is_not_replaced(self, earl, tmp_path, policy_folder):
         shutil.copytree(policy_folder, tmp_path / "policy")
         digest = manifest.seal(tmp_path / "policy")
         arguments = ["export", "--policy", tmp_path / "policy", "--config", ROOT / "config" / "demo.jsonnet"]
         done = earl(*arguments, "--out", tmp_path / "policy")
-        assert f"{tmp_path / 'policy'}: is a folder with other files" in done.stderr
+        assert f"{tmp_path / 'policy'}: is there already and no export" in done.stderr
         assert manifest.digest_folder(tmp_path / "policy") == digest
 
     @pytest.mark.parametrize("wrong", [[], ["--run", "r", "--policy", "p"], ["--policy", "p", "--iteration", "1"]])
