@@ -23,7 +23,7 @@
   assistant_prefill: '<|image start|>',
   sft: {
     shapes: {
-      // Trained for half an hour by shapes_base.jsonnet; `stage:shapes-policy` would start from random weights.
+      // Trained for 25 minutes by shapes_base.jsonnet; `stage:shapes-policy` would start from random weights.
       base_model: 'package:shapes/base_policy',
       train_paths_file: ['stage:tokenise/shapes_sft'],
       coefficients: [1.0],

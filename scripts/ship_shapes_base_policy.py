@@ -3,7 +3,7 @@
     python -m snakemake --until sft --config experiment=config/shapes_base.jsonnet
     python scripts/ship_shapes_base_policy.py
 
-The first command takes about half an hour on one core and can be killed and started again.
+The first command takes about 25 minutes on one core and can be killed and started again.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from earl.execution import processes
 from earl.files.layout import Run
 from earl.messages.errors import EarlError
 from earl.run import plan as planning
-from earl.run import preflight, state
+from earl.run import preflight, segments, state
 from earl.run.plan import Plan
 from earl.run.unreached import unreached
 from earl.workflow.settings import Settings
@@ -88,6 +88,8 @@ def _check(
     print(plan.text(), file=sys.stderr)
     for field, message in unreached(plan.config):
         print(f"{plan.key}: field {field} {message}", file=sys.stderr)
+    if plan.segments and (idle := segments.idle_ranks(plan.config, segments.processes(plan.config))):
+        print(f"{plan.key}: {idle}", file=sys.stderr)
     if missing := tracking.missing(plan.config):
         print(f"{plan.key}: {missing}", file=sys.stderr)
 

@@ -49,8 +49,12 @@ def test_iterations_after_a_rate_of_zero_are_refused():
 
 def test_the_plan_tells_it(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    opening.make_plans(Settings(experiment=[str(DEMO)], set={"warmup_iterations": 30}))
-    assert "runs/demo: field warmup_iterations is 30, but num_iterations is 20" in capfd.readouterr().err
+    opening.make_plans(Settings(experiment=[str(DEMO)], set={"warmup_iterations": 30, "segment_processes": 3}))
+    said = capfd.readouterr().err
+    assert "runs/demo: field warmup_iterations is 30, but num_iterations is 20" in said
+    assert "runs/demo: 1 of 3 ranks never sample, since rollout_shards is 2" in said
+    opening.make_plans(Settings(experiment=[str(DEMO)], granularity="stage", set={"segment_processes": 3}))
+    assert "ranks never sample" not in capfd.readouterr().err
 
 
 def test_a_curriculum_that_has_no_other_prompts_is_refused():
