@@ -150,7 +150,7 @@ def _check_iteration(config: "Config") -> None:
         )
     if config.train_text_tokens_only and config.train_vision_tokens_only:
         raise wrong("train_text_tokens_only", "and train_vision_tokens_only are both true; choose one")
-    if config.train_text_tokens_only and config.text_only_steps and config.assistant_prefill.endswith(IMAGE_START):
+    if config.train_text_tokens_only and config.text_only_steps and IMAGE_START in config.assistant_prefill:
         raise wrong(
             "train_text_tokens_only",
             f"is true, but assistant_prefill is `{config.assistant_prefill}`: the only text of a completion is then "
@@ -170,6 +170,16 @@ def _check_engine(config: "Config") -> None:
             f"is {config.vllm_tensor_parallel_size}, but the engine `torch` computes on one device; set it to 1 or "
             "engine to `vllm`",
         )
+    samples = {"generations_per_sample": config.generations_per_sample} if config.num_iterations else {}
+    evaluations = config.evaluations.items()
+    samples |= {f"evaluations.{name}.samples_per_prompt": one.samples_per_prompt for name, one in evaluations}
+    for field, count in samples.items():
+        if config.engine == "torch" and config.engine_batch_size % count:
+            raise wrong(
+                "engine_batch_size",
+                f"is {config.engine_batch_size}, but {field} is {count}, and a prompt's samples are in one batch; make "
+                f"it a multiple of {count}",
+            )
     temperatures = {"temperature": config.temperature}
     temperatures |= {f"evaluations.{name}.temperature": one.temperature for name, one in config.evaluations.items()}
     for field, temperature in temperatures.items():

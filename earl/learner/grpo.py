@@ -305,8 +305,9 @@ def add_to(
         estimate = objective.kl_estimate(logp, reference_logp, options.kl_estimator, batch.behavior_logprobs)
         kl_loss = objective.normalized(estimate, denominator, divided_by(batch, settings))
         totals.kl_loss += settings.kl_coeff * kl_loss.item()
-        # Whatever the loss has, k3 is the better value: unbiased, and never negative.
-        totals.kl += objective.kl_estimate(logp, reference_logp, "k3").double().sum().item()
+        # Whatever the loss has, this is the better value: never negative, and unbiased after earlier steps, too.
+        value = objective.kl_estimate(logp, reference_logp, "weighted_k3", batch.behavior_logprobs)
+        totals.kl += value.double().sum().item()
     if options.ratio:
         ratio = objective.importance_ratio(logp, batch.behavior_logprobs, batch.sequences, options)
         low, high = objective.clipped_tokens(ratio, batch.advantages, options.clip_low, options.clip_high)

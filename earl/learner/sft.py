@@ -354,17 +354,17 @@ def resume(
     Raises:
         EarlError: it is damaged.
     """
-    found = team.of_first(_newest(checkpoints, identity) if team.first else None)
+    found = team.of_first(newest(checkpoints, identity) if team.first else None)
     if found is None:
         return Progress()
-    newest, state = found
+    folder, state = found
     remedy = _remedy(checkpoints)
-    trainer_state.has_weights(newest, policy, remedy)
+    trainer_state.has_weights(folder, policy, remedy)
     progress = Progress(**state["progress"])
     progress.validation = {int(step): loss for step, loss in progress.validation.items()}
-    with manifest.reading(newest, remedy=remedy, rank=team.rank, ranks=team.size):
-        trainer_state.read_parts(newest, policy, optimizer, progress.step, team, with_weights=True, remedy=remedy)
-    log.info("sft: resumed at step %d from %s", progress.step, newest)
+    with manifest.reading(folder, remedy=remedy, rank=team.rank, ranks=team.size):
+        trainer_state.read_parts(folder, policy, optimizer, progress.step, team, with_weights=True, remedy=remedy)
+    log.info("sft: resumed at step %d from %s", progress.step, folder)
     return progress
 
 
@@ -372,7 +372,7 @@ def _remedy(checkpoints: Path) -> str:
     return f"remove {checkpoints} to begin anew"
 
 
-def _newest(checkpoints: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
+def newest(checkpoints: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint and its `state.json`; those of another identity are removed."""
     found = sorted(folder for folder in checkpoints.glob("step-*") if (folder / manifest.NAME).is_file())
     if not found:

@@ -7,7 +7,7 @@ equal numbers give equal bytes.
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from html import escape
@@ -28,11 +28,15 @@ _SMALLEST = Fraction(1, 10**300)
 
 @dataclass(frozen=True)
 class Line:
-    """One line: values over iterations, optionally with a band. ``colour`` is an index into the page's palette."""
+    """One line: values over iterations, optionally with a band.
+
+    ``newest`` is the last value itself, where ``y`` has means of several; ``colour`` an index into the page's palette.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    newest: float
     low: Sequence[float] = field(default=())
     high: Sequence[float] = field(default=())
     colour: int = 0
@@ -48,7 +52,7 @@ def line(label: str, points: Iterable[tuple], colour: int = 0) -> Line | None:
         return None
     x, y, *band = (list(values) for values in zip(*kept, strict=True))
     low, high = band or ((), ())
-    return _thinned(Line(label, x, y, low, high, colour))
+    return _thinned(Line(label, x, y, y[-1], low, high, colour))
 
 
 def _thinned(full: Line) -> Line:
@@ -60,7 +64,7 @@ def _thinned(full: Line) -> Line:
         parts = [values[start : start + size] for start in range(0, len(values), size)]
         return [_mean(part) for part in parts]
 
-    return Line(full.label, bins(full.x), bins(full.y), bins(full.low), bins(full.high), full.colour)
+    return replace(full, **{name: bins(getattr(full, name)) for name in ("x", "y", "low", "high")})
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,8 +19,10 @@ from earl.statistics.intervals import Interval
 
 LEAST = 10
 """Iterations that know a measure, from which on something is said of it."""
-SHARE = 5
-"""The first and the last fifth of the iterations are compared."""
+SHARE, FEWEST = 5, 5
+"""The first and the last fifth of the iterations are compared, but five at least: the error of fewer is not known."""
+CLEAR = 2.31
+"""Standard errors that a change takes to be clear: Student's t for 95% and the 8 degrees of freedom of twice five."""
 UNIFORM = 0.5
 """Share of groups with equal rewards, from which on half of the sampling teaches nothing."""
 COLLAPSE = 1 / 3
@@ -44,7 +46,7 @@ class Trend:
 
     @property
     def is_clear(self) -> bool:
-        return abs(self.change) > 2 * self.error
+        return abs(self.change) > CLEAR * self.error
 
     @property
     def is_clear_rise(self) -> bool:
@@ -56,7 +58,7 @@ def trend(metrics: Sequence[Mapping[str, Any]], measure: str) -> Trend | None:
     values = _known(metrics, measure)
     if len(values) < LEAST:
         return None
-    size = len(values) // SHARE
+    size = max(FEWEST, len(values) // SHARE)
     first, last = values[:size], values[-size:]
     return Trend(fmean(first), fmean(last), sqrt((variance(first) + variance(last)) / size))
 

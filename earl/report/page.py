@@ -160,7 +160,9 @@ def _ends(found: Contents, series: Series) -> tuple[Any, Any]:
 
 def _learning(found: Contents) -> list[str]:
     result = compare(*_ends(found, found.evaluations[0]), "reward") if found.evaluations else None
-    return learning.sentences(found.metrics, result, learning.repeats(found.run, found.metrics))
+    # Rewards of another configuration may be another measure, or of another kind of sampling.
+    same = [row for row in found.metrics if row["iteration"] not in found.trained_otherwise]
+    return learning.sentences(same, result, learning.repeats(found.run, found.metrics))
 
 
 def _with_bar(result: Comparison, reach: float) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def chart(title: str, note: str, lines: list[charts.Line | None], **options: Any
     kept = [each for each in lines if each is not None]
     if not kept:
         return None
-    legend = [{"label": each.label, "colour": each.colour, "value": each.y[-1]} for each in kept]
+    legend = [{"label": each.label, "colour": each.colour, "value": each.newest} for each in kept]
     drawn = Markup(charts.line_chart(title, kept, **options))
     return {"title": title, "note": note, "legend": legend, "svg": drawn}
 
@@ -384,16 +386,15 @@ def _in_short(value: Any) -> str:
 
 
 def files(found: Contents) -> dict[str, Any]:
-    """Paths for the examples of opening files: the newest iteration and evaluation there are."""
+    """Paths for the examples of opening files: those of the newest evaluation there is."""
     root = found.run.path
-    rollouts = sorted(root.glob("iterations/*/rollouts/*.parquet"))
     head = found.evaluations[0] if found.evaluations else None
-    evaluation = found.run.evaluation(head.name, head.last).table if head else None
+    newest = found.run.evaluation(head.name, head.last) if head else None
     return {
         "run": root.name,
-        "rollouts": rollouts[-1].relative_to(root).as_posix() if rollouts else None,
-        "evaluation": evaluation.relative_to(root).as_posix() if evaluation else None,
-        "evaluations": f"evaluations/{head.name}" if head else None,
+        "evaluation": newest and newest.table.relative_to(root).as_posix(),
+        "pictures": newest and newest.rollouts.relative_to(root).as_posix(),
+        "evaluations": newest and f"evaluations/{head.name}",
         # The tables of several rewards have no column in common that is "the reward".
         "measure": "edit_success" if head and head.derived else "reward",
     }

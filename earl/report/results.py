@@ -54,9 +54,11 @@ class Entry:
 
     def _rewards(self, name: str, iteration: int, task: str | None) -> dict[Any, float]:
         table = self.run.evaluation(name, iteration).table
-        rows = tables.read_table(table, EVALUATION, ["dataset", "example_id", "task", MAIN]).to_pylist()
+        columns = ["dataset", "example_id", "instruction", "task", MAIN]
+        rows = tables.read_table(table, EVALUATION, columns).to_pylist()
         chosen = (row for row in rows if task is None or (row["task"] or "") == task)
-        return intervals.mean_by_prompt((prompt_of(row), row[MAIN]) for row in chosen)
+        # The instruction, too: another data set may have the same names and ids.
+        return intervals.mean_by_prompt(((*prompt_of(row), row["instruction"]), row[MAIN]) for row in chosen)
 
 
 def read(spec: str, wanted: Sequence[str] = ()) -> Entry:
@@ -133,13 +135,14 @@ def compare(entries: Sequence[Entry], published: bool = False) -> dict[str, Any]
     ours = dict.fromkeys(name for entry in entries for name in entry.summaries)
     # Those of the published table in its order, then the others.
     columns = [*(name for name in told["columns"] if name in ours), *(n for n in ours if n not in told["columns"])]
+    changes = {entry.label: _changes(entries[0], entry) for entry in entries[1:]}
     return {
         "measure": MAIN,
         "columns": columns,
         "entries": [_entry(entry, columns) for entry in entries],
         "baseline": labels[0],
-        "changes": {entry.label: _changes(entries[0], entry) for entry in entries[1:]},
-        "notes": _notes(entries, columns),
+        "changes": changes,
+        "notes": _notes(entries, columns) + _few_pairs(labels[0], changes),
         "published": told if published else None,
     }
 
@@ -165,7 +168,10 @@ def _part(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes(baseline: Entry, entry: Entry) -> dict[str, Any]:
-    """Change of the mean VIEScore with its paired bootstrap interval, by evaluation and by task of it."""
+    """Change of the mean VIEScore with its paired bootstrap interval, by evaluation and by task of it.
+
+    `prompts` is how many the baseline knows the VIEScore of, and the entry.
+    """
     found = {}
     for name in entry.summaries:
         if name not in baseline.summaries:
@@ -174,8 +180,22 @@ def _changes(baseline: Entry, entry: Entry) -> dict[str, Any]:
         before, after = ({task: each.rewards(name, task) for task in tasks} for each in (baseline, entry))
         all_, *rest = (intervals.paired_bootstrap(before[task], after[task]) for task in tasks)
         by_task = {task: vars(change) for task, change in zip(tasks[1:], rest, strict=True) if change}
-        found[name] = {"all": vars(all_) if all_ else None, "tasks": by_task}
+        known = [len(before[None]), len(after[None])]
+        found[name] = {"all": vars(all_) if all_ else None, "tasks": by_task, "prompts": known}
     return found
+
+
+def _few_pairs(baseline: str, changes: dict[str, dict[str, Any]]) -> list[str]:
+    """Say where a change is over fewer prompts than either of the two has."""
+    notes = []
+    for label, by_name in changes.items():
+        for name, change in by_name.items():
+            pairs = change["all"]["n"] if change["all"] else 0
+            if pairs < min(change["prompts"]):
+                counts = " and ".join(map(str, change["prompts"]))
+                common = f"{pairs} prompt{'' if pairs == 1 else 's'} in common, of {counts}"
+                notes.append(f"{name}: {baseline} and {label} have {common}; the change is over these.")
+    return notes
 
 
 def _notes(entries: Sequence[Entry], columns: Sequence[str]) -> list[str]:
@@ -183,7 +203,8 @@ def _notes(entries: Sequence[Entry], columns: Sequence[str]) -> list[str]:
     notes = [note for entry in entries for note in entry.notes]
     for name in columns:
         those = {entry.label: entry.summaries[name] for entry in entries if name in entry.summaries}
-        ways_to_differ = [("sampling", SAMPLING), ("judge", ("judge",))]
+        ways_to_differ = [("sampling", SAMPLING), ("how a completion begins", ("assistant_prefill",))]
+        ways_to_differ.append(("judge", ("judge",)))
         if any(summary.get("best_of") for summary in those.values()):
             ways_to_differ.append(("the reward that the best of several samples is by", (present_reward.RECORDED,)))
         for what, keys in ways_to_differ:

@@ -125,6 +125,7 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
         replays.write(target, record)
         freeze.write(config, target.config)
         _start(source, target)
+        state.prune(target, state.Retention.of(config))  # what a killed replay has left
         for index in _train(config, target, state.newest_complete(target)):
             log.info("replay: iteration %d of %d is trained", index, config.num_iterations)
             state.prune(target, state.Retention.of(config), after=index)

@@ -94,7 +94,7 @@ def _run(config: "Config", name: str, tuning: "Sft", out: Path, team: Ranks) -> 
     identity = _identity(config, tuning, base, paths)
     settings = _settings(config, tuning, team.device)
 
-    if team.first and not checkpoints.exists():  # What an earlier attempt kept is not this one's.
+    if team.first and sft.newest(checkpoints, identity) is None:  # What an earlier attempt kept is not this one's.
         shutil.rmtree(kept, ignore_errors=True)
 
     def keep(step: int) -> None:

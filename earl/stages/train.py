@@ -313,8 +313,17 @@ def _write_metrics(
         episodes.write(current.episodes, outcomes, described | _origin(config))
         objects.write(current.performance, _performance(clock.seconds, peaks, outcomes, team))
         metrics["episodes_digest"] = manifest.digest_file(current.episodes)
+        _drop_older_shards(current, len(metrics["inputs"]["rollouts"]))
         objects.write(current.metrics, metrics)
     return team.of_first(metrics)
+
+
+def _drop_older_shards(current: Iteration, shards: int) -> None:
+    """Remove files of when `rollout_shards` was larger: their episodes are in the others now."""
+    for folder in (current.rollouts(0).parent, current.scores(0).parent):
+        for path in folder.glob("*.parquet"):
+            if int(path.stem) >= shards:
+                path.unlink()
 
 
 def _performance(

@@ -71,9 +71,9 @@ def expected_best(values: Sequence[float], count: int) -> float:
 
 
 def spread(values: Iterable[tuple[Hashable, float | None]]) -> dict[str, float | int] | None:
-    """Mean, population std and number of values, and the 95% interval of the mean over prompts.
+    """Mean over prompts of each prompt's mean, with its 95% interval; population std and number of the values.
 
-    The mean over prompts is the mean over episodes wherever no judgement failed.
+    The mean is that over episodes wherever no judgement failed.
 
     Args:
         values: (prompt, value) pairs, one an episode; None: unknown, and left out. None is returned if all are.
@@ -84,7 +84,7 @@ def spread(values: Iterable[tuple[Hashable, float | None]]) -> dict[str, float |
     if interval is None:
         return None
     return {
-        "mean": float(np.mean(known)),
+        "mean": interval.mean,
         "std": float(np.std(known)),
         "n": len(known),
         "low": interval.low,

@@ -110,8 +110,13 @@ def test_a_replay_that_was_stopped_goes_on_to_the_same_bytes(source, beside, mon
     with pytest.raises(KeyboardInterrupt):
         replay.run(source.path, stopped, changes)
     monkeypatch.setattr(train, "step", real)
+    # As if it had been killed before it pruned.
+    shutil.copytree((stopped / "iterations/000001/policy"), stopped / "iterations/000002/policy")
     replayed = replay.run(source.path, stopped, changes)
     assert made_of(stopped, 3) == expected
+    assert sorted(stopped.glob("iterations/*/policy")) == [
+        stopped / path.relative_to(whole) for path in sorted(whole.glob("iterations/*/policy"))
+    ]
     assert "sampler_correction = truncate" in replayed.notes()[0]
 
 

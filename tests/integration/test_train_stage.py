@@ -43,6 +43,17 @@ def test_rerun_gives_the_same_bytes_and_leaves_the_inputs(new_run, vocabulary):
     manifest.check(run.iteration(2).trainer, deep=True)
 
 
+def test_files_of_more_shards_before_do_not_stay_beside_those_of_now(new_run, vocabulary):
+    """Stopped before it trained, sampled and scored anew in one shard: the second's episodes are in the first."""
+    config, run = new_run()
+    write_inputs(run, 1, vocabulary, shards=2)
+    write_inputs(run, 1, vocabulary)
+    train.run(config, run.path, 1)
+    assert [path.name for kind in ("rollouts", "scores") for path in (run.iteration(1).path / kind).iterdir()] == [
+        "0000.parquet"
+    ] * 2
+
+
 REASONED = {
     "0-0": "the circle is at [0, 0, 4, 4]<|end thinking|>",
     "1-0": "it goes",

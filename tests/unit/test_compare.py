@@ -46,8 +46,8 @@ def test_means_changes_and_failures_by_hand(folder):
     found = results.compare(entries(folder, "a", "b"))
     assert found["columns"] == [SAMPLED, GREEDY]
     a, b = found["entries"]
-    assert [part["viescore"]["mean"] for part in a["evaluations"].values()] == [pytest.approx(10 / 3), 4.5]
-    assert a["mean"] == pytest.approx((10 / 3 + 4.5) / 2)
+    assert [part["viescore"]["mean"] for part in a["evaluations"].values()] == [4, 4.5]
+    assert a["mean"] == pytest.approx((4 + 4.5) / 2)
     assert b["mean"] == pytest.approx((2 + 6.5) / 2)
     assert (results.failures(a), results.failures(b)) == (0, 1)
     assert b["evaluations"][SAMPLED]["best_of"]["2"]["mean"] == 2
@@ -56,6 +56,16 @@ def test_means_changes_and_failures_by_hand(folder):
     assert (change[GREEDY]["all"]["low"], change[GREEDY]["all"]["high"]) == (1.0, 3.0)
     assert {task: one["mean"] for task, one in change[GREEDY]["tasks"].items()} == {"add": 1.0, "swap": 3.0}
     assert change[SAMPLED]["all"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}, "the failed prompt is no pair"
+
+
+def test_prompts_that_only_have_one_name_are_no_pairs(tmp_path, config):
+    """Two data sets made of other tasks with one seed: the same ids, one instruction in common."""
+    for name, instruction in (("a", "Remove it"), ("b", "Swap them")):
+        rows = [episode(0, 2.0, instruction=instruction), episode(1, 4.0)]
+        write_evaluation(tmp_path / name, GREEDY, 2, rows, config)
+    found = results.compare(entries(tmp_path, "a", "b"))
+    assert found["changes"]["b"][GREEDY]["all"]["n"] == 1
+    assert f"{GREEDY}: a and b have 1 prompt in common, of 2 and 2; the change is over these." in found["notes"]
 
 
 def test_an_entry_is_the_newest_policy_that_all_its_evaluations_have(folder):

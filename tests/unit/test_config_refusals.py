@@ -26,6 +26,14 @@ from tests.support.experiments import ASKED, error_of, experiment
             },
             "evaluations.hot.temperature is 2.5, but the engine `vllm`",
         ),
+        (
+            {"engine": "torch", "engine_batch_size": 4},
+            "engine_batch_size is 4, but generations_per_sample is 8, and a prompt's samples are in one batch",
+        ),
+        (
+            {"engine": "torch", "val_paths_file": ["x"], "evaluations": {"h": {"prompts": 4, "samples_per_prompt": 3}}},
+            "but evaluations.h.samples_per_prompt is 3, and",
+        ),
     ],
 )
 def test_what_an_engine_cannot_do_is_an_error(tmp_path: Path, fields: dict, complaint: str) -> None:
@@ -132,6 +140,7 @@ def test_objectives_that_go_together_are_accepted(tmp_path, fields):
             {"train_text_tokens_only": True, "assistant_prefill": "<|image start|>"},
             "train_text_tokens_only is true.*assistant_prefill",
         ),
+        ({"train_text_tokens_only": True, "assistant_prefill": "<|image start|>{H}*{W}"}, "train_text_tokens_only is"),
     ],
 )
 def test_runs_that_cannot_learn_are_refused(tmp_path, fields, message):
@@ -143,6 +152,8 @@ def test_runs_that_cannot_learn_are_refused(tmp_path, fields, message):
     [
         {"num_iterations": 0, "generations_per_sample": 1},
         {"num_iterations": 0, "top_k": 1},
+        {"num_iterations": 0, "engine": "torch", "engine_batch_size": 3},
+        {"engine": "vllm", "engine_batch_size": 3},
         {"train_text_tokens_only": True},
         {"train_text_tokens_only": True, "text_only_steps": 0, "assistant_prefill": "<|image start|>"},
     ],

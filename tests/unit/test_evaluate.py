@@ -68,7 +68,7 @@ def test_summary_by_hand(tmp_path, config):
     _, summary = run(tmp_path, EPISODES, config)
     assert (summary["n"], summary["prompts"], summary["failed"], summary["no_image"]) == (4, 3, 1, 1)
     assert summary["reward"]["n"] == 3
-    assert summary["reward"]["mean"] == pytest.approx(2.0)
+    assert summary["reward"]["mean"] == pytest.approx(1.5)  # of a prompt with 3 on average and one with 0
     assert summary["reward"]["std"] == pytest.approx(math.sqrt((16 + 4 + 4) / 3))
     assert summary["edit_success"]["mean"] == pytest.approx(6.0)  # (4 + 8) / 2: only images that were judged
     assert summary["ground_score"] is None

@@ -146,8 +146,13 @@ def test_metrics_tell_what_counts_and_what_it_is_divided_by(kinds, uniform, sett
 
 
 def test_kl_estimates_and_mean_log_probs_by_hand(kinds, uniform, settings, monkeypatch):
-    """The reference finds every token ln 2 likelier: k1 = -ln 2, k3 = 2 - 1 - ln 2."""
+    """The reference finds every token ln 2 likelier: k1 = -ln 2, k3 = 2 - 1 - ln 2. The policy finds it 1.5 times
+    as likely as the one that sampled it."""
     likelier = math.log(2)
+    kinds = [
+        replace(one, behavior_logprobs=np.float32(np.where(one.completion == 1, -T, -V) - math.log(1.5)))
+        for one in kinds
+    ]
     plain = grpo.completion_logprobs
     calls = itertools.count()
 
@@ -160,7 +165,7 @@ def test_kl_estimates_and_mean_log_probs_by_hand(kinds, uniform, settings, monke
     metrics = grpo.train_iteration(uniform, uniform, optimizer, kinds, replace(settings, kl_coeff=0.5))
     k3 = 1 - likelier
     assert metrics["kl_k1"] == pytest.approx(-likelier, rel=1e-5)
-    assert metrics["kl"] == pytest.approx(k3, rel=1e-5)
+    assert metrics["kl"] == pytest.approx(1.5 * k3, rel=1e-5), "weighed by how much likelier the policy finds a token"
     assert metrics["policy_loss"] == pytest.approx((10 * T + 10 * V) / 13, rel=1e-5)
     assert metrics["kl_loss"] == pytest.approx(0.5 * k3 * 11 / 13, rel=1e-5), "11 of 13 tokens are free"
     assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + metrics["kl_loss"], rel=1e-6)
@@ -308,6 +313,7 @@ def test_the_head_by_blocks_changes_the_step_by_rounding_alone(episodes, setting
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
     settings = replace(settings, kl_coeff=0.1)
+    episodes = with_learners_logprobs(episodes, policy_folder, settings)
     expected, gradient = learn(episodes, settings, reference)
     monkeypatch.setattr(head, "TOKENS", 7)
     monkeypatch.setattr(head, "IDS", 50)

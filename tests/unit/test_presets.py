@@ -267,6 +267,7 @@ def test_an_evaluation_starts_completions_from_its_own_prefill(tmp_path: Path) -
     fields = {
         "raw_datasets.d": {"source": "shapes", "count": 2, "seed": 0}, "val_paths_file": [str(tmp_path / "out")],
         "evaluations": {name: {"prompts": None} for name in ("told", "asked")}, "engine_batch_size": 2,
+        "num_iterations": 0,
     }  # fmt: skip
     config: Config = demo_config(**fields)
     tokenise.run(config, "d", raw, tmp_path / "out")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from earl.files import images
@@ -46,7 +47,7 @@ def finished(tmp_path_factory, config):
 
 def write_metrics(run, iteration):
     path = run / "iterations" / f"{iteration:06d}" / "train" / "metrics.json"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     values = {"reward_mean": 2.0 + iteration, "reward_std": 1.0, "kl": None, "entropy": 0.5, "gradient_norm": 1.5}
     path.write_text(json.dumps({"iteration": iteration, **values}))
 
@@ -398,6 +399,7 @@ def test_long_series_are_averaged_in_bins():
     assert len(drawn.x) <= charts.MOST_POINTS
     assert drawn.y[0] == pytest.approx(6.0)  # bins of 13: the mean of 0 .. 12
     assert drawn.x == drawn.y
+    assert drawn.newest == 2999.0, "itself, not the mean of its bin"
 
 
 def test_points_without_a_value_are_left_out():
@@ -488,3 +490,22 @@ def test_iterations_that_another_configuration_trained_are_named(copied):
         path = copied / "iterations" / f"{iteration:06d}" / "train" / "metrics.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"config_digest": digest}))
     assert "Trained with another configuration, whose change was accepted: iteration 1;" in text_of(html_of(copied))
+
+
+def test_rewards_of_another_configuration_are_no_rise(copied):
+    now = contents.freeze.config_digest(demo_config())
+    for iteration in range(1, 21):
+        write_metrics(copied, iteration)
+        path = copied / "iterations" / f"{iteration:06d}" / "train" / "metrics.json"
+        digest = "of then" if iteration <= 10 else now
+        changed = {"reward_mean": 1.0 if iteration <= 10 else 9.0, "config_digest": digest}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    shutil.rmtree(copied / "evaluations")
+    assert "Rewards of training prompts show no clear change (+0.00)" in text_of(html_of(copied))
+
+
+def test_the_snippets_open_files_that_hold_what_they_look_at(copied):
+    [pandas] = [part for part in html_of(copied).split("<pre>") if part.startswith("import io")]
+    table, rollouts = re.findall(r'"(evaluations/.*?|iterations/.*?)"', pandas)
+    assert "reward" in pq.read_schema(copied / table).names
+    assert pq.read_table(copied / rollouts)["edited"][0]["bytes"].as_py()[:4] == b"\x89PNG"

@@ -258,7 +258,9 @@ def test_what_another_configuration_left_is_not_resumed(make, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             stage.run(make(one={"learning_rate": 1e-3, "steps": 4}), "one", out)
     assert list((tmp_path / "out.partial").glob("step-*"))
+    (tmp_path / "out.checkpoints" / "step-000002").mkdir(parents=True)
     stage.run(make(one={"steps": 4}), "one", out)
+    assert not list((tmp_path / "out.checkpoints").glob("*")), "what it had kept goes, too"
     stage.run(make(one={"steps": 4}), "one", tmp_path / "undisturbed")
     assert manifest.digest_folder(out) == manifest.digest_folder(tmp_path / "undisturbed")
 
