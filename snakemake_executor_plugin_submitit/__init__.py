@@ -109,11 +109,17 @@ class Executor(RemoteExecutor):
         self._asked = -settings.seconds
         self._silence = ""
         # What cannot be right is refused before the first job is submitted.
-        for job in {job.name: job for job in self.dag.needrun_jobs()}.values():
-            if not job.is_local:
-                # Some depend on inputs that are not there yet.
-                known = {name: value for name, value in job.resources.items() if str(value) != "<TBD>"}
-                resources.parameters(job.name, job.threads, known)
+        jobs = {job.name: job for job in self.dag.needrun_jobs() if not job.is_local}
+        for job in jobs.values():
+            # Some depend on inputs that are not there yet.
+            known = {name: value for name, value in job.resources.items() if str(value) != "<TBD>"}
+            resources.parameters(job.name, job.threads, known)
+        if jobs and self.cluster is not None:
+            # Later on it is waited for; at the start somebody looks on, and it may never have been there.
+            try:
+                self.cluster.states([])
+            except NoAnswer as error:
+                raise WorkflowError(f"the cluster does not answer: {error}") from error
         self._clear_up()
 
     def _clear_up(self) -> None:

@@ -204,6 +204,15 @@ def validation_data(config: Config, name: str) -> Mixed | None:
     return Mixed(field, own or config.val_paths_file, [1.0] * len(own or config.val_paths_file))
 
 
+def trained_on(config: Config) -> dict[str, list[str]]:
+    """Return the evaluations whose data RL, or the fine-tuning that it starts from, trains on, with those data."""
+    start = config.sft.get(config.model_path.removeprefix("stage:sft/"))
+    trained = {*config.train_paths_file, *(start.train_paths_file if start else ())}
+    found = {name: evaluation_data(config, name).references for name in config.evaluations}
+    common = {name: [one for one in references if one in trained] for name, references in found.items()}
+    return {name: references for name, references in common.items() if references}
+
+
 def fine_tuning_inputs(config: Config, name: str) -> list[str]:
     """Return the data sets that a fine-tuning reads: those it is trained on, then those it is validated on."""
     validation = validation_data(config, name)

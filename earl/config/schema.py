@@ -330,7 +330,9 @@ class Config(Section):
         "Model that judges: a hub name or a folder; for `openai`, the server's name of it.",
     )
     reward_function_api_model_revision: str | None = fixed(
-        None, "Revision of that model: the judge `vllm` loads it, every judge records it; null takes the main one."
+        None,
+        "Revision of that model: the judge `vllm` loads it, every judge records it and keeps its answers by it; null "
+        "takes the main one. Of a server of your own, any text that changes with what answers there.",
     )
     reward_compute_viescore: bool = fixed(True, "Ask the judge model for semantic consistency and perceptual quality.")
     reward_compute_ground_score: bool = fixed(False, "Ask the judge model to compare with the ground-truth edit.")

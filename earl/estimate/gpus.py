@@ -119,9 +119,12 @@ def _slices(kind: str) -> int | None:
 
 
 def _sheet(kind: str) -> tuple[int, float, float] | None:
-    plain = re.sub(r"[^a-z0-9]", "", kind.lower())
-    # The longest name wins: an L40S is no L4.
-    return next((DATA_SHEETS[name] for name in sorted(DATA_SHEETS, key=len, reverse=True) if name in plain), None)
+    spelled = (kind.lower(), re.sub(r"[^a-z0-9]", "", kind.lower()))
+    # The longest name wins: an L40S is no L4. A digit after it is part of another name.
+    for name in sorted(DATA_SHEETS, key=len, reverse=True):
+        if any(re.search(rf"{name}(?!\d)", text) for text in spelled):
+            return DATA_SHEETS[name]
+    return None
 
 
 def _unknown(kind: str) -> str:

@@ -128,7 +128,9 @@ class ModelJudge:
                     case.requests = kept
                 else:
                     self._cache.drop(case.key)
-        log.info("judge: %d questions, %d of them answered before", len(cases), sum(self._is_done(c) for c in cases))
+        before = sum(map(self._is_done, cases))
+        kept = f", by {self.model} of revision {self.revision} (judge_cache)" if before else ""
+        log.info("judge: %d questions, %d of them answered before%s", len(cases), before, kept)
         for _ in range(1 + self._retries):
             pending = [case for case in cases if not self._is_done(case) and not case.hopeless]
             if not pending:

@@ -313,7 +313,8 @@ class OpenAIModel:
                 tries += 1
                 if tries == 1:
                     await model_list.check_kind(url, error)
-                    log.info("judge: waiting for the server at %s: %s", redacted(self.api_base), error)
+                    waited = f"up to {self.startup:g} s (judge_startup_seconds)"
+                    log.info("judge: waiting %s for the server at %s: %s", waited, redacted(self.api_base), error)
                 is_due = tries >= _TRIES or _now() > deadline
                 if url and is_due and not isinstance(error, Unreachable):
                     self._url = url

@@ -107,6 +107,8 @@ class Contents:
     verification: dict[str, Any] | None
     # Iterations that another configuration trained, whose changes have been accepted.
     trained_otherwise: list[int]
+    # Evaluations of data that are trained on, with these.
+    trained_on: dict[str, list[str]]
 
 
 def read(path: Path) -> Contents:
@@ -129,6 +131,7 @@ def read(path: Path) -> Contents:
         seconds=_seconds(_shared_timings(run) + _timings(path / "benchmarks")),
         verification=objects.read(run.verification) if run.verification.is_file() else None,
         trained_otherwise=[row["iteration"] for row in metrics if row.get("config_digest", digest) != digest],
+        trained_on=paths.trained_on(config),
     )
 
 

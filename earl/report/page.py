@@ -70,7 +70,7 @@ def render(found: Contents) -> str:
         headlines=headlines(found),
         held_out=held_out(found.evaluations),
         learning=_learning(found),
-        notes=[note for series in found.evaluations for note in series.notes()],
+        notes=[*_not_held_out(found), *(note for series in found.evaluations for note in series.notes())],
         gallery=list(gallery.cards(found.run, found.evaluations[0])) if found.evaluations else [],
         tasks=(by_type := tasks(found)),
         few=any(row["reward"].prompts < learning.FEW for row in by_type),
@@ -134,6 +134,7 @@ def header(found: Contents) -> dict[str, Any]:
         "before": policy_label(head.first) if head else "SFT",
         "after": f"iteration {head.last}" if head and head.last > head.first else None,
         "prompts": head and head.summaries[-1]["prompts"],
+        "is_held_out": head and head.name not in found.trained_on,
     }
 
 
@@ -163,6 +164,14 @@ def _learning(found: Contents) -> list[str]:
     # Rewards of another configuration may be another measure, or of another kind of sampling.
     same = [row for row in found.metrics if row["iteration"] not in found.trained_otherwise]
     return learning.sentences(same, result, learning.repeats(found.run, found.metrics))
+
+
+def _not_held_out(found: Contents) -> list[str]:
+    return [
+        f"{series.name}: its prompts are not held out, since training draws from {', '.join(references)}, too."
+        for series in found.evaluations
+        if (references := found.trained_on.get(series.name))
+    ]
 
 
 def _with_bar(result: Comparison, reach: float) -> dict[str, Any]:

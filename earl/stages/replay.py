@@ -119,6 +119,8 @@ def run(source_path: Path, out: Path, overrides: Mapping[str, Any], scores: str 
     replays.check_scores(source, config, last=config.num_iterations, scores=scores)
     if target.config.is_file() and replays.record_of(target) is None:
         raise EarlError(f"{out}: holds a run that is no replay; give a folder of its own")
+    if replays.record_of(target) is None and any(path.name[:1] != "." for path in target.path.glob("*")):
+        raise EarlError(f"{out}: holds other files; give the replay a folder of its own")
     claims.claim(config, "train")
     target.path.mkdir(parents=True, exist_ok=True)
     with state.exclusive(target):

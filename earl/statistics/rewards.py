@@ -109,7 +109,7 @@ def check_failed_fraction(failed: int, episodes: int, limit: float, where: str, 
     if fraction > limit:
         raise EarlError(
             f"{where}: the judge failed on {failed} of {episodes} episodes ({fraction:.1%}), more than "
-            f"max_failed_fraction = {limit}; of the first it says: {words or 'nothing'}. Mend the judge and run the "
-            "score stage again"
+            f"max_failed_fraction = {limit}; of the first it says: {words or 'nothing'}. Mend the judge, then "
+            "ask again (earl judge again --run <the run's folder>) and start again"
         )
     return fraction

@@ -9,7 +9,7 @@ from functools import partial
 from typing import IO
 
 from earl import tracking
-from earl.config import freeze, load
+from earl.config import freeze, load, paths
 from earl.estimate import fit, gpus
 from earl.estimate.cases import NotSimulated
 from earl.execution import processes
@@ -88,6 +88,9 @@ def _check(
     print(plan.text(), file=sys.stderr)
     for field, message in unreached(plan.config):
         print(f"{plan.key}: field {field} {message}", file=sys.stderr)
+    for name, references in paths.trained_on(plan.config).items():
+        common = ", ".join(references)
+        print(f"{plan.key}: evaluations.{name} is of {common}, which is trained on, too: not held out", file=sys.stderr)
     if plan.segments and (idle := segments.idle_ranks(plan.config, segments.processes(plan.config))):
         print(f"{plan.key}: {idle}", file=sys.stderr)
     if missing := tracking.missing(plan.config):

@@ -11,6 +11,7 @@ import subprocess
 
 import pytest
 
+from tests.support.programs import program
 from tests.support.toy_workflow import kill, wait_until
 
 pytestmark = pytest.mark.slow
@@ -48,18 +49,21 @@ def test_a_job_that_slurm_does_not_take_fails(bench):
 
 
 def test_a_controller_that_is_away_is_waited_for(bench, slurm):
-    """When a job is to be submitted, and while one runs."""
-    slurm.stop_controller()
-    driver = bench.start()
-    bench.waits_for("does not answer; waiting: ")
-    slurm.start_controller()
+    """While a job runs, and when one is to be submitted; at the start it is missed."""
+    bench.options = (*bench.options, "--jobs", "1")
+    driver = bench.start("out/a", "out/b")
     bench.begun()
     slurm.stop_controller()
     bench.waits_for("the cluster does not answer; waiting: squeue")
-    slurm.start_controller()
     bench.hurry()
+    bench.waits_for(": the cluster does not answer; waiting: ")
+    slurm.start_controller()
     bench.ended(driver)
-    assert bench.words() == ["begin", "end"]
+    assert bench.words() == ["begin", "end"] * 2
+    bench.env = bench.env | {"PATH": f"{bench.path}/bin:{os.environ['PATH']}"}
+    program(bench.path / "bin", "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    bench.ended(bench.start("word"), status=1)
+    assert "the cluster does not answer: squeue: Unable to contact slurm controller" in bench.said()
 
 
 def test_other_resources_are_asked_for(bench):

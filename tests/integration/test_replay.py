@@ -171,6 +171,11 @@ def test_a_replay_stays_bound_to_what_it_is_of(source, beside):
         replay.run(other, out, {"num_iterations": 1})
     with pytest.raises(EarlError, match="holds a run that is no replay"):
         replay.run(source.path, other, {})
+    foreign = beside("foreign")
+    foreign.mkdir(exist_ok=True)
+    (foreign / "notes.txt").write_text("mine")
+    with pytest.raises(EarlError, match="holds other files"):
+        replay.run(source.path, foreign, {})
 
 
 def test_a_replay_is_verified_and_restored_like_any_run(source, beside):

@@ -34,6 +34,10 @@ def test_what_memory_an_unknown_type_has_has_to_be_said() -> None:
     assert gpus.of_type("mi300x") is None
     with pytest.raises(EarlError, match=r"--gpu h101: .* did you mean h100\?"):
         gpus.gpu("h101")
+    with pytest.raises(EarlError, match=r"--gpu h1000: .* did you mean h100\?"):
+        gpus.gpu("h1000")
+    for spelled in ("a100_40gb", "NVIDIA A100-SXM4-80GB", "A100-PCIE-40GB"):
+        assert gpus.of_type(spelled).flops == gpus.gpu("a100").flops
 
 
 @pytest.mark.parametrize("text", ["h100:many", "0", "h100:0", "a100:", ":80", "", "-5", "1e9"])

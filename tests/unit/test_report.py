@@ -492,6 +492,16 @@ def test_iterations_that_another_configuration_trained_are_named(copied):
     assert "Trained with another configuration, whose change was accepted: iteration 1;" in text_of(html_of(copied))
 
 
+def test_prompts_that_are_trained_on_are_not_called_held_out(copied):
+    assert "held-out prompts. " in text_of(html_of(copied))
+    (copied / "config.json").write_text(
+        demo_config(train_paths_file=["stage:tokenise/shapes_heldout"]).model_dump_json()
+    )
+    words = text_of(html_of(copied))
+    assert re.search(r"Measured on \d+ prompts\.", words)
+    assert f"{GREEDY}: its prompts are not held out, since training draws from stage:tokenise/shapes_heldout" in words
+
+
 def test_rewards_of_another_configuration_are_no_rise(copied):
     now = contents.freeze.config_digest(demo_config())
     for iteration in range(1, 21):

@@ -57,6 +57,16 @@ def test_the_plan_tells_it(tmp_path, monkeypatch, capfd):
     assert "ranks never sample" not in capfd.readouterr().err
 
 
+def test_the_plan_tells_what_is_not_held_out(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    opening.make_plans(Settings(experiment=[str(DEMO)]))
+    assert "not held out" not in capfd.readouterr().err
+    for field in ("train_paths_file", "sft.shapes.train_paths_file"):
+        opening.make_plans(Settings(experiment=[str(DEMO)], set={field: ["stage:tokenise/shapes_heldout"]}))
+        said = "evaluations.heldout is of stage:tokenise/shapes_heldout, which is trained on, too: not held out"
+        assert said in capfd.readouterr().err
+
+
 def test_a_curriculum_that_has_no_other_prompts_is_refused():
     """The demo draws 32 prompts an iteration, and up to 40 with a further round."""
     rests = {"curriculum": {"rest_iterations": 4}, "num_iterations": 20}
