@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from earl import cli
+from earl.execution import processes
 from earl.files import atomic, manifest
 from earl.messages.errors import EarlError
 from earl.run import state as progress
@@ -144,7 +145,7 @@ def test_every_command_refuses_a_folder_of_other_files(command, tmp_path, capsys
     assert (tmp_path / "out" / "holiday" / "beach.jpg").read_text() == "mine"
 
 
-def test_a_folder_is_replaced_where_it_holds_what_a_stage_wrote_and_nothing_else(tmp_path, capsys):
+def test_a_folder_is_replaced_where_it_holds_what_a_stage_wrote_and_nothing_else(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     made = ["shapes", "policy", "--out", str(out)]
@@ -159,7 +160,14 @@ def test_a_folder_is_replaced_where_it_holds_what_a_stage_wrote_and_nothing_else
     assert cli.call(made) == 2
     assert f"{out / 'manifest.json'}: is damaged" in capsys.readouterr().err
     (out / "manifest.json").unlink()
+    assert cli.call(made) == 2
     assert manifest.seal(out) == digest
+    # A workflow's own folder, of which Snakemake has removed the manifest; it stays until the new one is whole.
+    (out / "manifest.json").unlink()
+    monkeypatch.setenv(processes.WATCHED, "elsewhere::1")
+    assert cli.call(made) == 0
+    assert manifest.check(out)
+    assert manifest.digest_folder(out) != digest
 
 
 def test_every_option_that_names_an_output_is_covered():

@@ -148,10 +148,6 @@ class TestOptions:
         experiment = place.shapes_experiment("a")
         place.run(experiment, "--until", "tokenise")
         assert [line.split(" --")[0] for line in place.commands()] == ["shapes raw", "tokenise"]
-        (tokenised,) = (place.path / "runs" / "shared" / "tokenised").glob("pairs-*")
-        (tokenised / "of-then.parquet").write_text("")
-        place.run(experiment, "-R", "tokenise")
-        assert not (tokenised / "of-then.parquet").exists()
         place.run(experiment, "-R", "report", "--notemp", "--latency-wait", "1")
         assert [line.split()[0] for line in place.commands()] == ["report"]
 

@@ -30,7 +30,7 @@ rule fetch:
         command=lambda w: SHARED.command(w, w.kind),
         out=subpath(output[0], parent=True),
     shell:
-        "(test -L {params.out:q} || rm -rf {params.out:q}; earl {params.command} --out {params.out:q}) 2>&1 | tee {log:q}"
+        "earl {params.command} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 rule tokenise:
@@ -50,7 +50,7 @@ rule tokenise:
         command=lambda w: SHARED.command(w, "tokenised"),
         out=subpath(output[0], parent=True),
     shell:
-        "(test -L {params.out:q} || rm -rf {params.out:q}; earl {params.command} --out {params.out:q}) 2>&1 | tee {log:q}"
+        "earl {params.command} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 # Completions of a run to learn from. Where the run is in the plan, its iterations come first.
@@ -67,7 +67,7 @@ rule select:
         command=lambda w: SHARED.command(w, "selected"),
         out=subpath(output[0], parent=True),
     shell:
-        "(test -L {params.out:q} || rm -rf {params.out:q}; earl {params.command} --out {params.out:q}) 2>&1 | tee {log:q}"
+        "earl {params.command} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 # Supervised fine-tuning: the policy that RL, or another fine-tuning, starts from.
@@ -88,4 +88,4 @@ rule sft:
         command=lambda w: SHARED.command(w, "sft"),
         out=subpath(output[0], parent=True),
     shell:
-        "(test -L {params.out:q} || rm -rf {params.out:q}; earl {params.command} --out {params.out:q}) 2>&1 | tee {log:q}"
+        "earl {params.command} --out {params.out:q} 2>&1 | tee {log:q}"
