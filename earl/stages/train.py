@@ -322,7 +322,7 @@ def _drop_older_shards(current: Iteration, shards: int) -> None:
     """Remove files of when `rollout_shards` was larger: their episodes are in the others now."""
     for folder in (current.rollouts(0).parent, current.scores(0).parent):
         for path in folder.glob("*.parquet"):
-            if int(path.stem) >= shards:
+            if path.stem.isdigit() and int(path.stem) >= shards:
                 path.unlink()
 
 

@@ -48,10 +48,11 @@ def test_files_of_more_shards_before_do_not_stay_beside_those_of_now(new_run, vo
     config, run = new_run()
     write_inputs(run, 1, vocabulary, shards=2)
     write_inputs(run, 1, vocabulary)
+    mine = run.iteration(1).path / "scores" / "mine.parquet"
+    mine.write_text("not of the run")
     train.run(config, run.path, 1)
-    assert [path.name for kind in ("rollouts", "scores") for path in (run.iteration(1).path / kind).iterdir()] == [
-        "0000.parquet"
-    ] * 2
+    assert [path.name for path in (run.iteration(1).path / "rollouts").iterdir()] == ["0000.parquet"]
+    assert {path.name for path in mine.parent.iterdir()} == {"0000.parquet", "mine.parquet"}
 
 
 REASONED = {
