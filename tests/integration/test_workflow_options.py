@@ -148,6 +148,7 @@ class TestOptions:
         experiment = place.shapes_experiment("a")
         place.run(experiment, "--until", "tokenise")
         assert [line.split(" --")[0] for line in place.commands()] == ["shapes raw", "tokenise"]
+        place.run(experiment)
         place.run(experiment, "-R", "report", "--notemp", "--latency-wait", "1")
         assert [line.split()[0] for line in place.commands()] == ["report"]
 
